@@ -1,0 +1,196 @@
+"""What the chunked backend does not do: hold the logits, touch rows without gradient, work for frozen parts."""
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mssr_kernels import PolicyLossConfig, linear_logprob_entropy, linear_policy_loss, matmul
+
+N, D, V = 240, 16, 4000
+WORKSPACE = 1 << 20  # the logits are 3.8 MB
+
+
+class Recorder(TorchDispatchMode):
+    """Matmul work in units of one row's D x V product, and the peak of the memory allocated since it began."""
+
+    def __init__(self):
+        super().__init__()
+        self.work, self.peak_bytes, self.largest = 0.0, 0, 0
+        self._live, self._known = [], set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        for tensor in tree_leaves((arguments, keywords)):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._live_ids():
+                self._known.add(tensor.untyped_storage()._cdata)  # existed before
+        result = function(*arguments, **keywords)
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = [t for t in arguments if isinstance(t, torch.Tensor)][-2:]
+            self.work += a.shape[0] * a.shape[1] * b.shape[1] / (D * V)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._known and storage._cdata not in self._live_ids():
+                    self._live.append((StorageWeakRef(storage), storage._cdata, storage.nbytes()))
+                    self.largest = max(self.largest, storage.nbytes())
+        self._live = [entry for entry in self._live if not entry[0].expired()]
+        self.peak_bytes = max(self.peak_bytes, sum(size for *_, size in self._live))
+        return result
+
+    def _live_ids(self):
+        return {identity for reference, identity, _ in self._live if not reference.expired()}
+
+
+def leaves(hidden_grad=True, weight_grad=True):
+    return (
+        torch.randn(N, D, requires_grad=hidden_grad),
+        (0.3 * torch.randn(V, D)).requires_grad_(weight_grad),
+        torch.randint(V, (N,)),
+    )
+
+
+def policy_loss_work(hidden, weight, target, advantage=None, backward=True, **arguments):
+    advantage = torch.randn(N) if advantage is None else advantage
+    with Recorder() as recorder:
+        loss = linear_policy_loss(hidden, weight, target, advantage, workspace_bytes=WORKSPACE, **arguments).loss
+        if backward:
+            loss.backward()
+    return recorder
+
+
+def test_memory_stays_within_the_workspace():
+    recorder = policy_loss_work(*leaves())
+    weight_grad, small = V * D * 4, 16 * N * D * 4
+    assert recorder.peak_bytes <= WORKSPACE + weight_grad + small
+    assert recorder.peak_bytes > WORKSPACE / 2  # it is used, too
+
+    hidden, weight, target = leaves()
+    with Recorder() as recorder:
+        out = linear_logprob_entropy(hidden, weight, target, workspace_bytes=WORKSPACE)
+        (out.logp + out.entropy).sum().backward()
+    assert recorder.peak_bytes <= WORKSPACE + weight_grad + small
+
+
+@pytest.mark.parametrize("function", ["policy_loss", "logprob_entropy"])
+def test_memory_in_16_bit(function):
+    hidden, weight, target = (t.detach() for t in leaves())
+    hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16().requires_grad_()
+    with Recorder() as recorder:
+        if function == "policy_loss":
+            linear_policy_loss(hidden, weight, target, torch.randn(N), workspace_bytes=WORKSPACE).loss.backward()
+        else:
+            linear_logprob_entropy(hidden, weight, target, workspace_bytes=WORKSPACE).logp.sum().backward()
+    assert recorder.peak_bytes <= WORKSPACE + V * D * 6 + 16 * N * D * 4
+
+
+def test_matmul_work_of_the_modes():
+    assert policy_loss_work(*leaves()).work == pytest.approx(3 * N)
+    hidden, weight, target = leaves()
+    with Recorder() as recorder:
+        linear_logprob_entropy(hidden, weight, target, workspace_bytes=WORKSPACE).logp.sum().backward()
+    assert recorder.work == pytest.approx(4 * N)
+    with torch.no_grad():
+        assert policy_loss_work(*leaves(), backward=False).work == pytest.approx(N)
+
+
+def test_frozen_head_costs_no_weight_gradient():
+    recorder = policy_loss_work(*leaves(weight_grad=False))
+    assert recorder.work == pytest.approx(2 * N)
+    assert recorder.peak_bytes <= WORKSPACE + 16 * N * D * 4
+    assert policy_loss_work(*leaves(hidden_grad=False)).work == pytest.approx(2 * N)
+    assert policy_loss_work(*leaves(False, False), backward=False).work == pytest.approx(N)
+
+
+def test_rows_without_gradient_enter_no_backward_matmul():
+    advantage = torch.randn(N)
+    advantage[40:100] = 0
+    assert policy_loss_work(*leaves(), advantage).work == pytest.approx(N + 2 * (N - 60))
+    # clipped rows, whose gradient vanishes only once the ratio is known
+    hidden, weight, target = leaves()
+    old_logp = linear_logprob_entropy(hidden, weight, target).logp.detach()
+    old_logp[:50] -= 1
+    work = policy_loss_work(hidden, weight, target, torch.ones(N), old_logp=old_logp).work
+    assert work == pytest.approx(N + 2 * (N - 50))
+    # with an entropy bonus every row has a gradient
+    bonus = PolicyLossConfig(entropy_coef=0.1)
+    assert policy_loss_work(*leaves(), torch.zeros(N), config=bonus).work == pytest.approx(3 * N)
+    assert policy_loss_work(*leaves(), torch.zeros(N)).work == pytest.approx(N)
+
+
+def test_ignored_rows_enter_no_matmul():
+    hidden, weight, target = leaves()
+    target[:90] = -100
+    assert policy_loss_work(hidden, weight, target).work == pytest.approx(3 * (N - 90))
+    hidden, weight, target = leaves()
+    upstream = torch.zeros(N)
+    upstream[:7] = 1
+    with Recorder() as recorder:
+        (linear_logprob_entropy(hidden, weight, target, workspace_bytes=WORKSPACE).logp * upstream).sum().backward()
+    assert recorder.work == pytest.approx(N + 3 * 7)
+
+
+def test_gradient_buffer_becomes_grad_without_a_copy():
+    hidden, weight, target = leaves()
+    loss = linear_policy_loss(hidden, weight, target, torch.randn(N)).loss
+    with Recorder() as recorder:
+        loss.backward()
+    assert recorder.largest < V * D * 4
+
+
+class _MixedOperands:
+    """torch, with the GEMMs of 16-bit operands and float32 results that only CUDA has."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def mm(a, b, out_dtype=None, out=None):
+        assert a.dtype == b.dtype == torch.float16 and out_dtype == out.dtype == torch.float32
+        return out.copy_(a.float() @ b.float())
+
+    @staticmethod
+    def addmm(c, a, b, beta=1, out_dtype=None, out=None):
+        assert a.dtype == b.dtype == torch.float16 and out_dtype == out.dtype == c.dtype == torch.float32
+        return out.copy_(a.float() @ b.float() + (beta * c if beta else 0))
+
+
+@pytest.fixture
+def mixed_operands(monkeypatch):
+    """Makes the CPU take the path of 16-bit operands on CUDA."""
+    initialise = matmul.HeadMatmul.__init__
+
+    def mixed(self, weight, compute_dtype, slab_bytes):
+        initialise(self, weight, compute_dtype, slab_bytes)
+        self.mixed, self.upcasts, self.operand_dtype = True, False, weight.dtype
+        self.slab, self.buffer_bytes = weight.shape[0], 0
+
+    monkeypatch.setattr(matmul, "torch", _MixedOperands())
+    monkeypatch.setattr(matmul.HeadMatmul, "__init__", mixed)
+
+
+@pytest.mark.parametrize("function", ["policy_loss", "logprob_entropy"])
+def test_small_gradients_survive_16_bit_operands(function, mixed_operands):
+    """A row's coefficient is about 1 / normalizer, 1e-9 here: zero in fp16, unless it is scaled around the matmul."""
+    tiny, loss_scale = 1e-9, 2.0**20
+    hidden, weight, target = (t.detach() for t in leaves())
+    hidden, weight = hidden.half().requires_grad_(), weight.half().requires_grad_()
+    advantage = torch.randn(N)
+    advantage[:20] = 0
+    grads = {}
+    for backend in ("reference", "chunked"):
+        hidden.grad = weight.grad = None
+        if function == "policy_loss":
+            loss = linear_policy_loss(
+                hidden, weight, target, advantage, normalizer=1 / tiny, backend=backend, workspace_bytes=WORKSPACE
+            ).loss
+        else:
+            out = linear_logprob_entropy(hidden, weight, target, backend=backend, workspace_bytes=WORKSPACE)
+            loss = ((out.logp * advantage + out.entropy * advantage.sin()) * tiny).sum()
+        (loss * loss_scale).backward()
+        grads[backend] = hidden.grad.float(), weight.grad.float()
+    for got, want in zip(grads["chunked"], grads["reference"]):
+        assert want.abs().max() > 1e-5
+        assert (got - want).norm() <= 5e-3 * want.norm()
