@@ -1,0 +1,244 @@
+"""The value tracker: a baseline for every prompt, learnt from one rollout a visit. METHOD "Value tracker".
+
+State of a prompt: Beta(a, b), v = a / (a + b). A visit with reward r: a <- rho*a + r, b <- rho*b + (1 - r).
+rho forgets faster the further the policy has moved since the prompt was last seen (SPO, arXiv 2509.13232).
+MSSR uses the same tracker with other rules for start and rho (arXiv 2512.18215): the preset `reference`.
+
+Above the pure functions, below the state. The functions are plain arithmetic: floats or tensors, any one shape.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mssr.config import TrackerConfig
+from mssr.errors import UserError
+
+REFERENCE_KL = 0.01  # the authors' threshold: above it their rho drops to rho_min
+KL_WINDOW = 10  # batches in the mean of "recent" KLs; the method's sources give no figure, this one is our choice
+
+Number = float | Tensor
+
+
+def beta_value(a: Number, b: Number) -> Number:
+    """v = a / (a + b), the expected reward."""
+    return a / (a + b)
+
+
+def beta_update(a: Number, b: Number, reward: Number, rho: Number) -> tuple[Number, Number]:
+    """(a, b) after a visit: the past shrinks by rho, then the reward in [0, 1] is counted in full."""
+    return rho * a + reward, rho * b + (1 - reward)
+
+
+def smoothed_start(successes: Number, trials: Number, n0: float) -> tuple[Number, Number]:
+    """(a, b) of total weight n0 with Jeffreys' prior: half a success and half a failure are added.
+
+    So v is never 0 or 1 (a v of exactly 1 takes 6-7 straight failures to fall below 0.5). Without trials: v = 0.5.
+    """
+    return n0 * (successes + 0.5) / (trials + 1), n0 * (trials - successes + 0.5) / (trials + 1)
+
+
+def rho_from_drift(drift: Tensor, half_life: float, rho_min: float, rho_max: float) -> Tensor:
+    """clip(2^(-D / half_life), rho_min, rho_max), float64, of the shape of `drift`: more drift, more forgetting.
+
+    SPO's rule (arXiv 2509.13232), as its recipe implements it.
+    """
+    return torch.exp2(-drift.double() / half_life).clamp(rho_min, rho_max)
+
+
+def reference_rho(kl: Number, rho_min: float, rho_max: float) -> Tensor:
+    """The MSSR authors' rule, float64: rho_min above K = 0.01, and below it a rho that *rises* with K.
+
+    K = 0 -> .875, .005 -> .9175, .0099 -> .95915, .01 -> .96, .0101 -> .875: a sawtooth, kept for parity only. K >= 0.
+    """
+    kl = torch.as_tensor(kl, dtype=torch.float64)
+    rising = rho_min + (rho_max - rho_min) * kl / REFERENCE_KL
+    return torch.where(kl > REFERENCE_KL, rho_min, rising)
+
+
+def response_drift(current_logp: Tensor, sampled_logp: Tensor, mask: Tensor) -> Tensor:
+    """D: mean over a response's own tokens of |log-prob now - log-prob when it was sampled|, in nats.
+
+    Args:
+        current_logp: [B, R] float, the previous responses under the current policy, at the sampling temperature.
+        sampled_logp: [B, R] float, the same tokens when they were sampled.
+        mask: [B, R] bool, True at response tokens. What lies elsewhere does not matter, NaN included.
+
+    Returns:
+        [B] float; 0 for a row without tokens, which is also the drift of a prompt without a previous response.
+    """
+    difference = (current_logp - sampled_logp).abs().masked_fill(~mask, 0.0)
+    return difference.sum(1) / mask.sum(1).clamp(min=1)
+
+
+class PreviousResponse(NamedTuple):
+    """What drift is measured on: a prompt's last response.
+
+    token_ids: [R] int32 (half the memory; widen with .long() before use).
+    logp: [R] float32, when each token was sampled.
+    """
+
+    token_ids: Tensor
+    logp: Tensor
+
+
+class ValueTracker:
+    """Beta(a, b) of every prompt, by content hash: rows may be added, removed or reordered between runs.
+
+    A reward never leaks into its own baseline: read `values` for a batch, then `update` with its rewards.
+
+        baseline = tracker.values(keys)
+        advantage = algorithm.advantages(reward, baseline)
+        tracker.update(keys, reward, tracker.rho(drift))
+
+    A prompt that was never seen has a = b = N0 / 2, v = 0.5, N0 = 1 / (1 - rho_min). a and b are float64. With several
+    ranks, each holds the whole tracker and updates it with the batch of all ranks, so that all stay equal.
+    """
+
+    def __init__(self, config: TrackerConfig) -> None:
+        self.config = config
+        self.n0 = 1 / (1 - config.rho_min)
+        self._beta: dict[str, tuple[float, float]] = {}
+        self._responses: dict[str, PreviousResponse] = {}
+        self._recent_kl: deque[float] = deque(maxlen=KL_WINDOW)
+
+    @property
+    def wants_responses(self) -> bool:
+        """Whether rho needs each prompt's previous response rescored (`remember`, `previous`)."""
+        return self.config.preset == "default" and self.config.drift == "prompt"
+
+    def values(self, keys: Sequence[str]) -> Tensor:
+        """[B] float32 on the CPU, the baseline of each prompt as of its visits so far."""
+        return torch.tensor([beta_value(*self._state(key)) for key in keys], dtype=torch.float32)
+
+    def initialise(self, keys: Sequence[str], rewards: Tensor) -> None:
+        """Sets prompts from rollouts made before training; what was known of them is replaced.
+
+        Default: `smoothed_start`. Reference: a = N0 * mean, b = N0 * (1 - mean), exactly 0 or 1 after one rollout.
+
+        Args:
+            keys: [B], a key once per rollout of it, in any order; all its rollouts in the one call.
+            rewards: [B] in [0, 1].
+
+        Raises:
+            UserError: a reward is not in [0, 1]; nothing is changed.
+        """
+        rewards_of: dict[str, list[float]] = {}
+        for key, reward in zip(keys, _checked_rewards(keys, rewards)):
+            rewards_of.setdefault(key, []).append(reward)
+        for key, known in rewards_of.items():
+            self._beta[key] = self._start(sum(known), len(known))
+
+    def update(self, keys: Sequence[str], rewards: Tensor, rho: Number) -> None:
+        """Counts one visit per row, in order; a key that occurs twice is updated twice.
+
+        Args:
+            keys: [B].
+            rewards: [B] in [0, 1].
+            rho: from `rho()`: [B], or one number for all.
+
+        Raises:
+            UserError: a reward is not in [0, 1]; nothing is changed.
+        """
+        rewards = _checked_rewards(keys, rewards)
+        rho = torch.as_tensor(rho, dtype=torch.float64).expand(len(keys))
+        if not ((rho > 0) & (rho <= 1)).all():  # NaN log-probs arrive here as a NaN drift
+            raise ValueError(f"rho must be in (0, 1], got {rho.tolist()}")
+        for key, reward, row_rho in zip(keys, rewards, rho.tolist()):
+            self._beta[key] = beta_update(*self._state(key), reward, row_rho)
+
+    def rho(self, drift: Tensor | None = None) -> Tensor:
+        """float64 forgetting factors for `update`.
+
+        Default preset: `rho_from_drift`. Reference: `reference_rho` of the recent KLs' mean, whatever the drift;
+        rho_min before the first KL (a mean of 0).
+
+        Args:
+            drift: [B] from `response_drift` (per prompt), or 0-d (the batch's mean). A prompt on its first visit has no
+                previous response: its drift is 0 and its rho is rho_max. None: no drift is known, 0 for all.
+        """
+        config = self.config
+        if config.preset == "reference":
+            mean = sum(self._recent_kl) / max(len(self._recent_kl), 1)
+            return reference_rho(mean, config.rho_min, config.rho_max)
+        drift = torch.zeros(()) if drift is None else drift
+        return rho_from_drift(drift, config.half_life, config.rho_min, config.rho_max)
+
+    def observe_kl(self, kl: float) -> None:
+        """A batch's mean KL against the frozen reference; the last KL_WINDOW of them make the reference preset's K."""
+        self._recent_kl.append(float(kl))
+
+    def remember(self, keys: Sequence[str], responses: Sequence[PreviousResponse]) -> None:
+        """Keeps each prompt's response for its next visit, in place of the one before. Compact copies on the CPU."""
+        for key, (token_ids, logp) in zip(keys, responses, strict=True):
+            if token_ids.shape != logp.shape or token_ids.dim() != 1:
+                raise ValueError(f"prompt {key}: {tuple(token_ids.shape)} token ids, {tuple(logp.shape)} log-probs")
+            # Copies: a row sliced from a batch would keep the whole batch's storage alive.
+            self._responses[key] = PreviousResponse(
+                token_ids.to("cpu", torch.int32, copy=True), logp.detach().to("cpu", torch.float32, copy=True)
+            )
+
+    def previous(self, key: str) -> PreviousResponse | None:
+        """The response `remember` kept, or None before the prompt's first visit."""
+        return self._responses.get(key)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, exactly, in strings and a few flat tensors: torch.load(..., weights_only=True) reads it back."""
+        responses = list(self._responses.values())
+        return {
+            "preset": self.config.preset,
+            "n0": self.n0,
+            "keys": list(self._beta),
+            "beta": torch.tensor(list(self._beta.values()), dtype=torch.float64).view(-1, 2),
+            "recent_kl": torch.tensor(list(self._recent_kl), dtype=torch.float64),
+            "response_keys": list(self._responses),
+            "response_lengths": torch.tensor([len(response.token_ids) for response in responses], dtype=torch.int64),
+            "response_token_ids": _concatenate([response.token_ids for response in responses], torch.int32),
+            "response_logp": _concatenate([response.logp for response in responses], torch.float32),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Replaces everything by a `state_dict`.
+
+        Raises:
+            UserError: the state was made under another preset or N0, whose values mean something else.
+        """
+        if (state["preset"], state["n0"]) != (self.config.preset, self.n0):
+            raise UserError(
+                f"the checkpoint's value tracker has preset {state['preset']} and N0 {state['n0']:g}, this run has "
+                f"{self.config.preset} and {self.n0:g}; resume with the checkpoint's algorithm.tracker.preset and "
+                "rho_min, or start a new run"
+            )
+        self._beta = {key: (a, b) for key, (a, b) in zip(state["keys"], state["beta"].tolist(), strict=True)}
+        self._recent_kl = deque(state["recent_kl"].tolist(), maxlen=KL_WINDOW)
+        lengths = state["response_lengths"].tolist()
+        token_ids = state["response_token_ids"].split(lengths)
+        logp = state["response_logp"].split(lengths)
+        self._responses = {}
+        self.remember(state["response_keys"], [PreviousResponse(*pair) for pair in zip(token_ids, logp)])
+
+    def _state(self, key: str) -> tuple[float, float]:
+        return self._beta.get(key, (self.n0 / 2, self.n0 / 2))
+
+    def _start(self, successes: float, trials: int) -> tuple[float, float]:
+        if self.config.preset == "reference":
+            mean = successes / trials
+            return self.n0 * mean, self.n0 * (1 - mean)
+        return smoothed_start(successes, trials, self.n0)
+
+
+def _checked_rewards(keys: Sequence[str], rewards: Tensor) -> list[float]:
+    if rewards.shape != (len(keys),):
+        raise ValueError(f"{len(keys)} keys, rewards of shape {tuple(rewards.shape)}")
+    values = rewards.tolist()
+    for key, value in zip(keys, values):
+        if not 0 <= value <= 1:  # also true of NaN
+            raise UserError(f"prompt {key}: reward {value} is not in [0, 1]; rescale what the reward function returns")
+    return values
+
+
+def _concatenate(rows: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat(rows) if rows else torch.empty(0, dtype=dtype)

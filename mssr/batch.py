@@ -1,0 +1,87 @@
+"""What travels through a step: prompts, and one rollout of each."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One problem, tokenised, its images preprocessed (once: rollout, scoring and update all use these tensors).
+
+    key: content hash of the image bytes and the text; what the value tracker is keyed by.
+    row: index of the row in its dataset.
+    problem, answer, solution: text as in the row (solution: a worked response for `mssr sft`, or None).
+    token_ids: [P] int64, each image's pad token repeated once per image token.
+    pixel_values: [patches, channels * temporal * patch * patch] float32, or None without images.
+    image_grid_thw: [images, 3] int64, or None.
+    images: the encoded files' bytes, for records and for engines that preprocess on their own.
+    """
+
+    key: str
+    row: int
+    problem: str
+    answer: str
+    solution: str | None
+    token_ids: Tensor
+    pixel_values: Tensor | None
+    image_grid_thw: Tensor | None
+    images: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutBatch:
+    """One rank's share of a step: B prompts, one response each, R the longest response.
+
+    prompts: B prompts.
+    tokens: [B, R] int64 response tokens, end token included, right-padded.
+    mask: [B, R] bool, True where a token was sampled.
+    logp: [B, R] float32, log-prob of the sampled token when it was sampled, at the sampling temperature; 0 under the padding.
+    truncated: [B] bool, stopped by the token limit instead of an end token.
+    reward, correct: [B] float32 in [0, 1]; correct ignores the format reward.
+    baseline, advantage: [B] float32, from the tracker; None until they are computed.
+    old_logp: [B, R] float32, the denominator of the policy ratio; None: on-policy, ratio 1.
+    ref_logp: [B, R] float32 under the frozen reference; None without a KL term.
+    """
+
+    prompts: tuple[Prompt, ...]
+    tokens: Tensor
+    mask: Tensor
+    logp: Tensor
+    truncated: Tensor
+    reward: Tensor | None = None
+    correct: Tensor | None = None
+    baseline: Tensor | None = None
+    advantage: Tensor | None = None
+    old_logp: Tensor | None = None
+    ref_logp: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[B] int64, sampled tokens of each response."""
+        return self.mask.sum(1)
+
+    @property
+    def keys(self) -> list[str]:
+        return [prompt.key for prompt in self.prompts]
+
+    def rows(self, start: int, end: int) -> "RolloutBatch":
+        """Rows start..end-1 as a batch of their own."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return RolloutBatch(**{name: None if value is None else value[start:end] for name, value in parts.items()})
+
+    def response(self, row: int) -> Tensor:
+        """[R_row] int64, the row's tokens without padding."""
+        return self.tokens[row, : int(self.mask[row].sum())]
+
+
+def pad_rows(rows: list[Tensor], length: int, fill: float = 0) -> Tensor:
+    """[B, length] from B one-dimensional tensors of at most that length, right-padded with `fill`."""
+    padded = rows[0].new_full((len(rows), length), fill) if rows else torch.empty(0, length)
+    for row, values in enumerate(rows):
+        padded[row, : len(values)] = values
+    return padded

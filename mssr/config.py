@@ -1,0 +1,260 @@
+"""The run's configuration: nested, typed, validated before anything loads.
+
+A run is one YAML file (see `configs/`) plus `key=value` overrides on the command line:
+
+    mssr train configs/tiny.yaml train.lr=1e-4 algorithm.name=mvsr
+
+An unknown key is refused with the nearest known one.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mssr.errors import UserError
+
+DEFAULT_INSTRUCTION = (
+    "Think step by step inside <think></think> tags, then give the final answer in \\boxed{}."
+)
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    path: str = Field(description="Hugging Face directory or hub name of the policy to start from")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 with fp32 master weights on a GPU, float32 on a CPU"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+
+
+class DataConfig(Section):
+    train: str = Field(description="parquet or JSON lines file, directory, or hub name (name:split for a split)")
+    val: str | None = Field(None, description="held-out problems in the same format")
+    instruction: str = Field(DEFAULT_INSTRUCTION, description="text that follows the problem in every prompt")
+    max_prompt_tokens: int = Field(2048, gt=0, description="longest prompt, image tokens included")
+    min_pixels: int = Field(262_144, gt=0, description="smaller images are scaled up to this many pixels")
+    max_pixels: int = Field(4_194_304, gt=0, description="larger images are scaled down to this many pixels")
+    on_bad_row: Literal["fail", "skip"] = Field("fail", description="what an unusable row does to the run")
+
+    @model_validator(mode="after")
+    def _pixels_ordered(self):
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
+        return self
+
+
+class RewardConfig(Section):
+    format_weight: float = Field(0.0, ge=0, le=1, description="reward = (1 - w) * correct + w * well-formed")
+    timeout_s: float = Field(5.0, gt=0, description="seconds a symbolic comparison may take before it is killed")
+
+
+class TrackerConfig(Section):
+    """The value tracker, METHOD "Value tracker"."""
+
+    preset: Literal["default", "reference"] = Field(
+        "default", description="default: per-prompt drift, smoothed start; reference: the authors' rules"
+    )
+    n_init: int = Field(1, ge=0, description="rollouts of every prompt before training; 0 starts each at v = 0.5")
+    rho_min: float = Field(0.875, gt=0, lt=1, description="strongest forgetting; N0 = 1 / (1 - rho_min)")
+    rho_max: float = Field(0.96, gt=0, lt=1, description="weakest forgetting")
+    half_life: float = Field(0.06, gt=0, description="drift (nats a token) that halves the memory")
+    drift: Literal["prompt", "batch"] = Field(
+        "prompt", description="prompt: rescore each prompt's previous response; batch: last step's mean, no extra pass"
+    )
+
+    @model_validator(mode="after")
+    def _rho_ordered(self):
+        if self.rho_min > self.rho_max:
+            raise ValueError(f"rho_min {self.rho_min} is larger than rho_max {self.rho_max}")
+        return self
+
+
+class AlgorithmConfig(Section):
+    name: Literal["mssr", "mvsr"] = Field("mssr", description="mvsr is mssr without entropy shaping")
+    tracker: TrackerConfig = TrackerConfig()
+    entropy_alpha: float = Field(0.4, ge=0, description="shaping strength (arXiv 2506.14758)")
+    entropy_kappa: float = Field(2.0, gt=0, description="shaping is at most |A| / kappa")
+    entropy_source: Literal["exact", "sampled_token"] = Field(
+        "exact", description="exact: full-vocabulary entropy; sampled_token: the authors' -p log p proxy"
+    )
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.3, gt=0)
+    dual_clip: float | None = Field(3.0, gt=1, description="bound of the ratio for negative advantages; null: off")
+    kl_coef: float = Field(0.01, ge=0, description="weight of k3(current || frozen reference); 0 loads no reference")
+    entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus in the loss")
+    old_logp: Literal["rollout", "recompute"] = Field(
+        "rollout", description="rollout: the sampler's own log-probs, no extra pass; recompute: a trainer pass, with TIS"
+    )
+    tis_cap: float | None = Field(2.0, gt=0, description="cap of the truncated importance weight; null: no correction")
+
+
+class RolloutConfig(Section):
+    prompts_per_step: int = Field(2048, gt=0, description="prompts of one step over all ranks, one response each")
+    max_response_tokens: int = Field(4096, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    batch_size: int = Field(64, gt=0, description="responses the hf engine generates at once on a rank")
+    max_gap: float = Field(0.5, gt=0, description="stop when the mean |log-prob gap| rollout/trainer exceeds this (nats)")
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-6, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0)
+    grad_clip: float = Field(0.5, gt=0, description="largest global gradient norm")
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_updates: int = Field(0, ge=0, description="updates of linear warm-up; 0: the full rate from the first one")
+
+
+class TrainConfig(Section):
+    steps: int = Field(150, gt=0, description="rollout steps")
+    responses_per_update: int = Field(128, gt=0, description="responses of one optimiser step over all ranks")
+    micro_batch_tokens: int = Field(16_384, gt=0, description="packed tokens (prompt + response) of a micro-batch")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    zero_stage: Literal[0, 1, 2] = 2
+    checkpoint_every: int = Field(10, gt=0, description="steps between checkpoints; the last step always saves")
+    keep_checkpoints: int = Field(2, gt=0)
+
+
+class SftConfig(Section):
+    data: str | None = Field(None, description="rows with a `solution` to imitate; null: data.train")
+    steps: int = Field(200, gt=0, description="optimiser steps at most")
+    eval_every: int = Field(50, gt=0, description="steps between validations")
+    stop_at_accuracy: float | None = Field(
+        None, gt=0, le=1, description="end at the first validation this good: a start that leaves RL something to learn"
+    )
+    batch_size: int = Field(64, gt=0, description="responses of one optimiser step over all ranks")
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, grad_clip=1.0, schedule="cosine")
+
+
+class EvalConfig(Section):
+    every: int = Field(5, gt=0, description="steps between validations during training")
+    temperature: float = Field(0.0, ge=0, description="0: greedy")
+    max_problems: int | None = Field(None, gt=0, description="first N held-out problems; null: all")
+
+
+class LogConfig(Section):
+    tensorboard: bool = True
+    rollouts_every: int = Field(10, gt=0, description="steps between saved samples of rollouts")
+    rollouts_saved: int = Field(8, ge=0, description="rollouts in a sample, with their images")
+
+
+class Config(Section):
+    run_dir: Path = Field(description="everything the run leaves is in here")
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    train: TrainConfig = TrainConfig()
+    sft: SftConfig = SftConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _settings_go_together(self):
+        prompts, responses = self.rollout.prompts_per_step, self.train.responses_per_update
+        if prompts % responses:
+            raise ValueError(
+                f"rollout.prompts_per_step {prompts} is not a multiple of train.responses_per_update {responses}"
+            )
+        if self.algorithm.tracker.preset == "reference" and not self.algorithm.kl_coef:
+            raise ValueError("algorithm.tracker.preset reference goes by the KL to the reference: set algorithm.kl_coef > 0")
+        return self
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.rollout.prompts_per_step // self.train.responses_per_update
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Reads a YAML file, applies `key=value` overrides, validates.
+
+    Raises:
+        UserError: file missing or not YAML, unknown key (names the nearest), value of the wrong type or range.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable config file: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines at the top level, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return validate_config(values, source=str(path))
+
+
+def validate_config(values: dict[str, Any], source: str = "config") -> Config:
+    """`load_config` for a dict that is already in memory."""
+    _refuse_unknown_keys(values, Config, prefix="", source=source)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{source}: {key + ': ' if key else ''}{message}{given}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected key=value, for example train.steps=10")
+    *sections, last = key.split(".")
+    for section in sections:
+        if values.get(section) is None:  # missing, or a section without keys in the file
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise UserError(f"override {override!r}: {section} holds a value, not a section")
+    try:
+        values[last] = _scalar(text)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or error
+        raise UserError(f"override {override!r}: the value is not valid YAML: {reason}; quote it") from None
+
+
+def _scalar(text: str) -> Any:
+    value = yaml.safe_load(text) if text else ""
+    if isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _refuse_unknown_keys(values: dict[str, Any], section: type[BaseModel], prefix: str, source: str) -> None:
+    for key, value in values.items():
+        field = section.model_fields.get(key)
+        if field is None:
+            known = _all_keys(Config)
+            near = difflib.get_close_matches(prefix + str(key), known, n=1, cutoff=0.0)
+            raise UserError(f"{source}: unknown key {prefix}{key}; did you mean {near[0]}?")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and isinstance(value, dict):
+            _refuse_unknown_keys(value, field.annotation, f"{prefix}{key}.", source)
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
