@@ -1,0 +1,1 @@
+"""Data: rows of any source, rows to prompts, prompts to steps."""

@@ -1,0 +1,169 @@
+"""Where rows come from: parquet or JSON lines files, directories of them, or the Hugging Face hub.
+
+Whatever the source, a row is a dict of the EasyR1 columns `images`, `problem`, `answer`, `solution`.
+"""
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from mssr.errors import UserError
+
+COLUMNS = ("images", "problem", "answer", "solution")
+REQUIRED = ("problem", "answer")
+ALIASES = {"image": "images", "question": "problem"}  # MMK12
+SUFFIXES = (".parquet", ".jsonl", ".json")  # a directory's rows are in its files of the first of these that it has
+SPLITS = ("train", "val", "test")  # how the files of a split are called; "val" also finds validation.parquet
+
+Row = dict[str, Any]
+
+
+class Table(Sequence[Row]):
+    """Rows of an Arrow table or a `datasets.Dataset` in Arrow format: one at a time, images left encoded."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Row:
+        rows = self.table.slice(index, 1) if isinstance(self.table, pyarrow.Table) else self.table[index : index + 1]
+        return rows.to_pylist()[0]
+
+
+class Rows(Sequence[Row]):
+    """The rows of several files as one sequence, columns under our names, image paths made absolute."""
+
+    def __init__(self, parts: list[tuple[Path | None, Sequence[Row]]]) -> None:
+        self.parts = parts  # (folder that relative image paths start from, rows)
+        self._ends = list(accumulate(len(rows) for _, rows in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Row:
+        part = bisect_right(self._ends, index)
+        folder, rows = self.parts[part]
+        row = _renamed(rows[index - (self._ends[part - 1] if part else 0)])
+        images = row.get("images")
+        if folder is not None and images is not None:
+            row["images"] = [_absolute(image, folder) for image in (images if isinstance(images, list) else [images])]
+        return row
+
+
+def open_rows(path: str) -> Rows:
+    """The rows of a file, a directory, or a hub name; `directory:split` or `name:split` selects a split.
+
+    Raises:
+        UserError: nothing there, not readable, or a required column is missing.
+    """
+    place, split = Path(path).expanduser(), None
+    if not place.exists() and ":" in path:
+        name, _, split = path.rpartition(":")
+        place = Path(name).expanduser()
+    if place.is_dir():
+        return Rows([(file.parent, _read_file(file)) for file in _files(place, split)])
+    if place.is_file():
+        return Rows([(place.parent, _read_file(place))])
+    if path.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or str(place).count("/") > 1:
+        raise UserError(f"{path}: no such file or directory; give a .parquet or .jsonl file, or a hub name")
+    return Rows([(None, _read_hub(str(place), split or "train", path))])
+
+
+def _files(folder: Path, split: str | None) -> list[Path]:
+    for suffix in SUFFIXES:
+        files = sorted(file for file in folder.rglob(f"*{suffix}") if split is None or file.name.startswith(split))
+        if not files:
+            continue
+        found = {name for name in SPLITS for file in files if file.name.startswith(name)}
+        if len(found) > 1:  # training on the test split must not be one slip away
+            splits = ", ".join(sorted(found))
+            raise UserError(f"{folder}: holds several splits ({splits}); name one, for example {folder}:train")
+        return files
+    wanted = f"file whose name starts with {split!r}" if split else "file"
+    raise UserError(f"{folder}: no .parquet, .jsonl or .json {wanted} in this directory")
+
+
+def _read_file(file: Path) -> Sequence[Row]:
+    if file.suffix == ".parquet":
+        try:
+            names = pyarrow.parquet.read_schema(file).names
+            _require_columns(names, str(file))
+            return Table(pyarrow.parquet.read_table(file, columns=_wanted(names)))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file}: not a readable parquet file: {_first_line(error)}") from None
+    rows = _read_json(file)
+    _require_columns(sorted({name for row in rows for name in row}) if rows else REQUIRED, str(file))
+    return rows
+
+
+def _read_json(file: Path) -> list[Row]:
+    """A JSON array of rows, or one row a line."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable as UTF-8 text: {_first_line(error)}") from None
+    whole = text.lstrip().startswith("[")
+    rows = []
+    for number, line in enumerate([text] if whole else text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            parsed = json.loads(line)
+        except json.JSONDecodeError as error:
+            place = f"line {error.lineno if whole else number}, column {error.colno}"
+            raise UserError(f"{file}, {place}: not valid JSON: {error.msg}") from None
+        rows += parsed if whole else [parsed]
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise UserError(f"{file}, row {number}: a {type(row).__name__}; each row must be an object of columns")
+    return rows
+
+
+def _read_hub(name: str, split: str, path: str) -> Sequence[Row]:
+    import datasets  # slow to import, and only the hub needs it
+
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except Exception as error:  # network, authentication, unknown name or split: the library has a type for each
+        raise UserError(f"{path}: neither a local file nor a hub dataset: {_first_line(error)}") from None
+    _require_columns(dataset.column_names, path)
+    return Table(dataset.select_columns(_wanted(dataset.column_names)).with_format("arrow"))
+
+
+def _require_columns(names: Sequence[str], source: str) -> None:
+    known = {ALIASES.get(name, name) for name in names}
+    missing = [column for column in REQUIRED if column not in known]
+    if missing:
+        raise UserError(
+            f"{source}: no column `{missing[0]}` (found: {', '.join(names)}); "
+            "rows need `problem` and `answer`, and `images` where there are any"
+        )
+
+
+def _wanted(names: Sequence[str]) -> list[str]:
+    return [name for name in names if name in COLUMNS or (name in ALIASES and ALIASES[name] not in names)]
+
+
+def _renamed(row: Row) -> Row:
+    renamed = {ALIASES[name]: value for name, value in row.items() if name in ALIASES}
+    return renamed | {name: value for name, value in row.items() if name in COLUMNS}
+
+
+def _absolute(image: Any, folder: Path) -> Any:
+    if isinstance(image, str):
+        return str(folder / image)
+    if isinstance(image, dict) and isinstance(image.get("path"), str) and image.get("bytes") is None:
+        return image | {"path": str(folder / image["path"])}
+    return image
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,244 @@
+"""One dataset row to one prompt: text by the chat template, images by the model's own processor."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from mssr.batch import Prompt
+from mssr.config import DataConfig
+from mssr.data.images import decode_image, image_bytes
+from mssr.errors import BadRow, UserError
+
+IMAGE_MARKER = "<image>"  # where the problem's text puts an image (EasyR1 rows)
+IMAGE_TOKEN = "<|image_pad|>"  # what Qwen tokenizers call it that do not say so themselves
+
+
+def load_processors(path: str | Path) -> tuple[PreTrainedTokenizerBase, BaseImageProcessor | None]:
+    """Tokenizer and image processor of a model directory or hub name; None for the latter in a text-only model.
+
+    The image processor is the PIL one: no torchvision, and the same pixels on every machine.
+
+    Raises:
+        UserError: no tokenizer there.
+    """
+    if str(path).startswith(("/", ".", "~")) and not Path(path).exists():
+        raise UserError(f"model.path {path}: no such directory")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0]
+        raise UserError(f"model.path {path}: no tokenizer can be loaded from it: {first}") from None
+    files = ("preprocessor_config.json", "processor_config.json")
+    if not any(cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in files):
+        return tokenizer, None
+    return tokenizer, AutoImageProcessor.from_pretrained(path, backend="pil")
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A row that has been read and checked, its images not yet preprocessed.
+
+    images: the encoded files. pictures: the same, decoded.
+    """
+
+    key: str
+    row: int
+    text: str
+    answer: str
+    solution: str | None
+    images: tuple[bytes, ...]
+    pictures: tuple[Image.Image, ...]
+
+
+class _Unusable(Exception):
+    """Why a row cannot be used; becomes a BadRow where the row's place is known."""
+
+
+class PromptEncoder:
+    """Rows to prompts. `read` and `check` are the cheap half, which a dataset runs on every row when it is loaded."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor | None, config: DataConfig
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.config = config
+        self.image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
+        token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.image_token_id = None if token_id == tokenizer.unk_token_id else token_id  # None: a text-only vocabulary
+        self._size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
+
+    def encode(self, row: dict[str, Any], index: int, source: str) -> Prompt:
+        """The prompt of row `index` of `source`.
+
+        Raises:
+            BadRow: it cannot be used; says why and what to do.
+        """
+        problem = self.read(row, index, source)
+        try:
+            pixel_values, grid, tokens = self._preprocess(problem.pictures)
+            return Prompt(
+                key=problem.key,
+                row=index,
+                problem=problem.text,
+                answer=problem.answer,
+                solution=problem.solution,
+                token_ids=torch.tensor(self._tokenize(problem.text, tokens)),
+                pixel_values=pixel_values,
+                image_grid_thw=grid,
+                images=problem.images,
+            )
+        except _Unusable as reason:
+            raise BadRow(index, source, str(reason)) from None
+
+    def read(self, row: dict[str, Any], index: int, source: str) -> Problem:
+        """Columns checked, images decoded. Safe to call from several threads.
+
+        Raises:
+            BadRow: as `encode`.
+        """
+        try:
+            text = self._text(row, "problem")
+            answer = self._text(row, "answer")
+            solution = None if _missing(row.get("solution")) else self._text(row, "solution")
+            given = row.get("images") or []
+            given = given if isinstance(given, list) else [given]
+            markers = text.count(IMAGE_MARKER)
+            if markers and markers != len(given):
+                raise _Unusable(
+                    f"image token mismatch: {markers} {IMAGE_MARKER} in `problem` but {len(given)} in `images`; "
+                    "make them equal, or drop the markers to put all images first"
+                )
+            if given and self.image_processor is None:
+                raise _Unusable("has images, but model.path is a text-only model; use a vision-language model")
+            images, pictures = _load_images(given)
+        except _Unusable as reason:
+            raise BadRow(index, source, str(reason)) from None
+        return Problem(_content_key(images, text), index, text, answer, solution, images, pictures)
+
+    def check(self, problem: Problem, source: str) -> None:
+        """What `encode` would refuse in a row that could be read, without preprocessing its images.
+
+        Raises:
+            BadRow: as `encode`.
+        """
+        try:
+            self._tokenize(problem.text, [self._count_tokens(picture) for picture in problem.pictures])
+        except _Unusable as reason:
+            raise BadRow(problem.row, source, str(reason)) from None
+
+    def _text(self, row: dict[str, Any], column: str) -> str:
+        value = row.get(column)
+        if _missing(value):
+            raise _Unusable(f"`{column}` is missing or empty; fill it in or remove the row")
+        if not isinstance(value, str | int | float):
+            raise _Unusable(f"`{column}` is a {type(value).__name__}; it must be text or a number")
+        text = str(value)
+        for token in self._special_tokens:
+            if token in text:
+                raise _Unusable(f"`{column}` contains the special token {token}; remove it (images are marked <image>)")
+        return text
+
+    @cached_property
+    def _special_tokens(self) -> list[str]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return sorted({str(token) for token in added if token.special} | {self.image_token})
+
+    def _count_tokens(self, picture: Image.Image) -> int:
+        """Image tokens of a picture, from its size alone."""
+        limits = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
+        try:
+            patches = self.image_processor.get_number_of_image_patches(picture.height, picture.width, limits)
+        except ValueError as error:  # an aspect ratio the model was not made for
+            raise _Unusable(f"an image of {picture.width} x {picture.height} pixels is unusable: {error}") from None
+        return patches // self.image_processor.merge_size**2
+
+    def _preprocess(self, pictures: tuple[Image.Image, ...]) -> tuple[Tensor | None, Tensor | None, list[int]]:
+        """pixel_values [patches, values of a patch], grid [images, 3], and each image's number of tokens."""
+        if not pictures:
+            return None, None, []
+        for picture in pictures:
+            self._count_tokens(picture)  # refuses impossible shapes
+        features = self.image_processor(list(pictures), size=self._size, return_tensors="pt")
+        grid = features["image_grid_thw"]
+        return features["pixel_values"], grid, (grid.prod(1) // self.image_processor.merge_size**2).tolist()
+
+    def _tokenize(self, text: str, image_tokens: list[int]) -> list[int]:
+        """The prompt's tokens, from the problem's text and each image's number of tokens."""
+        rendered = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": self._content(text, len(image_tokens))}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        pads = ids.count(self.image_token_id)
+        if pads != len(image_tokens):
+            raise _Unusable(
+                f"image token mismatch: the chat template of model.path made {pads} {self.image_token} "
+                f"for {len(image_tokens)} images; use the template of a vision-language model"
+            )
+        counts = iter(image_tokens)
+        # Plain lists: on these sizes torch's parallel repeat_interleave costs milliseconds beside busy cores.
+        expanded = [copy for token in ids for copy in [token] * (next(counts) if token == self.image_token_id else 1)]
+        limit = self.config.max_prompt_tokens
+        if len(expanded) > limit:
+            raise _Unusable(
+                f"prompt too long: {len(expanded)} tokens ({sum(image_tokens)} of images) > data.max_prompt_tokens "
+                f"{limit}; raise it, or lower data.max_pixels"
+            )
+        return expanded
+
+    def _content(self, text: str, images: int) -> str | list[dict[str, str]]:
+        """The user message: images where the markers are (else first), the text, then the instruction."""
+        if IMAGE_MARKER not in text:
+            text = IMAGE_MARKER * images + text
+        parts = text.split(IMAGE_MARKER)
+        if self.config.instruction:
+            parts[-1] += "\n" + self.config.instruction
+        if self.image_processor is None:
+            return parts[0]  # templates of text-only models take nothing but a string
+        content = []
+        for number, part in enumerate(parts):
+            content += [{"type": "image"}] if number else []
+            content += [{"type": "text", "text": part}] if part else []
+        return content
+
+
+def _missing(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isnan(value)  # how pandas writes an empty cell of numbers
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def _load_images(given: list[Any]) -> tuple[tuple[bytes, ...], tuple[Image.Image, ...]]:
+    images, pictures = [], []
+    for number, image in enumerate(given, start=1):
+        name = f"image {number} of {len(given)}"
+        path = image.get("path") if isinstance(image, dict) else image
+        if isinstance(path, str | Path):
+            name += f" ({path})"
+        try:
+            images.append(image_bytes(image))
+            pictures.append(decode_image(images[-1]))
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise _Unusable(f"{name} is unreadable: {why}; replace the file or remove the row") from None
+    return tuple(images), tuple(pictures)
+
+
+def _content_key(images: tuple[bytes, ...], text: str) -> str:
+    """sha256 over images and text, each with its length in front, so that no two problems share the bytes."""
+    digest = hashlib.sha256()
+    for part in (*images, text.encode()):
+        digest.update(len(part).to_bytes(8, "big"))
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Generated problem sets, written in the format of the real ones."""

@@ -1,0 +1,1 @@
+"""Rewards: answer extraction, the symbolic check in a killable process, the format reward."""

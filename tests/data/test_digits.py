@@ -1,0 +1,103 @@
+"""The demo's problems: real digits, right answers, no leak between splits or seeds."""
+
+import io
+import re
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from mssr.data.tasks.digits import split_scans, write_digits
+from mssr.errors import UserError
+from mssr.rewards.extract import last_boxed, well_formed
+
+SIZES = {"train": 120, "val": 40, "test": 40}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"), seed=0, **SIZES)
+
+
+def rows_of(file):
+    return pyarrow.parquet.read_table(file).to_pylist()
+
+
+def scans_of(row):
+    left, right = re.fullmatch(r"(\d{4})_(\d{4})\.png", row["images"][0]["path"]).groups()
+    return int(left), int(right)
+
+
+def test_sizes_and_images(written):
+    for split, count in SIZES.items():
+        rows = rows_of(written[split])
+        assert len(rows) == count
+        assert len({(scans_of(row), row["problem"]) for row in rows}) == count
+        for row in rows:
+            image = Image.open(io.BytesIO(row["images"][0]["bytes"]))
+            assert (image.size, image.mode, image.format) == ((112, 56), "RGB", "PNG")
+
+
+def test_images_show_the_scans_and_answers_are_theirs(written):
+    digits = load_digits()
+    seen = set()
+    for row in rows_of(written["train"]):
+        left, right = scans_of(row)
+        a, b = int(digits.target[left]), int(digits.target[right])
+        question = row["problem"].removeprefix("<image>").lower()
+        if "sum" in question or "add" in question:
+            answer = a + b
+        elif "difference" in question or "subtract" in question:
+            answer = max(a, b) - min(a, b)
+        else:
+            assert "larger" in question
+            answer = max(a, b)
+        seen.add(question)
+        assert row["answer"] == str(answer) == last_boxed(row["solution"])
+        assert row["solution"] == f"<think>{a} {b}</think>\\boxed{{{answer}}}" and well_formed(row["solution"])
+        pixels = np.asarray(Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("L"), dtype=float)
+        for half, scan in ((pixels[:, :56], left), (pixels[:, 56:], right)):
+            small = half.reshape(8, 7, 8, 7).mean((1, 3))
+            assert np.corrcoef(small.ravel(), digits.images[scan].ravel())[0, 1] > 0.95
+    assert len(seen) == 6
+
+
+def test_splits_share_no_scan_whatever_the_seed(written, tmp_path):
+    other = write_digits(tmp_path, seed=1, **SIZES)
+    used = {
+        split: {scan for files in (written, other) for row in rows_of(files[split]) for scan in scans_of(row)}
+        for split in SIZES
+    }
+    assert not used["train"] & used["val"] and not used["train"] & used["test"] and not used["val"] & used["test"]
+
+
+def test_scan_splits_are_stratified_and_whole():
+    labels = load_digits().target
+    splits = split_scans(labels)
+    assert sorted(sum(splits.values(), [])) == list(range(len(labels)))
+    for digit in range(10):
+        counts = {split: int((labels[scans] == digit).sum()) for split, scans in splits.items()}
+        assert abs(counts["train"] / sum(counts.values()) - 0.6) < 0.01
+        assert abs(counts["val"] - counts["test"]) <= 2
+
+
+def test_same_seed_same_bytes(written, tmp_path):
+    again = write_digits(tmp_path / "again", seed=0, **SIZES)
+    other = write_digits(tmp_path / "other", seed=1, **SIZES)
+    for split in SIZES:
+        assert again[split].read_bytes() == written[split].read_bytes() != other[split].read_bytes()
+
+
+def test_both_formats_hold_the_same_problems(written, tmp_path, make_dataset):
+    lines = write_digits(tmp_path, seed=0, format="jsonl", **SIZES)
+    for split in SIZES:
+        ours, theirs = make_dataset(written[split]), make_dataset(lines[split])
+        assert ours.fingerprint == theirs.fingerprint
+    assert ours[0].image_grid_thw.tolist() == [[1, 4, 8]]
+
+
+def test_more_problems_than_scans_give(tmp_path):
+    with pytest.raises(UserError, match=r"^digits: val=1000000 is more than the \d+ problems its scans give$"):
+        write_digits(tmp_path, train=1, val=1_000_000)
