@@ -1,0 +1,110 @@
+"""`metrics.jsonl`, the record of a run, which a resumed run continues; the same scalars for TensorBoard."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+from mssr.errors import UserError
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Appends one JSON object a line: `step`, `time` (unix), then `group/name` floats.
+
+    run_dir: where `metrics.jsonl` and, if asked for, `tensorboard/` are.
+    resume_at: `position` as the checkpoint saved it; later lines (whole or torn) are dropped. None: a new run.
+
+    Raises:
+        UserError: a new run over an old one's metrics, or a file that does not reach back to `resume_at`.
+    """
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool, resume_at: int | None = None) -> None:
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = run_dir / FILE_NAME
+        if resume_at is None:
+            self._refuse_old_metrics()
+        else:
+            self._cut(resume_at)
+        self._file = self.path.open("ab")
+        self._board = self._open_board(run_dir) if tensorboard else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds a line and flushes it: kill -9 can tear at most the line being written."""
+        values = {key: float(value) for key, value in values.items()}
+        record = {"step": step, "time": round(time.time(), 3)}
+        record |= {key: finite_or_none(value) for key, value in values.items()}
+        try:
+            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write metrics: {error.strerror}") from error
+        if self._board is not None:
+            for key, value in values.items():
+                self._board.add_scalar(key, value, step)
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far, on disk: a checkpoint must never point beyond what survives a power cut."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _refuse_old_metrics(self) -> None:
+        if self.path.exists() and self.path.stat().st_size:
+            raise UserError(f"{self.path} holds a run's metrics: continue it with --resume, or set another run_dir")
+
+    def _cut(self, size: int) -> None:
+        content = self.path.read_bytes() if self.path.exists() else b""
+        if size > len(content):
+            raise UserError(
+                f"{self.path} has {len(content)} bytes, the checkpoint was saved at {size}: "
+                "restore the file, or start in another run_dir"
+            )
+        if size and content[size - 1 : size] != b"\n":
+            raise UserError(
+                f"{self.path} was edited: the checkpoint's position {size} is inside a line; "
+                "restore the file, or start in another run_dir"
+            )
+        with self.path.open("ab") as file:
+            file.truncate(size)
+
+    def _open_board(self, run_dir: Path):
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports that most readers of metrics do without
+
+        kept = read_metrics(self.path)
+        return SummaryWriter(run_dir / "tensorboard", purge_step=kept[-1]["step"] + 1 if kept else 0)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`, null as NaN. A last line torn by a kill is left out.
+
+    Raises:
+        UserError: no such file, or a line before the last that is not JSON.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such metrics file") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}, line {number}: not JSON") from None
+        records.append({key: math.nan if value is None else value for key, value in record.items()})
+    return records
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity: null stands for them."""
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,183 @@
+"""A run's curves, or several runs' over each other, as one PNG."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure  # never pyplot: it keeps every figure and picks a backend for the whole process
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullFormatter
+
+from mssr.errors import UserError
+from mssr.observe.metrics import read_metrics
+
+COLOURS = ("#2f6db5", "#e07b39", "#3a9e6f", "#b5479b", "#c9a227", "#5c5f66", "#3fb3c4", "#d1495b")
+INK = "#33363b"
+
+Points = tuple[list[int], list[float]]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric in a panel. style: `line`, `smooth` (raw values faint behind) or `markers` (measured now and then)."""
+
+    key: str
+    label: str
+    style: str = "line"
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    y_label: str
+    series: tuple[Series, ...]
+    log: bool = False
+    slots: int = 1  # width, in cells of the grid
+
+
+REWARD = Series("train/reward", "training reward", "smooth")
+PANELS = (
+    Panel("Accuracy", "share of problems", (REWARD, Series("val/accuracy", "validation accuracy", "markers")), slots=2),
+    Panel(
+        "Policy entropy",
+        "nats / token",
+        (Series("policy/entropy", "exact"), Series("policy/entropy_proxy", "sampled-token proxy")),
+    ),
+    Panel("Response length", "tokens", (Series("rollout/response_tokens", "mean", "smooth"),)),
+    Panel("Clip fraction", "share of tokens", (Series("policy/clip_fraction", "clipped", "smooth"),)),
+    Panel("Gradient norm", "global L2 norm before clipping", (Series("train/grad_norm", "norm", "smooth"),)),
+    Panel(
+        "Rollout / trainer gap",
+        "mean |Δ log-prob| (nats)",
+        (Series("rollout/logp_gap_mean", "gap", "smooth"),),
+        log=True,
+    ),
+    Panel("Value tracker", "share of problems", (REWARD, Series("tracker/value_mean", "tracker's mean value"))),
+    Panel("Supervised loss", "nats / token", (Series("sft/loss", "loss", "smooth"),)),
+)
+
+
+def plot_curves(runs: dict[str, Path], out: Path) -> Path:
+    """Draws the curves of `runs` (label -> its metrics.jsonl) into the PNG `out`. A panel without data is left out.
+
+    One run: a colour a metric. Several: a colour a run, and metrics that share a panel differ by their line.
+
+    Raises:
+        UserError: a metrics file that is missing or has nothing to plot.
+    """
+    curves = {label: _read_curves(path) for label, path in runs.items()}
+    panels = [panel for panel in PANELS if any(s.key in run for s in panel.series for run in curves.values())]
+    figure = Figure(layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    for panel, cell in zip(panels, _cells(figure, panels), strict=True):
+        _draw_panel(figure.add_subplot(cell), panel, curves)
+    if len(curves) > 1:
+        handles = [Line2D([], [], color=_colour(index), lw=2.5) for index in range(len(curves))]
+        figure.legend(handles, list(curves), loc="outside upper center", ncols=min(len(curves), 6), frameon=False)
+    else:
+        figure.suptitle(next(iter(curves)), color=INK, fontsize=13)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=150)
+    return out
+
+
+def _read_curves(path: Path) -> dict[str, Points]:
+    """Steps and finite values of every metric the panels know."""
+    known = {series.key for panel in PANELS for series in panel.series}
+    curves: dict[str, Points] = {}
+    for record in read_metrics(path):
+        for key in known & record.keys():
+            if math.isfinite(record[key]):
+                steps, values = curves.setdefault(key, ([], []))
+                steps.append(record["step"])
+                values.append(record[key])
+    if not curves:
+        raise UserError(f"{path}: nothing to plot: no step has been recorded yet")
+    return curves
+
+
+def _cells(figure: Figure, panels: list[Panel]):
+    """Two rows (one for up to three cells), filled from the left; yields each panel's place in the grid."""
+    slots = sum(panel.slots for panel in panels)
+    rows = 1 if slots <= 3 else 2
+    columns = max(math.ceil(slots / rows), max(panel.slots for panel in panels))
+    figure.set_size_inches(max(3.8 * columns, 5.5), 3.2 * rows + 0.5)
+    grid = figure.add_gridspec(rows, columns)
+    slot = 0
+    for panel in panels:
+        row, column = divmod(slot, columns)
+        yield grid[row, column : column + panel.slots]
+        slot += panel.slots
+
+
+def _draw_panel(axes: Axes, panel: Panel, curves: dict[str, dict[str, Points]]) -> None:
+    drawn = [series for series in panel.series if any(series.key in run for run in curves.values())]
+    several = len(curves) > 1
+    for run_index, run in enumerate(curves.values()):
+        for series_index, series in enumerate(drawn):
+            if series.key in run:
+                colour = _colour(run_index if several else series_index)
+                _draw_series(axes, series, run[series.key], colour, "--" if several and series_index else "-")
+    if panel.log:
+        _whole_decades(axes, [value for line in axes.lines for value in line.get_ydata()])
+    axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel(panel.y_label, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.grid(color="#e3e5e8", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9a9ea5")
+    axes.tick_params(colors=INK, labelsize=9)
+    if len(drawn) > 1:
+        axes.legend(handles=_legend(drawn, several), fontsize=8.5, frameon=False, labelcolor=INK)
+
+
+def _whole_decades(axes: Axes, values: list[float]) -> None:
+    """A log scale from power of ten to power of ten; linear when everything is 0, as an exact gap can be."""
+    positive = [value for value in values if value > 0]
+    if positive:
+        low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+        axes.set_yscale("log", nonpositive="mask")
+        axes.set_ylim(10.0**low, 10.0 ** max(high, low + 1))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _draw_series(axes: Axes, series: Series, points: Points, colour: str, line: str) -> None:
+    steps, values = points
+    marker = "o" if series.style == "markers" or len(steps) < 3 else ""  # a line of one point cannot be seen
+    if series.style == "smooth":
+        axes.plot(steps, values, color=colour, lw=0.9, alpha=0.3)
+        values = _smooth(values)
+    axes.plot(steps, values, color=colour, lw=1.8, ls=line, marker=marker, ms=4)
+
+
+def _legend(drawn: list[Series], several: bool) -> list[Line2D]:
+    return [
+        Line2D(
+            [], [], label=series.label, lw=1.8, ms=4,
+            color="#7b7f86" if several else _colour(index),
+            ls="--" if several and index else "-",
+            marker="o" if series.style == "markers" else "",
+        )
+        for index, series in enumerate(drawn)
+    ]  # fmt: skip
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Exponential mean over about a tenth of the run, without the bias of a zero start."""
+    span = min(max(len(values) / 10, 1.0), 25.0)
+    keep = 1 - 2 / (span + 1)
+    total = weight = 0.0
+    smoothed = []
+    for value in values:
+        total = keep * total + value
+        weight = keep * weight + 1
+        smoothed.append(total / weight)
+    return smoothed

@@ -1,0 +1,208 @@
+"""The live display of a run: a panel in a terminal, a plain line now and then elsewhere."""
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+LINE_EVERY_S = 5.0
+PANEL_WIDTH = 92
+SPARK_WIDTH = 32
+PACE_WINDOW = 50  # steps whose mean pace predicts the time left: long enough to hold a validation and a checkpoint
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One shown metric.
+
+    format: of the value, for `format()`; the unit follows it.
+    trend: in the panel, a row of its own with a sparkline.
+    validation: rarely measured: also shows the best so far, and always gets a plain line.
+    """
+
+    key: str
+    label: str = ""
+    format: str = ".2f"
+    unit: str = ""
+    trend: bool = False
+    validation: bool = False
+
+    def show(self, value: float | None) -> str:
+        return "-" if value is None else format(value, self.format)
+
+
+_VALIDATION = Column("val/accuracy", "val", trend=True, validation=True)
+_PACE = (
+    Column("perf/tokens_per_second", format=".0f", unit="tok/s"),
+    Column("perf/step_seconds", format=".3g", unit="s/step"),
+)
+RL_COLUMNS = (
+    Column("train/reward", "reward", trend=True),
+    _VALIDATION,
+    Column("policy/entropy", "entropy", ".3f"),
+    Column("policy/clip_fraction", "clip", ".3f"),
+    Column("rollout/logp_gap_mean", "gap", ".1e"),
+    *_PACE,
+)
+SFT_COLUMNS = (Column("sft/loss", "loss", ".3f", trend=True), _VALIDATION, *_PACE)
+
+
+class TrainProgress:
+    """Shows a run while it goes: `with TrainProgress("demo", 200) as progress: ... progress.update(step, values)`.
+
+    start_step: steps done before (a resumed run), so that the time left counts only what was timed here.
+    enabled: False shows nothing (every rank but the first).
+    columns: what is shown; a metric not seen yet shows as "-".
+    console, clock: where it is shown, and monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        *,
+        columns: tuple[Column, ...] = RL_COLUMNS,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._title = title
+        self._total = total_steps
+        self._step = start_step
+        self._enabled = enabled
+        self._columns = columns
+        self._console = console or _stdout_console()
+        self._clock = clock
+        self._history: dict[str, list[float]] = {column.key: [] for column in columns}
+        self._pace: deque[tuple[float, int]] = deque(maxlen=PACE_WINDOW + 1)
+        self._finish: float | None = None
+        self._started = clock()
+        self._last_line = -math.inf
+        self._live: Live | None = None
+
+    def __enter__(self) -> "TrainProgress":
+        self._started = self._clock()
+        self._pace.append((self._started, self._step))
+        if self._enabled and self._console.is_interactive:
+            self._live = Live(get_renderable=self._panel, console=self._console, refresh_per_second=4)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Metrics of a finished step; keys that are not shown are ignored, keys not given keep their last value."""
+        if not self._enabled:
+            return
+        now = self._clock()
+        if step != self._step:
+            self._step = step
+            self._pace.append((now, step))
+            self._finish = self._predict_finish()
+        for column in self._columns:
+            if column.key in values:
+                self._history[column.key].append(float(values[column.key]))
+        if self._live is None:
+            validated = any(column.validation and column.key in values for column in self._columns)
+            if validated or step >= self._total or now - self._last_line >= LINE_EVERY_S:
+                self._last_line = now
+                self._print(self._line())
+
+    def note(self, text: str) -> None:
+        """Prints a line above the display."""
+        if self._enabled:
+            self._print(text)
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    def _line(self) -> str:
+        width = len(str(self._total))
+        parts = [f"step {self._step:>{width}}/{self._total}", *(self._cell(column) for column in self._columns)]
+        return "  ".join([*parts, f"left {self._left()}"])
+
+    def _cell(self, column: Column) -> str:
+        """`reward 0.61`, `val 0.58 (best 0.60)`, `5200 tok/s`."""
+        best = self._best(column)
+        parts = (column.label, column.show(self._last(column)), column.unit, best and f"(best {best})")
+        return " ".join(part for part in parts if part)
+
+    def _panel(self) -> RenderableType:
+        """Also runs in the live display's thread, between two lines of `update`: it reads, and only whole values."""
+        bar = Table.grid(padding=(0, 2), expand=True)
+        bar.add_column(no_wrap=True)
+        bar.add_column(ratio=1)
+        bar.add_column(no_wrap=True)
+        bar.add_column(no_wrap=True)
+        bar.add_row(
+            Text.assemble("step ", (f"{self._step}", "bold"), f"/{self._total}"),
+            ProgressBar(total=self._total, completed=self._step),
+            Text(f"{_duration(self._clock() - self._started)} gone", "dim"),
+            Text(f"{self._left()} left"),
+        )
+        trends = Table.grid(padding=(0, 2))
+        for column in self._columns:
+            if column.trend:
+                best = self._best(column)
+                trends.add_row(
+                    Text(column.label, "dim"),
+                    Text(column.show(self._last(column)), "bold"),
+                    Text(_sparkline(self._history[column.key][-SPARK_WIDTH:]), "cyan"),
+                    Text(f"best {best}" if best else "", "green"),
+                )
+        rest = Text("   ").join(self._styled(column) for column in self._columns if not column.trend)
+        width = min(self._console.width, PANEL_WIDTH)
+        return Panel(Group(bar, trends, rest), title=self._title, title_align="left", border_style="dim", width=width)
+
+    def _styled(self, column: Column) -> Text:
+        parts = ((column.label, "dim"), (column.show(self._last(column)), "bold"), (column.unit, "dim"))
+        return Text(" ").join(Text(*part) for part in parts if part[0])
+
+    def _last(self, column: Column) -> float | None:
+        history = self._history[column.key]
+        return history[-1] if history else None
+
+    def _best(self, column: Column) -> str:
+        finite = [value for value in self._history[column.key] if math.isfinite(value)]
+        return column.show(max(finite)) if column.validation and finite else ""
+
+    def _predict_finish(self) -> float:
+        (first_time, first_step), (last_time, last_step) = self._pace[0], self._pace[-1]
+        return last_time + (last_time - first_time) / (last_step - first_step) * (self._total - last_step)
+
+    def _left(self) -> str:
+        return "-" if self._finish is None else _duration(max(0.0, self._finish - self._clock()))
+
+
+def _stdout_console() -> Console:
+    # FORCE_COLOR, set in many CI systems, makes rich take a pipe for a terminal: no live panel into a log file.
+    return Console(force_interactive=None if sys.stdout.isatty() else False)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _sparkline(values: list[float]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    low, high = min(finite), max(finite)
+    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(SPARKS[round((value - low) * scale)] if math.isfinite(value) else " " for value in values)

@@ -1,0 +1,123 @@
+"""A few rollouts of a step, kept to be read: what was asked, what the policy said, what it was given for it."""
+
+import html
+import json
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+from mssr.batch import RolloutBatch
+from mssr.observe.metrics import finite_or_none
+
+SIGNATURES = (
+    (b"\x89PNG\r\n\x1a\n", 0, "png"),
+    (b"\xff\xd8\xff", 0, "jpg"),
+    (b"GIF8", 0, "gif"),
+    (b"WEBP", 8, "webp"),
+    (b"BM", 0, "bmp"),
+)
+
+
+def save_rollouts(run_dir: Path, step: int, batch: RolloutBatch, texts: list[str], count: int) -> Path:
+    """Writes the first `count` rows to `run_dir/rollouts/step_000040/` and returns that folder.
+
+    It holds `rollouts.jsonl`, the images as files, and `index.html`, which shows both. A folder the same step left
+    before is replaced: a resumed run does its steps again.
+
+    texts: the responses of the batch's rows, decoded.
+    """
+    folder = Path(run_dir) / "rollouts" / f"step_{step:06d}"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    records = [_record(batch, row, texts[row], folder) for row in range(min(count, len(batch)))]
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    _write(folder / "rollouts.jsonl", lines)
+    _write(folder / "index.html", _page(step, records))
+    return folder
+
+
+def _record(batch: RolloutBatch, row: int, text: str, folder: Path) -> dict:
+    prompt = batch.prompts[row]
+    names = []
+    for index, image in enumerate(prompt.images):
+        names.append(f"{row:03d}_{index}.{_extension(image)}")
+        (folder / names[-1]).write_bytes(image)
+    return {
+        "row": prompt.row,
+        "problem": prompt.problem,
+        "response": text,
+        "answer": prompt.answer,
+        "reward": _value(batch.reward, row),
+        "correct": _value(batch.correct, row),
+        "baseline": _value(batch.baseline, row),
+        "advantage": _value(batch.advantage, row),
+        "tokens": int(batch.mask[row].sum()),
+        "truncated": bool(batch.truncated[row]),
+        "images": names,
+    }
+
+
+def _value(column: Tensor | None, row: int) -> float | None:
+    return None if column is None else finite_or_none(float(column[row]))
+
+
+def _extension(image: bytes) -> str:
+    for signature, offset, extension in SIGNATURES:
+        if image[offset : offset + len(signature)] == signature:
+            return extension
+    return "bin"
+
+
+def _write(path: Path, text: str) -> None:
+    # A lone surrogate in a dataset's text is no reason to end a training run.
+    path.write_text(text, encoding="utf-8", errors="replace")
+
+
+def _page(step: int, records: list[dict]) -> str:
+    title = f"Step {step}: {len(records)} rollouts, {sum(_is_correct(record) for record in records)} correct"
+    cards = "\n".join(_card(record) for record in records)
+    return _PAGE.replace("TITLE", title).replace("CARDS", cards)
+
+
+def _is_correct(record: dict) -> bool:
+    return (record["correct"] or 0.0) >= 0.5
+
+
+def _card(record: dict) -> str:
+    images = "".join(f'<a href="{name}"><img src="{name}" alt="{name}"></a>' for name in record["images"])
+    numbers = {
+        "reward": _number(record["reward"]),
+        "baseline": _number(record["baseline"]),
+        "advantage": _number(record["advantage"], sign="+"),
+        "tokens": f"{record['tokens']}{', truncated' if record['truncated'] else ''}",
+        "row": record["row"],
+    }
+    facts = "".join(f"<span>{name} <b>{value}</b></span>" for name, value in numbers.items())
+    return (
+        f'<article class="{"right" if _is_correct(record) else "wrong"}">'
+        f"<div>{images}</div><div><p>{html.escape(record['problem'])}</p><pre>{html.escape(record['response'])}</pre>"
+        f"<p>answer <b>{html.escape(record['answer'])}</b></p><footer>{facts}</footer></div></article>"
+    )
+
+
+def _number(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else format(value, f"{sign}.3g")
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>TITLE</title><style>
+:root { color-scheme: light dark; --right: #2a9d5c; --wrong: #d1495b; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+article { display: grid; grid-template-columns: minmax(8rem, 16rem) 1fr; gap: 1.25rem; margin: 1rem 0; padding: 1rem;
+  border: 1px solid #8884; border-left: 5px solid var(--wrong); border-radius: 6px; }
+article.right { border-left-color: var(--right); }
+article p { margin: 0 0 .5rem; white-space: pre-wrap; }
+img { width: 100%; border-radius: 4px; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8881; padding: .6rem; margin: 0 0 .5rem; }
+footer { display: flex; flex-wrap: wrap; gap: 0 1.2rem; font-size: 13px; opacity: .85; }
+</style></head><body><h1>TITLE</h1>
+CARDS
+</body></html>
+"""

@@ -1,0 +1,124 @@
+import json
+import math
+import os
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mssr.errors import UserError
+from mssr.observe.metrics import MetricsLog, read_metrics
+
+
+def lines(run_dir):
+    return (run_dir / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_line_is_json_with_step_then_time_then_the_values(tmp_path):
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.write(3, {"train/reward": 1, "policy/entropy": 0.25})
+    record = json.loads(lines(tmp_path)[0])  # before close: every line is flushed
+    assert list(record) == ["step", "time", "train/reward", "policy/entropy"]
+    assert record["step"] == 3 and record["train/reward"] == 1.0 and record["policy/entropy"] == 0.25
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_json_cannot_say_is_null_and_reads_as_nan(tmp_path, value):
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.write(1, {"train/reward": value})
+    assert '"train/reward": null' in lines(tmp_path)[0]
+    assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["train/reward"])
+
+
+def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path):
+    log = MetricsLog(tmp_path, tensorboard=False)
+    for step in (1, 2):
+        log.write(step, {"train/reward": step / 10})
+    position = log.position
+    kept = (tmp_path / "metrics.jsonl").read_bytes()
+    assert position == len(kept)
+    log.write(3, {"train/reward": 99.0})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 4, "time"')  # kill -9 in the middle of a line
+
+    resumed = MetricsLog(tmp_path, tensorboard=False, resume_at=position)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == kept
+    assert resumed.position == position
+    resumed.write(3, {"train/reward": 0.3})
+    resumed.close()
+    assert [(r["step"], r["train/reward"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
+        (1, 0.1),
+        (2, 0.2),
+        (3, 0.3),
+    ]
+
+
+def test_a_run_resumed_at_its_very_start_begins_an_empty_file(tmp_path):
+    log = MetricsLog(tmp_path, tensorboard=False, resume_at=0)
+    log.write(1, {"train/reward": 0.5})
+    log.close()
+    MetricsLog(tmp_path, tensorboard=False, resume_at=0).close()
+    assert lines(tmp_path) == []
+
+
+def test_a_file_shorter_than_the_checkpoint_says_is_refused(tmp_path):
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.write(1, {})
+    with pytest.raises(UserError, match=f"has {log.position} bytes, the checkpoint was saved at {log.position + 1}"):
+        MetricsLog(tmp_path, tensorboard=False, resume_at=log.position + 1)
+
+
+def test_a_position_inside_a_line_is_refused_and_the_file_left_alone(tmp_path):
+    log = MetricsLog(tmp_path, tensorboard=False)
+    log.write(1, {"train/reward": 0.5})
+    log.close()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="inside a line"):
+        MetricsLog(tmp_path, tensorboard=False, resume_at=len(before) - 3)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_new_run_does_not_write_over_an_old_one(tmp_path):
+    log = MetricsLog(tmp_path, tensorboard=False)
+    MetricsLog(tmp_path, tensorboard=False).close()  # an empty file is nobody's
+    log.write(1, {})
+    with pytest.raises(UserError, match="--resume") as error:
+        MetricsLog(tmp_path, tensorboard=False)
+    assert "\n" not in str(error.value)
+
+
+def test_reading_leaves_out_a_torn_last_line_only(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 2.0}\n{"step": 2, "a"')
+    assert read_metrics(path) == [{"step": 1, "a": 2.0}]
+    path.write_text('{"step": 1}\n{"step": 2, \n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2: not JSON"):
+        read_metrics(path)
+    with pytest.raises(UserError, match="no such metrics file"):
+        read_metrics(tmp_path / "absent.jsonl")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = MetricsLog(tmp_path, tensorboard=False)
+    with pytest.raises(UserError, match="metrics.jsonl: cannot write metrics: No space left on device"):
+        log.write(1, {"train/reward": 0.5})
+
+
+def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
+    log = MetricsLog(tmp_path, tensorboard=True)
+    log.write(1, {"train/reward": 0.1})
+    position = log.position
+    log.write(2, {"train/reward": 99.0})
+    log.close()
+    resumed = MetricsLog(tmp_path, tensorboard=True, resume_at=position)
+    resumed.write(2, {"train/reward": 0.2})
+    resumed.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/reward")
+    assert [(event.step, round(event.value, 3)) for event in events] == [(1, 0.1), (2, 0.2)]
+
+
+def test_without_tensorboard_there_is_no_such_folder(tmp_path):
+    MetricsLog(tmp_path / "run", tensorboard=False).close()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]

@@ -1,0 +1,136 @@
+import io
+import json
+from html.parser import HTMLParser
+
+import torch
+from PIL import Image
+
+from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.observe.rollouts import save_rollouts
+
+
+def encoded(format):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), "red").save(buffer, format)
+    return buffer.getvalue()
+
+
+def prompt(row, problem="What is 3 + 7?", images=()):
+    return Prompt(f"key{row}", row, problem, "10", None, torch.tensor([1, 2]), None, None, tuple(images))
+
+
+def batch(prompts, **columns):
+    rows = [torch.arange(1, 4 + row) for row in range(len(prompts))]
+    tokens = pad_rows(rows, 3 + len(prompts))
+    scores = {"reward": torch.tensor([1.0, 0.0, 0.5][: len(prompts)])} | columns
+    return RolloutBatch(
+        tuple(prompts),
+        tokens,
+        mask=tokens > 0,
+        logp=torch.zeros(tokens.shape),
+        truncated=torch.arange(len(prompts)) == 1,
+        **({"correct": scores["reward"]} | scores),
+    )
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+
+
+class Page(HTMLParser):
+    """The page's tags and its text, as a browser reads them."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.words = [], ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def test_the_records_say_what_was_asked_answered_and_given(tmp_path):
+    rollouts = batch(
+        [prompt(7, images=[encoded("PNG"), encoded("JPEG")]), prompt(9)],
+        baseline=torch.tensor([0.25, 0.5]),
+        advantage=torch.tensor([0.75, float("nan")]),
+    )
+    folder = save_rollouts(tmp_path, 40, rollouts, ["<think>3 7</think>\\boxed{10}", "数"], 8)
+    assert folder == tmp_path / "rollouts" / "step_000040"
+    assert records(folder) == [
+        {
+            "row": 7,
+            "problem": "What is 3 + 7?",
+            "response": "<think>3 7</think>\\boxed{10}",
+            "answer": "10",
+            "reward": 1.0,
+            "correct": 1.0,
+            "baseline": 0.25,
+            "advantage": 0.75,
+            "tokens": 3,
+            "truncated": False,
+            "images": ["000_0.png", "000_1.jpg"],
+        },
+        {
+            "row": 9,
+            "problem": "What is 3 + 7?",
+            "response": "数",
+            "answer": "10",
+            "reward": 0.0,
+            "correct": 0.0,
+            "baseline": 0.5,
+            "advantage": None,
+            "tokens": 4,
+            "truncated": True,
+            "images": [],
+        },
+    ]
+
+
+def test_images_are_files_named_by_what_they_are(tmp_path):
+    formats = ["PNG", "JPEG", "GIF", "WEBP", "BMP"]
+    images = [encoded(format) for format in formats] + [b"who knows"]
+    folder = save_rollouts(tmp_path, 1, batch([prompt(0, images=images)]), ["10"], 1)
+    names = records(folder)[0]["images"]
+    assert [name.rsplit(".")[-1] for name in names] == ["png", "jpg", "gif", "webp", "bmp", "bin"]
+    assert [(folder / name).read_bytes() for name in names] == images
+
+
+def test_the_page_shows_each_rollout_and_links_its_images(tmp_path):
+    rollouts = batch([prompt(0, images=[encoded("PNG")]), prompt(1)], advantage=torch.tensor([0.5, -0.25]))
+    folder = save_rollouts(tmp_path, 40, rollouts, ["I say 10", "I say 11"], 8)
+    page = Page(folder / "index.html")
+    assert [a["class"] for tag, a in page.tags if tag == "article"] == ["right", "wrong"]
+    sources = [a["src"] for tag, a in page.tags if tag == "img"]
+    assert sources == ["000_0.png"] and (folder / sources[0]).exists()
+    assert "Step 40: 2 rollouts, 1 correct" in page.words
+    for part in ("I say 10", "I say 11", "+0.5", "-0.25", "4, truncated"):
+        assert part in page.words
+
+
+def test_what_the_model_wrote_cannot_become_markup(tmp_path):
+    nasty = "<script>alert(1)</script> & <img src=x onerror=y> CARDS TITLE"
+    rollouts = batch([prompt(0, problem=nasty)])
+    page = Page(save_rollouts(tmp_path, 1, rollouts, [nasty + "</pre><b>"], 1) / "index.html")
+    assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
+    assert page.words.count(nasty) == 2 and nasty + "</pre><b>" in page.words
+
+
+def test_only_the_first_rows_are_kept_and_a_step_done_again_replaces_its_folder(tmp_path):
+    three = batch([prompt(row, images=[encoded("PNG")]) for row in range(3)])
+    folder = save_rollouts(tmp_path, 5, three, ["a", "b", "c"], 2)
+    assert [record["response"] for record in records(folder)] == ["a", "b"]
+    save_rollouts(tmp_path, 6, three, ["a", "b", "c"], 1)
+    assert save_rollouts(tmp_path, 5, three, ["x", "y", "z"], 1) == folder
+    assert [record["response"] for record in records(folder)] == ["x"]
+    assert sorted(path.name for path in folder.iterdir()) == ["000_0.png", "index.html", "rollouts.jsonl"]
+
+
+def test_scores_that_do_not_exist_are_null(tmp_path):
+    rollouts = batch([prompt(0)], reward=None, correct=None)
+    folder = save_rollouts(tmp_path, 1, rollouts, ["\ud800 half a pair"], 1)
+    assert {records(folder)[0][key] for key in ("reward", "correct", "baseline", "advantage")} == {None}
+    assert records(folder)[0]["response"] == "? half a pair"

@@ -1,0 +1,156 @@
+import io
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from mssr.doctor import TESTED, Gpu, Probe, diagnose, print_report
+
+H200 = Gpu("NVIDIA H200", 139.8, "9.0", "580.95")
+
+
+def works(code):
+    return Probe(True, "13.0 True")
+
+
+def check(changes=None, gpus=(), probe=works):
+    """A report on a machine that has everything, except for `changes` (None: not installed)."""
+    installed = {name: version for name, version in (TESTED | (changes or {})).items() if version is not None}
+    return diagnose(installed=installed, gpus=gpus, probe=probe)
+
+
+def show(report):
+    console = Console(file=io.StringIO(), width=80)
+    code = print_report(report, console)
+    return code, console.file.getvalue()
+
+
+def test_a_machine_with_everything_has_no_findings():
+    code, text = show(check(gpus=[H200]))
+    assert code == 0
+    assert check(gpus=[H200]).findings == ()
+    assert "NVIDIA H200, 140 GiB, capability 9.0, driver 580.95" in text
+    assert "everything the trainer needs is here" in text
+    for name, version in TESTED.items():
+        assert any(line.split()[:4] == [name, version, version, "ok"] for line in text.splitlines()), name
+
+
+def test_the_report_says_what_will_be_used():
+    _, text = show(check())
+    lines = {line[:14].strip(): line[14:].strip() for line in text.splitlines()}
+    assert lines["loss kernels"].startswith("chunked")
+    assert lines["rollout engine"].startswith("hf")
+    assert lines["attention"].startswith("SDPA")
+    assert lines["GPU"].startswith("none")
+    assert lines["Python"].startswith(".".join(map(str, sys.version_info[:3])))
+    assert "GiB memory" in lines["CPU"]
+
+
+def test_missing_packages_are_named_with_the_command_of_their_extra():
+    report = check({"transformers": None, "deepspeed": None, "torch": None})
+    assert [(finding.problem, finding.fix) for finding in report.findings] == [
+        ("missing: torch", "pip install -e ."),
+        ("missing: transformers, deepspeed", "pip install -e '.[train]'"),
+    ]
+    code, text = show(report)
+    assert code == 1
+    assert "pip install -e '.[train]'" in text and "everything" not in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name, extra", [("vllm", "vllm"), ("flash-attn", "flash")])
+def test_an_optional_package_is_only_offered(name, extra):
+    report = check({name: None})
+    assert report.findings == ()
+    code, text = show(report)
+    row = next(line for line in text.splitlines() if line.startswith(name))
+    assert code == 0 and "optional" in row and f"pip install -e '.[{extra}]'" in row
+
+
+@pytest.mark.parametrize(
+    "name, version, supported",
+    [
+        ("torch", "2.11.0", True),
+        ("torch", "2.13.0+cpu", True),
+        ("torch", "2.14.1", True),
+        ("torch", "2.10.2", False),
+        ("torch", "2.15.0", False),
+        ("triton", "3.5.1", False),
+        ("triton", "3.9.0", True),
+        ("triton", "3.10", False),
+        ("transformers", "5.16.0", False),
+        ("transformers", "5.16.1", True),
+        ("transformers", "5.20.0", False),
+        ("vllm", "0.26.0", True),
+        ("vllm", "0.33.0", False),
+        ("deepspeed", "0.19.2", True),
+        ("deepspeed", "0.20.0", False),
+        ("datasets", "5.9.0", True),
+        ("datasets", "6.0.0", False),
+    ],
+)
+def test_a_version_outside_what_was_tested_is_a_warning(name, version, supported):
+    report = check({name: version})
+    assert report.exit_code == 0
+    if supported:
+        assert report.findings == ()
+    else:
+        (finding,) = report.findings
+        assert version in finding.problem and finding.fix == f"pip install {name}=={TESTED[name]}"
+        assert "untested" in show(report)[1]
+
+
+def test_a_gpu_beside_a_cpu_torch_is_found():
+    report = check({"torch": "2.13.0+cpu"}, [H200], probe=lambda code: Probe(True, "None False"))
+    (finding,) = report.findings
+    assert "NVIDIA H200" in finding.problem and "CPU only" in finding.problem
+    assert finding.fix == f"pip uninstall -y torch && pip install torch=={TESTED['torch']}"
+    assert report.exit_code == 1
+
+
+def test_a_gpu_that_torch_cannot_use_is_found():
+    (finding,) = check(gpus=[H200], probe=lambda code: Probe(True, "13.0 False")).findings
+    assert "CUDA 13.0" in finding.problem and "driver 580.95" in finding.problem
+
+
+def test_a_torch_that_does_not_start_is_found():
+    (finding,) = check(gpus=[H200], probe=lambda code: Probe(False, "OSError: libcudart.so.13")).findings
+    assert "libcudart.so.13" in finding.problem
+
+
+def test_without_a_gpu_a_cpu_torch_is_fine_and_nothing_is_imported():
+    def never(code):
+        raise AssertionError(code)
+
+    assert check({"torch": "2.13.0+cpu"}, probe=never).findings == ()
+
+
+def test_a_torchvision_that_breaks_imports_is_found():
+    def probe(code):
+        broken = "torchvision" in code
+        return Probe(not broken, "RuntimeError: operator torchvision::nms does not exist" if broken else "")
+
+    report = check({"torchvision": "0.28.0", "torchaudio": "2.11.0"}, probe=probe)
+    (finding,) = report.findings
+    assert "torchvision 0.28.0" in finding.problem and "nms does not exist" in finding.problem
+    assert finding.fix == "pip uninstall torchvision torchaudio"
+    assert report.exit_code == 1
+
+
+def test_a_package_that_really_fails_to_import_is_found(tmp_path, monkeypatch):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('built for CUDA')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (finding,) = diagnose(installed=TESTED | {"torchvision": "0.28.0"}, gpus=[]).findings
+    assert finding.problem.endswith("RuntimeError: built for CUDA")
+
+
+def test_this_machine_can_be_diagnosed_without_importing_what_is_heavy():
+    code = (
+        "import sys; from mssr.doctor import diagnose, print_report; code = print_report(diagnose())\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'vllm', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "assert code in (0, 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert TESTED["rich"] in done.stdout
