@@ -1,0 +1,35 @@
+# make demo    fresh machine -> environment, tiny Qwen2.5-VL, RL on real handwritten digits, a plot
+# make test    the same environment -> the whole test suite
+PYTHON ?= python3
+SEED ?= 0
+RUN_DIR ?= runs/demo
+VENV := .venv
+BIN := $(VENV)/bin
+
+# OpenMP's default, spinning at every barrier, crawls as soon as another process wants a core.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: venv demo test lint clean
+
+venv: $(VENV)/.installed
+
+# torch first and alone: what follows then keeps that build.
+$(VENV)/.installed: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"MSSR needs Python 3.11 or newer, this is {v[0]}.{v[1]}; try: make $(MAKECMDGOALS) PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	@touch $@
+
+demo: venv
+	$(BIN)/python -m mssr.demo --seed $(SEED) --run-dir $(RUN_DIR)
+
+test: venv
+	$(BIN)/python -m pytest
+
+lint: venv
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,131 @@
+"""The command line: mssr train | sft | eval | data | plot | doctor. Heavy imports wait until a command needs them."""
+
+import errno
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import mssr.environment  # noqa: F401  first: torch and transformers read it when they load
+from mssr.config import Config, load_config
+from mssr.errors import UserError
+
+app = typer.Typer(
+    help="Train vision-language models to reason with one rollout per prompt.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Write the generated datasets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file; see configs/")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override keys of the file")]
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in run_dir")] = False,
+) -> None:
+    """Train by single-rollout RL. Several ranks: torchrun --nproc-per-node N -m mssr train ..."""
+    settings = _load(config, overrides)
+    from mssr.train import train
+
+    train(settings, resume=resume)
+
+
+@app.command()
+def sft(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Warm start: imitate the `solution` of each row, then write run_dir/model."""
+    settings = _load(config, overrides)
+    from mssr.sft import sft
+
+    validation = sft(settings)
+    if "val/accuracy" in validation:
+        print(f"validation accuracy {validation['val/accuracy']:.1%}")
+
+
+@app.command("eval")
+def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Accuracy of model.path on data.val."""
+    settings = _load(config, overrides)
+    if settings.data.val is None:
+        raise UserError(f"{config}: data.val is not set; name the problems to evaluate on")
+    from mssr.run import Run
+
+    with Run(settings) as run:
+        result = run.evaluate(run.rollout_engine(run.frozen_policy()))
+    print(
+        f"accuracy {result.accuracy:.1%} on {result.problems} problems of {settings.data.val} "
+        f"({result.response_tokens:.1f} tokens a response, {result.truncated:.1%} truncated)"
+    )
+
+
+@data_app.command()
+def digits(
+    out: Annotated[Path, typer.Argument(help="folder for train, val and test")],
+    seed: int = 0,
+    train: int = 2048,
+    val: int = 512,
+    test: int = 512,
+    format: Annotated[str, typer.Option(help="parquet or jsonl")] = "parquet",
+) -> None:
+    """Pairs of real handwritten digits: their sum, difference, or the larger."""
+    if format not in ("parquet", "jsonl"):
+        raise UserError(f"--format {format}: choose parquet or jsonl")
+    from mssr.data.tasks.digits import write_digits
+
+    for split, path in write_digits(out, seed=seed, train=train, val=val, test=test, format=format).items():
+        print(f"{split:5} {path}")
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="run folders, or metrics.jsonl files")],
+    out: Annotated[Path | None, typer.Option(help="PNG to write; default: curves.png in the first run's folder")] = None,
+) -> None:
+    """Draw the curves of one run, or of several side by side."""
+    from mssr.observe.plots import plot_curves
+
+    files = [run if run.is_file() else run / "metrics.jsonl" for run in runs]
+    labels = [str(file.parent) for file in files]
+    print(plot_curves(dict(zip(labels, files)), out or files[0].parent / "curves.png"))
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what will be used, what is missing, and the command that mends it."""
+    from mssr.doctor import diagnose, print_report
+
+    raise typer.Exit(print_report(diagnose()))
+
+
+def main() -> None:
+    run_command(app)
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Runs a command; a user's mistake, or a full disk, is one line on stderr and exit code 2."""
+    try:
+        command()
+    except UserError as error:
+        print(f"mssr: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"mssr: {place}{error.strerror}; checkpoints are intact: make room, and train --resume", file=sys.stderr)
+        sys.exit(2)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Config:
+    return load_config(path, overrides or [])
+
+
+if __name__ == "__main__":
+    main()

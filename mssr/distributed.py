@@ -1,0 +1,108 @@
+"""One process a device: start-up, and the few collectives the loop needs."""
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mssr.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among its peers, and the device it owns."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over ranks; returns a new tensor on the input's device."""
+        if self.size == 1:
+            return values
+        total = values.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over ranks."""
+        if self.size == 1:
+            return values
+        largest = values.to(self.device, copy=True)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return largest.to(values.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start_world(device: str = "auto") -> World:
+    """Joins the launcher's process group (`torchrun`, `deepspeed`), or starts a group of one.
+
+    device: "auto" takes a GPU where there is one.
+
+    Raises:
+        UserError: a GPU is asked for and there is none; the rendezvous port is taken.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda, but torch sees no GPU; run `mssr doctor`, or set device=cpu")
+    use_gpu = device != "cpu" and torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if use_gpu:
+        torch.cuda.set_device(local_rank)
+    if not dist.is_initialized():
+        _join(backend="nccl" if use_gpu else "gloo")
+    here = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), here)
+
+
+def stop_world() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    launched = "RANK" in os.environ
+    if not launched:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    try:
+        dist.init_process_group(backend)
+    except (dist.DistNetworkError, OSError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            port = os.environ.get("MASTER_PORT")
+            raise UserError(f"port {port} (MASTER_PORT) is in use; set another one, for example MASTER_PORT=29511") from None
+        raise
+    _keep_deepspeed_from_compiling()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _keep_deepspeed_from_compiling() -> None:
+    """DeepSpeed builds a C++ shared-memory all-reduce on first use on a CPU: half a minute, and a compiler that a
+    user's machine may lack. gloo serves."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

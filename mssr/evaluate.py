@@ -1,0 +1,41 @@
+"""Accuracy on held-out problems."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mssr.batch import RolloutBatch
+from mssr.config import EvalConfig
+from mssr.data.dataset import ProblemDataset
+from mssr.distributed import World
+from mssr.rollout.base import RolloutEngine, noise_streams
+
+Judge = Callable[[RolloutBatch], tuple[RolloutBatch, list[str]]]
+_ROWS_AT_ONCE = 512  # problems whose images are in memory together
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """accuracy: correct / problems, one response each. response_tokens: mean. truncated: share cut by the token limit."""
+
+    accuracy: float
+    problems: int
+    response_tokens: float
+    truncated: float
+
+
+def evaluate(
+    problems: ProblemDataset, rollout: RolloutEngine, judge: Judge, world: World, config: EvalConfig, *, seed: int
+) -> Evaluation:
+    """Every problem answered once, greedily unless `config.temperature` says otherwise, shared out over the ranks."""
+    count = min(len(problems), config.max_problems or len(problems))
+    mine = range(world.rank, count, world.size)
+    totals = torch.zeros(3, dtype=torch.float64)
+    for start in range(0, len(mine), _ROWS_AT_ONCE):
+        rows = list(mine[start : start + _ROWS_AT_ONCE])
+        streams = noise_streams(seed, "eval", 0, rows)
+        batch, _ = judge(rollout.generate([problems[row] for row in rows], streams, config.temperature))
+        totals += torch.stack([batch.correct.sum(), batch.mask.sum(), batch.truncated.sum()]).double()
+    correct, tokens, truncated = world.sum(totals).tolist()
+    return Evaluation(correct / count, count, tokens / count, truncated / count)

@@ -1,0 +1,47 @@
+"""What a step's line in the metrics says."""
+
+import torch
+
+from mssr.algorithms.shaping import sampled_token_entropy
+from mssr.batch import RolloutBatch
+from mssr.distributed import World
+from mssr.observe.stopwatch import Stopwatch
+from mssr.policy.engine import UpdateStats
+from mssr.rollout.gap import LogpGap
+
+
+def step_metrics(
+    batch: RolloutBatch, updates: list[UpdateStats], gap: LogpGap, clock: Stopwatch, world: World
+) -> dict[str, float]:
+    """Means over the step's responses, tokens or updates on all ranks; the same on every rank but for the timings.
+
+    policy/*: mean over response tokens; entropy is the exact one, entropy_proxy the sampled token's -p log p. rollout/*: over responses. train/grad_norm: mean of the updates, before clipping.
+    perf/tokens_per_second: prompt and response tokens of all ranks per second of the whole step.
+    """
+    prompt_tokens = sum(len(prompt.token_ids) for prompt in batch.prompts)
+    sums = torch.stack([
+        torch.tensor(float(len(batch))), batch.reward.sum(), batch.correct.sum(), batch.mask.sum(),
+        batch.truncated.sum(), batch.baseline.sum(), torch.tensor(float(prompt_tokens)),
+        sampled_token_entropy(batch.logp)[batch.mask].sum(),
+    ])  # fmt: skip
+    count, reward, correct, tokens, truncated, baseline, prompts, proxy = world.sum(sums.double()).tolist()
+    metrics = {
+        "train/reward": reward / count,
+        "train/correct": correct / count,
+        "train/grad_norm": _mean([update.grad_norm for update in updates]),
+        "train/lr": updates[-1].lr,
+        "rollout/response_tokens": tokens / count,
+        "rollout/truncated": truncated / count,
+        "rollout/logp_gap_mean": gap.mean,
+        "rollout/logp_gap_max": gap.max,
+        "tracker/baseline_mean": baseline / count,
+    }
+    metrics["policy/entropy_proxy"] = proxy / tokens
+    metrics |= {f"policy/{name}": _mean([update.metrics[name] for update in updates]) for name in updates[0].metrics}
+    metrics |= {f"perf/{phase}_seconds": spent for phase, spent in clock.seconds.items()}
+    metrics |= {"perf/step_seconds": clock.total, "perf/tokens_per_second": (tokens + prompts) / clock.total}
+    return metrics
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

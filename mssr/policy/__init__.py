@@ -1,0 +1,1 @@
+"""The model being trained: loading, packing, and the DeepSpeed engine around it."""

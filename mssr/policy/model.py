@@ -1,0 +1,141 @@
+"""The vision-language model as the trainer sees it: backbone, fused head, rotary positions of a prompt."""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from mssr.batch import Prompt
+from mssr.errors import UserError
+from mssr.policy import attention
+from mssr.policy.packing import MicroBatch
+from mssr_kernels import FusedLMHead, LogprobEntropy, PolicyLoss, PolicyLossConfig
+
+_POSITIONS_KEPT = 16_384  # prompts; a few hundred bytes to a few kilobytes each
+
+
+class Policy(nn.Module):
+    """A transformers vision-language model whose LM head computes log-probs, entropy and the policy loss itself.
+
+    Full logits exist only for single positions, while generating.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        # Same module, same parameter, same name in the state dict: only what forward can do is new.
+        model.lm_head.__class__ = FusedLMHead
+        self._positions: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def image_token_id(self) -> int:
+        return self.model.config.image_token_id
+
+    def forward(
+        self,
+        micro_batch: MicroBatch,
+        temperature: float,
+        *,
+        config: PolicyLossConfig | None = None,
+        advantage: Tensor | None = None,
+        **loss_inputs: Tensor | float | None,
+    ) -> LogprobEntropy | PolicyLoss:
+        """Log-probs and entropies of the N response tokens ([N] float32), or with `advantage` their policy loss.
+
+        advantage and every tensor of `loss_inputs` are [N] float32, in the micro-batch's token order.
+        """
+        hidden = self._hidden(micro_batch)
+        if advantage is None:
+            return self.model.lm_head(hidden, micro_batch.target, temperature=temperature)
+        return self.model.lm_head(
+            hidden, micro_batch.target, advantage, config=config, temperature=temperature, **loss_inputs
+        )
+
+    def _hidden(self, micro_batch: MicroBatch) -> Tensor:
+        """[N, D], the hidden states that predict the response tokens; the prompt's never reach the head."""
+        inputs = {"input_ids": micro_batch.input_ids}
+        if micro_batch.pixel_values is None and torch.is_grad_enabled():
+            inputs = {"inputs_embeds": self._embeddings_with_idle_vision(micro_batch.input_ids)}
+        out = self.model.model(
+            **inputs,
+            attention_mask={"full_attention": micro_batch.layout},
+            position_ids=micro_batch.position_ids,
+            mm_token_type_ids=micro_batch.mm_token_type_ids,
+            pixel_values=micro_batch.pixel_values,
+            image_grid_thw=micro_batch.image_grid_thw,
+            use_cache=False,
+        )
+        return out.last_hidden_state[0].index_select(0, micro_batch.predicts)
+
+    def _embeddings_with_idle_vision(self, input_ids: Tensor) -> Tensor:
+        """[1, L, D], the tokens' embeddings plus a zero computed by the vision tower.
+
+        Ranks whose micro-batch has no image must run the tower too, or the others wait for its gradients for ever. And
+        they must run it here, where images would come in: ZeRO-2 sums gradients over ranks in the order in which the
+        backward pass makes them, so one rank's order must be every rank's.
+        """
+        embeddings = self.model.get_input_embeddings()(input_ids)
+        vision = self.model.config.vision_config
+        side = vision.spatial_merge_size
+        grid = torch.tensor([[1, side, side]], device=input_ids.device)
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        blank = embeddings.new_zeros(side * side, width)
+        idle = self.model.model.visual(blank, grid_thw=grid).pooler_output
+        return embeddings + idle.sum().to(embeddings.dtype) * 0.0
+
+    def prompt_positions(self, prompt: Prompt) -> Tensor:
+        """[3, P] int64: temporal, height and width rotary positions of the prompt, by the model's own rule."""
+        positions = self._positions.get(prompt.key)
+        if positions is None:
+            ids = prompt.token_ids[None]
+            if prompt.image_grid_thw is None:
+                positions = torch.arange(ids.shape[1]).expand(3, -1)
+            else:
+                types = (ids == self.image_token_id).int()
+                positions = self.model.model.get_rope_index(ids, types, prompt.image_grid_thw)[0][:, 0]
+            self._positions[prompt.key] = positions
+            if len(self._positions) > _POSITIONS_KEPT:
+                self._positions.popitem(last=False)
+        return positions
+
+
+def load_policy(path: str, dtype: torch.dtype, *, gradient_checkpointing: bool = False) -> Policy:
+    """Reads a Hugging Face directory or hub name.
+
+    Raises:
+        UserError: not a model, no vision tower, or weights that do not match the architecture.
+    """
+    check_model_path(path)
+    try:
+        model, loading = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, in one line
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"model.path {path}: {' '.join(str(error).split())[:300]}") from None
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading.get(problem):
+            name = sorted(map(str, loading[problem]))[0]
+            count = len(loading[problem])
+            raise UserError(f"model.path {path}: {count} {problem.replace('_', ' ')}, the first {name}; is the file whole?")
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(model)
+
+
+def check_model_path(path: str) -> None:
+    """Refuses a path that is no model before anything heavy starts."""
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise UserError(f"model.path {path}: no config.json in it; expected a Hugging Face model directory")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path {path}: {' '.join(str(error).split())[:300]}") from None
+    if getattr(config, "vision_config", None) is None or not hasattr(config, "image_token_id"):
+        raise UserError(f"model.path {path}: {config.model_type} has no vision tower; expected a Qwen2.5-VL-like model")

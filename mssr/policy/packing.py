@@ -1,0 +1,96 @@
+"""Packing: sequences of different lengths end to end in one row, no padding, by a token budget."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mssr.batch import RolloutBatch
+from mssr.policy.attention import PackedLayout
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Rows of a RolloutBatch, prompts and responses packed into L tokens, N of them response tokens.
+
+    input_ids: [1, L] int64.
+    position_ids: [4, 1, L] int64: position in the sequence, then the temporal, height and width rotary positions.
+    mm_token_type_ids: [1, L] int32, 1 on image tokens.
+    layout: where each sequence is.
+    pixel_values, image_grid_thw: the images in packed order, or None.
+    predicts: [N] int64, packed position whose hidden state predicts each response token (the one before it).
+    target: [N] int64, the response tokens.
+    row, column: [N] int64, where each response token is in the RolloutBatch's [B, R] tensors.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    mm_token_type_ids: Tensor
+    layout: PackedLayout
+    pixel_values: Tensor | None
+    image_grid_thw: Tensor | None
+    predicts: Tensor
+    target: Tensor
+    row: Tensor
+    column: Tensor
+
+
+def plan_micro_batches(lengths: list[int], token_budget: int, at_least: int = 1) -> list[list[int]]:
+    """Splits rows into the fewest groups that keep to the budget, evenly filled: longest first, into the emptiest group.
+
+    lengths: tokens of each row. A row longer than the budget gets a group of its own.
+    at_least: lower bound on the number of groups (ranks must agree on it: every backward is a collective under ZeRO-2).
+    Returns the row numbers of each group, ascending; groups beyond the number of rows are empty.
+    """
+    over = sum(length > token_budget for length in lengths)
+    within = sum(length for length in lengths if length <= token_budget)
+    count = max(at_least, over + math.ceil(within / token_budget))
+    longest_first = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    while True:
+        groups, load = [[] for _ in range(count)], [0] * count
+        for row in longest_first:
+            emptiest = load.index(min(load))
+            groups[emptiest].append(row)
+            load[emptiest] += lengths[row]
+        if all(total <= token_budget or len(group) == 1 for group, total in zip(groups, load)):
+            return [sorted(group) for group in groups]
+        count += 1
+
+
+def pack(batch: RolloutBatch, rows: list[int], prompt_positions, image_token_id: int, device) -> MicroBatch:
+    """Packs the given rows.
+
+    prompt_positions: Prompt -> [3, P] int64 rotary positions of the prompt's tokens (the model's own rule for images).
+    """
+    ids, positions, predicts, target, column, lengths = [], [], [], [], [], []
+    start = 0
+    for row in rows:
+        prompt, response = batch.prompts[row], batch.response(row)
+        rotary = prompt_positions(prompt)
+        after = rotary.max() + 1 + torch.arange(len(response))
+        rotary = torch.cat([rotary, after.expand(3, -1)], dim=1)
+        length = rotary.shape[1]
+        positions.append(torch.cat([torch.arange(length)[None], rotary]))
+        ids += [prompt.token_ids, response]
+        predicts.append(start + len(prompt.token_ids) - 1 + torch.arange(len(response)))
+        target.append(response)
+        column.append(torch.arange(len(response)))
+        lengths.append(length)
+        start += length
+    images = [batch.prompts[row] for row in rows if batch.prompts[row].pixel_values is not None]
+    input_ids = torch.cat(ids)[None]
+    owner = torch.tensor(rows).repeat_interleave(torch.tensor([len(part) for part in target]))
+
+    return MicroBatch(
+        input_ids=input_ids.to(device),
+        position_ids=torch.cat(positions, dim=1)[:, None].to(device),
+        mm_token_type_ids=(input_ids == image_token_id).int().to(device),
+        layout=PackedLayout.of(lengths, device),
+        pixel_values=torch.cat([prompt.pixel_values for prompt in images]).to(device) if images else None,
+        image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in images]).to(device) if images else None,
+        predicts=torch.cat(predicts).to(device),
+        target=torch.cat(target).to(device),
+        row=owner.to(device),
+        column=torch.cat(column).to(device),
+    )

@@ -1,0 +1,107 @@
+"""The value tracker in a run: its first rollouts, and how far the policy has moved since each prompt's last visit."""
+
+import torch
+from torch import Tensor
+
+from mssr.algorithms.value_tracker import PreviousResponse, ValueTracker, response_drift
+from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.errors import UserError
+from mssr.policy.engine import PolicyEngine, UpdateStats
+from mssr.rollout.base import RolloutEngine, noise_streams
+from mssr.run import Run
+from mssr.shares import Shares
+
+
+def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) -> None:
+    """Answers every training problem `n_init` times with the starting policy; the rewards set each prompt's start.
+
+    The last of these responses is also the first one whose drift is measured.
+    """
+    config, world = run.config, run.world
+    size, at_once = len(run.problems), config.rollout.prompts_per_step // world.size
+    visits = [divmod(visit, size) for visit in range(world.rank, size * tracker.config.n_init, world.size)]
+    seen = []
+    for start in range(0, len(visits), at_once):
+        chosen = visits[start : start + at_once]
+        prompts = [run.problems[row] for _, row in chosen]
+        streams = [noise_streams(config.seed, "init", visit, [row])[0] for visit, row in chosen]
+        batch, _ = run.judge(rollout.generate(prompts, streams, config.rollout.temperature))
+        kept = previous_responses(batch) if tracker.wants_responses else [None] * len(batch)
+        seen += zip(chosen, batch.keys, batch.reward.tolist(), kept)
+    # In the order of the visits, whatever the number of ranks.
+    everyone = sorted((row for part in world.gather(seen) for row in part), key=lambda row: row[0])
+    keys = [key for _, key, _, _ in everyone]
+    tracker.initialise(keys, torch.tensor([reward for _, _, reward, _ in everyone]))
+    if tracker.wants_responses:
+        tracker.remember(keys, [response for *_, response in everyone])
+
+
+def drift_of_previous_responses(tracker: ValueTracker, engine: PolicyEngine, prompts: list[Prompt]) -> Tensor:
+    """[B] float32, mean |log-prob now - when sampled| over the tokens of each prompt's previous response.
+
+    0 on a prompt's first visit, and for all where the tracker goes by something else than per-prompt drift.
+    """
+    drift = torch.zeros(len(prompts))
+    if not tracker.wants_responses:
+        return drift
+    known = [(row, previous) for row, prompt in enumerate(prompts) if (previous := tracker.previous(prompt.key))]
+    if not known:
+        return drift
+    rows, previous = zip(*known)
+    lengths = torch.tensor([len(response.logp) for response in previous])
+    longest = int(lengths.max())
+    past = RolloutBatch(
+        prompts=tuple(prompts[row] for row in rows),
+        tokens=pad_rows([response.token_ids.long() for response in previous], longest),
+        mask=torch.arange(longest) < lengths[:, None],
+        logp=pad_rows([response.logp for response in previous], longest),
+        truncated=torch.zeros(len(rows), dtype=torch.bool),
+    )
+    drift[list(rows)] = response_drift(engine.score(past), past.logp, past.mask)
+    return drift
+
+
+def track(
+    tracker: ValueTracker,
+    share: Shares,
+    batch: RolloutBatch,
+    reward: Tensor,
+    drift: Tensor,
+    updates: list[UpdateStats],
+) -> dict[str, float]:
+    """Tells the tracker what the step saw: all ranks' rewards, in the global order, so that every rank's copy is equal.
+
+    reward: [B] of all ranks. drift: [B_rank], from before the updates (per prompt).
+    updates: the step's; their log-probs give the batch's mean drift, their KL is what the reference preset goes by.
+    Returns metrics.
+
+    Raises:
+        UserError: the policy's log-probs are no numbers any more; the tracker is as it was.
+    """
+    if tracker.config.drift == "batch":
+        moved = response_drift(torch.cat([update.logp for update in updates]), batch.logp, batch.mask)
+        per_prompt = share.gather(moved).mean()
+    else:
+        per_prompt = share.gather(drift)
+    if not per_prompt.isfinite().all():
+        raise UserError(
+            "the policy's log-probs became NaN or infinite: training diverged; lower train.optimizer.lr, and go on from "
+            "the last checkpoint with --resume"
+        )
+    tracker.observe_kl(sum(update.metrics["kl"] for update in updates) / len(updates))
+    rho = tracker.rho(per_prompt)
+    keys = share.gather_list(batch.keys)
+    tracker.update(keys, reward, rho)
+    if tracker.wants_responses:
+        tracker.remember(keys, share.gather_list(previous_responses(batch)))
+    return {
+        "tracker/value_mean": float(tracker.values(keys).mean()),
+        "tracker/rho_mean": float(rho.mean()),
+        "tracker/drift_mean": float(per_prompt.mean()),
+    }
+
+
+def previous_responses(batch: RolloutBatch) -> list[PreviousResponse]:
+    """Each row's response without padding, as the tracker keeps it."""
+    lengths = batch.lengths.tolist()
+    return [PreviousResponse(batch.tokens[row, :n], batch.logp[row, :n]) for row, n in enumerate(lengths)]

@@ -1,0 +1,148 @@
+"""The configuration: what is read, and the one line for each mistake."""
+
+from pathlib import Path
+
+import pytest
+
+from mssr.config import load_config
+from mssr.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+MINIMAL = "run_dir: run\nmodel: {path: m}\ndata: {train: t}\n"
+
+
+@pytest.fixture
+def load(tmp_path):
+    """The configuration of a file's text and overrides."""
+
+    def load(*overrides, text=MINIMAL):
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        return load_config(file, list(overrides))
+
+    return load
+
+
+@pytest.fixture
+def refused(load):
+    def refused(*overrides, text=MINIMAL):
+        with pytest.raises(UserError) as error:
+            load(*overrides, text=text)
+        (line,) = str(error.value).splitlines()
+        return line
+
+    return refused
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_config_loads(path):
+    load_config(path)
+
+
+def test_configs_are_shipped():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("value", ["1e-6", "1.0e-6", "0.000001"])
+def test_floats_without_a_dot_are_floats(load, value):
+    """YAML 1.1 reads 1e-6 as text."""
+    assert load(f"train.optimizer.lr={value}").train.optimizer.lr == 1e-6
+    assert load(text=MINIMAL + f"train: {{optimizer: {{lr: {value}}}}}").train.optimizer.lr == 1e-6
+
+
+def test_overrides_win_and_make_sections(load):
+    text = MINIMAL + "seed: 3\ntrain:\n"  # a section without keys
+    config = load(
+        "seed=4", "algorithm.tracker.n_init=2", "train.optimizer.betas=[0.8, 0.9]", "data.val=null", text=text
+    )
+    assert (config.seed, config.algorithm.tracker.n_init, config.data.val) == (4, 2, None)
+    assert config.train.optimizer.betas == (0.8, 0.9)
+
+
+def test_an_override_keeps_its_equals_signs(load):
+    assert load("data.instruction=x = y").data.instruction == "x = y"
+
+
+def test_a_missing_key_is_named(refused):
+    assert "model.path: Field required" in refused(text="run_dir: r\nmodel: {}\ndata: {train: t}\n")
+
+
+@pytest.mark.parametrize(
+    "key, nearest",
+    [
+        ("sead", "seed"),
+        ("train.stepz", "train.steps"),
+        ("algorithm.tracker.rho_mn", "algorithm.tracker.rho_min"),
+        ("rollout.promts_per_step", "rollout.prompts_per_step"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(refused, key, nearest):
+    assert refused(f"{key}=1").endswith(f"unknown key {key}; did you mean {nearest}?")
+
+
+def test_an_unknown_key_of_the_file_is_named_too(refused):
+    assert "unknown key train.optimizer.learning_rate" in refused(
+        text=MINIMAL + "train: {optimizer: {learning_rate: 1}}"
+    )
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("train.steps=many", "train.steps: Input should be a valid integer"),
+        ("train.steps=0", "train.steps: Input should be greater than 0, got 0"),
+        ("train.steps=1.5", "train.steps"),
+        ("train=3", "train: Input should be a valid dictionary"),
+        ("train.zero_stage=3", "train.zero_stage: Input should be 0, 1 or 2, got 3"),
+        ("algorithm.name=ppo", "algorithm.name: Input should be 'mssr' or 'mvsr', got 'ppo'"),
+        ("train.optimizer.lr=-1", "train.optimizer.lr"),
+        ("train.optimizer.lr=.inf", "train.optimizer.lr"),
+        ("train.optimizer.lr=nan", "train.optimizer.lr"),
+        ("train.optimizer.betas=[0.9, 1.0]", "train.optimizer.betas.1: Input should be less than 1"),
+        ("train.optimizer.betas=[0.9]", "train.optimizer.betas"),
+        ("algorithm.tracker.rho_min=0.99", "rho_min 0.99 is larger than rho_max 0.96"),
+        ("algorithm.tracker.rho_max=1.0", "algorithm.tracker.rho_max: Input should be less than 1"),
+        ("algorithm.dual_clip=1.0", "algorithm.dual_clip: Input should be greater than 1"),
+        ("algorithm.tis_cap=0", "algorithm.tis_cap: Input should be greater than 0"),
+        ("algorithm.entropy_kappa=0", "algorithm.entropy_kappa"),
+        ("reward.format_weight=1.5", "reward.format_weight"),
+        ("data.min_pixels=9999999", "min_pixels 9999999 is larger than max_pixels"),
+        ("data.on_bad_row=ignore", "data.on_bad_row"),
+        (
+            "rollout.prompts_per_step=100",
+            "rollout.prompts_per_step 100 is not a multiple of train.responses_per_update 128",
+        ),
+        ("steps", "override 'steps': expected key=value"),
+        ("=3", "override '=3': expected key=value"),
+        ("data.instruction=[a", "override 'data.instruction=[a': the value is not valid YAML"),
+        ("run_dir.x=3", "run_dir holds a value, not a section"),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_line(refused, override, words):
+    assert words in refused(override)
+
+
+def test_null_switches_optional_settings_off(load):
+    config = load("algorithm.dual_clip=null", "algorithm.tis_cap=null")
+    assert config.algorithm.dual_clip is None and config.algorithm.tis_cap is None
+
+
+def test_the_reference_preset_needs_a_kl(refused):
+    assert "kl_coef" in refused("algorithm.tracker.preset=reference", "algorithm.kl_coef=0")
+
+
+@pytest.mark.parametrize(
+    "text, words", [("a: [1", "not valid YAML"), ("- 1\n", "expected `key: value`"), ("5", "key: value")]
+)
+def test_a_file_that_is_no_config(refused, text, words):
+    assert words in refused(text=text)
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml: no such config file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="not a readable config file: Is a directory"):
+        load_config(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(UserError, match="not a readable config file"):
+        load_config(tmp_path / "binary.yaml")

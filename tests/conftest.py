@@ -1,0 +1,37 @@
+"""What every test session sets before torch is imported, and `mssr` commands on tiny real material."""
+
+import os
+
+# Read by OpenMP when it loads: spinning threads (the default) crawl as soon as another process wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from mssr_process import Launcher
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory):
+    """A folder with 64 training and 32 validation problems (digits), a tiny random Qwen2.5-VL and config.yaml."""
+    from material import write_material
+
+    return write_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="session")
+def mssr(material, tmp_path_factory):
+    """Starts `mssr` commands: `mssr("train", config, "train.steps=2")` runs one and returns how it ended."""
+    with Launcher(tmp_path_factory.mktemp("commands"), material / "untrained") as launcher:
+        yield launcher
+
+
+@pytest.fixture(scope="session")
+def warm(mssr, material):
+    """`material` whose config.yaml starts from a policy that answers in format and is sometimes right."""
+    config = material / "config.yaml"
+    mssr("sft", config, f"run_dir={material / 'sft'}").check()
+    changed = config.read_text().replace(str(material / "untrained"), str(material / "sft" / "model"))
+    warm = material / "warm.yaml"
+    warm.write_text(changed)
+    return warm

@@ -1,0 +1,214 @@
+"""`mssr` commands in processes of their own, without six seconds of imports for each.
+
+A server imports torch, transformers and DeepSpeed once and forks for every command; the child runs `mssr.cli.main` and
+exits as `python -m mssr` would. `at` makes something happen at an exact moment of a command's life: Python announces
+file operations to audit hooks, and the first one that matches kills the process or fills its disk.
+
+    mssr("train", config, at=Moment("os.rename", "step_000004", "kill"))
+"""
+
+import atexit
+import gc
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+
+TIMEOUT_S = 120  # a hang fails the test
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The first audit event of this name with `path` in its first argument.
+
+    then: "kill" is kill -9; "full" lets no file grow beyond 100 kB from then on, so that writes fail with an OSError.
+    """
+
+    event: str
+    path: str
+    then: str = "kill"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """code: exit status, negative for a signal."""
+
+    code: int
+    out: str
+    err: str
+
+    def check(self) -> "Ended":
+        assert self.code == 0, self.err
+        return self
+
+    @property
+    def line(self) -> str:
+        """The one line a user's mistake is told in."""
+        assert self.code == 2, f"exit {self.code}: {self.err}"
+        (line,) = self.err.splitlines()
+        return line.removeprefix("mssr: ")
+
+
+class Started:
+    def __init__(self, launcher: "Launcher", pid: int, name: str) -> None:
+        self.pid = pid
+        self._launcher = launcher
+        self._name = name
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> Ended:
+        code = self._launcher.request(wait=self.pid)
+        out, err = (self._launcher.folder / f"{self._name}.{stream}" for stream in ("out", "err"))
+        assert code is not None, f"no end after {TIMEOUT_S} s: {err.read_text()}"
+        return Ended(code, out.read_text(), err.read_text())
+
+
+class Launcher:
+    """folder: for the commands' output. model: any model directory, loaded once to fill the libraries' caches."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        self.model = model
+        self._numbers = count()
+
+    def __enter__(self) -> "Launcher":
+        # One thread: a process that has started OpenMP's threads must not fork.
+        env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__, str(self.model)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+
+    def __call__(self, *arguments: str | Path, at: Moment | None = None, **env: str) -> Ended:
+        return self.start(*arguments, at=at, **env).wait()
+
+    def start(self, *arguments: str | Path, at: Moment | None = None, **env: str) -> Started:
+        name = f"{next(self._numbers):03d}_{arguments[0]}"
+        moment = asdict(at) if at else None
+        pid = self.request(arguments=list(map(str, arguments)), at=moment, env=env, name=str(self.folder / name))
+        return Started(self, pid, name)
+
+    def ranks(self, size: int, *arguments: str | Path, at: Moment | None = None) -> list[Ended]:
+        """The command on several ranks; `at` is rank 0's."""
+        port = str(free_port())
+        started = [
+            self.start(
+                *arguments, at=None if rank else at,
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+            )
+            for rank in range(size)
+        ]  # fmt: skip
+        return [process.wait() for process in started]
+
+    def request(self, **message):
+        self._server.stdin.write(json.dumps(message) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def serve() -> None:
+    """Answers requests until its input ends. Returns in the children only."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        message = json.loads(line)
+        if "wait" in message:
+            answer = wait(message["wait"])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                return become(**message)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    sys.exit()
+
+
+def wait(pid: int) -> int | None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def become(arguments: list[str], at: dict | None, env: dict[str, str], name: str) -> None:
+    for descriptor, stream in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.update(env)
+    sys.argv = ["mssr", *arguments]
+    if at:
+        moment = Moment(**at)
+        sys.addaudithook(lambda event, args: event == moment.event and moment.path in str(args[0]) and reach(moment))
+
+
+def end(command: Callable[[], None]) -> None:
+    """Runs the command and exits as the interpreter would, without the seconds it takes to unload torch."""
+    code = 0
+    try:
+        command()
+    except SystemExit as error:
+        code = error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def reach(moment: Moment) -> None:
+    if moment.then == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
+    import mssr.environment  # first, as in mssr.cli  # isort: skip
+    import deepspeed.ops
+    import torch
+    from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+
+    import mssr.observe.plots
+    import mssr.sft
+    import mssr.train  # noqa: F401
+    from mssr.cli import main
+    from mssr.data.prompts import load_processors
+    from mssr.policy.model import load_policy
+
+    getattr(deepspeed.ops, "__compatible_ops__")  # noqa: B009  probes for a compiler
+    load_policy(sys.argv[1], torch.float32)
+    load_processors(sys.argv[1])
+    gc.freeze()  # the children's collectors leave the shared pages alone
+    serve()
+    end(main)

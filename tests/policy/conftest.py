@@ -1,0 +1,1 @@
+from policy_fixtures import *  # noqa: F403

@@ -1,0 +1,49 @@
+"""Fixtures that the tests of the policy and of the rollouts share."""
+
+import os
+
+import policy_helpers
+import pytest
+import torch
+from policy_ranks import two_ranks
+
+from mssr.distributed import start_world
+from mssr.policy.model import load_policy
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A process group of one; the launcher's variables that it sets are gone again afterwards."""
+    before = dict(os.environ)
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    yield start_world("cpu")
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    return two_ranks()
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> str:
+    return policy_helpers.model_dir()
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    return policy_helpers.prompts()
+
+
+@pytest.fixture(scope="session")
+def plain(model_dir):
+    """The oracle's model; never trained."""
+    return policy_helpers.plain_model(model_dir).requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def policy(model_dir):
+    """The same weights as the trainer loads them; never trained."""
+    return load_policy(model_dir, torch.float32)

@@ -1,0 +1,259 @@
+"""Real small parts for the tests of the policy and the rollouts, each made once: a tiny Qwen2.5-VL, prompts with
+pictures of handwritten digits, batches; and the oracle, plain transformers on one sequence at a time, all logits."""
+
+import atexit
+import io
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.config import DataConfig, ModelConfig, OptimizerConfig
+from mssr.data.files import open_rows
+from mssr.data.prompts import PromptEncoder, load_processors
+from mssr.data.tasks.digits import write_digits
+from mssr.distributed import World
+from mssr.policy.engine import PolicyEngine
+from mssr.policy.tiny import write_tiny_model
+
+WORKSPACE = "MSSR_TEST_POLICY_WORKSPACE"  # environment variable
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
+PICTURE_SIZES = [[(112, 56)], [(56, 56)], [], [(140, 84)], [(56, 28), (84, 56)], [(28, 84)]]  # of each prompt's images
+DATA = DataConfig(train="unused", min_pixels=784, max_pixels=50_176, instruction="Box it.")
+
+
+@cache
+def workspace() -> Path:
+    """Where models and data are, also for the rank processes that this one starts."""
+    if WORKSPACE not in os.environ:
+        os.environ[WORKSPACE] = tempfile.mkdtemp(prefix="mssr_policy_")
+        atexit.register(shutil.rmtree, os.environ[WORKSPACE], ignore_errors=True)
+    return Path(os.environ[WORKSPACE])
+
+
+@cache
+def digits(split: str, count: int) -> Path:
+    folder = workspace() / f"{split}_{count}"
+    if not folder.exists():
+        write_digits(folder, **{"train": 1, "val": 1, "test": 1, split: count})
+    return folder / f"{split}.parquet"
+
+
+@cache
+def digit_rows() -> list[dict]:
+    rows = open_rows(str(digits("train", 24)))
+    return [rows[index] for index in range(len(rows))]
+
+
+@cache
+def model_dir(tied: bool = False) -> str:
+    """A tiny model with weights so large that a token's position and neighbours matter to its log-prob."""
+    folder = workspace() / f"model_{'tied' if tied else 'untied'}"
+    if folder.exists():
+        return str(folder)
+    corpus = [row["problem"] + row["solution"] for row in digit_rows()]
+    write_tiny_model(folder, corpus, hidden=64, layers=2, vocabulary=300, tied=tied)
+    model, generator = plain_model(folder), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(
+                    std=0.12 if "embed_tokens" in name or "lm_head" in name else 0.06, generator=generator
+                )
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@cache
+def processors() -> tuple:
+    return load_processors(model_dir())
+
+
+@cache
+def prompts() -> tuple[Prompt, ...]:
+    """Six problems: pictures of different sizes, one without any, one with two."""
+    encoder = PromptEncoder(*processors(), DATA)
+    made = []
+    for number, sizes in enumerate(PICTURE_SIZES):
+        row = digit_rows()[number]
+        images = [_resized(row["images"][0], size) for size in sizes]
+        problem = "Larger: 3 or 8?" if not sizes else row["problem"].removeprefix("<image>")
+        made.append(encoder.encode(row | {"images": images, "problem": problem}, number, "digits"))
+    return tuple(made)
+
+
+def _resized(image: dict, size: tuple[int, int]) -> bytes:
+    picture = Image.open(io.BytesIO(image["bytes"])).resize(size)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def random_batch(chosen: list[Prompt], lengths: list[int], seed: int = 0) -> RolloutBatch:
+    """Random response tokens (none special), and random values for everything the loss reads."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = len(processors()[0])
+    responses = [torch.randint(10, vocabulary, (length,), generator=generator) for length in lengths]
+    longest = max(lengths)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+
+    def logps() -> Tensor:
+        return torch.where(mask, -5 + torch.randn(mask.shape, generator=generator), 0.0)
+
+    return RolloutBatch(
+        prompts=tuple(chosen),
+        tokens=pad_rows(responses, longest),
+        mask=mask,
+        logp=logps(),
+        truncated=torch.zeros(len(chosen), dtype=torch.bool),
+        advantage=torch.randn(len(chosen), generator=generator),
+        old_logp=logps(),
+        ref_logp=logps(),
+    )
+
+
+def make_engine(
+    *, path: str | None = None, budget: int = 64, zero_stage: int = 0, temperature: float = 1.0, world: World = ALONE,
+    dtype: str = "float32", total_updates: int = 10, gradient_checkpointing: bool = False, **optimizer,
+) -> PolicyEngine:  # fmt: skip
+    return PolicyEngine(
+        ModelConfig(path=path or model_dir(), dtype=dtype, gradient_checkpointing=gradient_checkpointing),
+        OptimizerConfig(**{"lr": 1e-4, "grad_clip": 1.0} | optimizer),
+        world,
+        micro_batch_tokens=budget,
+        zero_stage=zero_stage,
+        temperature=temperature,
+        total_updates=total_updates,
+    )
+
+
+def weights(engine: PolicyEngine) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in engine.state_dict().items()}
+
+
+def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor], *, exact: bool = False) -> None:
+    """After a few updates at a rate of 1e-4.
+
+    AdamW divides by the gradient's size: where that is nearly 0, rounding alone moves a weight by part of the rate. So
+    single weights may differ by that, but not on average.
+    """
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        difference = (found[name].double() - value.double()).abs()
+        assert difference.max() <= (0 if exact else 5e-5), name
+        assert difference.mean() <= 1e-6, name
+
+
+# The oracle.
+
+
+def plain_model(path, dtype=torch.float32, attention: str = "eager") -> Qwen2_5_VLForConditionalGeneration:
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation=attention)
+
+
+def plain_inputs(prompt: Prompt, response: Tensor, model) -> dict:
+    ids = torch.cat([prompt.token_ids, response])[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if prompt.pixel_values is not None:
+        inputs |= {
+            "pixel_values": prompt.pixel_values.to(model.dtype),
+            "image_grid_thw": prompt.image_grid_thw,
+            "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+        }
+    return inputs
+
+
+def plain_distribution(model, prompt: Prompt, response: Tensor, temperature: float = 1.0) -> Tensor:
+    """[R, V] log-probs of every token at each position of the response."""
+    logits = model(**plain_inputs(prompt, response, model), use_cache=False).logits[0]
+    start = len(prompt.token_ids) - 1
+    return torch.log_softmax(logits[start : start + len(response)].double() / temperature, dim=-1)
+
+
+def plain_logp(model, batch: RolloutBatch, temperature: float = 1.0) -> Tensor:
+    """[B, R] log-prob of each response token, 0 under the padding."""
+    rows = []
+    for row, prompt in enumerate(batch.prompts):
+        response = batch.response(row)
+        rows.append(plain_distribution(model, prompt, response, temperature).gather(1, response[:, None]).squeeze(1))
+    return pad_rows(rows, batch.tokens.shape[1])
+
+
+def edit_json(path: Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def near_batch(
+    chosen: list[Prompt], lengths: list[int], model, *, temperature: float = 1.0, seed: int = 0
+) -> RolloutBatch:
+    """As `random_batch`, with log-probs around the model's own, so that some ratios are clipped and most are not."""
+    batch = random_batch(chosen, lengths, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        own = plain_logp(model, batch, temperature).float()
+
+    def around(spread: float) -> Tensor:
+        return torch.where(batch.mask, own + spread * torch.randn(own.shape, generator=generator), 0.0)
+
+    return replace(batch, logp=around(0.4), old_logp=around(0.4), ref_logp=around(0.2))
+
+
+def method_loss(dist: Tensor, target: Tensor, advantage, old: Tensor, ref: Tensor, sampler: Tensor, config) -> Tensor:
+    """[R] loss of each token as METHOD.md has it, written out. dist: [R, V] log-probs."""
+    logp = dist.gather(1, target[:, None]).squeeze(1)
+    entropy = -(dist.exp() * dist).sum(-1)
+    psi = torch.minimum(config.entropy_alpha * entropy.detach(), advantage.abs() / config.entropy_kappa)
+    shaped = advantage + psi
+    ratio = torch.exp(logp - old)
+    objective = torch.minimum(ratio * shaped, ratio.clamp(1 - config.clip_low, 1 + config.clip_high) * shaped)
+    if config.dual_clip:
+        objective = torch.where(shaped < 0, torch.maximum(objective, config.dual_clip * shaped), objective)
+    weight = torch.exp(old - sampler).clamp(max=config.tis_cap) if config.tis_cap else 1.0
+    k3 = torch.exp(ref - logp) - (ref - logp) - 1
+    return -objective * weight + config.kl_coef * k3 - config.entropy_coef * entropy
+
+
+class EagerTrainer:
+    """A training step with nothing of ours in it: full logits, float64, one sequence at a time, torch's AdamW."""
+
+    def __init__(self, path: str, *, grad_clip: float, temperature: float = 1.0, weight_decay: float = 0.01) -> None:
+        self.model = plain_model(path, torch.float64)
+        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=weight_decay)
+        self._clip, self._temperature = grad_clip, temperature
+
+    def update(self, batch: RolloutBatch, config) -> float:
+        """Returns the gradient's norm before clipping."""
+
+        def loss(row: int, dist: Tensor, response: Tensor) -> Tensor:
+            values = [values[row, : len(response)].double() for values in (batch.old_logp, batch.ref_logp, batch.logp)]
+            return method_loss(dist, response, batch.advantage[row].double(), *values, config).sum()
+
+        return self._step(batch, loss)
+
+    def imitate(self, batch: RolloutBatch) -> float:
+        return self._step(batch, lambda _, dist, response: F.nll_loss(dist, response, reduction="sum"))
+
+    def _step(self, batch: RolloutBatch, loss) -> float:
+        self._optimizer.zero_grad()
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)  # a tower that saw no picture still decays
+        for row, prompt in enumerate(batch.prompts):
+            response = batch.response(row)
+            dist = plain_distribution(self.model, prompt, response, self._temperature)
+            (loss(row, dist, response) / batch.mask.sum()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip)
+        self._optimizer.step()
+        return float(norm)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.model.state_dict()

@@ -1,0 +1,181 @@
+"""Updates of the engine against the same updates written out with plain transformers, autograd and torch's AdamW."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from policy_helpers import (
+    EagerTrainer,
+    assert_same_weights,
+    make_engine,
+    near_batch,
+    plain_distribution,
+    plain_logp,
+    random_batch,
+    weights,
+)
+
+from mssr_kernels import PolicyLossConfig
+
+EVERYTHING = PolicyLossConfig(kl_coef=0.05, entropy_coef=0.01, tis_cap=2.0)
+LENGTHS = [5, 9, 3, 7, 1, 12]
+
+pytestmark = pytest.mark.usefixtures("world")
+
+
+def batches(prompts, plain, temperature=1.0):
+    """Three steps' batches of different sizes; the second without any picture."""
+    return [
+        near_batch(prompts, LENGTHS, plain, temperature=temperature, seed=1),
+        near_batch([prompts[2]] * 2, [4, 8], plain, temperature=temperature, seed=2),
+        near_batch(prompts[3:], [2, 6, 3], plain, temperature=temperature, seed=3),
+    ]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize(("temperature", "grad_clip"), [(1.0, 1000.0), (0.7, 0.05)])
+def test_updates_equal_the_written_out_ones(model_dir, prompts, plain, zero_stage, temperature, grad_clip):
+    settings = {"temperature": temperature, "grad_clip": grad_clip, "weight_decay": 1.0}
+    engine = make_engine(zero_stage=zero_stage, **settings)
+    eager = EagerTrainer(model_dir, **settings)
+    for batch in batches(prompts, plain, temperature):
+        with torch.no_grad():
+            expected_logp = plain_logp(eager.model, batch, temperature).float()
+        stats = engine.update(batch, EVERYTHING)
+        assert stats.grad_norm == pytest.approx(eager.update(batch, EVERYTHING), rel=1e-3)
+        torch.testing.assert_close(stats.logp, expected_logp, atol=5e-5, rtol=0)
+        assert_same_weights(weights(engine), eager.weights())
+
+
+def test_metrics_are_means_over_tokens(prompts, plain):
+    batch = near_batch(prompts, LENGTHS, plain)
+    metrics = make_engine(budget=80).update(batch, EVERYTHING).metrics
+    own = plain_logp(plain, batch)[batch.mask]
+    delta = batch.ref_logp[batch.mask] - own
+    ratio = torch.exp(own - batch.old_logp[batch.mask])
+    dist = torch.cat([plain_distribution(plain, p, batch.response(row)) for row, p in enumerate(prompts)])
+    assert metrics["kl"] == pytest.approx(float((delta.exp() - delta - 1).mean()), rel=1e-4)
+    assert metrics["entropy"] == pytest.approx(float(-(dist.exp() * dist).sum(-1).mean()), rel=1e-4)
+    assert metrics["ratio"] == pytest.approx(float(ratio.mean()), rel=1e-4)
+    assert metrics["ratio_max"] == pytest.approx(float(ratio.max()), rel=1e-4)
+    assert 0 < metrics["clip_fraction"] < 1
+
+
+@pytest.mark.parametrize("budget", [1, 70, 130, 10_000])
+def test_the_cut_into_micro_batches_changes_nothing(prompts, plain, budget):
+    results = []
+    for tokens in (200, budget):
+        engine = make_engine(budget=tokens)
+        stats = [engine.update(batch, EVERYTHING) for batch in batches(prompts, plain)]
+        results.append((weights(engine), stats))
+    (expected, expected_stats), (found, found_stats) = results
+    assert_same_weights(found, expected)
+    for one, other in zip(found_stats, expected_stats):
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-3, abs=1e-5)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+        torch.testing.assert_close(one.logp, other.logp, atol=5e-5, rtol=0)
+
+
+def test_imitate_is_cross_entropy(model_dir, prompts, plain):
+    engine = make_engine()
+    eager = EagerTrainer(model_dir, grad_clip=1.0)
+    before = None
+    for batch in batches(prompts, plain):
+        demonstration = replace(batch, advantage=None, old_logp=None, ref_logp=None, logp=torch.zeros_like(batch.logp))
+        stats = engine.imitate(demonstration)
+        assert stats.grad_norm == pytest.approx(eager.imitate(demonstration), rel=1e-3)
+        assert_same_weights(weights(engine), eager.weights())
+        before = before or (demonstration, stats.logp)
+    demonstration, logp = before
+    assert engine.score(demonstration).sum() > logp.sum()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [1, 1, 1, 1]),
+        ({"warmup_updates": 3}, [1 / 3, 2 / 3, 1, 1]),
+        ({"schedule": "cosine", "total_updates": 4}, [0.5 + 0.5 * math.cos(math.pi * k / 4) for k in range(4)]),
+        (
+            {"schedule": "cosine", "total_updates": 4, "warmup_updates": 2},
+            [0.5, *(0.5 + 0.5 * math.cos(math.pi * k / 4) for k in range(1, 4))],
+        ),
+    ],
+)
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_learning_rates(prompts, settings, expected, zero_stage):
+    """What is reported, and what the first update did: AdamW's first step moves a weight by the rate."""
+    engine = make_engine(zero_stage=zero_stage, lr=1e-3, weight_decay=0.0, **settings)
+    batch = random_batch(prompts[2:3], [6])
+    before = weights(engine)
+    rates = [engine.imitate(batch).lr]
+    moved = max(float((value - before[name]).abs().max()) for name, value in weights(engine).items())
+    assert moved == pytest.approx(1e-3 * expected[0], rel=1e-2)
+    rates += [engine.imitate(batch).lr for _ in range(3)]
+    assert rates == pytest.approx([1e-3 * factor for factor in expected])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("budget", [1, 70, 10_000])
+def test_score(prompts, plain, temperature, budget):
+    engine = make_engine(budget=budget, temperature=temperature)
+    batch = random_batch(prompts, LENGTHS)
+    scores = engine.score(batch)
+    assert scores.dtype == torch.float32 and not scores.requires_grad
+    torch.testing.assert_close(scores, plain_logp(plain, batch, temperature).float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(engine.update(batch, EVERYTHING).logp, scores, atol=1e-6, rtol=0)
+
+
+def test_the_reference_stays_where_training_started(prompts, plain):
+    engine = make_engine(lr=1e-2)
+    reference = engine.frozen_reference()
+    batch = random_batch(prompts, LENGTHS)
+    engine.imitate(batch)
+    start = plain_logp(plain, batch).float()
+    torch.testing.assert_close(engine.score(batch, reference), start, atol=1e-5, rtol=0)
+    assert (engine.score(batch) - start).abs().max() > 1e-2
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_bfloat16_follows_float32(prompts, plain, zero_stage):
+    batch = near_batch(prompts, LENGTHS, plain)
+    exact, rounded = make_engine(lr=1e-3), make_engine(lr=1e-3, dtype="bfloat16", zero_stage=zero_stage)
+    expected, found = exact.update(batch, EVERYTHING), rounded.update(batch, EVERYTHING)
+    assert found.grad_norm == pytest.approx(expected.grad_norm, rel=0.1)
+    torch.testing.assert_close(found.logp, expected.logp, atol=0.2, rtol=0)
+    moved = [engine.score(batch) - stats.logp for engine, stats in ((exact, expected), (rounded, found))]
+    assert torch.nn.functional.cosine_similarity(moved[0].flatten(), moved[1].flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_loaded_engine_goes_on_as_the_saved_one(prompts, tmp_path, zero_stage):
+    def engine():
+        return make_engine(zero_stage=zero_stage, schedule="cosine", warmup_updates=2)
+
+    first, batch = engine(), random_batch(prompts, LENGTHS)
+    first.update(batch, EVERYTHING)
+    first.save(tmp_path)
+    expected = first.update(batch, EVERYTHING)
+
+    second = engine()
+    second.load(tmp_path)
+    found = second.update(batch, EVERYTHING)
+    assert (found.lr, found.grad_norm, found.metrics) == (expected.lr, expected.grad_norm, expected.metrics)
+    assert_same_weights(weights(second), weights(first), exact=True)
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(prompts, plain):
+    batch = near_batch(prompts, LENGTHS, plain)
+    results = []
+    for checkpointing in (False, True):
+        engine = make_engine(gradient_checkpointing=checkpointing, budget=10_000)
+        calls = []
+        layer = engine.policy.model.model.language_model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        engine.update(batch, EVERYTHING)
+        results.append((len(calls), weights(engine)))
+    (once, expected), (twice, found) = results
+    assert (once, twice) == (1, 2)
+    assert_same_weights(found, expected)

@@ -1,0 +1,64 @@
+"""Accuracy on held-out problems, alone and shared out over ranks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from policy_helpers import ALONE, DATA, digits, model_dir, processors
+
+from mssr.config import EvalConfig, RolloutConfig
+from mssr.data.dataset import ProblemDataset
+from mssr.data.prompts import PromptEncoder
+from mssr.evaluate import evaluate
+from mssr.policy.model import load_policy
+from mssr.rollout import make_rollout_engine
+
+LIMIT = 6
+
+
+def held_out(count: int) -> ProblemDataset:
+    return ProblemDataset(str(digits("val", count)), PromptEncoder(*processors(), DATA), DATA)
+
+
+def odd_is_right(batch):
+    """A judge for untrained weights: a response whose tokens sum to an odd number is right."""
+    correct = (torch.where(batch.mask, batch.tokens, 0).sum(1) % 2).float()
+    return replace(batch, reward=correct, correct=correct), [""] * len(batch)
+
+
+def run(world, path, count, **settings):
+    policy = load_policy(path, torch.float32)
+    rollout = make_rollout_engine(RolloutConfig(max_response_tokens=LIMIT), policy, processors()[0], world)
+    return evaluate(held_out(count), rollout, odd_is_right, world, EvalConfig(**settings), seed=4)
+
+
+def answered(count, temperature=0.0):
+    """Every problem's response, by the sampler directly."""
+    policy = load_policy(model_dir(), torch.float32)
+    rollout = make_rollout_engine(RolloutConfig(max_response_tokens=LIMIT), policy, processors()[0], ALONE)
+    return odd_is_right(rollout.generate(list(held_out(count)), list(range(count)), temperature))[0]
+
+
+def test_counts_every_problem_once():
+    result, batch = run(ALONE, model_dir(), 13), answered(13)
+    assert result.problems == 13
+    assert result.accuracy == pytest.approx(float(batch.correct.mean()))
+    assert 0 < result.accuracy < 1
+    assert result.response_tokens == pytest.approx(float(batch.mask.sum()) / 13)
+    assert result.truncated == pytest.approx(float(batch.truncated.float().mean()))
+
+
+def test_the_first_problems_only():
+    result, batch = run(ALONE, model_dir(), 13, max_problems=5), answered(13)
+    assert result.problems == 5
+    assert result.accuracy == pytest.approx(float(batch.correct[:5].mean()))
+    assert run(ALONE, model_dir(), 13, max_problems=50).problems == 13
+
+
+@pytest.mark.parametrize(
+    ("count", "settings"), [(13, {}), (13, {"temperature": 1.0}), (1, {}), (13, {"max_problems": 1})]
+)
+def test_two_ranks_find_what_one_does(ranks, count, settings):
+    """Odd numbers of problems, and one problem, which leaves a rank without any."""
+    alone = run(ALONE, model_dir(), count, **settings)
+    assert ranks(run, model_dir(), count, **settings) == [alone, alone]

@@ -1,0 +1,282 @@
+"""Samples of the hf engine: from the policy's own distribution, reported as scored, depending on their stream alone."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from policy_helpers import (
+    ALONE,
+    edit_json,
+    make_engine,
+    plain_distribution,
+    plain_inputs,
+    plain_model,
+    processors,
+    random_batch,
+)
+
+from mssr.config import RolloutConfig
+from mssr.policy.model import load_policy
+from mssr.rollout import make_rollout_engine
+from mssr.rollout.base import noise_streams
+
+EXTRA_ENDS = list(range(100, 130))  # of 300 tokens: some responses end, others are cut
+
+
+def rollout(policy, *, max_response_tokens=12, batch_size=64, ends=EXTRA_ENDS):
+    """A sampler of the policy, with more end tokens than one, so that untrained weights finish some responses."""
+    tokenizer, _ = processors()
+    own = policy.model.generation_config.eos_token_id
+    policy.model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
+    try:
+        config = RolloutConfig(max_response_tokens=max_response_tokens, batch_size=batch_size)
+        return make_rollout_engine(config, policy, tokenizer, ALONE)
+    finally:
+        policy.model.generation_config.eos_token_id = own
+
+
+def pads(policy) -> list[int]:
+    return [policy.model.config.image_token_id, policy.model.config.video_token_id]
+
+
+def assert_same_responses(found, expected):
+    """The rows may be padded to different lengths, and a neighbour may cost a rounding in log-probs."""
+    assert len(found) == len(expected)
+    for row in range(len(expected)):
+        assert found.response(row).tolist() == expected.response(row).tolist()
+        length = len(expected.response(row))
+        torch.testing.assert_close(found.logp[row, :length], expected.logp[row, :length], atol=1e-5, rtol=0)
+
+
+def select(batch, order):
+    parts = {name: getattr(batch, name)[order] for name in ("tokens", "mask", "logp", "truncated")}
+    return replace(batch, prompts=tuple(batch.prompts[row] for row in order), **parts)
+
+
+@pytest.fixture(scope="module")
+def sampled(policy, prompts):
+    """24 responses, each prompt four times."""
+    chosen = list(prompts) * 4
+    return rollout(policy).generate(chosen, noise_streams(0, "train", 0, list(range(24))), 1.0)
+
+
+def test_shapes_masks_and_padding(sampled, prompts):
+    longest = int(sampled.mask.sum(1).max())
+    assert sampled.prompts == tuple(prompts) * 4
+    assert sampled.tokens.shape == sampled.mask.shape == sampled.logp.shape == (24, longest)
+    assert (sampled.tokens.dtype, sampled.mask.dtype, sampled.logp.dtype) == (torch.int64, torch.bool, torch.float32)
+    assert torch.equal(sampled.mask, torch.arange(longest) < sampled.lengths[:, None])
+    assert (sampled.logp[~sampled.mask] == 0).all() and (sampled.logp[sampled.mask] < 0).all()
+    assert (sampled.tokens[~sampled.mask] == processors()[0].pad_token_id).all()
+
+
+def test_a_response_ends_at_its_first_end_token_or_is_truncated(sampled):
+    ends = {processors()[0].eos_token_id, *EXTRA_ENDS}
+    for row in range(24):
+        response = sampled.response(row).tolist()
+        assert not ends & set(response[:-1])
+        assert bool(sampled.truncated[row]) == (response[-1] not in ends)
+        assert len(response) == 12 or not sampled.truncated[row]
+    assert 0 < int(sampled.truncated.sum()) < 24
+
+
+def test_an_end_token_on_the_last_position_is_no_truncation(policy, prompts):
+    batch = rollout(policy, max_response_tokens=1).generate([prompts[2]] * 40, list(range(40)), 1.0)
+    ended = torch.isin(batch.tokens[:, 0], torch.tensor([processors()[0].eos_token_id, *EXTRA_ENDS]))
+    assert torch.equal(batch.truncated, ~ended)
+    assert 0 < int(ended.sum()) < 40
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_log_probs_are_the_trainers(world, policy, plain, prompts, temperature):
+    """Up to the mass of the tokens that are never sampled: the trainer's distribution has it, the sampler's has not."""
+    batch = rollout(policy).generate(list(prompts), list(range(6)), temperature)
+    scored = make_engine(temperature=temperature).score(batch)
+    for row, prompt in enumerate(prompts):
+        response = batch.response(row)
+        dist = plain_distribution(plain, prompt, response, temperature)
+        forbidden = dist[:, pads(policy)].exp().sum(1)
+        expected = dist.gather(1, response[:, None]).squeeze(1) - torch.log1p(-forbidden)
+        torch.testing.assert_close(batch.logp[row, : len(response)].double(), expected, atol=1e-5, rtol=0)
+        gap = batch.logp[row, : len(response)] - scored[row, : len(response)]
+        torch.testing.assert_close(gap.double(), -torch.log1p(-forbidden), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7])
+def test_the_same_streams_give_the_same_responses_in_any_batches(policy, prompts, sampled, batch_size):
+    streams = noise_streams(0, "train", 0, list(range(24)))
+    assert_same_responses(rollout(policy, batch_size=batch_size).generate(list(prompts) * 4, streams, 1.0), sampled)
+
+
+def test_order_and_neighbours_do_not_matter(policy, prompts, sampled):
+    streams = noise_streams(0, "train", 0, list(range(24)))
+    for chosen in ([17, 3, 8, 0, 21, 2], [8], [2, 14], list(reversed(range(24)))):
+        asked = [prompts[slot % 6] for slot in chosen]
+        found = rollout(policy).generate(asked, [streams[slot] for slot in chosen], 1.0)
+        assert_same_responses(found, select(sampled, chosen))
+
+
+def test_a_longer_limit_only_continues(policy, prompts, sampled):
+    streams = noise_streams(0, "train", 0, list(range(6)))
+    short = rollout(policy, max_response_tokens=5).generate(list(prompts), streams, 1.0)
+    for row in range(6):
+        assert short.response(row).tolist() == sampled.response(row).tolist()[:5]
+
+
+def test_other_streams_give_other_responses(policy, prompts):
+    batch = rollout(policy, ends=[]).generate([prompts[0]] * 16, noise_streams(0, "train", 0, list(range(16))), 1.0)
+    assert len({tuple(batch.response(row).tolist()) for row in range(16)}) == 16
+
+
+def test_the_global_generator_is_left_alone(policy, prompts):
+    before = torch.random.get_rng_state()
+    first = rollout(policy).generate(list(prompts), list(range(6)), 1.0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.manual_seed(123)
+    assert_same_responses(rollout(policy).generate(list(prompts), list(range(6)), 1.0), first)
+
+
+def chi_square_bound(bins: int) -> float:
+    """Far beyond what the statistic reaches by chance (more than 4 standard deviations)."""
+    return bins + 4 * (2 * bins) ** 0.5 + 8
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_first_tokens_follow_the_softmax(policy, plain, prompts, temperature):
+    count, prompt = 2048, prompts[2]
+    streams = noise_streams(3, "train", 0, list(range(count)))
+    batch = rollout(policy, max_response_tokens=1, batch_size=512).generate([prompt] * count, streams, temperature)
+    expected = plain_distribution(plain, prompt, batch.response(0), temperature)[0].exp()
+    expected[pads(policy)] = 0
+    expected = count * expected / expected.sum()
+    found = torch.bincount(batch.tokens[:, 0], minlength=len(expected)).double()
+    rare = expected < 5
+    found = torch.cat([found[~rare], found[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    assert len(found) > 30
+    assert float(((found - expected) ** 2 / expected).sum()) < chi_square_bound(len(found))
+
+
+def test_whole_responses_follow_the_policy(policy, plain, prompts):
+    """Each token's cumulative probability given its past is uniform, and independent of the position before."""
+    prompt, count, length = prompts[0], 96, 8
+    streams = noise_streams(5, "train", 0, list(range(count)))
+    batch = rollout(policy, max_response_tokens=length, ends=[]).generate([prompt] * count, streams, 1.0)
+    jitter, within, pairs = torch.Generator().manual_seed(0), [], []
+    for row in range(count):
+        response = batch.response(row)
+        dist = plain_distribution(plain, prompt, response).exp()
+        dist[:, pads(policy)] = 0
+        dist /= dist.sum(1, keepdim=True)
+        mass = dist.gather(1, response[:, None]).squeeze(1)
+        below = dist.cumsum(1).gather(1, response[:, None]).squeeze(1) - mass
+        uniform = below + mass * torch.rand(len(response), generator=jitter)
+        within.append(uniform)
+        pairs.append(torch.stack([uniform[:-1], uniform[1:]]))
+    values, (before, after) = torch.cat(within), torch.cat(pairs, dim=1)
+    expected = len(values) / 10
+    assert float(((torch.histc(values, 10, 0, 1) - expected) ** 2 / expected).sum()) < chi_square_bound(10)
+    correlation = torch.corrcoef(torch.stack([before, after]))[0, 1]
+    assert abs(float(correlation)) < 4 / len(before) ** 0.5
+
+
+def test_temperature_zero_is_transformers_greedy(policy, plain, prompts):
+    engine = rollout(policy, ends=[])
+    batch = engine.generate(list(prompts), [0] * 6, 0.0)
+    for row, prompt in enumerate(prompts):
+        inputs = plain_inputs(prompt, torch.tensor([], dtype=torch.int64), plain)
+        own = plain.generate(**inputs, do_sample=False, max_new_tokens=12, suppress_tokens=pads(policy))
+        response = batch.response(row)
+        assert response.tolist() == own[0, len(prompt.token_ids) :].tolist()[: len(response)]
+        dist = plain_distribution(plain, prompt, response)
+        expected = dist.gather(1, response[:, None]).squeeze(1) - torch.log1p(-dist[:, pads(policy)].exp().sum(1))
+        torch.testing.assert_close(batch.logp[row, : len(response)].double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_image_and_video_pads_are_never_sampled(model_dir, prompts, temperature):
+    policy = load_policy(model_dir, torch.float32)
+    head = policy.model.lm_head.weight.detach()
+    inputs = plain_inputs(prompts[0], torch.tensor([], dtype=torch.int64), policy.model)
+    with torch.no_grad():
+        last = policy.model.model(**inputs).last_hidden_state[0, -1]
+        head[pads(policy)] = 10 * last
+        logits = policy.model(**inputs).logits[0, -1]
+    assert logits.argmax() in pads(policy) and torch.softmax(logits, 0)[pads(policy)].sum() > 0.999
+    batch = rollout(policy).generate([prompts[0]] * 20, list(range(20)), temperature)
+    assert not torch.isin(batch.tokens, torch.tensor(pads(policy))).any()
+    assert torch.isfinite(batch.logp).all()
+
+
+def test_a_models_own_sampling_settings_change_nothing(model_dir, prompts, sampled, tmp_path):
+    """Qwen2.5-VL ships a repetition penalty and a temperature; samples under them would be off-policy."""
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    settings = {"do_sample": True, "temperature": 0.1, "repetition_penalty": 1.5, "top_k": 3, "top_p": 0.3}
+    settings |= {"no_repeat_ngram_size": 2, "suppress_tokens": list(range(20, 90))}
+    edit_json(folder / "generation_config.json", **settings)
+    policy = load_policy(str(folder), torch.float32)
+    streams = noise_streams(0, "train", 0, list(range(24)))
+    assert_same_responses(rollout(policy).generate(list(prompts) * 4, streams, 1.0), sampled)
+    greedy = rollout(policy, ends=[]).generate(list(prompts), [0] * 6, 0.0)
+    plain = rollout(load_policy(model_dir, torch.float32), ends=[]).generate(list(prompts), [0] * 6, 0.0)
+    assert_same_responses(greedy, plain)
+    assert policy.model.generation_config.repetition_penalty == 1.5  # still the model's, for whoever saves it
+
+
+def test_text_only_prompts_after_pictures(model_dir, prompts):
+    """The model keeps the last pictures' position offset; it is not the text's."""
+    expected = rollout(load_policy(model_dir, torch.float32)).generate([prompts[2]] * 2, [1, 2], 1.0)
+    policy = load_policy(model_dir, torch.float32)
+    rollout(policy).generate([prompts[3], prompts[4]], [3, 4], 1.0)
+    assert_same_responses(rollout(policy).generate([prompts[2]] * 2, [1, 2], 1.0), expected)
+
+
+def test_weights_as_they_are_now(world, model_dir, prompts):
+    """Between updates of the engine, also with gradient checkpointing, which has no cache to generate with."""
+    engine = make_engine(lr=1e-2, gradient_checkpointing=True)
+    sampler = rollout(engine.policy)
+    before = sampler.generate(list(prompts), list(range(6)), 1.0)
+    torch.testing.assert_close(engine.score(before)[before.mask], before.logp[before.mask], atol=0.2, rtol=0)
+    engine.imitate(random_batch(prompts, [5, 9, 3, 7, 1, 12]))
+    sampler.update_weights(engine.policy)
+    after = sampler.generate(list(prompts), list(range(6)), 1.0)
+    assert any(before.response(row).tolist() != after.response(row).tolist() for row in range(6))
+    fresh = plain_model(model_dir).requires_grad_(False)
+    fresh.load_state_dict(engine.state_dict())
+    for row, prompt in enumerate(prompts):
+        dist = plain_distribution(fresh, prompt, after.response(row))
+        expected = dist.gather(1, after.response(row)[:, None]).squeeze(1)
+        expected = expected - torch.log1p(-dist[:, pads(engine.policy)].exp().sum(1))
+        length = len(expected)
+        torch.testing.assert_close(after.logp[row, :length].double(), expected, atol=2e-5, rtol=0)
+
+
+def test_noise_streams_are_distinct():
+    streams = [
+        stream
+        for seed in (0, 1, 11)
+        for purpose in ("train", "init", "eval")
+        for step in (0, 1, 11, 111)
+        for stream in noise_streams(seed, purpose, step, list(range(120)))
+    ]
+    assert len(set(streams)) == len(streams) == 3 * 3 * 4 * 120
+    assert all(0 <= stream < 2**64 for stream in streams)
+
+
+def test_a_slots_stream_does_not_depend_on_who_else_is_asked_for():
+    whole = noise_streams(7, "train", 3, list(range(32)))
+    assert whole == noise_streams(7, "train", 3, list(range(32)))
+    assert noise_streams(7, "train", 3, [5, 30, 2]) == [whole[5], whole[30], whole[2]]
+
+
+def sample_own(world, path, prompts, streams):
+    engine = rollout(load_policy(path, torch.float32))
+    own = slice(world.rank, None, world.size)
+    return engine.generate(prompts[own], streams[own], 1.0)
+
+
+def test_ranks_sample_what_one_would(ranks, model_dir, prompts, sampled):
+    streams = noise_streams(0, "train", 0, list(range(24)))
+    for rank, found in enumerate(ranks(sample_own, model_dir, list(prompts) * 4, streams)):
+        assert_same_responses(found, select(sampled, list(range(rank, 24, 2))))

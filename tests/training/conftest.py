@@ -1,0 +1,50 @@
+"""Runs that several tests look at."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from run_folder import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def whole(warm, tmp_path_factory):
+    """Six steps as a user starts them: `python -m mssr train`, one process, never interrupted.
+
+    16 prompts a step out of 64: step 4 ends the first epoch. Checkpoints at 2, 4, 6, two kept.
+    """
+    folder = RunFolder(tmp_path_factory.mktemp("whole") / "run")
+    command = [sys.executable, "-m", "mssr", "train", str(warm), folder.override]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    folder.out = done.stdout
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_with_everything(mssr, warm, everything, tmp_path_factory):
+    """The same with every state a run can have."""
+    folder = RunFolder(tmp_path_factory.mktemp("whole_with_everything") / "run")
+    mssr("train", warm, folder.override, *everything).check()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def everything():
+    """Overrides: drift by each prompt's previous response, first rollouts, a frozen reference, ZeRO-2, a schedule."""
+    return [
+        "algorithm.tracker.drift=prompt",
+        "algorithm.tracker.n_init=1",
+        "algorithm.kl_coef=0.05",
+        "algorithm.old_logp=recompute",
+        "train.zero_stage=2",
+        "train.optimizer.schedule=cosine",
+    ]

@@ -1,0 +1,47 @@
+"""What a run leaves, read back."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mssr.observe.metrics import read_metrics
+
+
+class RunFolder:
+    """A finished (or broken) run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def override(self) -> str:
+        return f"run_dir={self.path}"
+
+    @property
+    def metrics(self) -> list[dict[str, float]]:
+        """Lines of metrics.jsonl without what differs between two runs of the same: times."""
+        lines = read_metrics(self.path / "metrics.jsonl")
+        return [{key: value for key, value in line.items() if key != "time" and "perf/" not in key} for line in lines]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.path / "checkpoints").iterdir())
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path / "model" / "model.safetensors")
+
+    def rollouts(self, step: int) -> list[dict]:
+        text = (self.path / "rollouts" / f"step_{step:06d}" / "rollouts.jsonl").read_text()
+        return [json.loads(line) for line in text.splitlines()]
+
+    def assert_same_as(self, other: "RunFolder") -> None:
+        """Every number of every step, and every bit of the final weights."""
+        assert len(self.metrics) == len(other.metrics)
+        for mine, theirs in zip(self.metrics, other.metrics):
+            assert mine == theirs
+        assert self.weights.keys() == other.weights.keys()
+        for name, weight in other.weights.items():
+            assert torch.equal(self.weights[name], weight), name

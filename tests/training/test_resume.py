@@ -1,0 +1,126 @@
+"""A killed run that is resumed equals one that was never interrupted: every metric, every bit of the weights."""
+
+import os
+import shutil
+import time
+
+import pytest
+from mssr_process import Moment
+
+KILLED = -9
+
+
+def kill_at(mssr, config, run, moment, *overrides):
+    ended = mssr("train", config, run.override, *overrides, "--resume", at=moment)
+    assert ended.code == KILLED, f"{moment} did not happen: {ended.err}"
+
+
+def test_killed_again_and_again(mssr, warm, run, whole):
+    first = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/step_000001"))
+    assert first.code == KILLED and len(run.metrics) == 2  # before the first checkpoint: all over again
+    kill_at(mssr, warm, run, Moment("os.mkdir", ".partial_step_000002/engine"))  # a save just begun
+    assert run.checkpoints == [".partial_step_000002"]
+    kill_at(mssr, warm, run, Moment("os.rename", ".partial_step_000002"))  # all written, not yet valid
+    kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/step_000004"))  # an epoch's end, before its checkpoint
+    assert run.checkpoints == ["step_000002"]
+    kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/step_000005"))  # the checkpoint is an epoch's end
+    assert run.checkpoints == ["step_000002", "step_000004"]
+    kill_at(mssr, warm, run, Moment("os.remove", "state.pt"))  # an old checkpoint half removed
+    assert run.checkpoints == [".partial_step_000002", "step_000004", "step_000006"]
+    kill_at(mssr, warm, run, Moment("os.rename", ".partial_model"))  # only the export is missing
+    assert not (run.path / "model").exists()
+    mssr("train", warm, run.override, "--resume").check()
+    run.assert_same_as(whole)
+
+
+def test_killed_with_every_state_there_is(mssr, warm, run, everything, whole_with_everything):
+    first = mssr("train", warm, run.override, *everything, at=Moment("os.mkdir", "rollouts/step_000006"))
+    assert first.code == KILLED
+    mssr("train", warm, run.override, *everything, "--resume").check()
+    run.assert_same_as(whole_with_everything)
+
+
+def test_killed_from_outside(mssr, warm, run, whole):
+    """As `kill -9` comes: whenever."""
+    started = mssr.start("train", warm, run.override)
+    deadline = time.monotonic() + 60
+    metrics = run.path / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    started.kill()
+    assert started.wait().code == KILLED
+    torn = metrics.read_bytes() + b'{"step": 4, "ti'
+    metrics.write_bytes(torn)
+    mssr("train", warm, run.override, "--resume").check()
+    run.assert_same_as(whole)
+
+
+@pytest.fixture
+def copy_of_whole(whole, run):
+    shutil.copytree(whole.path, run.path)
+    return run
+
+
+def test_resuming_a_finished_run_changes_nothing(mssr, warm, copy_of_whole, whole):
+    mssr("train", warm, copy_of_whole.override, "--resume").check()
+    copy_of_whole.assert_same_as(whole)
+    assert copy_of_whole.checkpoints == whole.checkpoints
+
+
+def test_leftovers_of_a_kill_are_no_checkpoint(mssr, warm, copy_of_whole, whole):
+    """A newer half-written one beside the complete ones, and a run cut back to step 4."""
+    checkpoints = copy_of_whole.path / "checkpoints"
+    (checkpoints / "step_000006").rename(checkpoints / ".partial_step_000006")
+    (checkpoints / ".partial_step_000006" / "state.pt").write_bytes(b"half")
+    shutil.rmtree(copy_of_whole.path / "model")
+    mssr("train", warm, copy_of_whole.override, "--resume").check()
+    copy_of_whole.assert_same_as(whole)
+    assert copy_of_whole.checkpoints == whole.checkpoints
+
+
+def test_more_steps_go_on_where_the_run_ended(mssr, warm, run, whole):
+    mssr("train", warm, run.override, "train.steps=3").check()
+    mssr("train", warm, run.override, "--resume").check()
+    assert [line for line in run.metrics if line["step"] in (1, 2, 4, 5)] == [
+        line for line in whole.metrics if line["step"] in (1, 2, 4, 5)
+    ]
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("seed=7", ["seed is 7", "had 0"]),
+        ("rollout.prompts_per_step=32", ["rollout.prompts_per_step is 32", "had 16"]),
+        ("data.train={val}", ["data.train", "not what the checkpoint was trained on"]),
+        ("train.zero_stage=1", ["train.zero_stage is 1", "had 0"]),
+        ("algorithm.tracker.rho_min=0.5", ["rho_min"]),
+    ],
+)
+def test_what_would_be_another_run_is_refused(mssr, warm, whole, override, words):
+    before = snapshot(whole.path)
+    override = override.format(val=warm.parent / "data" / "val.parquet")
+    line = mssr("train", warm, whole.override, "--resume", override).line
+    assert all(word in line for word in words), line
+    assert snapshot(whole.path) == before
+
+
+def test_without_resume_an_earlier_run_is_refused_and_kept(mssr, warm, whole):
+    before = snapshot(whole.path)
+    line = mssr("train", warm, whole.override).line
+    assert "--resume" in line and "run_dir" in line
+    assert snapshot(whole.path) == before
+
+
+def test_without_resume_metrics_before_the_first_checkpoint_are_kept_too(mssr, warm, run):
+    run.path.mkdir()
+    (run.path / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert "--resume" in mssr("train", warm, run.override).line
+    assert (run.path / "metrics.jsonl").read_text() == '{"step": 0}\n'
+
+
+def snapshot(folder):
+    return {
+        path: (path.stat().st_size, path.stat().st_mtime_ns)
+        for root, _, files in os.walk(folder)
+        for path in (folder.__class__(root) / name for name in files)
+    }

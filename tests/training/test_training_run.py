@@ -1,0 +1,97 @@
+"""A run from start to end, through the command line."""
+
+import math
+import re
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+UPDATES, STEPS = 2, 6
+
+
+def test_metrics_have_a_line_for_each_step_and_one_from_before(whole):
+    lines = whole.metrics
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))
+    assert set(lines[0]) == {"step", "val/accuracy", "val/response_tokens", "val/truncated"}
+    groups = {"train/reward", "train/grad_norm", "train/lr", "rollout/logp_gap_mean", "rollout/response_tokens"}
+    groups |= {"policy/entropy", "policy/clip_fraction", "policy/kl", "policy/shaping"}
+    groups |= {"tracker/baseline_mean", "tracker/value_mean", "tracker/rho_mean", "tracker/drift_mean"}
+    for line in lines[1:]:
+        assert groups <= set(line)
+        assert all(math.isfinite(value) for value in line.values())
+    assert [line["step"] for line in lines if "val/accuracy" in line] == [0, 3, 6]
+
+
+def test_the_run_learns_from_rewards(whole):
+    assert 0 < sum(line["train/reward"] for line in whole.metrics[1:]) < STEPS
+    assert all(line["train/grad_norm"] > 0 for line in whole.metrics[1:])
+
+
+def test_the_learning_rate_is_the_configured_one_from_the_first_step(whole):
+    assert [line["train/lr"] for line in whole.metrics[1:]] == [1e-3] * STEPS
+
+
+def test_rollout_and_trainer_agree_on_log_probs(whole):
+    assert all(line["rollout/logp_gap_mean"] < 1e-3 for line in whole.metrics[1:])
+    assert all(line["rollout/logp_gap_max"] < 1e-2 for line in whole.metrics[1:])
+
+
+def test_progress_is_shown(whole):
+    assert re.search(r"step 6/6 .*reward \d\.\d\d .*val \d\.\d\d .*gap .*tok/s", whole.out)
+
+
+def test_rollouts_are_saved_with_their_images(whole):
+    rollouts = whole.rollouts(STEPS)
+    assert len(rollouts) == 16
+    for record in rollouts:
+        folder = whole.path / "rollouts" / f"step_{STEPS:06d}"
+        assert Image.open(folder / record["images"][0]).size == (112, 56)
+        assert record["reward"] in (0.0, 0.5, 1.0) and record["answer"] and record["problem"]
+
+
+def test_tensorboard_files_are_written(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(whole.path / "tensorboard"))
+    board.Reload()
+    rewards = [event.value for event in board.Scalars("train/reward")]
+    assert rewards == pytest.approx([line["train/reward"] for line in whole.metrics[1:]])
+
+
+def test_old_checkpoints_are_removed(whole):
+    assert whole.checkpoints == ["step_000004", "step_000006"]
+
+
+def test_plain_transformers_loads_the_model(whole, warm):
+    model, loading = AutoModelForImageTextToText.from_pretrained(whole.path / "model", output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before = AutoModelForImageTextToText.from_pretrained(warm.parent / "sft" / "model").state_dict()
+    changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
+    assert any("visual" in name for name in changed) and any("lm_head" in name for name in changed)
+    assert AutoTokenizer.from_pretrained(whole.path / "model").chat_template
+    assert AutoImageProcessor.from_pretrained(whole.path / "model", backend="pil").merge_size == 2
+
+
+def test_eval_of_the_saved_model_is_the_last_validation(whole, mssr, warm):
+    shown = mssr("eval", warm, f"model.path={whole.path / 'model'}").check().out
+    assert shown.startswith(f"accuracy {whole.metrics[-1]['val/accuracy']:.1%} on 32 problems")
+
+
+def test_plot_draws_the_curves(whole, mssr, tmp_path):
+    out = tmp_path / "curves.png"
+    assert mssr("plot", whole.path, "--out", out).check().out.strip() == str(out)
+    assert Image.open(out).size[0] > 300
+
+
+def test_a_gap_beyond_the_limit_ends_the_run_and_is_recorded(mssr, warm, run):
+    line = mssr("train", warm, run.override, "rollout.max_gap=1e-12").line
+    assert "step 1" in line and "rollout.max_gap" in line
+    assert run.metrics[-1]["step"] == 1 and run.metrics[-1]["rollout/logp_gap_mean"] > 1e-12
+
+
+def test_a_policy_that_became_nan_ends_the_run_in_one_line(mssr, warm, run):
+    line = mssr("train", warm, run.override, "train.optimizer.lr=1e30", "train.optimizer.grad_clip=1e30").line
+    assert "became NaN" in line and "train.optimizer.lr" in line
+    assert run.metrics[-1]["step"] == 1 and math.isnan(run.metrics[-1]["policy/entropy"])
