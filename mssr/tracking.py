@@ -85,8 +85,8 @@ def track(
         per_prompt = share.gather(drift)
     if not per_prompt.isfinite().all():
         raise UserError(
-            "the policy's log-probs became NaN or infinite: training diverged; lower train.optimizer.lr, and go on from "
-            "the last checkpoint with --resume"
+            "the policy's log-probs became NaN or infinite: training diverged; "
+            "lower train.optimizer.lr, and go on from the last checkpoint with --resume"
         )
     tracker.observe_kl(sum(update.metrics["kl"] for update in updates) / len(updates))
     rho = tracker.rho(per_prompt)

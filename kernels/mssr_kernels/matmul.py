@@ -6,15 +6,12 @@ the 16-bit dtype of the weight. How that is done depends on the machine:
     operands float32 (or float64)   plain GEMM
     16-bit on CUDA                  tensor cores with `out_dtype=torch.float32`
     16-bit on CPU                   no such GEMM: slabs of the weight are upcast into a small reused buffer
-
-On the CPU the vocabulary is walked in slabs in any case: a slab of the weight that fits into the cache makes the tall
-product with the transposed weight some 15 % faster.
 """
 
 import torch
 from torch import Tensor
 
-CPU_SLAB = 2048  # rows of the weight
+UPCAST_SLAB = 2048  # rows of the weight upcast at a time
 
 
 class HeadMatmul:
@@ -34,9 +31,7 @@ class HeadMatmul:
         self.operand_dtype = weight.dtype if self.mixed else compute_dtype
         self.slab = vocab
         if self.upcasts:
-            self.slab = max(1, min(vocab, CPU_SLAB, slab_bytes // upcast_row_bytes))
-        elif on_cpu:
-            self.slab = min(vocab, CPU_SLAB)
+            self.slab = max(1, min(vocab, UPCAST_SLAB, slab_bytes // upcast_row_bytes))
         self.buffer_bytes = self.slab * upcast_row_bytes if self.upcasts else 0
         self._buffer = None
 

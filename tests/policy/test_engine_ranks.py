@@ -47,13 +47,31 @@ def test_two_ranks_equal_one(ranks, world, model_dir, prompts, plain, zero_stage
         torch.testing.assert_close(torch.cat([here.logp, there.logp]), alone.logp, atol=5e-5, rtol=0)
 
 
-def test_two_ranks_equal_the_written_out_update(ranks, model_dir, prompts, plain):
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_two_ranks_equal_the_written_out_update(ranks, model_dir, prompts, plain, gradient_checkpointing):
     batches = global_batches(prompts, plain)
     eager = EagerTrainer(model_dir, grad_clip=1.0)
     for batch in batches:
         eager.update(batch, CONFIG)
-    (found, _), _ = ranks(train, batches, path=model_dir, zero_stage=2, budget=100)
+    settings = {"zero_stage": 2, "budget": 100, "gradient_checkpointing": gradient_checkpointing}
+    (found, _), _ = ranks(train, batches, path=model_dir, **settings)
     assert_same_weights(found, eager.weights())
+
+
+def update_uneven(world, batch, **settings):
+    engine = make_engine(world=world, **settings)
+    engine.update(batch.rows(*[(0, 3), (3, 4)][world.rank]), CONFIG)
+    return weights(engine)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_rank_out_of_rows_waits_for_the_other(ranks, model_dir, prompts, plain, zero_stage):
+    """One row a micro-batch, three on one rank and one on the other."""
+    batch = near_batch(prompts[:4], [4, 6, 3, 8], plain)
+    eager = EagerTrainer(model_dir, grad_clip=1.0)
+    eager.update(batch, CONFIG)
+    for found in ranks(update_uneven, batch, path=model_dir, zero_stage=zero_stage, budget=1):
+        assert_same_weights(found, eager.weights())
 
 
 def score_own(world, batches, **settings):
