@@ -6,9 +6,6 @@ RUN_DIR ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 
-# OpenMP's default, spinning at every barrier, crawls as soon as another process wants a core.
-export OMP_WAIT_POLICY ?= PASSIVE
-
 .PHONY: venv demo test lint clean
 
 venv: $(VENV)/.installed

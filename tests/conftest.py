@@ -2,8 +2,8 @@
 
 import os
 
-# Read by OpenMP when it loads: spinning threads (the default) crawl as soon as another process wants a core.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Read by OpenMP when it loads: with one thread a process, tests that start ranks do not fight over the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
