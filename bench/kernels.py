@@ -155,7 +155,9 @@ def machine(device: str) -> dict:
         name = torch.cuda.get_device_name()
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        model = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+        )
         name = f"{model}, {torch.get_num_threads()} threads"
     return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
 

@@ -86,7 +86,9 @@ def digits(
 @app.command()
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="run folders, or metrics.jsonl files")],
-    out: Annotated[Path | None, typer.Option(help="PNG to write; default: curves.png in the first run's folder")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG to write; default: curves.png in the first run's folder")
+    ] = None,
 ) -> None:
     """Draw the curves of one run, or of several side by side."""
     from mssr.observe.plots import plot_curves

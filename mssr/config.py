@@ -16,9 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mssr.errors import UserError
 
-DEFAULT_INSTRUCTION = (
-    "Think step by step inside <think></think> tags, then give the final answer in \\boxed{}."
-)
+DEFAULT_INSTRUCTION = "Think step by step inside <think></think> tags, then give the final answer in \\boxed{}."
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -92,7 +90,8 @@ class AlgorithmConfig(Section):
     kl_coef: float = Field(0.01, ge=0, description="weight of k3(current || frozen reference); 0 loads no reference")
     entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus in the loss")
     old_logp: Literal["rollout", "recompute"] = Field(
-        "rollout", description="rollout: the sampler's own log-probs, no extra pass; recompute: a trainer pass, with TIS"
+        "rollout",
+        description="rollout: the sampler's own log-probs, no extra pass; recompute: a trainer pass, with TIS",
     )
     tis_cap: float | None = Field(2.0, gt=0, description="cap of the truncated importance weight; null: no correction")
 
@@ -102,7 +101,9 @@ class RolloutConfig(Section):
     max_response_tokens: int = Field(4096, gt=0)
     temperature: float = Field(1.0, gt=0)
     batch_size: int = Field(64, gt=0, description="responses the hf engine generates at once on a rank")
-    max_gap: float = Field(0.5, gt=0, description="stop when the mean |log-prob gap| rollout/trainer exceeds this (nats)")
+    max_gap: float = Field(
+        0.5, gt=0, description="stop when the mean |log-prob gap| rollout/trainer exceeds this (nats)"
+    )
 
 
 class OptimizerConfig(Section):
@@ -169,7 +170,9 @@ class Config(Section):
                 f"rollout.prompts_per_step {prompts} is not a multiple of train.responses_per_update {responses}"
             )
         if self.algorithm.tracker.preset == "reference" and not self.algorithm.kl_coef:
-            raise ValueError("algorithm.tracker.preset reference goes by the KL to the reference: set algorithm.kl_coef > 0")
+            raise ValueError(
+                "algorithm.tracker.preset reference goes by the KL to the reference: set algorithm.kl_coef > 0"
+            )
         return self
 
     @property

@@ -69,7 +69,9 @@ def replace_earlier_demo(run_dir: Path) -> None:
     """
     if run_dir.exists() and any(run_dir.iterdir()):
         if not (run_dir / MARKER).is_file():
-            raise UserError(f"{run_dir} exists and is not a demo's; name another folder with RUN_DIR=... (or --run-dir)")
+            raise UserError(
+                f"{run_dir} exists and is not a demo's; name another folder with RUN_DIR=... (or --run-dir)"
+            )
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / MARKER).write_text("This folder was written by `make demo`, which replaces it on its next run.\n")

@@ -89,7 +89,9 @@ def _join(backend: str) -> None:
     except (dist.DistNetworkError, OSError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             port = os.environ.get("MASTER_PORT")
-            raise UserError(f"port {port} (MASTER_PORT) is in use; set another one, for example MASTER_PORT=29511") from None
+            raise UserError(
+                f"port {port} (MASTER_PORT) is in use; set another one, for example MASTER_PORT=29511"
+            ) from None
         raise
     _keep_deepspeed_from_compiling()
 

@@ -132,10 +132,13 @@ class Run:
         ):
             there = saved[key.rpartition(".")[2]]
             if there != here:
-                raise UserError(f"{key} is {here}, the checkpoint's run had {there}; resume with that, or set another run_dir")
+                raise UserError(
+                    f"{key} is {here}, the checkpoint's run had {there}; resume with that, or set another run_dir"
+                )
         if saved["fingerprint"] != self.problems.fingerprint:
             raise UserError(
-                f"data.train {self.config.data.train} is not what the checkpoint was trained on; restore it, or set another run_dir"
+                f"data.train {self.config.data.train} is not what the checkpoint was trained on; "
+                "restore it, or set another run_dir"
             )
 
     def close(self) -> None:

@@ -33,7 +33,9 @@ def _sft(run: Run, config: Config) -> dict[str, float]:
     run.open_records()
     validation: dict[str, float] = {}
 
-    with TrainProgress(f"{config.run_dir} (sft)", settings.steps, enabled=world.is_main, columns=SFT_COLUMNS) as progress:
+    with TrainProgress(
+        f"{config.run_dir} (sft)", settings.steps, enabled=world.is_main, columns=SFT_COLUMNS
+    ) as progress:
         for step in range(settings.steps):
             clock = Stopwatch(world.device)
             rows = sampler.rows(step)
@@ -68,7 +70,9 @@ def demonstrations(prompts: list[Prompt], tokenizer, source: str) -> RolloutBatc
     """
     for prompt in prompts:
         if not prompt.solution:
-            raise BadRow(prompt.row, source, "no `solution` to imitate; add the column, or train with `mssr train` alone")
+            raise BadRow(
+                prompt.row, source, "no `solution` to imitate; add the column, or train with `mssr train` alone"
+            )
     encoded = tokenizer([prompt.solution for prompt in prompts], add_special_tokens=False)["input_ids"]
     responses = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in encoded]
     lengths = torch.tensor([len(response) for response in responses])

@@ -116,9 +116,20 @@ def linear_policy_loss(
         if backend == "chunked":
             return chunked.linear_policy_loss(head, rows, normalizer, config)
         return reference.linear_policy_loss(
-            hidden, weight, target, advantage, old_logp, ref_logp=ref_logp, rollout_logp=rollout_logp,
-            shaping_entropy=shaping_entropy, normalizer=normalizer, config=config, bias=bias, temperature=temperature,
-            softcap=softcap, ignore_index=ignore_index,
+            hidden,
+            weight,
+            target,
+            advantage,
+            old_logp,
+            ref_logp=ref_logp,
+            rollout_logp=rollout_logp,
+            shaping_entropy=shaping_entropy,
+            normalizer=normalizer,
+            config=config,
+            bias=bias,
+            temperature=temperature,
+            softcap=softcap,
+            ignore_index=ignore_index,
         )
 
 
@@ -136,7 +147,8 @@ def _autocast(hidden, weight, bias):
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(hidden.device.type)
     return tuple(
-        tensor.to(dtype) if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        tensor.to(dtype)
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
         else tensor
         for tensor in (hidden, weight, bias)
     )

@@ -55,9 +55,13 @@ def head_inputs(hidden, weight, target, bias, temperature, softcap, ignore_index
     if hidden.dtype not in DTYPES:
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {_name(hidden.dtype)}")
     if weight.dtype != hidden.dtype:
-        raise TypeError(f"hidden is {_name(hidden.dtype)} but weight is {_name(weight.dtype)}: cast one, or use autocast")
+        raise TypeError(
+            f"hidden is {_name(hidden.dtype)} but weight is {_name(weight.dtype)}: cast one, or use autocast"
+        )
     if weight.shape[0] == 0:
-        raise ValueError("weight is empty (V = 0): under ZeRO-3 or FSDP call the head as a module, so that it is gathered")
+        raise ValueError(
+            "weight is empty (V = 0): under ZeRO-3 or FSDP call the head as a module, so that it is gathered"
+        )
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"hidden is [N, {hidden.shape[1]}] but weight is [V, {weight.shape[1]}]: D must agree")
     rows, vocab = hidden.shape[0], weight.shape[0]
@@ -107,7 +111,9 @@ def row_inputs(head: HeadInputs, config, advantage, old_logp, ref_logp, rollout_
         ),
     )
     if config.kl_coef > 0 and ref_logp is None:
-        raise ValueError(f"config.kl_coef is {config.kl_coef} but ref_logp is missing: pass ref_logp or set kl_coef to 0")
+        raise ValueError(
+            f"config.kl_coef is {config.kl_coef} but ref_logp is missing: pass ref_logp or set kl_coef to 0"
+        )
     if config.tis_cap is not None and (old_logp is None or rollout_logp is None):
         missing = "old_logp" if old_logp is None else "rollout_logp"
         raise ValueError(f"config.tis_cap is {config.tis_cap} but {missing} is missing: pass it or set tis_cap to None")

@@ -56,9 +56,7 @@ def linear_policy_loss(
 
         terms = []
         for chunk, z, h, statistics in chunks:
-            chunk_terms, slope = row_loss(
-                statistics.logp, statistics.entropy, row_inputs.take(chunk, z.dtype), config
-            )
+            chunk_terms, slope = row_loss(statistics.logp, statistics.entropy, row_inputs.take(chunk, z.dtype), config)
             terms.append(chunk_terms)
             if gradients is not None:
                 bonus = torch.full_like(slope, -config.entropy_coef) if config.entropy_coef else None
@@ -125,7 +123,13 @@ class _Gradients:
         if not len(active):
             return
         logits_to_gradient_(
-            z, head.target[chunk], statistics, upstream, _row_temperature(head, chunk), head.softcap, chunks.scratch,
+            z,
+            head.target[chunk],
+            statistics,
+            upstream,
+            _row_temperature(head, chunk),
+            head.softcap,
+            chunks.scratch,
             masked=head.bias is not None,
         )
         if self.bias is not None:
@@ -241,7 +245,14 @@ def _recompute_gradients(
         matmul.logits(h, out=z, columns=columns)
         finish_logits_(z, None if bias is None else bias[columns].to(dtype), temperature, head.softcap)
         logits_to_gradient_(
-            z, target, statistics, upstream, temperature, head.softcap, scratch, masked=bias is not None,
+            z,
+            target,
+            statistics,
+            upstream,
+            temperature,
+            head.softcap,
+            scratch,
+            masked=bias is not None,
             first_column=start,
         )
         dz = z.to(matmul.operand_dtype)

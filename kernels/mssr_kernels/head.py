@@ -43,7 +43,9 @@ class FusedLMHead(nn.Linear):
         if target is None:
             if advantage is not None or kwargs:
                 given = ["advantage"] * (advantage is not None) + sorted(kwargs)
-                raise ValueError(f"FusedLMHead got {', '.join(given)} but no target: pass target, or hidden alone for logits")
+                raise ValueError(
+                    f"FusedLMHead got {', '.join(given)} but no target: pass target, or hidden alone for logits"
+                )
             return super().forward(hidden)
 
         if hidden.shape[:-1] != target.shape:

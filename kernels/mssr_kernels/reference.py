@@ -15,8 +15,16 @@ from .types import LogprobEntropy, PolicyLoss, PolicyLossConfig
 
 
 def linear_logprob_entropy(
-    hidden, weight, target, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100,
-    backend="reference", workspace_bytes=None,
+    hidden,
+    weight,
+    target,
+    *,
+    bias=None,
+    temperature=1.0,
+    softcap=None,
+    ignore_index=-100,
+    backend="reference",
+    workspace_bytes=None,
 ) -> LogprobEntropy:
     """Log-probability of the target, entropy and log-sum-exp of every row. See `api.linear_logprob_entropy`."""
     rows = (target != ignore_index).nonzero()[:, 0]
@@ -25,9 +33,24 @@ def linear_logprob_entropy(
 
 
 def linear_policy_loss(
-    hidden, weight, target, advantage, old_logp=None, *, ref_logp=None, rollout_logp=None, shaping_entropy=None,
-    normalizer=None, config=PolicyLossConfig(), bias=None, temperature=1.0, softcap=None, ignore_index=-100,
-    backend="reference", workspace_bytes=None, vocab_drop_tol=None,
+    hidden,
+    weight,
+    target,
+    advantage,
+    old_logp=None,
+    *,
+    ref_logp=None,
+    rollout_logp=None,
+    shaping_entropy=None,
+    normalizer=None,
+    config=PolicyLossConfig(),
+    bias=None,
+    temperature=1.0,
+    softcap=None,
+    ignore_index=-100,
+    backend="reference",
+    workspace_bytes=None,
+    vocab_drop_tol=None,
 ) -> PolicyLoss:
     """The whole loss of a row, in order. See `api.linear_policy_loss`."""
     rows = (target != ignore_index).nonzero()[:, 0]

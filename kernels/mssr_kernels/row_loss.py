@@ -48,7 +48,8 @@ def row_loss(logp: Tensor, entropy: Tensor, rows: RowInputs, config: PolicyLossC
     The derivative by the entropy is the constant -config.entropy_coef.
     """
     shaping = torch.minimum(
-        config.entropy_alpha * _shaping_entropy(logp, entropy, rows, config), rows.advantage.abs() / config.entropy_kappa
+        config.entropy_alpha * _shaping_entropy(logp, entropy, rows, config),
+        rows.advantage.abs() / config.entropy_kappa,
     )
     advantage = rows.advantage + shaping
 

@@ -114,8 +114,15 @@ def row_statistics(z, target, bias, temperature, softcap, scratch: Scratch) -> R
 
 
 def logits_to_gradient_(
-    z: Tensor, target: Tensor, statistics: RowStatistics, upstream: UpstreamGradient, temperature, softcap, scratch,
-    masked: bool, first_column: int = 0,
+    z: Tensor,
+    target: Tensor,
+    statistics: RowStatistics,
+    upstream: UpstreamGradient,
+    temperature,
+    softcap,
+    scratch,
+    masked: bool,
+    first_column: int = 0,
 ):
     """Replace the logits z [rows, columns] by dL/dx. Column 0 of z is column `first_column` of the vocabulary.
 

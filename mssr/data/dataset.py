@@ -26,9 +26,7 @@ class ProblemDataset:
     fingerprint: sha256 over keys and answers in order; equal for equal problems wherever they are stored.
     """
 
-    def __init__(
-        self, path: str, encoder: PromptEncoder, config: DataConfig, source_name: str | None = None
-    ) -> None:
+    def __init__(self, path: str, encoder: PromptEncoder, config: DataConfig, source_name: str | None = None) -> None:
         self.source = source_name or str(path)
         self.bad_rows: list[BadRow] = []
         self._encoder = encoder

@@ -15,7 +15,8 @@ def step_metrics(
 ) -> dict[str, float]:
     """Means over the step's responses, tokens or updates on all ranks; the same on every rank but for the timings.
 
-    policy/*: mean over response tokens; entropy is the exact one, entropy_proxy the sampled token's -p log p. rollout/*: over responses. train/grad_norm: mean of the updates, before clipping.
+    policy/*: over response tokens; entropy is the exact one, entropy_proxy the sampled token's -p log p.
+    rollout/*: over responses. train/grad_norm: over the updates, before clipping.
     perf/tokens_per_second: prompt and response tokens of all ranks per second of the whole step.
     """
     prompt_tokens = sum(len(prompt.token_ids) for prompt in batch.prompts)

@@ -187,7 +187,9 @@ class Clipping:
 def mean_metrics(parts: list[PolicyMetrics], world: World) -> dict[str, float]:
     """The fused loss's sums over micro-batches and ranks, as means over tokens."""
     names = [name for name in PolicyMetrics._fields if name.endswith("_sum")]
-    sums = torch.stack([torch.stack([getattr(part, name) for name in ("rows", *names)]).double() for part in parts]).sum(0)
+    sums = torch.stack(
+        [torch.stack([getattr(part, name) for name in ("rows", *names)]).double() for part in parts]
+    ).sum(0)
     rows, *totals = world.sum(sums).tolist()
     means = {name.removesuffix("_sum"): total / rows for name, total in zip(names, totals)}
     means["clip_fraction"] = means.pop("clipped")

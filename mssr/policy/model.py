@@ -123,7 +123,9 @@ def load_policy(path: str, dtype: torch.dtype, *, gradient_checkpointing: bool =
         if loading.get(problem):
             name = sorted(map(str, loading[problem]))[0]
             count = len(loading[problem])
-            raise UserError(f"model.path {path}: {count} {problem.replace('_', ' ')}, the first {name}; is the file whole?")
+            raise UserError(
+                f"model.path {path}: {count} {problem.replace('_', ' ')}, the first {name}; is the file whole?"
+            )
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(model)

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from mssr_kernels import PolicyLossConfig, linear_policy_loss
 
 from mssr.algorithms import make_algorithm
 from mssr.algorithms.shaping import sampled_token_entropy, shape
 from mssr.config import AlgorithmConfig
 from mssr.errors import UserError
+from mssr_kernels import PolicyLossConfig, linear_policy_loss
 
 
 @pytest.mark.parametrize("name", ["mssr", "mvsr"])

@@ -29,8 +29,19 @@ def logprob_entropy(hidden, weight, target, ignore_index=-100, **head):
 
 
 def policy_loss(
-    hidden, weight, target, advantage, old_logp=None, *, ref_logp=None, rollout_logp=None, shaping_entropy=None,
-    normalizer=None, config, ignore_index=-100, **head,
+    hidden,
+    weight,
+    target,
+    advantage,
+    old_logp=None,
+    *,
+    ref_logp=None,
+    rollout_logp=None,
+    shaping_entropy=None,
+    normalizer=None,
+    config,
+    ignore_index=-100,
+    **head,
 ):
     """The loss alone, one row at a time, by explicit cases."""
     logp, entropy, _ = logprob_entropy(hidden, weight, target, ignore_index, **head)

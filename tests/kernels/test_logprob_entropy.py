@@ -2,12 +2,11 @@
 
 import math
 
+import kernels_oracle as oracle
 import pytest
 import torch
 
 from mssr_kernels import linear_logprob_entropy
-
-import kernels_oracle as oracle
 
 BACKENDS = ("reference", "chunked")
 SMALL_WORKSPACE = 1 << 18
@@ -21,7 +20,17 @@ def weighted(logp, entropy, lse, c):
     return (c[0] * logp + c[1] * entropy + c[2] * lse).sum()
 
 
-def compare(hidden, weight, target, coefficients, tolerance=2e-5, bias=None, backend="chunked", workspace=SMALL_WORKSPACE, **head):
+def compare(
+    hidden,
+    weight,
+    target,
+    coefficients,
+    tolerance=2e-5,
+    bias=None,
+    backend="chunked",
+    workspace=SMALL_WORKSPACE,
+    **head,
+):
     """Outputs and gradients of a backend against the oracle; returns the backend's outputs and leaves."""
 
     def wanted(h, w, bias):
@@ -145,7 +154,9 @@ def test_missing_upstream_gradients(used):
     out = linear_logprob_entropy(*leaves, target, workspace_bytes=64 << 10)
     sum(value.sum() for value, use in zip(out, used) if use).backward()  # .sum(): expanded upstream, the others None
     _, expected = oracle.gradients64(
-        lambda h, w, bias: sum(v.sum() for v, use in zip(oracle.logprob_entropy(h, w, target), used) if use), hidden, weight
+        lambda h, w, bias: sum(v.sum() for v, use in zip(oracle.logprob_entropy(h, w, target), used) if use),
+        hidden,
+        weight,
     )
     for leaf, reference in zip(leaves, expected):
         torch.testing.assert_close(leaf.grad.double(), reference, rtol=1e-4, atol=2e-5)

@@ -2,12 +2,11 @@
 
 import math
 
+import kernels_oracle as oracle
 import pytest
 import torch
 
 from mssr_kernels import PolicyLossConfig, linear_logprob_entropy, linear_policy_loss
-
-import kernels_oracle as oracle
 
 BACKENDS = ("reference", "chunked")
 PLAIN = PolicyLossConfig(entropy_alpha=0.0)
@@ -41,8 +40,13 @@ CLIP_CASES = [
 def test_every_branch_of_the_clip_by_hand(backend, advantage, ratio, dual_clip, objective, slope, clipped):
     hidden = two_logits([0.5]).requires_grad_()
     result = linear_policy_loss(
-        hidden, torch.eye(2), torch.tensor([0]), torch.tensor([advantage]), torch.tensor([LOG(0.5 / ratio)]),
-        config=PolicyLossConfig(entropy_alpha=0.0, dual_clip=dual_clip), backend=backend,
+        hidden,
+        torch.eye(2),
+        torch.tensor([0]),
+        torch.tensor([advantage]),
+        torch.tensor([LOG(0.5 / ratio)]),
+        config=PolicyLossConfig(entropy_alpha=0.0, dual_clip=dual_clip),
+        backend=backend,
     )
     result.loss.backward()
     assert result.loss.item() == pytest.approx(-objective, rel=1e-5, abs=1e-7)
@@ -60,8 +64,15 @@ def test_whole_row_by_hand(backend):
     """One row with every term: p = 1/4, A = -1, old log(1/5), rollout log(1/10), reference log(1/8)."""
     config = PolicyLossConfig(entropy_alpha=0.4, entropy_kappa=2.0, kl_coef=0.5, entropy_coef=0.1, tis_cap=1.5)
     result = linear_policy_loss(
-        two_logits([0.25]), torch.eye(2), torch.tensor([0]), torch.tensor([-1.0]), torch.tensor([LOG(0.2)]),
-        ref_logp=torch.tensor([LOG(0.125)]), rollout_logp=torch.tensor([LOG(0.1)]), normalizer=4.0, config=config,
+        two_logits([0.25]),
+        torch.eye(2),
+        torch.tensor([0]),
+        torch.tensor([-1.0]),
+        torch.tensor([LOG(0.2)]),
+        ref_logp=torch.tensor([LOG(0.125)]),
+        rollout_logp=torch.tensor([LOG(0.1)]),
+        normalizer=4.0,
+        config=config,
         backend=backend,
     )
     entropy = -(0.25 * LOG(0.25) + 0.75 * LOG(0.75))  # 0.56234
@@ -75,8 +86,16 @@ def test_whole_row_by_hand(backend):
     assert result.logp.item() == pytest.approx(LOG(0.25), rel=1e-5)
     metrics = {name: value.item() for name, value in result.metrics._asdict().items()}
     expected = dict(
-        rows=1, policy_loss_sum=policy, kl_sum=kl, entropy_sum=entropy, clipped_sum=0, dual_clipped_sum=0,
-        ratio_sum=1.25, ratio_max=1.25, tis_weight_sum=1.5, shaping_sum=shaping,
+        rows=1,
+        policy_loss_sum=policy,
+        kl_sum=kl,
+        entropy_sum=entropy,
+        clipped_sum=0,
+        dual_clipped_sum=0,
+        ratio_sum=1.25,
+        ratio_max=1.25,
+        tis_weight_sum=1.5,
+        shaping_sum=shaping,
     )
     assert metrics == pytest.approx(expected, rel=1e-5)
 
@@ -86,7 +105,12 @@ def test_small_kappa_flips_the_sign_and_the_clip_follows(backend):
     """A = -1, kappa 1/2: A' = -1 + min(10 H, 2) = +1, so the ratio 1.5 is clipped at 1.3 and not dual-clipped."""
     hidden = two_logits([0.5]).requires_grad_()
     result = linear_policy_loss(
-        hidden, torch.eye(2), torch.tensor([0]), torch.tensor([-1.0]), torch.tensor([LOG(0.5 / 1.5)]), backend=backend,
+        hidden,
+        torch.eye(2),
+        torch.tensor([0]),
+        torch.tensor([-1.0]),
+        torch.tensor([LOG(0.5 / 1.5)]),
+        backend=backend,
         config=PolicyLossConfig(entropy_alpha=10.0, entropy_kappa=0.5),
     )
     result.loss.backward()
@@ -98,8 +122,13 @@ def test_small_kappa_flips_the_sign_and_the_clip_follows(backend):
 def test_sources_of_the_shaping_entropy(backend):
     def shaping(source="sampled_token", **arguments):
         return linear_policy_loss(
-            two_logits([0.25]), torch.eye(2), torch.tensor([0]), torch.tensor([9.0]), backend=backend,
-            config=PolicyLossConfig(entropy_alpha=1.0, entropy_source=source), **arguments,
+            two_logits([0.25]),
+            torch.eye(2),
+            torch.tensor([0]),
+            torch.tensor([9.0]),
+            backend=backend,
+            config=PolicyLossConfig(entropy_alpha=1.0, entropy_source=source),
+            **arguments,
         ).metrics.shaping_sum.item()
 
     old, rollout = {"old_logp": torch.tensor([LOG(0.2)])}, {"rollout_logp": torch.tensor([LOG(0.1)])}
@@ -116,7 +145,9 @@ def problem(n=60, d=19, v=500, dtype=torch.float32):
     with torch.no_grad():
         logp = linear_logprob_entropy(hidden, weight, target).logp
     arguments = dict(
-        advantage=torch.randn(n), old_logp=logp + 0.5 * torch.randn(n), ref_logp=logp + 0.3 * torch.randn(n),
+        advantage=torch.randn(n),
+        old_logp=logp + 0.5 * torch.randn(n),
+        ref_logp=logp + 0.3 * torch.randn(n),
         rollout_logp=logp + 0.5 * torch.randn(n),
     )
     arguments["advantage"][5:9] = 0
@@ -146,7 +177,10 @@ VARIANTS = {
     "entropy bonus": dict(config=PolicyLossConfig(entropy_coef=0.2)),
     "entropy penalty": dict(config=PolicyLossConfig(entropy_coef=-0.2)),
     "everything": dict(
-        config=PolicyLossConfig(kl_coef=0.1, entropy_coef=0.05, tis_cap=1.2), softcap=4.0, temperature="rows", bias="yes"
+        config=PolicyLossConfig(kl_coef=0.1, entropy_coef=0.05, tis_cap=1.2),
+        softcap=4.0,
+        temperature="rows",
+        bias="yes",
     ),
     "temperature": dict(temperature=0.6),
     "temperatures": dict(temperature="rows"),
@@ -187,7 +221,9 @@ def test_loss_and_gradients(backend, variant):
 def test_chunked_agrees_with_reference_in_every_output():
     hidden, weight, target, arguments = problem()
     arguments["config"] = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.05, tis_cap=1.2)
-    (a, grads_a), (b, grads_b) = (run(backend, hidden.double(), weight.double(), target, **arguments) for backend in BACKENDS)
+    (a, grads_a), (b, grads_b) = (
+        run(backend, hidden.double(), weight.double(), target, **arguments) for backend in BACKENDS
+    )
     for x, y in zip((*a[:-1], *a.metrics, *grads_a[:2]), (*b[:-1], *b.metrics, *grads_b[:2])):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
@@ -234,7 +270,9 @@ def test_result_does_not_depend_on_the_workspace():
     config = PolicyLossConfig(entropy_coef=0.1)
     results = []
     for workspace in (20 << 10, 150 << 10, 256 << 20):
-        result, gradients = run("chunked", hidden, weight, target, config=config, **arguments, workspace_bytes=workspace)
+        result, gradients = run(
+            "chunked", hidden, weight, target, config=config, **arguments, workspace_bytes=workspace
+        )
         results.append((*result[:5], *gradients[:2]))
     for other in results[1:]:
         for a, b in zip(results[0], other):

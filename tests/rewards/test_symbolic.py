@@ -114,7 +114,7 @@ def test_a_worker_killed_from_outside_is_replaced():
 
 def test_a_worker_that_keeps_dying_is_an_error(tmp_path, monkeypatch):
     dies = tmp_path / "worker.py"
-    dies.write_text('print(\'{"ready": true}\', flush=True)\ninput()\nraise SystemExit(3)\n')
+    dies.write_text("print('{\"ready\": true}', flush=True)\ninput()\nraise SystemExit(3)\n")
     monkeypatch.setattr(symbolic, "_WORKER", dies)
     before = children()
     with pytest.raises(UserError, match=r"^the symbolic check died twice \(exit code 3\) comparing 'x' with '3'; "):
