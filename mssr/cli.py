@@ -1,6 +1,7 @@
 """The command line: mssr train | sft | eval | data | plot | doctor. Heavy imports wait until a command needs them."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,7 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
 
     validation = sft(settings)
     if "val/accuracy" in validation:
-        print(f"validation accuracy {validation['val/accuracy']:.1%}")
+        _say(f"validation accuracy {validation['val/accuracy']:.1%}")
 
 
 @app.command("eval")
@@ -59,7 +60,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 
     with Run(settings) as run:
         result = run.evaluate(run.rollout_engine(run.frozen_policy()))
-    print(
+    _say(
         f"accuracy {result.accuracy:.1%} on {result.problems} problems of {settings.data.val} "
         f"({result.response_tokens:.1f} tokens a response, {result.truncated:.1%} truncated)"
     )
@@ -123,6 +124,12 @@ def run_command(command: Callable[[], None]) -> None:
         place = f"{error.filename}: " if error.filename else ""
         print(f"mssr: {place}{error.strerror}; checkpoints are intact: make room, and train --resume", file=sys.stderr)
         sys.exit(2)
+
+
+def _say(text: str) -> None:
+    """Prints once, not once a rank."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def _load(path: Path, overrides: list[str] | None) -> Config:

@@ -2,15 +2,21 @@
 
     digits -> a tiny random Qwen2.5-VL -> warm start (`mssr sft`) -> RL (`mssr train`) -> curves, summary
 
-Every step is what the command of that name does; only the tiny model (`mssr.policy.tiny`) is the demo's own.
+The warm start and RL are the commands `mssr sft` and `mssr train`, a rank a core on a CPU (two at most: the model is
+small); only the tiny model (`mssr.policy.tiny`) is the demo's own.
 """
 
 import argparse
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from mssr.cli import run_command  # first: sets up the environment that torch reads
 from mssr.config import Config, load_config
@@ -21,8 +27,6 @@ from mssr.observe.metrics import read_metrics
 from mssr.observe.plots import plot_curves
 from mssr.policy.tiny import write_tiny_model
 from mssr.rollout.hf import HFRollout
-from mssr.sft import sft
-from mssr.train import train
 
 CONFIG = Path("configs/tiny.yaml")
 PROBLEMS = {"train": 4096, "val": 512, "test": 512}
@@ -38,27 +42,36 @@ def demo(seed: int, run_dir: Path, overrides: Sequence[str] = ()) -> dict:
     started = time.monotonic()
     replace_earlier_demo(run_dir)
 
-    print("1/4  digits: 1,797 real scans from scikit-learn, pairs of them as pictures with a question")
+    print("1/4  digits: 1,797 real scans from scikit-learn, pairs of them as pictures with a question", flush=True)
     files = write_digits(run_dir / "data", seed=seed, **PROBLEMS)
     common = [f"seed={seed}", f"data.train={files['train']}", f"data.val={files['val']}", *overrides]
 
-    print("2/4  warm start: a tiny random Qwen2.5-VL imitates worked answers until it is right some of the time")
+    print("2/4  warm start: a tiny random Qwen2.5-VL imitates worked answers until it is right some of the time", flush=True)
     untrained = run_dir / "untrained"
-    warm = load_config(CONFIG, [*common, f"model.path={untrained}", f"run_dir={run_dir / 'sft'}"])
-    write_tiny_model(untrained, corpus(files["train"], warm), seed=seed)
-    sft(warm)
+    warm = [*common, f"model.path={untrained}", f"run_dir={run_dir / 'sft'}"]
+    write_tiny_model(untrained, corpus(files["train"], load_config(CONFIG, warm)), seed=seed)
+    launch("sft", warm)
 
-    print("3/4  RL with one rollout per prompt (MSSR)")
-    config = load_config(CONFIG, [*common, f"model.path={run_dir / 'sft' / 'model'}", f"run_dir={run_dir}"])
+    print("3/4  RL with one rollout per prompt (MSSR)", flush=True)
+    rl = [*common, f"model.path={run_dir / 'sft' / 'model'}", f"run_dir={run_dir}"]
     training = time.monotonic()
-    train(config)
+    launch("train", rl)
     train_seconds = time.monotonic() - training
 
-    print("4/4  curves and summary")
+    print("4/4  curves and summary", flush=True)
     curves = plot_curves({f"seed {seed}": run_dir / "metrics.jsonl"}, run_dir / "curves.png")
-    summary = summarise(config, train_seconds, time.monotonic() - started, curves)
+    summary = summarise(load_config(CONFIG, rl), train_seconds, time.monotonic() - started, curves)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def launch(command: str, overrides: list[str]) -> None:
+    """`mssr COMMAND configs/tiny.yaml ...`, on one GPU or on up to two cores."""
+    ranks = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    done = subprocess.run([*torchrun, "-m", "mssr", command, str(CONFIG), *overrides])
+    if done.returncode:
+        raise UserError(f"mssr {command} failed, see above")
 
 
 def replace_earlier_demo(run_dir: Path) -> None:
