@@ -46,7 +46,10 @@ def demo(seed: int, run_dir: Path, overrides: Sequence[str] = ()) -> dict:
     files = write_digits(run_dir / "data", seed=seed, **PROBLEMS)
     common = [f"seed={seed}", f"data.train={files['train']}", f"data.val={files['val']}", *overrides]
 
-    print("2/4  warm start: a tiny random Qwen2.5-VL imitates worked answers until it is right some of the time", flush=True)
+    print(
+        "2/4  warm start: a tiny random Qwen2.5-VL imitates answers until it is right about half of the time",
+        flush=True,
+    )
     untrained = run_dir / "untrained"
     warm = [*common, f"model.path={untrained}", f"run_dir={run_dir / 'sft'}"]
     write_tiny_model(untrained, corpus(files["train"], load_config(CONFIG, warm)), seed=seed)
