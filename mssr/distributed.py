@@ -25,7 +25,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over ranks; returns a new tensor on the input's device."""
+        """Element-wise sum over ranks, on the input's device; on one rank the input itself."""
         if self.size == 1:
             return values
         total = values.to(self.device, copy=True)

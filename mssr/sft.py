@@ -27,7 +27,7 @@ def _sft(run: Run, config: Config) -> dict[str, float]:
     settings, world = config.sft, run.world
     problems = run.dataset(settings.data) if settings.data else run.problems
     sampler = PromptSampler(len(problems), settings.batch_size, config.seed)
-    share = Shares(settings.batch_size, settings.batch_size, world)
+    share = Shares(settings.batch_size, settings.batch_size, world, key="sft.batch_size")
     engine = run.policy_engine(settings.optimizer, temperature=1.0, total_updates=settings.steps)
     rollout = run.rollout_engine(engine.policy)
     run.open_records()

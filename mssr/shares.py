@@ -14,14 +14,15 @@ class Shares:
     The batch is cut into updates first, and each update into one contiguous share a rank: update u of rank r is
     the slots u * responses_per_update + [r * share, (r + 1) * share).
 
+    key: the configuration's name for `responses_per_update`, for the error.
     slots: this rank's positions in the global batch, in the order of its updates.
     """
 
-    def __init__(self, batch_size: int, responses_per_update: int, world: World) -> None:
+    def __init__(
+        self, batch_size: int, responses_per_update: int, world: World, key: str = "train.responses_per_update"
+    ) -> None:
         if responses_per_update % world.size:
-            raise UserError(
-                f"train.responses_per_update {responses_per_update} is not a multiple of the {world.size} ranks"
-            )
+            raise UserError(f"{key} {responses_per_update} is not a multiple of the {world.size} ranks")
         self._world = world
         self._share = responses_per_update // world.size
         slots = torch.arange(batch_size).view(-1, world.size, self._share)
