@@ -169,6 +169,8 @@ class Config(Section):
             raise ValueError(
                 f"rollout.prompts_per_step {prompts} is not a multiple of train.responses_per_update {responses}"
             )
+        if self.sft.stop_at_accuracy is not None and self.data.val is None:
+            raise ValueError("sft.stop_at_accuracy needs held-out problems: set data.val")
         if self.algorithm.tracker.preset == "reference" and not self.algorithm.kl_coef:
             raise ValueError(
                 "algorithm.tracker.preset reference goes by the KL to the reference: set algorithm.kl_coef > 0"

@@ -131,6 +131,10 @@ def test_the_reference_preset_needs_a_kl(refused):
     assert "kl_coef" in refused("algorithm.tracker.preset=reference", "algorithm.kl_coef=0")
 
 
+def test_stopping_at_an_accuracy_needs_problems_to_measure_it_on(refused):
+    assert "sft.stop_at_accuracy needs" in refused("sft.stop_at_accuracy=0.5", "data.val=null")
+
+
 @pytest.mark.parametrize(
     "text, words", [("a: [1", "not valid YAML"), ("- 1\n", "expected `key: value`"), ("5", "key: value")]
 )
