@@ -59,7 +59,9 @@ class MetricsLog:
 
     def _refuse_old_metrics(self) -> None:
         if self.path.exists() and self.path.stat().st_size:
-            raise UserError(f"{self.path} holds a run's metrics: set another run_dir, or continue an `mssr train` with --resume")
+            raise UserError(
+                f"{self.path} holds a run's metrics: set another run_dir, or continue an `mssr train` with --resume"
+            )
 
     def _cut(self, size: int) -> None:
         content = self.path.read_bytes() if self.path.exists() else b""
