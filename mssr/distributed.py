@@ -74,11 +74,6 @@ def start_world(device: str = "auto") -> World:
     return World(dist.get_rank(), dist.get_world_size(), here)
 
 
-def stop_world() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def _join(backend: str) -> None:
     launched = "RANK" in os.environ
     if not launched:

@@ -16,7 +16,7 @@ from mssr.errors import UserError
 from mssr.evaluate import Evaluation, evaluate
 from mssr.observe.metrics import MetricsLog
 from mssr.policy.engine import PolicyEngine, resolve_dtype
-from mssr.policy.model import Policy, check_model_path, load_policy
+from mssr.policy.model import Policy, check_model_path, load_frozen_policy
 from mssr.rewards.reward import RewardFunction
 from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
@@ -37,13 +37,11 @@ class Run:
 
     @cached_property
     def problems(self) -> ProblemDataset:
-        return ProblemDataset(self.config.data.train, self._encoder, self.config.data)
+        return self.dataset(self.config.data.train)
 
     @cached_property
     def held_out(self) -> ProblemDataset | None:
-        if self.config.data.val is None:
-            return None
-        return ProblemDataset(self.config.data.val, self._encoder, self.config.data)
+        return None if self.config.data.val is None else self.dataset(self.config.data.val)
 
     def dataset(self, path: str) -> ProblemDataset:
         return ProblemDataset(path, self._encoder, self.config.data)
@@ -60,9 +58,9 @@ class Run:
         )
 
     def frozen_policy(self) -> Policy:
-        """The model alone, for inference: no optimiser, no gradients."""
-        policy = load_policy(self.config.model.path, resolve_dtype(self.config.model.dtype, self.world))
-        return policy.requires_grad_(False).eval().to(self.world.device)
+        """The starting weights, for inference: what is evaluated, or the reference of the KL term."""
+        dtype = resolve_dtype(self.config.model.dtype, self.world)
+        return load_frozen_policy(self.config.model.path, dtype, self.world.device)
 
     def rollout_engine(self, policy: Policy) -> RolloutEngine:
         return make_rollout_engine(self.config.rollout, policy, self.tokenizer, self.world)

@@ -52,7 +52,7 @@ def _train(run: Run, resume: bool) -> None:
     rollout = run.rollout_engine(engine.policy)
     algorithm = make_algorithm(config.algorithm)
     loss_config = algorithm.loss_config()
-    reference = engine.frozen_reference() if loss_config.kl_coef else None
+    reference = run.frozen_policy() if loss_config.kl_coef else None
     tracker = ValueTracker(config.algorithm.tracker)
 
     if saved:

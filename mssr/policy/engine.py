@@ -49,16 +49,10 @@ class PolicyEngine:
         self.world = world
         self._token_budget = micro_batch_tokens
         self._temperature = temperature
-        self._model_config = model
-        self.dtype = resolve_dtype(model.dtype, world)
-        self.policy = load_policy(model.path, self.dtype, gradient_checkpointing=model.gradient_checkpointing)
+        dtype = resolve_dtype(model.dtype, world)
+        self.policy = load_policy(model.path, dtype, gradient_checkpointing=model.gradient_checkpointing)
         self.policy.to(world.device).train()  # as loaded it is in eval mode, where gradient checkpointing does nothing
-        self._engine, self._clipping = _deepspeed_engine(self.policy, optimizer, zero_stage, self.dtype, total_updates)
-
-    def frozen_reference(self) -> Policy:
-        """The starting weights again, without gradients or optimiser state."""
-        reference = load_policy(self._model_config.path, self.dtype)
-        return reference.requires_grad_(False).eval().to(self.world.device)
+        self._engine, self._clipping = _deepspeed_engine(self.policy, optimizer, zero_stage, dtype, total_updates)
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch, policy: Policy | None = None) -> Tensor:
@@ -102,10 +96,6 @@ class PolicyEngine:
         """
         batch_of_ones = replace(batch, advantage=torch.ones(len(batch)))
         return self.update(batch_of_ones, PolicyLossConfig(entropy_alpha=0.0, dual_clip=None))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The model's weights by their Hugging Face names."""
-        return self.policy.model.state_dict()
 
     def save(self, folder: Path) -> None:
         """Weights, optimiser and schedule; every rank writes its share."""

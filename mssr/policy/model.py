@@ -131,6 +131,11 @@ def load_policy(path: str, dtype: torch.dtype, *, gradient_checkpointing: bool =
     return Policy(model)
 
 
+def load_frozen_policy(path: str, dtype: torch.dtype, device: torch.device) -> Policy:
+    """The model for inference alone, as a KL reference or to be evaluated: no gradients, no optimiser."""
+    return load_policy(path, dtype).requires_grad_(False).eval().to(device)
+
+
 def check_model_path(path: str) -> None:
     """Refuses a path that is no model before anything heavy starts."""
     if Path(path).exists() and not (Path(path) / "config.json").is_file():

@@ -138,7 +138,7 @@ def make_engine(
 
 
 def weights(engine: PolicyEngine) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in engine.state_dict().items()}
+    return {name: value.detach().clone() for name, value in engine.policy.model.state_dict().items()}
 
 
 def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor], *, exact: bool = False) -> None:

@@ -9,6 +9,7 @@ from policy_helpers import (
     EagerTrainer,
     assert_same_weights,
     make_engine,
+    model_dir,
     near_batch,
     plain_distribution,
     plain_logp,
@@ -16,6 +17,7 @@ from policy_helpers import (
     weights,
 )
 
+from mssr.policy.model import load_frozen_policy
 from mssr_kernels import PolicyLossConfig
 
 EVERYTHING = PolicyLossConfig(kl_coef=0.05, entropy_coef=0.01, tis_cap=2.0)
@@ -129,7 +131,7 @@ def test_score(prompts, plain, temperature, budget):
 
 def test_the_reference_stays_where_training_started(prompts, plain):
     engine = make_engine(lr=1e-2)
-    reference = engine.frozen_reference()
+    reference = load_frozen_policy(model_dir(), torch.float32, torch.device("cpu"))
     batch = random_batch(prompts, LENGTHS)
     engine.imitate(batch)
     start = plain_logp(plain, batch).float()

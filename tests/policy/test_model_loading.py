@@ -125,7 +125,10 @@ def test_saved_after_an_update_loads_in_plain_transformers(world, prompts, tmp_p
     tensors = load_file(folder / "model.safetensors")
     assert tensors.keys() == load_file(Path(model_dir(tied)) / "model.safetensors").keys()
     assert ("lm_head.weight" in tensors) != tied
-    assert all(torch.equal(value, load(folder).model.state_dict()[name]) for name, value in engine.state_dict().items())
+    assert all(
+        torch.equal(value, load(folder).model.state_dict()[name])
+        for name, value in engine.policy.model.state_dict().items()
+    )
 
 
 def test_save_replaces_what_an_earlier_run_left(policy, tmp_path):

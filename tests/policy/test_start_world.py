@@ -14,14 +14,15 @@ from mssr.errors import UserError
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 SCRIPT = """
 import sys
-from mssr.distributed import start_world, stop_world
+import torch.distributed
+from mssr.distributed import start_world
 from mssr.errors import UserError
 try:
     world = start_world("cpu")
 except UserError as error:
     sys.exit(f"REFUSED {error}")
 print(world.rank, world.size, world.device, start_world("cpu") == world)
-stop_world()
+torch.distributed.destroy_process_group()
 """
 
 

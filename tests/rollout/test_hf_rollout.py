@@ -243,7 +243,7 @@ def test_weights_as_they_are_now(world, model_dir, prompts):
     after = sampler.generate(list(prompts), list(range(6)), 1.0)
     assert any(before.response(row).tolist() != after.response(row).tolist() for row in range(6))
     fresh = plain_model(model_dir).requires_grad_(False)
-    fresh.load_state_dict(engine.state_dict())
+    fresh.load_state_dict(engine.policy.model.state_dict())
     for row, prompt in enumerate(prompts):
         dist = plain_distribution(fresh, prompt, after.response(row))
         expected = dist.gather(1, after.response(row)[:, None]).squeeze(1)
