@@ -6,9 +6,11 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 import pytest
 from mssr_process import Launcher
+from two_ranks import two_ranks
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +37,9 @@ def warm(mssr, material):
     warm = material / "warm.yaml"
     warm.write_text(changed)
     return warm
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Two gloo ranks: `ranks(function, ...)` runs `function(world, ...)` on both and returns the results in rank order."""
+    return two_ranks()

@@ -1,13 +1,17 @@
 """The public functions: arguments, their meaning, and the choice of backend."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from . import chunked, reference
-from .checks import check_normalizer, head_inputs, row_inputs
-from .types import LogprobEntropy, PolicyLoss, PolicyLossConfig
+from . import ops, reference
+from .checks import check_group, check_head, check_normalizer, check_rows, check_tolerance, check_values
+from .choice import resolve
+from .inputs import HeadInputs, RowInputs
+from .types import LogprobEntropy, PolicyLoss, PolicyLossConfig, PolicyMetrics
 
-BACKENDS = ("reference", "chunked")
 WORKSPACE_BYTES = 256 << 20
 
 
@@ -22,6 +26,7 @@ def linear_logprob_entropy(
     ignore_index: int = -100,
     backend: str = "auto",
     workspace_bytes: int = WORKSPACE_BYTES,
+    group: ProcessGroup | None = None,
 ) -> LogprobEntropy:
     """Log-probability of `target` and entropy of softmax(softcap(hidden weight^T + bias) / temperature), without the logits.
 
@@ -32,8 +37,12 @@ def linear_logprob_entropy(
     temperature       number > 0, or [N] float32 (no gradient flows to it)
     softcap           None, or cap: x -> cap * tanh(x / cap), before the temperature
     ignore_index      rows with this target give zeros and no gradient, whatever they hold (NaN included)
-    backend           "auto" (= "chunked"), "chunked" or "reference"
+    backend           "auto" (a table: "triton" for 16 bits on CUDA, else "chunked"), "triton", "chunked" or "reference";
+                      `explain` tells which, and what it would take
     workspace_bytes   bound on the memory for logits and scratch; a smaller one is slower, not less exact
+    group             None, or a process group over whose ranks the vocabulary is split: weight and bias are this rank's
+                      rows of the head, contiguous and in rank order; everything else, upstream gradients included, is
+                      the same on every rank. So are the results; the gradient by hidden arrives summed over the ranks.
 
     Returns LogprobEntropy(logp, entropy, lse), each [N] float32. Gradient flows from all three to hidden, weight and bias,
     where they require it; not twice (double backward raises).
@@ -46,14 +55,19 @@ def linear_logprob_entropy(
     that one is a device-side assertion, because looking would wait for the device.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    head = head_inputs(hidden, weight, target, bias, temperature, softcap, ignore_index, workspace_bytes)
-    backend = _resolve(backend)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if backend == "chunked":
-            return chunked.linear_logprob_entropy(head)
-        return reference.linear_logprob_entropy(
-            hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
+    check_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes)
+    backend = resolve(backend, hidden.device, hidden.dtype, hidden.shape[1], weight.shape[0], workspace_bytes)
+    check_group(group, backend)
+    if backend == "reference":
+        check_values(
+            HeadInputs(hidden, weight, bias, target, temperature, softcap, ignore_index, workspace_bytes, None)
         )
+        with torch.autocast(hidden.device.type, enabled=False):
+            return reference.linear_logprob_entropy(
+                hidden, weight, target, bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index
+            )
+    head = _flat_head(hidden, weight, bias, target, temperature, softcap, ignore_index, workspace_bytes, backend, group)
+    return LogprobEntropy(*ops.logprob_entropy_op(*head)[:3])
 
 
 def linear_policy_loss(
@@ -75,6 +89,7 @@ def linear_policy_loss(
     backend: str = "auto",
     workspace_bytes: int = WORKSPACE_BYTES,
     vocab_drop_tol: float | None = None,
+    group: ProcessGroup | None = None,
 ) -> PolicyLoss:
     """The entropy-shaped, clipped policy loss of MSSR (arXiv 2512.18215) fused with the language-model head.
 
@@ -97,48 +112,74 @@ def linear_policy_loss(
                       "sampled_token" -p log p from rollout_logp, else old_logp, else the current policy
     normalizer        number > 0 or 0-d tensor, for a token mean over micro-batches and ranks, used as it is; None: the
                       number of rows not ignored, or 1 where there are none: then the loss is 0 and so are the gradients
-    vocab_drop_tol    None or 0: exact. The active-vocabulary mode is not available yet.
+    vocab_drop_tol    None or 0: exact. Above 0, columns of the vocabulary are left out of the backward products as long as
+                      each row drops no more of its gradient by the logits, in the 1-norm, than
+                      vocab_drop_tol * (|dloss/dlogp| + |dloss/dH|). Values are exact all the same; the label is always kept.
 
     Returns PolicyLoss(loss, logp, entropy, advantage, ratio, clipped, metrics); only `loss` (0-d float32) carries
-    gradient. In the chunked backend the gradients are formed by this very call: `loss.backward()` multiplies them
+    gradient. But in the reference, the gradients are formed by this very call: `loss.backward()` multiplies them
     by the upstream scalar and hands them out, once (a second backward through the same loss raises RuntimeError).
 
     A NaN in a row that is not ignored makes the loss NaN.
     """
-    if vocab_drop_tol:
-        raise ValueError(f"vocab_drop_tol = {vocab_drop_tol} is not implemented yet: pass None or 0 (exact)")
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    head = head_inputs(hidden, weight, target, bias, temperature, softcap, ignore_index, workspace_bytes)
-    rows = row_inputs(head, config, advantage, old_logp, ref_logp, rollout_logp, shaping_entropy)
+    check_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes)
+    rows = RowInputs(advantage, old_logp, ref_logp, rollout_logp, shaping_entropy)
+    check_rows(hidden, config, rows)
     check_normalizer(normalizer)
-    backend = _resolve(backend)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if backend == "chunked":
-            return chunked.linear_policy_loss(head, rows, normalizer, config)
-        return reference.linear_policy_loss(
-            hidden,
-            weight,
-            target,
-            advantage,
-            old_logp,
-            ref_logp=ref_logp,
-            rollout_logp=rollout_logp,
-            shaping_entropy=shaping_entropy,
-            normalizer=normalizer,
-            config=config,
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            ignore_index=ignore_index,
+    check_tolerance(vocab_drop_tol)
+    backend = resolve(backend, hidden.device, hidden.dtype, hidden.shape[1], weight.shape[0], workspace_bytes)
+    check_group(group, backend)
+    if backend == "reference":
+        check_values(
+            HeadInputs(hidden, weight, bias, target, temperature, softcap, ignore_index, workspace_bytes, None)
         )
+        with torch.autocast(hidden.device.type, enabled=False):
+            return reference.linear_policy_loss(
+                hidden,
+                weight,
+                target,
+                advantage,
+                old_logp,
+                ref_logp=ref_logp,
+                rollout_logp=rollout_logp,
+                shaping_entropy=shaping_entropy,
+                normalizer=normalizer,
+                config=config,
+                bias=bias,
+                temperature=temperature,
+                softcap=softcap,
+                ignore_index=ignore_index,
+            )
+    grad = torch.is_grad_enabled()
+    loss, *fields, metrics, _, _, _, _ = ops.policy_loss_op(
+        *_flat_head(hidden, weight, bias, target, temperature, softcap, ignore_index, workspace_bytes, backend, group),
+        *(None if field is None else field.detach() for field in rows),
+        normalizer.detach() if isinstance(normalizer, Tensor) else None,
+        float(normalizer) if isinstance(normalizer, int | float) else None,
+        vocab_drop_tol or 0.0,
+        [grad and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)],
+        *(getattr(config, field.name) for field in dataclasses.fields(config)),
+    )
+    return PolicyLoss(loss, *fields, PolicyMetrics(*metrics.unbind()))
 
 
-def _resolve(backend: str) -> str:
-    if backend == "auto":
-        return "chunked"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is not available: use 'auto', {', '.join(map(repr, BACKENDS))}")
-    return backend
+def _flat_head(hidden, weight, bias, target, temperature, softcap, ignore_index, workspace_bytes, backend, group):
+    """The arguments of the operators: tensors and plain numbers, no objects."""
+    per_row = isinstance(temperature, Tensor)
+    return (
+        hidden,
+        weight,
+        bias,
+        target,
+        temperature.detach() if per_row else None,
+        1.0 if per_row else float(temperature),
+        None if softcap is None else float(softcap),
+        ignore_index,
+        int(workspace_bytes),
+        backend,
+        None if group is None else group.group_name,
+    )
 
 
 def _autocast(hidden, weight, bias):

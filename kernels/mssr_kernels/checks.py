@@ -1,54 +1,21 @@
 """Validation of the arguments, before any work: one line that says what, where and what to do.
 
-Nothing here waits for a GPU. What only the data can tell (an out-of-range target) is checked eagerly on the CPU and
-by `torch._assert_async` on CUDA, which stops the stream and surfaces at the next synchronisation.
+`check_head` and `check_rows` look at types and shapes only, so that a compiler can follow them. What only the data can tell
+(an out-of-range target) is left to `check_values`: eagerly on the CPU, and by `torch._assert_async` on CUDA, which does not
+wait for the device but stops the stream and surfaces at the next synchronisation.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .inputs import HeadInputs, RowInputs
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class HeadInputs(NamedTuple):
-    """The head and the tokens it scores, validated."""
-
-    hidden: Tensor  # [N, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    target: Tensor  # [N] int64
-    temperature: Tensor | float  # [N] or a number
-    softcap: float | None
-    ignore_index: int
-    workspace_bytes: int
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Statistics and accumulators: float32, or float64 when the inputs are (for oracles)."""
-        return compute_dtype(self.hidden)
-
-
-class RowInputs(NamedTuple):
-    """What the loss of a row depends on besides its logits, each [N] (or absent), validated and detached."""
-
-    advantage: Tensor
-    old_logp: Tensor | None
-    ref_logp: Tensor | None
-    rollout_logp: Tensor | None
-    shaping_entropy: Tensor | None
-
-    def take(self, rows: Tensor, dtype: torch.dtype) -> "RowInputs":
-        return RowInputs(*(None if field is None else field[rows].to(dtype) for field in self))
-
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def head_inputs(hidden, weight, target, bias, temperature, softcap, ignore_index, workspace_bytes) -> HeadInputs:
+def check_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes):
     """Check the arguments common to both public functions."""
     _tensor("hidden", hidden, ndim=2, shape="[N, D]")
     _tensor("weight", weight, ndim=2, shape="[V, D]")
@@ -80,36 +47,33 @@ def head_inputs(hidden, weight, target, bias, temperature, softcap, ignore_index
         raise TypeError(f"target must be int64, got {_name(target.dtype)}: pass target.long()")
     if target.shape[0] != rows:
         raise ValueError(f"target has {target.shape[0]} rows but hidden has {rows}")
-    wrong = ((target < 0) | (target >= vocab)) & (target != ignore_index)
-    _check_rows(wrong, "target", target, f"outside [0, {vocab}) and not ignore_index ({ignore_index})", IndexError)
 
     if isinstance(temperature, Tensor):
-        temperature = _row_tensor("temperature", temperature, hidden)
-        wrong = ~((temperature > 0) & temperature.isfinite()) & (target != ignore_index)
-        _check_rows(wrong, "temperature", temperature, "not a finite number > 0", ValueError)
+        _row_tensor("temperature", temperature, hidden)
     elif not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number > 0 or a [N] tensor, got {temperature!r}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be a finite number > 0, or None, got {softcap!r}")
     if not workspace_bytes > 0:
         raise ValueError(f"workspace_bytes must be > 0, got {workspace_bytes!r}")
-    return HeadInputs(hidden, weight, bias, target, temperature, softcap, ignore_index, int(workspace_bytes))
 
 
-def row_inputs(head: HeadInputs, config, advantage, old_logp, ref_logp, rollout_logp, shaping_entropy) -> RowInputs:
+def check_values(head: HeadInputs):
+    """Targets and temperatures of the rows that are not ignored."""
+    target, vocab, kept = head.target, head.total_vocab, head.target != head.ignore_index
+    wrong = ((target < 0) | (target >= vocab)) & kept
+    _check_rows(wrong, "target", target, f"outside [0, {vocab}) and not ignore_index ({head.ignore_index})", IndexError)
+    if isinstance(head.temperature, Tensor):
+        wrong = ~((head.temperature > 0) & head.temperature.isfinite()) & kept
+        _check_rows(wrong, "temperature", head.temperature, "not a finite number > 0", ValueError)
+
+
+def check_rows(hidden: Tensor, config, rows: RowInputs):
     """Check the per-row arguments of the policy loss against the head's and against the configuration."""
-    rows = RowInputs(
-        _row_tensor("advantage", advantage, head.hidden),
-        *(
-            None if value is None else _row_tensor(name, value, head.hidden)
-            for name, value in (
-                ("old_logp", old_logp),
-                ("ref_logp", ref_logp),
-                ("rollout_logp", rollout_logp),
-                ("shaping_entropy", shaping_entropy),
-            )
-        ),
-    )
+    for name, value in zip(RowInputs._fields, rows):
+        if value is not None or name == "advantage":
+            _row_tensor(name, value, hidden)
+    _, old_logp, ref_logp, rollout_logp, _ = rows
     if config.kl_coef > 0 and ref_logp is None:
         raise ValueError(
             f"config.kl_coef is {config.kl_coef} but ref_logp is missing: pass ref_logp or set kl_coef to 0"
@@ -117,7 +81,6 @@ def row_inputs(head: HeadInputs, config, advantage, old_logp, ref_logp, rollout_
     if config.tis_cap is not None and (old_logp is None or rollout_logp is None):
         missing = "old_logp" if old_logp is None else "rollout_logp"
         raise ValueError(f"config.tis_cap is {config.tis_cap} but {missing} is missing: pass it or set tis_cap to None")
-    return rows
 
 
 def check_normalizer(normalizer):
@@ -128,6 +91,18 @@ def check_normalizer(normalizer):
         raise ValueError(f"normalizer must be a finite number > 0, a 0-d tensor or None, got {normalizer!r}")
 
 
+def check_tolerance(vocab_drop_tol):
+    if vocab_drop_tol is not None and not 0 <= vocab_drop_tol < 1:
+        raise ValueError(f"vocab_drop_tol must be a probability in [0, 1) or None, got {vocab_drop_tol!r}")
+
+
+def check_group(group, backend: str):
+    if group is not None and backend == "reference":
+        raise ValueError(
+            "backend 'reference' has the whole vocabulary on every rank: drop group, or use another backend"
+        )
+
+
 def _tensor(name: str, value, ndim: int, shape: str):
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}, got {type(value).__name__}")
@@ -135,7 +110,7 @@ def _tensor(name: str, value, ndim: int, shape: str):
         raise ValueError(f"{name} must be {shape}, got shape {list(value.shape)}")
 
 
-def _row_tensor(name: str, value, hidden: Tensor) -> Tensor:
+def _row_tensor(name: str, value, hidden: Tensor):
     _tensor(name, value, ndim=1, shape="[N]")
     _same_device(name, value, hidden)
     if value.shape[0] != hidden.shape[0]:
@@ -143,7 +118,6 @@ def _row_tensor(name: str, value, hidden: Tensor) -> Tensor:
     # 16-bit log-probs would carry an error of several per cent into exp(logp - old_logp).
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be float32, got {_name(value.dtype)}: compute it in float32")
-    return value.detach()
 
 
 def _same_device(name: str, value: Tensor, hidden: Tensor):

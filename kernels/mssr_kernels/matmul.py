@@ -36,23 +36,26 @@ class HeadMatmul:
         self._buffer = None
 
     def logits(self, h: Tensor, out: Tensor, columns: slice | None = None):
-        """out[rows, columns] = h @ W[columns]^T; h [rows, D] in `operand_dtype`, out in `compute_dtype`."""
+        """out[columns, rows] = W[columns] @ h^T; h [rows, D] in `operand_dtype`, out in `compute_dtype`."""
         for here, w in self._slabs(columns):
             if self.mixed:
-                torch.mm(h, w.T, out_dtype=self.compute_dtype, out=out[:, here])
+                torch.mm(w, h.T, out_dtype=self.compute_dtype, out=out[here])
             else:
-                torch.mm(h, w.T, out=out[:, here])
+                torch.mm(w, h.T, out=out[here])
 
-    def add_hidden_grad(self, dz: Tensor, out: Tensor, columns: slice | None = None, beta: int = 1):
-        """out = beta * out + dz @ W[columns]; dz [rows, columns] in `operand_dtype`, out [rows, D] in `compute_dtype`."""
+    def add_hidden_grad(self, dz: Tensor, out: Tensor, columns: slice | Tensor | None = None, beta: int = 1):
+        """out = beta * out + dz^T @ W[columns]; dz [columns, rows] in `operand_dtype`, out [rows, D] in `compute_dtype`.
+
+        columns may be column numbers, few of them: these rows of the weight are copied.
+        """
         for here, w in self._slabs(columns):
-            self._addmm(out, dz[:, here], w, beta)
+            self._addmm(out, dz[here].T, w, beta)
             beta = 1
 
     def add_weight_grad(self, dz: Tensor, h: Tensor, out: Tensor, beta: int = 1):
-        """out = beta * out + dz^T @ h; dz [rows, columns], h [rows, D] in `operand_dtype`, out [columns, D] in
+        """out = beta * out + dz @ h; dz [columns, rows], h [rows, D] in `operand_dtype`, out [columns, D] in
         `compute_dtype`. With beta 0 `out` may be uninitialised."""
-        self._addmm(out, dz.T, h, beta)
+        self._addmm(out, dz, h, beta)
 
     def _addmm(self, out: Tensor, a: Tensor, b: Tensor, beta: int):
         if self.mixed:
@@ -60,7 +63,7 @@ class HeadMatmul:
         else:
             out.addmm_(a, b, beta=beta)
 
-    def _slabs(self, columns: slice | None):
+    def _slabs(self, columns: slice | Tensor | None):
         """Yield (position within `columns`, rows of the weight in `operand_dtype`) slab by slab."""
         weight = self.weight if columns is None else self.weight[columns]
         for start in range(0, weight.shape[0], self.slab):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import RowInputs
+from .inputs import RowInputs
 from .types import PolicyLoss, PolicyLossConfig, PolicyMetrics
 
 

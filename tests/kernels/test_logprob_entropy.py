@@ -8,7 +8,8 @@ import torch
 
 from mssr_kernels import linear_logprob_entropy
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "triton")  # triton: under the interpreter
+FUSED = BACKENDS[1:]
 SMALL_WORKSPACE = 1 << 18
 
 
@@ -63,12 +64,13 @@ def test_all_outputs_and_gradients(backend, n):
     compare(hidden, weight, target, torch.randn(3, n), backend=backend, workspace=64 << 10)
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("v,n,d", [(151936, 3, 8), (32007, 7, 19)])
-def test_large_vocabulary(v, n, d):
+def test_large_vocabulary(backend, v, n, d):
     hidden, weight, target = make(n, d, v)
     target[0] = v - 1
     # Sums over so many columns carry this much in float32: the eager reference does, too.
-    compare(hidden, weight, target, torch.randn(3, n), workspace=8 << 20, tolerance=3e-4)
+    compare(hidden, weight, target, torch.randn(3, n), workspace=8 << 20, tolerance=3e-4, backend=backend)
 
 
 @pytest.mark.parametrize("row", ["peaked", "flat", "negative", "eighty"])
@@ -94,12 +96,13 @@ def test_shapes_of_distribution(row, backend):
         torch.testing.assert_close(got.logp, torch.full((9,), -math.log(v)))
 
 
-def test_softcap_bias_and_temperatures():
+@pytest.mark.parametrize("backend", FUSED)
+def test_softcap_bias_and_temperatures(backend):
     hidden, weight, target = make(33, 20, 500)
     coefficients, bias = torch.randn(3, 33), torch.randn(500)
     for temperature in (0.7, 0.5 + torch.rand(33)):
-        compare(hidden, weight, target, coefficients, bias=bias, softcap=3.0, temperature=temperature)
-        compare(hidden, weight, target, coefficients, temperature=temperature)
+        compare(hidden, weight, target, coefficients, bias=bias, softcap=3.0, temperature=temperature, backend=backend)
+        compare(hidden, weight, target, coefficients, temperature=temperature, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -139,19 +142,21 @@ def test_ignored_rows_are_inert(backend):
         assert torch.equal(a, b)
 
 
-def test_other_ignore_index():
+@pytest.mark.parametrize("backend", FUSED)
+def test_other_ignore_index(backend):
     hidden, weight, target = make(4, 8, 30)
     target[2] = -1
-    compare(hidden, weight, target, torch.randn(3, 4), ignore_index=-1)
+    compare(hidden, weight, target, torch.randn(3, 4), ignore_index=-1, backend=backend)
     target[2] = 7  # an index inside the vocabulary may be ignored, too
-    compare(hidden, weight, target, torch.randn(3, 4), ignore_index=7)
+    compare(hidden, weight, target, torch.randn(3, 4), ignore_index=7, backend=backend)
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("used", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)])
-def test_missing_upstream_gradients(used):
+def test_missing_upstream_gradients(backend, used):
     hidden, weight, target = make(40, 16, 300)
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    out = linear_logprob_entropy(*leaves, target, workspace_bytes=64 << 10)
+    out = linear_logprob_entropy(*leaves, target, workspace_bytes=64 << 10, backend=backend)
     sum(value.sum() for value, use in zip(out, used) if use).backward()  # .sum(): expanded upstream, the others None
     _, expected = oracle.gradients64(
         lambda h, w, bias: sum(v.sum() for v, use in zip(oracle.logprob_entropy(h, w, target), used) if use),
@@ -162,37 +167,44 @@ def test_missing_upstream_gradients(used):
         torch.testing.assert_close(leaf.grad.double(), reference, rtol=1e-4, atol=2e-5)
 
 
-def test_strided_inputs_and_upstream():
+@pytest.mark.parametrize("backend", FUSED)
+def test_strided_inputs_and_upstream(backend):
     hidden, weight, target = make(40, 16, 300)
     coefficients = torch.randn(40, 3).T  # strided
     wide = torch.randn(16, 80)
-    compare(wide.T[::2], weight, target, coefficients)
-    compare(hidden, torch.randn(16, 300).T, target, coefficients)
-    compare(hidden[:1].expand(40, 16), weight, target, coefficients)
+    compare(wide.T[::2], weight, target, coefficients, backend=backend)
+    if backend == "triton":
+        with pytest.raises(ValueError, match="needs the rows of weight .* contiguous"):
+            compare(hidden, torch.randn(16, 300).T, target, coefficients, backend=backend)
+    else:
+        compare(hidden, torch.randn(16, 300).T, target, coefficients, backend=backend)
+    compare(hidden[:1].expand(40, 16), weight, target, coefficients, backend=backend)
     strided_target = torch.stack([target, target], dim=1)[:, 0]
-    compare(hidden, weight, strided_target, coefficients)
+    compare(hidden, weight, strided_target, coefficients, backend=backend)
 
 
-def test_frozen_parts_get_no_gradient_and_are_not_computed():
+@pytest.mark.parametrize("backend", FUSED)
+def test_frozen_parts_get_no_gradient_and_are_not_computed(backend):
     hidden, weight, target = make(12, 16, 300)
     full_h, full_w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    linear_logprob_entropy(full_h, full_w, target).logp.sum().backward()
+    linear_logprob_entropy(full_h, full_w, target, backend=backend).logp.sum().backward()
     only_h = hidden.clone().requires_grad_()
-    linear_logprob_entropy(only_h, weight, target).logp.sum().backward()
+    linear_logprob_entropy(only_h, weight, target, backend=backend).logp.sum().backward()
     only_w = weight.clone().requires_grad_()
-    linear_logprob_entropy(hidden, only_w, target).logp.sum().backward()
+    linear_logprob_entropy(hidden, only_w, target, backend=backend).logp.sum().backward()
     assert torch.equal(only_h.grad, full_h.grad) and torch.equal(only_w.grad, full_w.grad)
-    assert not linear_logprob_entropy(hidden, weight, target).logp.requires_grad
+    assert not linear_logprob_entropy(hidden, weight, target, backend=backend).logp.requires_grad
     with torch.no_grad():
-        assert not linear_logprob_entropy(full_h, full_w, target).logp.requires_grad
+        assert not linear_logprob_entropy(full_h, full_w, target, backend=backend).logp.requires_grad
 
 
-def test_result_does_not_depend_on_the_workspace():
+@pytest.mark.parametrize("backend", FUSED)
+def test_result_does_not_depend_on_the_workspace(backend):
     hidden, weight, target = make(129, 24, 1000, scale=0.5)
     results = []
     for workspace in (40 << 10, 300 << 10, 256 << 20):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        out = linear_logprob_entropy(h, w, target, workspace_bytes=workspace)
+        out = linear_logprob_entropy(h, w, target, workspace_bytes=workspace, backend=backend)
         (out.logp + 0.5 * out.entropy).mean().backward()
         results.append((*out, h.grad, w.grad))
     for other in results[1:]:
@@ -214,18 +226,20 @@ def test_float64_passes_gradcheck():
     assert torch.autograd.gradcheck(function, leaves)
 
 
-def test_double_backward_is_refused():
+@pytest.mark.parametrize("backend", FUSED)
+def test_double_backward_is_refused(backend):
     hidden, weight, target = make(3, 8, 30)
     hidden.requires_grad_()
-    logp = linear_logprob_entropy(hidden, weight, target).logp
+    logp = linear_logprob_entropy(hidden, weight, target, backend=backend).logp
     with pytest.raises(RuntimeError, match="no double backward"):
         torch.autograd.grad(logp.sum(), hidden, create_graph=True)
 
 
-def test_retain_graph_works():
+@pytest.mark.parametrize("backend", FUSED)
+def test_retain_graph_works(backend):
     hidden, weight, target = make(3, 8, 30)
     hidden.requires_grad_()
-    logp = linear_logprob_entropy(hidden, weight, target).logp.sum()
+    logp = linear_logprob_entropy(hidden, weight, target, backend=backend).logp.sum()
     logp.backward(retain_graph=True)
     once = hidden.grad.clone()
     logp.backward()
@@ -250,8 +264,9 @@ def test_nan_is_not_hidden(backend):
     assert out.logp[2].isnan() and out.entropy[2].isnan() and out.logp[[0, 1, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_is_no_less_exact_than_16_bit_eager(dtype):
+def test_16_bit_is_no_less_exact_than_16_bit_eager(backend, dtype):
     """The rule for bf16: error against float64 <= the 16-bit eager implementation's + 1e-6."""
     hidden, weight, target = make(64, 48, 1000, scale=0.3, dtype=dtype)
     c = torch.randn(3, 64)
@@ -266,23 +281,27 @@ def test_16_bit_is_no_less_exact_than_16_bit_eager(dtype):
         return log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(1), torch.logsumexp(z, 1)
 
     errors = {}
-    for name, function in (("eager", eager), ("chunked", lambda h, w: linear_logprob_entropy(h, w, target))):
+    for name, function in (
+        ("eager", eager),
+        (backend, lambda h, w: linear_logprob_entropy(h, w, target, backend=backend)),
+    ):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         out = function(h, w)
         weighted(*out, c).backward()
         assert h.grad.dtype == w.grad.dtype == dtype
         pairs = [*zip(out, exact), (h.grad, expected[0]), (w.grad, expected[1])]
         errors[name] = [(a.double() - b).norm().item() for a, b in pairs]
-    for ours, theirs in zip(errors["chunked"], errors["eager"]):
+    for ours, theirs in zip(errors[backend], errors["eager"]):
         assert ours <= theirs + 1e-6
 
 
-def test_autocast_casts_like_linear():
+@pytest.mark.parametrize("backend", FUSED)
+def test_autocast_casts_like_linear(backend):
     hidden, weight, target = make(9, 16, 100)
     hidden.requires_grad_(), weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        out = linear_logprob_entropy(hidden, weight, target)
+        out = linear_logprob_entropy(hidden, weight, target, backend=backend)
         out.logp.sum().backward()  # inside the region, where matmuls would be cast, too
-    expected = linear_logprob_entropy(hidden.detach().bfloat16(), weight.detach().bfloat16(), target)
+    expected = linear_logprob_entropy(hidden.detach().bfloat16(), weight.detach().bfloat16(), target, backend=backend)
     assert torch.equal(out.logp, expected.logp)
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32

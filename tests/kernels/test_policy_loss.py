@@ -8,7 +8,8 @@ import torch
 
 from mssr_kernels import PolicyLossConfig, linear_logprob_entropy, linear_policy_loss
 
-BACKENDS = ("reference", "chunked")
+BACKENDS = ("reference", "chunked", "triton")  # triton: under the interpreter
+FUSED = BACKENDS[1:]
 PLAIN = PolicyLossConfig(entropy_alpha=0.0)
 LOG = math.log
 
@@ -222,7 +223,7 @@ def test_chunked_agrees_with_reference_in_every_output():
     hidden, weight, target, arguments = problem()
     arguments["config"] = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.05, tis_cap=1.2)
     (a, grads_a), (b, grads_b) = (
-        run(backend, hidden.double(), weight.double(), target, **arguments) for backend in BACKENDS
+        run(backend, hidden.double(), weight.double(), target, **arguments) for backend in ("reference", "chunked")
     )
     for x, y in zip((*a[:-1], *a.metrics, *grads_a[:2]), (*b[:-1], *b.metrics, *grads_b[:2])):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
@@ -245,12 +246,14 @@ def test_float32_is_as_exact_as_eager():
     for backend in BACKENDS:
         _, gradients = run(backend, hidden, weight, target, **arguments, workspace_bytes=1 << 20)
         errors[backend] = [(got.double() - want).norm() / want.norm() for got, want in zip(gradients[:2], expected)]
-    for ours, theirs in zip(errors["chunked"], errors["reference"]):
-        assert ours <= 2 * theirs + 1e-6
+    for backend in FUSED:
+        for ours, theirs in zip(errors[backend], errors["reference"]):
+            assert ours <= 2 * theirs + 1e-6
 
 
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_is_no_less_exact_than_16_bit_eager(dtype):
+def test_16_bit_is_no_less_exact_than_16_bit_eager(backend, dtype):
     hidden, weight, target, arguments = problem(n=64, d=48, v=1000, dtype=dtype)
     arguments["old_logp"] = None
     keep = target != -100
@@ -259,33 +262,34 @@ def test_16_bit_is_no_less_exact_than_16_bit_eager(dtype):
     z = torch.nn.functional.linear(h[keep], w).float()
     logp = torch.log_softmax(z, 1).gather(1, target[keep, None])[:, 0]
     (-(logp - logp.detach()).exp() * arguments["advantage"][keep]).mean().backward()
-    _, gradients = run("chunked", hidden, weight, target, config=PLAIN, **arguments)
+    workspace = 256 << 10  # several chunks, in the triton backend, too
+    _, gradients = run(backend, hidden, weight, target, config=PLAIN, **arguments, workspace_bytes=workspace)
     for ours, theirs, exact in zip(gradients, (h.grad, w.grad), expected):
         assert ours.dtype == dtype
         assert (ours.double() - exact).norm() <= (theirs.double() - exact).norm() + 1e-6
 
 
-def test_result_does_not_depend_on_the_workspace():
+@pytest.mark.parametrize("backend", FUSED)
+def test_result_does_not_depend_on_the_workspace(backend):
     hidden, weight, target, arguments = problem(n=129)
     config = PolicyLossConfig(entropy_coef=0.1)
     results = []
-    for workspace in (20 << 10, 150 << 10, 256 << 20):
-        result, gradients = run(
-            "chunked", hidden, weight, target, config=config, **arguments, workspace_bytes=workspace
-        )
+    for workspace in (80 << 10, 250 << 10, 256 << 20):
+        result, gradients = run(backend, hidden, weight, target, config=config, **arguments, workspace_bytes=workspace)
         results.append((*result[:5], *gradients[:2]))
     for other in results[1:]:
         for a, b in zip(results[0], other):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_micro_batches_with_a_global_normalizer_add_up():
+@pytest.mark.parametrize("backend", FUSED)
+def test_micro_batches_with_a_global_normalizer_add_up(backend):
     hidden, weight, target, arguments = problem()
-    whole, gradients = run("chunked", hidden, weight, target, normalizer=59.0, **arguments)
+    whole, gradients = run(backend, hidden, weight, target, normalizer=59.0, **arguments)
     parts = []
     for rows in (slice(0, 10), slice(10, 60)):
         piece = {name: value[rows] for name, value in arguments.items()}
-        parts.append(run("chunked", hidden[rows], weight, target[rows], normalizer=torch.tensor(59.0), **piece))
+        parts.append(run(backend, hidden[rows], weight, target[rows], normalizer=torch.tensor(59.0), **piece))
     torch.testing.assert_close(sum(part.loss for part, _ in parts), whole.loss)
     torch.testing.assert_close(sum(gradient[1] for _, gradient in parts), gradients[1], rtol=1e-4, atol=1e-7)
     for name in ("rows", "policy_loss_sum", "entropy_sum", "clipped_sum", "ratio_sum", "shaping_sum"):
@@ -314,18 +318,19 @@ def test_nan_is_not_hidden(backend):
         poisoned[name][1] = math.nan
         result, gradients = run(backend, poisoned.pop("hidden"), weight, target, **poisoned)
         assert result.loss.isnan(), name
-        if backend == "chunked":
+        if backend in FUSED:
             assert gradients[0][1].isnan().any(), name
 
 
-def test_second_backward_is_refused():
+@pytest.mark.parametrize("backend", FUSED)
+def test_second_backward_is_refused(backend):
     hidden, weight, target, arguments = problem()
     weight.requires_grad_()
-    loss = linear_policy_loss(hidden, weight, target, **arguments).loss
+    loss = linear_policy_loss(hidden, weight, target, **arguments, backend=backend).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="call the function again"):
         loss.backward()
-    loss = linear_policy_loss(hidden, weight, target, **arguments).loss
+    loss = linear_policy_loss(hidden, weight, target, **arguments, backend=backend).loss
     with pytest.raises(RuntimeError, match="no double backward"):
         torch.autograd.grad(loss, weight, create_graph=True)
 
@@ -337,10 +342,11 @@ def test_no_gradient_no_graph():
         assert not linear_policy_loss(hidden, weight.requires_grad_(), target, **arguments).loss.requires_grad
 
 
-def test_autocast_casts_like_linear():
+@pytest.mark.parametrize("backend", FUSED)
+def test_autocast_casts_like_linear(backend):
     hidden, weight, target, arguments = problem()
     with torch.autocast("cpu", torch.bfloat16):
-        result, gradients = run("chunked", hidden, weight, target, **arguments)
-    expected, _ = run("chunked", hidden.bfloat16(), weight.bfloat16(), target, **arguments)
+        result, gradients = run(backend, hidden, weight, target, **arguments)
+    expected, _ = run(backend, hidden.bfloat16(), weight.bfloat16(), target, **arguments)
     assert torch.equal(result.loss, expected.loss) and result.loss.dtype == torch.float32
     assert gradients[1].dtype == torch.float32

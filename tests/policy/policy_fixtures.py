@@ -5,7 +5,6 @@ import os
 import policy_helpers
 import pytest
 import torch
-from policy_ranks import two_ranks
 
 from mssr.distributed import start_world
 from mssr.policy.model import load_policy
@@ -20,11 +19,6 @@ def world():
     yield start_world("cpu")
     os.environ.clear()
     os.environ.update(before)
-
-
-@pytest.fixture(scope="session")
-def ranks():
-    return two_ranks()
 
 
 @pytest.fixture(scope="session")

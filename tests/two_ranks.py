@@ -11,9 +11,9 @@ from collections.abc import Callable
 from functools import cache
 from multiprocessing.connection import wait
 
-import policy_helpers  # noqa: F401  the slow imports, before the clock of a call runs
 import torch
 
+import mssr.policy.engine  # noqa: F401  the slow imports, before the clock of a call runs
 from mssr.distributed import start_world
 
 START_TIMEOUT = 300  # seconds to import everything

@@ -1,0 +1,75 @@
+"""Which backend runs: the one named, or for "auto" the first row of the table that fits.
+
+The choice never looks at N: the log-probs of a row may not depend on how many others are scored with it.
+"""
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+
+from .backends import Backend
+
+BACKENDS = ("reference", "chunked", "triton")
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+class Rule(NamedTuple):
+    """A backend and where "auto" takes it: at least this vocabulary and width, a workspace for at least so many rows."""
+
+    backend: str
+    device: str | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    least_vocab: int = 0
+    least_width: int = 0
+    least_workspace_rows: int = 0
+
+
+# The thresholds for CUDA are estimates: below them a tile of the Triton kernels is mostly padding.
+AUTO = (
+    Rule("triton", "cuda", SIXTEEN_BITS, least_vocab=4096, least_width=256, least_workspace_rows=128),
+    Rule("chunked"),
+)
+
+
+def resolve(
+    backend: str, device: torch.device, dtype: torch.dtype, width: int, vocab: int, workspace_bytes: int
+) -> str:
+    """The name of the backend that `backend` means for these arguments; raises where it cannot run."""
+    if backend == "auto":
+        rows = workspace_bytes // (vocab * dtype.itemsize)
+        return next(
+            rule.backend
+            for rule in AUTO
+            if rule.device in (None, device.type)
+            and (rule.dtypes is None or dtype in rule.dtypes)
+            and vocab >= rule.least_vocab
+            and width >= rule.least_width
+            and rows >= rule.least_workspace_rows
+            and (rule.backend != "triton" or triton_is_installed())
+        )
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is not available: use 'auto', {', '.join(map(repr, BACKENDS))}")
+    if backend == "triton":
+        if dtype == torch.float64:
+            raise TypeError(
+                "backend 'triton' takes float32, bfloat16 or float16: use 'chunked' or 'reference' for float64"
+            )
+        if not triton_is_installed():
+            raise ValueError("backend 'triton' needs the package triton: pip install triton, or use 'chunked'")
+    return backend
+
+
+def triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def backend_named(name: str) -> Backend:
+    """The implementation of a fused backend. Triton is imported when it is first wanted: the CPU does without."""
+    if name == "triton":
+        from .triton_backend import TRITON
+
+        return TRITON
+    from .torch_backend import TORCH
+
+    return TORCH

@@ -1,0 +1,154 @@
+"""Modes L and S: the policy loss, and its gradients in the same pass over chunks of tokens.
+
+A chunk's logits give the statistics of its rows, these the derivative of the loss by each row's log-probability
+(`row_loss`), and this the gradient by the logits, written over them; two GEMMs later the chunk is done. 6 NDV of matmul
+work, the least an exact gradient can have; with a tolerance (`active_vocabulary`) 2 NDV and a few per cent of the
+other four. dW is accumulated in float32 over the chunks; `backward` only multiplies by the upstream scalar and rounds, once.
+
+Only rows with a gradient enter a backward GEMM and ignored rows enter none. Selecting them costs one wait for the
+device per call and one per chunk.
+
+Memory beside the results and the workspace: float32 dW and float32 [N, D] for dhidden.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import active_vocabulary
+from .backends import Backend
+from .inputs import HeadInputs, RowInputs
+from .row_loss import RowTerms, assemble, row_loss
+from .statistics import RowStatistics, UpstreamGradient, row_gradient
+from .types import PolicyLoss, PolicyLossConfig
+
+
+class LossGradients(NamedTuple):
+    """The gradients of the loss times `divisor`, in the compute dtype; None where not wanted."""
+
+    hidden: Tensor | None  # [N, D]
+    weight: Tensor | None  # [V, D]
+    bias: Tensor | None  # [V]
+    divisor: Tensor  # 0-d
+
+
+def linear_policy_loss(
+    head: HeadInputs,
+    row_inputs: RowInputs,
+    normalizer: Tensor | float | None,
+    config: PolicyLossConfig,
+    tolerance: float,
+    wanted: tuple[bool, bool, bool],
+    backend: Backend,
+) -> tuple[PolicyLoss, LossGradients]:
+    """The loss and, as `wanted` says of (hidden, weight, bias), its gradients. tolerance 0 is mode L, above it mode S."""
+    rows = head.kept_rows()
+    normalizer = _divisor(normalizer, len(rows), head)
+    one = torch.ones_like(normalizer)
+    if not any(wanted):
+        statistics = backend.statistics(head, rows)
+        terms, _ = row_loss(statistics.logp, statistics.entropy, row_inputs.take(rows, one.dtype), config)
+        result = assemble(terms, rows, len(head.target), terms.loss.sum() / normalizer)
+        return result, LossGradients(None, None, None, one)
+
+    # In 16 bits the coefficients keep their natural size of about 1 (1 / normalizer underflows in fp16) and `backward`
+    # divides; otherwise they are divided here, which is free.
+    divisor, scale = (normalizer, one) if backend.matmul(head).mixed else (one, 1 / normalizer)
+    gradients = _Accumulator(head, wanted, tolerance)
+    terms = []
+    for chunk, h, statistics, tiles in backend.chunks(head, rows):
+        chunk_terms, slope = row_loss(statistics.logp, statistics.entropy, row_inputs.take(chunk, one.dtype), config)
+        terms.append(chunk_terms)
+        bonus = torch.full_like(slope, -config.entropy_coef) * scale if config.entropy_coef else None
+        gradients.add_chunk(tiles, chunk, h, statistics, UpstreamGradient(slope * scale, bonus))
+    terms = RowTerms(*map(torch.cat, zip(*terms))) if terms else _no_terms(one)
+    result = assemble(terms, rows, len(head.target), terms.loss.sum() / normalizer)
+    return result, LossGradients(*gradients.finish(), divisor)
+
+
+class _Accumulator:
+    """The gradients by hidden, weight and bias, chunk by chunk, in the compute dtype."""
+
+    def __init__(self, head: HeadInputs, wanted: tuple[bool, bool, bool], tolerance: float):
+        self.head, self.tolerance = head, tolerance
+        options = dict(dtype=head.compute_dtype, device=head.hidden.device)
+        self.hidden = torch.zeros(head.hidden.shape, **options) if wanted[0] else None
+        self.weight = torch.empty(head.weight.shape, **options) if wanted[1] else None
+        self.weight_is_empty = True
+        self.bias = torch.zeros(head.bias.shape, **options) if wanted[2] else None
+
+    def add_chunk(self, tiles, chunk: Tensor, h: Tensor, statistics: RowStatistics, upstream: UpstreamGradient):
+        active = upstream.nonzero_rows()
+        if not len(active):
+            return
+        target, head = self.head.local_target(chunk), self.head
+        gradient = row_gradient(target, statistics, upstream, head.row_temperature(chunk), head.softcap)
+        dense = active
+        if self.tolerance:
+            share = self.tolerance if head.shard is None else self.tolerance / head.shard.ranks
+            tolerance = active_vocabulary.row_tolerance(
+                share, statistics, upstream.entropy is not None, head.total_vocab
+            )
+            chosen = active_vocabulary.choose(tiles, active, target, statistics, tolerance)
+            if chosen is not None:
+                dense, sparse = chosen.dense_rows, chosen.sparse_rows
+                self._add_sparse(tiles, chunk, h, chosen.columns, sparse, gradient.take(sparse))
+        if len(dense) == len(chunk):
+            self._add_dense(tiles, chunk, h, None, gradient)
+        elif len(dense):
+            self._add_dense(tiles, chunk, h, dense, gradient.take(dense))
+
+    def _add_dense(self, tiles, chunk, h, rows, gradient):
+        dz, rows = tiles.gradient(rows, gradient)
+        if rows is not None:
+            chunk, h = chunk[rows], h[rows]
+        if self.bias is not None:
+            self.bias += dz.sum(dim=1, dtype=self.bias.dtype)
+        if self.hidden is not None:
+            dh = torch.empty(h.shape, dtype=self.hidden.dtype, device=h.device)
+            tiles.matmul.add_hidden_grad(dz, out=dh, beta=0)
+            self.hidden.index_copy_(0, chunk, dh)
+        if self.weight is not None:
+            tiles.matmul.add_weight_grad(dz, h, out=self.weight, beta=0 if self.weight_is_empty else 1)
+            self.weight_is_empty = False
+
+    def _add_sparse(self, tiles, chunk, h, columns, rows, gradient):
+        h = h[rows]
+        dh = None if self.hidden is None else torch.zeros(h.shape, dtype=self.hidden.dtype, device=h.device)
+        self._start_weight()
+        for piece, dz in tiles.compact_gradient(columns, rows, gradient):
+            if self.bias is not None:
+                self.bias.index_add_(0, piece, dz.sum(dim=1, dtype=self.bias.dtype))
+            if dh is not None:
+                tiles.matmul.add_hidden_grad(dz, out=dh, columns=piece)
+            if self.weight is not None:
+                dw = torch.empty(len(piece), h.shape[1], dtype=self.weight.dtype, device=h.device)
+                tiles.matmul.add_weight_grad(dz, h, out=dw, beta=0)
+                self.weight.index_add_(0, piece, dw)
+        if dh is not None:
+            self.hidden.index_copy_(0, chunk[rows], dh)
+
+    def _start_weight(self):
+        if self.weight is not None and self.weight_is_empty:
+            self.weight.zero_()
+            self.weight_is_empty = False
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        self._start_weight()
+        if self.hidden is not None and self.head.shard is not None:
+            self.head.shard.sum_(self.hidden)
+        return self.hidden, self.weight, self.bias
+
+
+def _divisor(normalizer: Tensor | float | None, kept_rows: int, head: HeadInputs) -> Tensor:
+    """The divisor of the loss as a 0-d tensor; by default the number of rows, or 1 without any: loss 0, not 0 / 0."""
+    options = dict(dtype=head.compute_dtype, device=head.hidden.device)
+    if isinstance(normalizer, Tensor):
+        return normalizer.detach().to(**options)
+    return torch.full((), max(kept_rows, 1) if normalizer is None else normalizer, **options)
+
+
+def _no_terms(like: Tensor) -> RowTerms:
+    terms = RowTerms(*(like.new_empty(0) for _ in RowTerms._fields))
+    return terms._replace(clipped=terms.clipped.bool(), dual_clipped=terms.dual_clipped.bool())

@@ -1,0 +1,88 @@
+"""What a call would do, without doing it."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .api import WORKSPACE_BYTES
+from .backends import Backend, fitting, rows_per_chunk
+from .choice import backend_named, resolve
+from .inputs import HeadInputs
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one call with everything kept and every row with a gradient. Bytes are estimates, FLOPs those of the products."""
+
+    backend: str
+    mode: str  # "reference", "forward", "G", "L" or "S"
+    chunk_rows: int  # tokens whose logits are in memory at once; 0: none
+    chunks: int
+    flops: int
+    moved_bytes: int  # between device memory and the chip: weight, logits, hidden and gradients as often as they pass
+    workspace_bytes: int  # beside inputs, results and gradients
+    gradient_bytes: int  # the gradients as they are accumulated
+    eager_logits_bytes: int  # what the logits of all rows would take in float32
+
+    def __str__(self) -> str:
+        chunks = f"{self.chunks} x {self.chunk_rows} rows of logits" if self.chunk_rows else "no logits in memory"
+        return (
+            f"backend {self.backend}, mode {self.mode}: {chunks}; {self.flops / 1e12:.2f} TFLOP, "
+            f"{self.moved_bytes / 2**30:.2f} GiB moved, workspace {self.workspace_bytes / MIB:.0f} MiB, "
+            f"gradients {self.gradient_bytes / MIB:.0f} MiB (eager logits alone: {self.eager_logits_bytes / MIB:.0f} MiB)"
+        )
+
+
+def explain(
+    n: int,
+    d: int,
+    v: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cuda",
+    loss: bool = True,
+    hidden_grad: bool = True,
+    weight_grad: bool = True,
+    backend: str = "auto",
+    workspace_bytes: int = WORKSPACE_BYTES,
+    vocab_drop_tol: float | None = None,
+) -> Plan:
+    """The plan of `linear_policy_loss` (loss=True) or `linear_logprob_entropy` for hidden [n, d] and weight [v, d].
+
+    Nothing is allocated, and the device need not be there. For mode S, FLOPs and bytes are those of a chunk in which every
+    row is dense: its gain depends on the rows.
+    """
+    device = torch.device(device)
+    name = resolve(backend, device, dtype, d, v, workspace_bytes)
+    product, gradient, size = 2 * n * d * v, hidden_grad or weight_grad, dtype.itemsize
+    products = 1 + hidden_grad + weight_grad
+    logits, weight, hidden = 4 * n * v, size * d * v, size * n * d
+    gradient_bytes = 4 * n * d * hidden_grad + 4 * d * v * weight_grad
+    if name == "reference":
+        # Logits, log-probs, probabilities and their gradient, float32 copies of both operands.
+        return Plan(
+            name, "reference", n, 1, products * product, 10 * logits + 3 * weight, 4 * logits + 4 * d * (n + v),
+            gradient_bytes, logits,
+        )  # fmt: skip
+    implementation: Backend = backend_named(name)
+    # Shapes and dtypes without memory; whatever is not the CPU is taken for CUDA.
+    number = torch.empty(1, dtype=dtype, device="cpu" if device.type == "cpu" else "meta")
+    head = HeadInputs(
+        number.expand(n, d), number.expand(v, d), None, number.long().expand(n), 1.0, None, -100, workspace_bytes, None
+    )
+    matmul = implementation.matmul(head)
+    if not gradient or not loss:
+        mode = "G" if gradient else "forward"
+        recomputed = gradient * (1 + hidden_grad + weight_grad)
+        moved = weight * (1 + recomputed) + hidden * 2 + (2 * size * n * v * gradient) + gradient_bytes
+        return Plan(name, mode, 0, 0, (1 + recomputed) * product, moved, workspace_bytes, gradient_bytes, logits)
+    row_bytes, other_bytes = implementation.tiles.bytes_needed(head, matmul)
+    rows = rows_per_chunk(n, fitting(head, row_bytes, other_bytes, "one row of logits"))
+    chunks = -(-n // rows)
+    # Of each chunk: the logits are written, turned into the gradient in place and read by each of its products; the weight
+    # is read by both products with it; dW is read and written.
+    moved = n * row_bytes * (4 + weight_grad) + chunks * (weight * (1 + hidden_grad) + 8 * d * v * weight_grad)
+    mode = "S" if vocab_drop_tol else "L"
+    return Plan(name, mode, rows, chunks, products * product, moved, workspace_bytes, gradient_bytes, logits)

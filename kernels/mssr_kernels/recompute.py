@@ -1,0 +1,71 @@
+"""Mode G: the gradient of log-probs and entropies for any upstream gradient, which arrives only in the backward pass.
+
+The logits are computed again, one slab of the vocabulary for all rows at a time: the row statistics are known by then, and
+each slab of dW is complete as soon as it is written. 8 NDV of matmul work with the forward pass.
+
+Only rows with a gradient enter a backward GEMM, and ignored rows enter none. Selecting them costs one wait for the device.
+"""
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, fitting
+from .inputs import HeadInputs
+from .statistics import RowStatistics, UpstreamGradient, row_gradient
+
+
+def gradients(
+    head: HeadInputs,
+    statistics: RowStatistics,
+    upstream: UpstreamGradient,
+    wanted: tuple[bool, bool, bool],
+    backend: Backend,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients by hidden, weight and bias, where wanted. statistics and upstream: [N], of all rows."""
+    hidden, weight, bias = head[:3]
+    dtype, device = head.compute_dtype, hidden.device
+    rows = head.kept_rows()
+    rows = rows[upstream.take(rows).nonzero_rows()]
+    statistics, upstream = statistics.take(rows), upstream.take(rows)
+    d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if wanted[0] else None
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=device) if wanted[1] else None
+    d_bias = torch.empty(bias.shape, dtype=bias.dtype, device=device) if wanted[2] else None
+    count = len(rows)
+    if not count:
+        return d_hidden, *(None if gradient is None else gradient.zero_() for gradient in (d_weight, d_bias))
+
+    matmul = backend.matmul(head)
+    # 16-bit operands: bring the coefficients to a size of about 1, so that fp16 does not underflow, and undo it after.
+    size = None
+    if matmul.mixed:
+        size = torch.stack([field.abs().amax() for field in upstream if field is not None]).amax()
+        upstream = UpstreamGradient(*(None if field is None else field / size for field in upstream))
+    rounds_weight = weight.dtype != dtype
+    column_bytes = backend.slab_bytes_per_column(head, matmul, count)
+    if rounds_weight and wanted[1]:
+        column_bytes += weight.shape[1] * dtype.itemsize  # a slab of dW before it is rounded
+    width = min(weight.shape[0], fitting(head, column_bytes, matmul.buffer_bytes, "one column of logits"))
+
+    temperature = head.row_temperature(rows)
+    gradient = row_gradient(head.local_target(rows), statistics, upstream, temperature, head.softcap)
+    h = hidden[rows].to(matmul.operand_dtype)
+    dh = torch.zeros(count, hidden.shape[1], dtype=dtype, device=device) if wanted[0] else None
+    slab_gradient = backend.slab_gradient(head, matmul, h, gradient, temperature, width)
+    for start in range(0, weight.shape[0], width):
+        columns = slice(start, min(start + width, weight.shape[0]))
+        dz = slab_gradient(columns)
+        if wanted[0]:
+            matmul.add_hidden_grad(dz, out=dh, columns=columns)
+        if wanted[1]:
+            slab = torch.empty_like(d_weight[columns], dtype=dtype) if rounds_weight else d_weight[columns]
+            matmul.add_weight_grad(dz, h, out=slab, beta=0)
+            if rounds_weight:
+                d_weight[columns] = slab if size is None else slab.mul_(size)
+        if wanted[2]:
+            column_sum = dz.sum(dim=1, dtype=dtype)
+            d_bias[columns] = column_sum if size is None else column_sum * size
+    if wanted[0]:
+        if head.shard is not None:
+            head.shard.sum_(dh)
+        d_hidden.index_copy_(0, rows, (dh if size is None else dh.mul_(size)).to(hidden.dtype))
+    return d_hidden, d_weight, d_bias

@@ -1,0 +1,121 @@
+"""The softmax weights of a chunk of tokens in plain PyTorch, for modes L and S. CPU and CUDA, no compiler.
+
+Everything is vocabulary-major, [V, C]: on CPUs W h^T is a quarter faster than h W^T with its huge row stride, sums over the
+vocabulary need no horizontal additions, and the columns that mode S gathers are contiguous.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .inputs import HeadInputs
+from .matmul import HeadMatmul
+from .statistics import Partial, RowGradient, RowStatistics, merge
+from .torch_softmax import TILE, block_columns, finish_logits_, row_stride, to_gradient_, to_weights_
+
+
+class TorchTiles:
+    """The weights [V, C] of up to `capacity` tokens. Each `fill` overwrites the last."""
+
+    def __init__(self, head: HeadInputs, matmul: HeadMatmul, capacity: int):
+        self.head, self.matmul = head, matmul
+        self.vocab, dtype, device = head.weight.shape[0], head.compute_dtype, head.hidden.device
+        self.options = dict(dtype=dtype, device=device)
+        self.bias = None if head.bias is None else head.bias.detach().to(dtype)
+        self.columns = block_columns(capacity, dtype, device, head.workspace_bytes // 8)
+        self._buffer = torch.empty(self.vocab * row_stride(capacity, dtype), **self.options)
+        self._scratch = torch.empty(self.columns * capacity, **self.options)
+
+    @staticmethod
+    def bytes_needed(head: HeadInputs, matmul: HeadMatmul) -> tuple[int, int]:
+        """Of the workspace: for each token of the capacity, and besides."""
+        vocab, size = head.weight.shape[0], head.compute_dtype.itemsize
+        operands = matmul.operand_dtype.itemsize if matmul.mixed else 0
+        per_row = vocab * (size + operands) + 6 * size * -(-vocab // TILE) + 2 * size * TILE
+        return per_row, head.workspace_bytes // 4 + matmul.buffer_bytes
+
+    def fill(self, h: Tensor, target: Tensor, temperature: Tensor | float) -> Partial:
+        """Make the weights of h [C, D] and return the sums of each row. temperature: [C] or a number."""
+        rows = h.shape[0]
+        self._stride = row_stride(rows, self._buffer.dtype)
+        self.weights = self._buffer[: self.vocab * self._stride].view(self.vocab, -1)[:, :rows]
+        self.matmul.logits(h, out=self.weights)
+        self.max, self.sum = torch.empty(2, -(-self.vocab // TILE), rows, **self.options)
+        parts = []
+        for first, tiles, block in self._blocks():
+            bias = None if self.bias is None else self.bias[first : first + len(block)]
+            finish_logits_(block, bias, temperature, self.head.softcap)
+            part, self.max[tiles], self.sum[tiles] = to_weights_(
+                block, target - first, masked=bias is not None, scratch=self._scratch
+            )
+            parts.append(part)
+        return merge(Partial(*map(torch.stack, zip(*parts))))
+
+    def gradient(self, rows: Tensor | None, gradient: RowGradient) -> tuple[Tensor, Tensor | None]:
+        """dL/dx [V, k] of the given rows of the chunk (None: all) in the operand dtype, and the rows in its order.
+
+        gradient is in the order of `rows`, which ascend. The weights are gone after."""
+        count = self.weights.shape[1] if rows is None else len(rows)
+        result = self.weights if rows is None else self._buffer[: self.vocab * count].view(self.vocab, count)
+        # Compaction in place: blocks move towards the beginning in order, so never past one still to be read.
+        for first, tiles, block in self._blocks():
+            maximum = self.max[tiles]
+            if rows is not None:
+                moved = self._scratch[: len(block) * count].view(-1, count)
+                torch.index_select(block, 1, rows, out=moved)
+                block = result[first : first + len(block)].copy_(moved)
+                maximum = maximum.index_select(1, rows)
+            to_gradient_(block, maximum, gradient.target - first, gradient, self._scratch)
+        return result.to(self.matmul.operand_dtype), rows
+
+    def _blocks(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """(first column, its tiles, [columns, C]) block by block."""
+        for first in range(0, self.vocab, self.columns):
+            block = self.weights[first : first + self.columns]
+            yield first, slice(first // TILE, -(-(first + len(block)) // TILE)), block
+
+    # What mode S needs besides: which columns hold the probability, and the gradient of these alone.
+
+    def tile_mass(self, statistics: RowStatistics) -> Tensor:
+        """Probability of each (tile, row), [tiles, C]."""
+        return (self.max - statistics.max).sub_(statistics.log_sum).exp_().mul_(self.sum)
+
+    def first_ranks(self, cut: Tensor, ranks: Tensor, statistics: RowStatistics) -> Tensor:
+        """[V] int64: the smallest of `ranks` [C] among the rows in which the column's probability is above the row's
+        `cut` [C], or C where there is no such row."""
+        rows, within = len(cut), torch.arange(TILE, device=cut.device)
+        first = torch.full((self.vocab,), rows, dtype=torch.int64, device=cut.device)
+        log_factor = (self.max - statistics.max).sub_(statistics.log_sum)  # log p = log w + log_factor
+        pairs = (log_factor > cut.log()).nonzero()  # no other tile holds such a column
+        for piece in pairs.split(max(1, self._scratch.numel() // (4 * TILE))):
+            tile, row = piece[:, :1], piece[:, 1:]
+            column = (tile * TILE + within).clamp_(max=self.vocab - 1)  # the last tile may repeat the last column
+            above = self._buffer.take(column * self._stride + row) > cut[row] * torch.exp(-log_factor[tile, row])
+            first.scatter_reduce_(0, column[above], ranks[row].expand_as(column)[above], "amin")
+        return first
+
+    def dropped_mass(self, active: Tensor, statistics: RowStatistics) -> Tensor:
+        """Probability, in every row, of the columns that are not `active` [V] bool; [C]."""
+        mass = self.tile_mass(statistics).sum(dim=0)
+        for piece in active.nonzero()[:, 0].split(self.columns):
+            factor = (self.max[piece // TILE] - statistics.max).sub_(statistics.log_sum).exp_()
+            mass -= factor.mul_(self.weights[piece]).sum(dim=0)
+        return mass.clamp_(min=0)
+
+    def compact_gradient(self, columns: Tensor, rows: Tensor, gradient: RowGradient) -> Iterator[tuple[Tensor, Tensor]]:
+        """dL/dx of those columns and rows, piece by piece: columns [n] and [n, k] in the operand dtype.
+
+        The columns ascend and contain the labels of the rows that are in this vocabulary.
+        """
+        label = torch.searchsorted(columns, gradient.target).clamp_(max=len(columns) - 1)
+        label = torch.where(columns[label] == gradient.target, label, -1)
+        # What is gathered of the weight, its gradient, the weights of the chunk and dz.
+        column_bytes = 2 * (self.head.weight.shape[1] + self.weights.shape[1]) * self.max.element_size()
+        step = max(1, min(self.columns, self.head.workspace_bytes // 8 // column_bytes))
+        for first in range(0, len(columns), step):
+            piece = columns[first : first + step]
+            dz = self.weights[piece].index_select(1, rows)
+            maximum = self.max[piece // TILE].index_select(1, rows)
+            to_gradient_(dz, maximum, label - first, gradient, self._scratch, tile=1)
+            yield piece, dz.to(self.matmul.operand_dtype)

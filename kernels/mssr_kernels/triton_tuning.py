@@ -1,0 +1,68 @@
+"""Tile shapes of the Triton kernels: a checked-in table by architecture and dtype.
+
+Never by the number of tokens: a row's log-prob must not change a bit with the batch it is in, so neither may the order
+of its sums. For the same reason the vocabulary is cut into parts whose number depends on V alone.
+
+    sm_90       128 x 256 x 64, the tile that keeps wgmma fed: 8 warps hold its float32 accumulators in 128 registers a
+                thread, TMA fills 3 stages of 48 KB, one program runs on an SM
+                128 x 128 x 64 where the epilogue has a bias or a softcap: the wide tile has no registers left for them
+    sm_80       128 x 128 x 64 by asynchronous copies: 96 KB, which its smaller siblings have too
+    unaligned   64 x 128 x 32: neither TMA nor wide copies take rows of D that is no multiple of 16, and a pointer for
+                every element costs registers
+    float32     64 x 64 x 16 by FMA on the general cores, exact (no tf32)
+
+Larger tiles, fewer stages, flattened loops and warp specialisation are axes of tuning. Whoever changes an entry runs
+tests/kernels/test_codegen.py, which compiles every entry and refuses spills.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+# A multiple of half the 132 SMs of an H100: 64 row tiles of 66 parts are 32 full waves.
+VOCABULARY_PARTS = 66
+
+
+class TileConfig(NamedTuple):
+    """A logits tile [block_rows, block_vocab], summed over block_d at a time."""
+
+    block_rows: int
+    block_vocab: int
+    block_d: int
+    warps: int
+    stages: int
+    group_rows: int  # row tiles which share a pass over the weight: their hidden states stay in L2
+    tma: bool = False
+
+
+SM90_WIDE = TileConfig(128, 256, 64, warps=8, stages=3, group_rows=16, tma=True)
+SM90 = TileConfig(128, 128, 64, warps=8, stages=4, group_rows=16, tma=True)
+SM80 = TileConfig(128, 128, 64, warps=8, stages=4, group_rows=16)
+UNALIGNED = TileConfig(64, 128, 32, warps=8, stages=2, group_rows=16)
+FLOAT32 = TileConfig(64, 64, 16, warps=8, stages=3, group_rows=16)
+INTERPRETER = TileConfig(64, 256, 128, warps=4, stages=1, group_rows=2)
+
+
+def config(
+    device_capability: tuple[int, int] | None, dtype: torch.dtype, d: int, plain_logits: bool = True
+) -> TileConfig:
+    """device_capability: None under the interpreter. dtype: of the operands. d: width of the hidden states.
+    plain_logits: no bias and no softcap.
+
+    Architectures that are not in the table run the code for sm_80.
+    """
+    if device_capability is None:
+        return INTERPRETER
+    if dtype == torch.float32:
+        return FLOAT32
+    if d % 16:
+        return UNALIGNED
+    if device_capability[0] != 9:
+        return SM80
+    return SM90_WIDE if plain_logits else SM90
+
+
+def tiles_per_part(vocab: int, block_vocab: int) -> int:
+    """Vocabulary tiles which one program of the forward walks through."""
+    tiles = -(-vocab // block_vocab)
+    return -(-tiles // min(tiles, VOCABULARY_PARTS))

@@ -1,0 +1,193 @@
+"""Mode S: what it drops of every row is bounded, whatever the row, and nothing else differs from mode L.
+
+The weight is the identity, so that hidden are the logits and the gradient by hidden is the gradient by the logits.
+"""
+
+import math
+
+import kernels_oracle as oracle
+import pytest
+import torch
+from test_work_and_memory import Recorder
+
+from mssr_kernels import PolicyLossConfig, linear_policy_loss
+
+V = 2000
+PLAIN = PolicyLossConfig(entropy_alpha=0.0)
+TOLERANCES = [2.0**-4, 2.0**-7, 2.0**-10, 2.0**-14]
+
+
+def certain(rows):
+    logits = torch.randn(rows, V)
+    logits[torch.arange(rows), torch.randint(V, (rows,))] += torch.linspace(14, 40, rows)
+    return logits
+
+
+def forks(rows):
+    """A few columns share nearly everything, in unequal parts."""
+    logits = torch.randn(rows, V)
+    for size in (20.0, 19.0, 17.5, 15.0, 12.0):
+        logits[torch.arange(rows), torch.randint(V, (rows,))] += size
+    return logits
+
+
+def flat(rows):
+    return 0.01 * torch.randn(rows, V)
+
+
+def bimodal(rows):
+    """One column against all the others together: the tail holds from 0.5 down to 1e-6 of the mass."""
+    tail = torch.logspace(math.log10(0.5), -6, rows)
+    logits = 0.1 * torch.randn(rows, V)
+    logits[torch.arange(rows), torch.randint(V, (rows,))] = ((1 - tail) / tail * V).log()
+    return logits
+
+
+def heavy_tail(rows):
+    """p of the k-th column falls like k^-s, in a random order, s from 1 to 3."""
+    order = torch.stack([torch.randperm(V) for _ in range(rows)])
+    return -torch.linspace(1, 3, rows)[:, None] * torch.log(order + 1.0)
+
+
+def crowded_tiles(rows):
+    """All of the probability in one stretch of neighbouring columns: few tiles, each full."""
+    logits = torch.full((rows, V), -30.0) + torch.randn(rows, V)
+    for row in range(rows):
+        start = int(torch.randint(V - 130, ()))
+        logits[row, start : start + 130] += 30
+    return logits
+
+
+def extreme(rows):
+    return torch.where(torch.rand(rows, V) < 0.002, 80.0, -80.0) + torch.randn(rows, V)
+
+
+KINDS = [certain, forks, flat, bimodal, heavy_tail, crowded_tiles, extreme]
+
+
+def gradient_by_logits(logits, target, advantage, tol, config=PLAIN, backend="chunked", **arguments):
+    logits = logits.clone().requires_grad_()
+    result = linear_policy_loss(
+        logits, torch.eye(V, dtype=logits.dtype), target, advantage, config=config, normalizer=1.0, backend=backend,
+        vocab_drop_tol=tol, **arguments,
+    )  # fmt: skip
+    result.loss.backward()
+    return logits.grad
+
+
+def sampled(logits):
+    return torch.multinomial(logits.double().softmax(1), 1)[:, 0]
+
+
+@pytest.mark.parametrize("backend,tol", [*(("chunked", tol) for tol in TOLERANCES), ("triton", TOLERANCES[1])])
+@pytest.mark.parametrize(
+    "kinds", [*([kind] for kind in KINDS), KINDS], ids=lambda kinds: "+".join(k.__name__ for k in kinds)
+)
+def test_no_row_drops_more_than_its_tolerance(kinds, backend, tol):
+    logits = torch.cat([kind(160 // len(kinds)) for kind in kinds])
+    target, advantage = sampled(logits), torch.randn(len(logits))
+    got = gradient_by_logits(logits, target, advantage, tol, backend=backend)
+    exact = gradient_by_logits(logits.double(), target, advantage, None, backend="reference")
+    dropped = (got - exact).abs().sum(1)
+    # On-policy the derivative by logp is -A; float32 sums over V columns carry the rest.
+    assert (dropped <= (tol + 3e-6) * advantage.abs()).all(), (dropped / advantage.abs()).max()
+
+
+@pytest.mark.parametrize("tol", TOLERANCES[:3])
+def test_the_bound_covers_an_entropy_gradient(tol):
+    logits = torch.cat([kind(24) for kind in KINDS])
+    target, advantage = sampled(logits), torch.randn(len(logits))
+    config = PolicyLossConfig(entropy_alpha=0.0, entropy_coef=0.7)
+    got = gradient_by_logits(logits, target, advantage, tol, config)
+    exact = gradient_by_logits(logits.double(), target, advantage, None, config, backend="reference")
+    assert ((got - exact).abs().sum(1) <= (tol + 1e-5) * (advantage.abs() + 0.7)).all()
+    assert (got[:24] == 0).float().mean() > 0.5  # the certain rows did leave columns out
+
+
+@pytest.mark.parametrize("kind", [certain, forks])
+def test_peaked_rows_cost_a_fraction(kind):
+    logits = kind(150)
+    target, advantage = sampled(logits), torch.randn(150)
+    with Recorder() as recorder:
+        gradient_by_logits(logits, target, advantage, 2.0**-8)
+    unit = V * V / (16 * 4000)  # of the recorder's work
+    assert 150 < recorder.work / unit <= 1.5 * 150  # the forward pass, and less than half of dhidden
+    with Recorder() as recorder:
+        gradient_by_logits(flat(150), target, advantage, 2.0**-8)
+    assert recorder.work / unit == pytest.approx(300)  # as in mode L: forward and dhidden, the weight being frozen
+
+
+def test_an_improbable_label_is_kept():
+    logits = certain(64)
+    target = logits.argmin(1)
+    got = gradient_by_logits(logits, target, torch.ones(64), 2.0**-6)
+    label = got.gather(1, target[:, None])
+    torch.testing.assert_close(label, -torch.ones(64, 1), atol=1e-4, rtol=0)
+    assert (got == 0).float().mean() > 0.5
+
+
+def everything():
+    """Arguments that use every option, on rows of all kinds, with a weight that gets a gradient."""
+    torch.manual_seed(5)
+    n = 20 * len(KINDS)
+    hidden = torch.cat([kind(20) for kind in KINDS])
+    target = sampled(hidden)
+    target[::11] = -100
+    hidden[::11] = math.nan
+    bias = torch.randn(V)
+    bias[torch.randperm(V)[:300]] = -math.inf
+    bias[target[target >= 0]] = 0.5
+    rows = dict(
+        old_logp=-torch.rand(n) * 3, ref_logp=-torch.rand(n) * 3, rollout_logp=-torch.rand(n) * 3, normalizer=50.0,
+        temperature=0.5 + torch.rand(n), softcap=50.0,
+        config=PolicyLossConfig(kl_coef=0.1, entropy_coef=0.05, tis_cap=2.0),
+    )  # fmt: skip
+    return hidden, torch.eye(V) + 0.001 * torch.randn(V, V), target, torch.randn(n), bias, rows
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_with_every_option_the_gradients_are_near_and_the_values_the_same(backend):
+    hidden, weight, target, advantage, bias, rows = everything()
+    results = {}
+    for tol in (None, 0.0, 2.0**-12):
+        leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+        result = linear_policy_loss(
+            leaves[0],
+            leaves[1],
+            target,
+            advantage,
+            bias=leaves[2],
+            vocab_drop_tol=tol,
+            backend=backend,
+            workspace_bytes=1 << 20,
+            **rows,
+        )
+        result.loss.backward()
+        results[tol] = result, [leaf.grad for leaf in leaves]
+    exact, gradients = results[None]
+    for other, _ in results.values():
+        assert torch.equal(exact.loss, other.loss)
+        assert all(torch.equal(a, b) for a, b in zip(exact[1:6], other[1:6]))
+    for a, b, c in zip(gradients, *(results[tol][1] for tol in (0.0, 2.0**-12))):
+        assert torch.equal(a, b) and c.isfinite().all()
+        assert (a - c).norm() <= 2e-3 * a.norm()
+        assert not torch.equal(a, c)
+
+
+def test_against_the_oracle_with_a_weight_gradient():
+    n, d, v = 96, 256, 1500
+    weight = torch.randn(v, d)
+    target = torch.randint(v, (n,))
+    hidden = torch.randn(n, d) / d**0.5 + (20 * weight[target] + 19 * weight[torch.randint(v, (n,))]) / d
+    advantage = torch.randn(n)
+    _, expected = oracle.gradients64(oracle.policy_loss, hidden, weight, target, advantage, config=PLAIN)
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    linear_policy_loss(*leaves, target, advantage, config=PLAIN, vocab_drop_tol=2.0**-12).loss.backward()
+    for leaf, reference in zip(leaves, expected):
+        assert (leaf.grad - reference).norm() <= 1e-3 * reference.norm()
+
+
+@pytest.mark.parametrize("tol", [-0.1, 1.0, math.nan])
+def test_the_tolerance_is_a_probability(tol):
+    with pytest.raises(ValueError, match="vocab_drop_tol must be a probability"):
+        gradient_by_logits(flat(2), torch.tensor([0, 1]), torch.ones(2), tol)
