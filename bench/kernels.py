@@ -1,17 +1,15 @@
-"""Policy loss of the head, forward and backward: the chunked kernels against the eager reference.
+"""The policy loss fused with the head, forward and backward, against eager PyTorch and what else does the job.
 
-    python -m bench.kernels [--n 2048 --d 1024 --v 65536 --dtype float32 --repeats 5 --json FILE]
+    python -m bench.kernels [--n 2048 --d 1024 --v 65536 --dtype float32 --rows peaked --repeats 5 --json FILE]
 
-Time: the backends take turns, and the figure is the median over the turns of the ratio within a turn, so that a busy
-machine slows both. Memory: the peak during forward and backward beyond what the inputs take, the gradients included,
-each backend in a process of its own on the CPU (resident set) and from the allocator on CUDA.
-Every row carries an advantage: zero-advantage rows, which the kernels skip, would only flatter them.
+Time: the providers take turns, and a ratio is the median of the ratios to eager within a turn, so that a busy machine slows
+both. Memory: the peak during forward and backward beyond what the inputs take, the gradients included; each provider in a
+process of its own on the CPU (resident set), from the allocator on CUDA. A provider that fails is listed with its error.
 """
 
 import argparse
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,121 +18,139 @@ from pathlib import Path
 
 import torch
 
-from mssr_kernels import linear_logprob_entropy, linear_policy_loss
+from . import inputs, machine
+from .providers import GPU_ONLY, PROVIDERS
 
-BACKENDS = ("reference", "chunked")
 MIB = 1 << 20
+SHAPES = {"3b": (2048, 151936), "7b": (3584, 152064)}  # (D, V) of Qwen2.5-VL
 
 
 def main():
     arguments = parse_arguments()
-    torch.manual_seed(arguments.seed)
     if arguments.measure_memory:
-        print(json.dumps(peak_extra_bytes(make_inputs(arguments), arguments.measure_memory)))
+        print(json.dumps(peak_extra_bytes(make(arguments), arguments.measure_memory, arguments)))
         return
-
-    memory = {backend: memory_in_own_process(backend) for backend in BACKENDS} if arguments.device == "cpu" else {}
-    inputs = make_inputs(arguments)
-    if arguments.device == "cuda":
-        memory = {backend: peak_extra_bytes(inputs, backend) for backend in BACKENDS}
-    seconds, difference = time_and_compare(inputs, arguments.repeats)
-    report = {
-        "shape": {"n": arguments.n, "d": arguments.d, "v": arguments.v, "dtype": arguments.dtype},
-        "machine": machine(arguments.device),
-        "mean_entropy": inputs["mean_entropy"],
-        "peak_extra_mib": {backend: memory[backend] / MIB for backend in BACKENDS},
-        "seconds": {backend: statistics.median(seconds[backend]) for backend in BACKENDS},
-        "memory_ratio": memory["chunked"] / memory["reference"],
-        "time_ratio": statistics.median(c / r for c, r in zip(seconds["chunked"], seconds["reference"])),
-        "max_gradient_difference": difference,
-    }
+    report = measure(arguments)
     print_report(report)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=sorted(SHAPES), help="D and V of a Qwen2.5-VL head")
     parser.add_argument("--n", type=int, default=2048, help="tokens")
     parser.add_argument("--d", type=int, default=1024, help="hidden size")
     parser.add_argument("--v", type=int, default=65536, help="vocabulary")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--rows", choices=sorted(inputs.KINDS), default="peaked")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="those only; eager always")
+    parser.add_argument("--workspace-mib", type=int, default=256)
+    parser.add_argument("--vocab-drop-tol", type=float, default=2.0**-8, help="of mode S")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    parser.add_argument("--measure-memory", choices=BACKENDS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--measure-memory", choices=PROVIDERS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(words)
+    if arguments.model:
+        arguments.d, arguments.v = SHAPES[arguments.model]
+    return arguments
 
 
-def make_inputs(arguments: argparse.Namespace) -> dict:
-    """Peaked rows: logits of unit variance, from which the target's stands out by 4 to 24."""
-    n, d, v = arguments.n, arguments.d, arguments.v
-    dtype, device = getattr(torch, arguments.dtype), arguments.device
-    weight = torch.randn(v, d, device=device)
-    target = torch.randint(v, (n,), device=device)
-    margin = 4 + 20 * torch.rand(n, 1, device=device)
-    hidden = torch.randn(n, d, device=device) / d**0.5 + margin * weight[target] / d
-    weight, hidden = weight.to(dtype).requires_grad_(), hidden.to(dtype).requires_grad_()
-    with torch.no_grad():
-        now = linear_logprob_entropy(hidden, weight, target)
+def make(arguments: argparse.Namespace) -> inputs.Inputs:
+    dtype = getattr(torch, arguments.dtype)
+    return inputs.make(arguments.n, arguments.d, arguments.v, dtype, arguments.device, arguments.rows, arguments.seed)
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Everything about one shape and kind of rows."""
+    names = [name for name in PROVIDERS if name in (arguments.providers or PROVIDERS) or name == "eager"]
+    if arguments.device == "cpu":
+        names = [name for name in names if name not in GPU_ONLY]
+    results = {name: {"work": PROVIDERS[name].work} for name in names}
+    tensors, failed = make(arguments), {}
+    gradients = {}
+    for name in names:  # also the warm-up
+        try:
+            run(tensors, name, arguments)
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            continue
+        gradients[name] = difference(tensors, gradients.get("eager"))
+        if name == "eager":
+            gradients[name] = [tensors.hidden.grad.float(), tensors.weight.grad.float()]
+        elif PROVIDERS[name].work == PROVIDERS["eager"].work:
+            results[name]["gradient_difference"] = dict(zip(("hidden", "weight"), gradients[name]))
+    gradients.clear()
+    names = [name for name in names if name not in failed]
+
+    seconds = {name: [] for name in names}
+    for _ in range(arguments.repeats):
+        for name in names:
+            seconds[name].append(run(tensors, name, arguments))
+    mean_entropy = tensors.mean_entropy
+    memory = {name: peak_extra_bytes(tensors, name, arguments) for name in names} if arguments.device == "cuda" else {}
+    del tensors
+    for name in names:
+        turns = [ours / theirs for ours, theirs in zip(seconds[name], seconds["eager"])]
+        bytes_ = memory.get(name) or memory_in_own_process(name)
+        memory[name] = bytes_
+        results[name] |= {
+            "seconds": statistics.median(seconds[name]),
+            "seconds_spread": [min(seconds[name]), max(seconds[name])],
+            "time_ratio": statistics.median(turns),
+            "peak_extra_mib": bytes_ / MIB,
+            "memory_ratio": bytes_ / memory["eager"],
+        }
+    for name, error in failed.items():
+        results[name]["error"] = error
+    shape = {key: getattr(arguments, key) for key in ("n", "d", "v", "dtype", "rows")}
+    settings = {key: getattr(arguments, key) for key in ("workspace_mib", "vocab_drop_tol", "repeats", "seed")}
     return {
-        "hidden": hidden,
-        "weight": weight,
-        "target": target,
-        "advantage": torch.randn(n, device=device),
-        "old_logp": now.logp + 0.05 * torch.randn(n, device=device),
-        "mean_entropy": now.entropy.mean().item(),
+        "shape": shape,
+        "settings": settings,
+        "machine": machine.facts(arguments.device),
+        "mean_entropy": mean_entropy,
+        "providers": results,
     }
 
 
-def forward_backward(inputs: dict, backend: str):
-    inputs["hidden"].grad = inputs["weight"].grad = None
-    linear_policy_loss(
-        inputs["hidden"], inputs["weight"], inputs["target"], inputs["advantage"], inputs["old_logp"], backend=backend
-    ).loss.backward()
+def run(tensors: inputs.Inputs, name: str, arguments: argparse.Namespace) -> float:
+    """Seconds of a forward and backward pass."""
+    tensors.hidden.grad = tensors.weight.grad = None
+    synchronize(arguments)
+    start = time.perf_counter()
+    PROVIDERS[name].loss(tensors, arguments.workspace_mib * MIB, arguments.vocab_drop_tol).backward()
+    synchronize(arguments)
+    return time.perf_counter() - start
 
 
-def time_and_compare(inputs: dict, repeats: int) -> tuple[dict, dict]:
-    """Seconds of every turn by backend; the largest gradient difference, relative to the largest gradient."""
-    difference, gradients = {}, {}
-    for backend in BACKENDS:  # also the warm-up
-        forward_backward(inputs, backend)
-        gradients[backend] = {name: inputs[name].grad for name in ("hidden", "weight")}
-    for name in ("hidden", "weight"):
-        expected, got = (gradients[backend].pop(name).float() for backend in BACKENDS)
-        difference[name] = (got.sub_(expected).abs_().max() / expected.abs_().max()).item()
-    del expected, got
-
-    seconds = {backend: [] for backend in BACKENDS}
-    for _ in range(repeats):
-        for backend in BACKENDS:
-            synchronize(inputs)
-            start = time.perf_counter()
-            forward_backward(inputs, backend)
-            synchronize(inputs)
-            seconds[backend].append(time.perf_counter() - start)
-    return seconds, difference
+def difference(tensors: inputs.Inputs, eager: list | None) -> list[float] | None:
+    """Norm of the difference to eager's gradients, relative to the norm of these."""
+    if eager is None:
+        return None
+    got = (tensors.hidden.grad, tensors.weight.grad)
+    return [((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, eager)]
 
 
-def peak_extra_bytes(inputs: dict, backend: str) -> int:
+def peak_extra_bytes(tensors: inputs.Inputs, name: str, arguments: argparse.Namespace) -> int:
     gc.collect()
-    if inputs["hidden"].is_cuda:
-        inputs["hidden"].grad = inputs["weight"].grad = None
+    if arguments.device == "cuda":
+        tensors.hidden.grad = tensors.weight.grad = None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        forward_backward(inputs, backend)
-        torch.cuda.synchronize()
+        run(tensors, name, arguments)
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present resident set
     before = resident_bytes("VmRSS")
-    forward_backward(inputs, backend)
+    run(tensors, name, arguments)
     return resident_bytes("VmHWM") - before
 
 
-def memory_in_own_process(backend: str) -> int:
-    command = [sys.executable, "-m", "bench.kernels", *sys.argv[1:], "--measure-memory", backend]
+def memory_in_own_process(name: str) -> int:
+    command = [sys.executable, "-m", "bench.kernels", *sys.argv[1:], "--measure-memory", name]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
@@ -145,36 +161,26 @@ def resident_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: memory can only be measured on Linux")
 
 
-def synchronize(inputs: dict):
-    if inputs["hidden"].is_cuda:
+def synchronize(arguments: argparse.Namespace):
+    if arguments.device == "cuda":
         torch.cuda.synchronize()
-
-
-def machine(device: str) -> dict:
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(
-            (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-        )
-        name = f"{model}, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def print_report(report: dict):
     shape = report["shape"]
-    print(f"linear_policy_loss, forward + backward: {' '.join(f'{key} {value}' for key, value in shape.items())}")
+    print(f"forward + backward: {' '.join(f'{key} {value}' for key, value in shape.items())}")
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print(f"mean entropy of the rows {report['mean_entropy']:.2f} nats\n")
-    flops = 6 * shape["n"] * shape["d"] * shape["v"]  # the least an exact gradient needs
-    print(f"{'backend':<12}{'seconds':>10}{'GFLOP/s':>10}{'peak extra MiB':>17}")
-    for backend in BACKENDS:
-        seconds = report["seconds"][backend]
-        print(f"{backend:<12}{seconds:>10.3f}{flops / seconds / 1e9:>10.0f}{report['peak_extra_mib'][backend]:>17.0f}")
-    print(f"{'ratio':<12}{report['time_ratio']:>10.3f}{'':>10}{report['memory_ratio']:>17.3f}")
-    differences = ", ".join(f"d{name} {value:.1e}" for name, value in report["max_gradient_difference"].items())
-    print(f"\nlargest gradient difference, relative to the largest gradient: {differences}")
+    print(f"mean entropy of the rows {report['mean_entropy']:.2f} nats; ratios are to eager\n")
+    print(f"{'':<26}{'seconds':>10}{'ratio':>8}{'MiB':>8}{'ratio':>8}   gradients differ by  work")
+    for name, result in report["providers"].items():
+        if "error" in result:
+            print(f"{name:<26}failed: {result['error']}")
+            continue
+        differs = ", ".join(f"{key[0]} {value:.0e}" for key, value in result.get("gradient_difference", {}).items())
+        print(
+            f"{name:<26}{result['seconds']:>10.4f}{result['time_ratio']:>8.3f}{result['peak_extra_mib']:>8.0f}"
+            f"{result['memory_ratio']:>8.3f}   {differs:<20} {result['work']}"
+        )
 
 
 if __name__ == "__main__":
