@@ -75,7 +75,6 @@ TESTED = {requirement.name: requirement.tested for requirement in REQUIREMENTS}
 BREAKABLE = ("torchvision", "torchaudio")
 
 CHOICES = {
-    "loss kernels": "chunked (mssr_kernels)",
     "rollout engine": "hf (transformers generate)",
     "attention": "SDPA over packed sequences",
 }
@@ -142,7 +141,8 @@ def diagnose(
     gpus = _gpus() if gpus is None else gpus
     packages = tuple(Package(requirement, installed.get(requirement.name)) for requirement in REQUIREMENTS)
     findings = [*_package_findings(packages), *_import_findings(installed, gpus, probe or _probe)]
-    return Report(_machine(gpus) | CHOICES, packages, tuple(findings))
+    kernels = {"loss kernels": "triton for 16-bit heads, else chunked" if gpus else "chunked (mssr_kernels)"}
+    return Report(_machine(gpus) | kernels | CHOICES, packages, tuple(findings))
 
 
 def print_report(report: Report, console: Console | None = None) -> int:

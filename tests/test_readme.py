@@ -1,4 +1,4 @@
-"""The README's example is run as it stands."""
+"""The examples of the READMEs are run as they stand."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def test_the_fused_loss_in_five_lines():
@@ -38,3 +39,18 @@ def test_the_fused_loss_in_five_lines():
     assert all(parameter.grad is not None for parameter in model.parameters())
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids).logits[:, :-1], logits)
+
+
+def test_the_kernels_own_readme():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "kernels/README.md").read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    model.lm_head = torch.nn.Linear(32, 97, bias=False)
+    hidden, target = torch.randn(12, 32), torch.randint(97, (12,))
+    with torch.no_grad():
+        expected = torch.log_softmax(model.lm_head(hidden), -1)
+    names = {"model": model, "hidden": hidden, "target": target, "advantage": torch.randn(12)}
+    exec(example, names | {"old_logp": expected.gather(1, target[:, None])[:, 0]}, names)
+    torch.testing.assert_close(names["logp"], expected.gather(1, target[:, None])[:, 0])
+    torch.testing.assert_close(names["entropy"], -(expected.exp() * expected).sum(1))
+    assert names["result"].metrics.rows == 12 and model.lm_head.weight.grad is not None

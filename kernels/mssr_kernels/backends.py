@@ -14,7 +14,7 @@ from .inputs import HeadInputs
 from .matmul import HeadMatmul
 from .statistics import Partial, RowStatistics, row_statistics
 
-ALIGNED_ROWS = 64
+ALIGNED_ROWS = 128
 
 
 class Backend(NamedTuple):
@@ -40,16 +40,18 @@ class Backend(NamedTuple):
             sums.append(self.row_sums(head, matmul, h, head.local_target(piece), head.row_temperature(piece)))
         return _over_ranks(head, Partial(*map(torch.cat, zip(*sums))))
 
-    def chunks(self, head: HeadInputs, rows: Tensor) -> Iterator[tuple[Tensor, Tensor, RowStatistics, object]]:
+    def chunks(
+        self, head: HeadInputs, rows: Tensor, sparse: bool
+    ) -> Iterator[tuple[Tensor, Tensor, RowStatistics, object]]:
         """The rows in chunks whose weights, with all that goes with them, fit into the workspace.
 
-        Yields (row numbers [C], hidden rows [C, D] in the operand dtype, statistics, tiles). The next chunk overwrites the
-        tiles.
+        sparse: leave room for what mode S gathers. Yields (row numbers [C], hidden rows [C, D] in the operand dtype,
+        statistics, tiles). The next chunk overwrites the tiles.
         """
         if not len(rows):
             return
         matmul = self.matmul(head)
-        most = fitting(head, *self.tiles.bytes_needed(head, matmul), "one row of logits")
+        most = fitting(head, *self.tiles.bytes_needed(head, matmul, sparse), "one row of logits")
         if head.shard is not None:
             most = head.shard.least(most, rows.device)
         size = rows_per_chunk(len(rows), most)
@@ -65,9 +67,11 @@ def _over_ranks(head: HeadInputs, sums: Partial) -> RowStatistics:
 
 
 def rows_per_chunk(rows: int, most: int) -> int:
-    """Chunks of equal size, no small one at the end, but for what GEMMs like."""
+    """Chunks of nearly equal size, in multiples of what tiles and vectors are made of."""
+    if most >= ALIGNED_ROWS:
+        most -= most % ALIGNED_ROWS
     size = -(-rows // max(1, -(-rows // most)))
-    return min(most, -(-size // ALIGNED_ROWS) * ALIGNED_ROWS)
+    return min(rows, most, -(-size // ALIGNED_ROWS) * ALIGNED_ROWS)
 
 
 def fitting(head: HeadInputs, unit_bytes: int, fixed_bytes: int, unit: str) -> int:

@@ -57,7 +57,7 @@ def linear_policy_loss(
     divisor, scale = (normalizer, one) if backend.matmul(head).mixed else (one, 1 / normalizer)
     gradients = _Accumulator(head, wanted, tolerance)
     terms = []
-    for chunk, h, statistics, tiles in backend.chunks(head, rows):
+    for chunk, h, statistics, tiles in backend.chunks(head, rows, sparse=tolerance > 0):
         chunk_terms, slope = row_loss(statistics.logp, statistics.entropy, row_inputs.take(chunk, one.dtype), config)
         terms.append(chunk_terms)
         bonus = torch.full_like(slope, -config.entropy_coef) * scale if config.entropy_coef else None

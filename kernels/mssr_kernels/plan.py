@@ -68,17 +68,20 @@ def explain(
         )  # fmt: skip
     implementation: Backend = backend_named(name)
     # Shapes and dtypes without memory; whatever is not the CPU is taken for CUDA.
-    number = torch.empty(1, dtype=dtype, device="cpu" if device.type == "cpu" else "meta")
-    head = HeadInputs(
-        number.expand(n, d), number.expand(v, d), None, number.long().expand(n), 1.0, None, -100, workspace_bytes, None
-    )
+    if device.type == "cpu":
+        number = torch.empty(1, dtype=dtype)
+        tensors = number.expand(n, d), number.expand(v, d), None, number.long().expand(n)
+    else:
+        number = torch.empty(1, dtype=dtype, device="meta")
+        tensors = number.new_empty(n, d), number.new_empty(v, d), None, number.new_empty(n, dtype=torch.int64)
+    head = HeadInputs(*tensors, 1.0, None, -100, workspace_bytes, None)
     matmul = implementation.matmul(head)
     if not gradient or not loss:
         mode = "G" if gradient else "forward"
         recomputed = gradient * (1 + hidden_grad + weight_grad)
         moved = weight * (1 + recomputed) + hidden * 2 + (2 * size * n * v * gradient) + gradient_bytes
         return Plan(name, mode, 0, 0, (1 + recomputed) * product, moved, workspace_bytes, gradient_bytes, logits)
-    row_bytes, other_bytes = implementation.tiles.bytes_needed(head, matmul)
+    row_bytes, other_bytes = implementation.tiles.bytes_needed(head, matmul, sparse=bool(vocab_drop_tol))
     rows = rows_per_chunk(n, fitting(head, row_bytes, other_bytes, "one row of logits"))
     chunks = -(-n // rows)
     # Of each chunk: the logits are written, turned into the gradient in place and read by each of its products; the weight

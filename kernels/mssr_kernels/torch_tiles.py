@@ -14,6 +14,9 @@ from .matmul import HeadMatmul
 from .statistics import Partial, RowGradient, RowStatistics, merge
 from .torch_softmax import TILE, block_columns, finish_logits_, row_stride, to_gradient_, to_weights_
 
+# Of the workspace, for the rows of the weight that mode S gathers, with their gradients.
+GATHERED_SHARE = 8
+
 
 class TorchTiles:
     """The weights [V, C] of up to `capacity` tokens. Each `fill` overwrites the last."""
@@ -28,12 +31,13 @@ class TorchTiles:
         self._scratch = torch.empty(self.columns * capacity, **self.options)
 
     @staticmethod
-    def bytes_needed(head: HeadInputs, matmul: HeadMatmul) -> tuple[int, int]:
-        """Of the workspace: for each token of the capacity, and besides."""
+    def bytes_needed(head: HeadInputs, matmul: HeadMatmul, sparse: bool) -> tuple[int, int]:
+        """Of the workspace: for each token of the capacity, and besides. sparse: with what mode S gathers."""
         vocab, size = head.weight.shape[0], head.compute_dtype.itemsize
         operands = matmul.operand_dtype.itemsize if matmul.mixed else 0
         per_row = vocab * (size + operands) + 6 * size * -(-vocab // TILE) + 2 * size * TILE
-        return per_row, head.workspace_bytes // 4 + matmul.buffer_bytes
+        gathered = head.workspace_bytes // GATHERED_SHARE if sparse else 0
+        return per_row, head.workspace_bytes // 8 + gathered + matmul.buffer_bytes
 
     def fill(self, h: Tensor, target: Tensor, temperature: Tensor | float) -> Partial:
         """Make the weights of h [C, D] and return the sums of each row. temperature: [C] or a number."""
@@ -112,7 +116,7 @@ class TorchTiles:
         label = torch.where(columns[label] == gradient.target, label, -1)
         # What is gathered of the weight, its gradient, the weights of the chunk and dz.
         column_bytes = 2 * (self.head.weight.shape[1] + self.weights.shape[1]) * self.max.element_size()
-        step = max(1, min(self.columns, self.head.workspace_bytes // 8 // column_bytes))
+        step = max(1, min(self.columns, self.head.workspace_bytes // GATHERED_SHARE // column_bytes))
         for first in range(0, len(columns), step):
             piece = columns[first : first + step]
             dz = self.weights[piece].index_select(1, rows)

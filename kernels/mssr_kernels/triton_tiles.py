@@ -24,14 +24,15 @@ from .matmul import HeadMatmul
 from .statistics import Partial, RowGradient, RowStatistics
 from .triton_forward import Store, statistics
 from .triton_gradient import gradient_arguments, logit_gradient
-from .triton_matmul import EXACT, LOG_FLOOR, on, padded, tile_config
+from .triton_matmul import EXACT, INTERPRETED, LOG_FLOOR, on, padded, tile_config
 from .triton_tuning import VOCABULARY_PARTS, tiles_per_part
 
-# A block of the passes; its columns divide the vocabulary tile of every table entry.
-BLOCK_COLUMNS = 32
-BLOCK_ROWS = 128
+# A block of the passes; its columns divide the vocabulary tile of every table entry. The interpreter's time goes by programs.
+BLOCK_COLUMNS, BLOCK_ROWS = (512, 512) if INTERPRETED.value else (32, 128)
 # Columns of a piece of the compact gradient: enough to fill a product.
 PIECE_COLUMNS = 4096
+# Of the workspace, for the rows of the weight that a piece gathers, with their gradients.
+GATHERED_SHARE = 4
 
 
 @triton.jit
@@ -196,12 +197,13 @@ class TritonTiles:
         self._buffer = torch.empty(self.vocab * padded(capacity), dtype=matmul.operand_dtype, device=head.weight.device)
 
     @staticmethod
-    def bytes_needed(head: HeadInputs, matmul: HeadMatmul) -> tuple[int, int]:
-        """Of the workspace: for each token of the capacity, and besides."""
+    def bytes_needed(head: HeadInputs, matmul: HeadMatmul, sparse: bool) -> tuple[int, int]:
+        """Of the workspace: for each token of the capacity, and besides. sparse: with what mode S gathers."""
         vocab, size = head.weight.shape[0], matmul.operand_dtype.itemsize
         tiles = -(-vocab // tile_config(head.weight, head.bias, head.softcap).block_vocab)
         per_row = vocab * size + 4 * (4 * tiles + 4 * VOCABULARY_PARTS)
-        return per_row, vocab * size * padded(1) + head.workspace_bytes // 8 + matmul.buffer_bytes
+        gathered = head.workspace_bytes // GATHERED_SHARE if sparse else 0
+        return per_row, vocab * size * padded(1) + gathered + matmul.buffer_bytes
 
     def fill(self, h: Tensor, target: Tensor, temperature: Tensor | float) -> Partial:
         """Make the weights of h [C, D] and return the sums of each row. temperature: [C] or a number."""
@@ -312,7 +314,7 @@ class TritonTiles:
         """dL/dx of those columns and rows, piece by piece: columns [n] and [n, k] in the operand dtype."""
         # A piece comes with the rows of the weight and their float32 gradient that its products gather and make.
         column_bytes = 2 * 4 * (self.head.weight.shape[1] + self.weights.shape[1])
-        step = max(1, min(PIECE_COLUMNS, self.head.workspace_bytes // 8 // column_bytes))
+        step = max(1, min(PIECE_COLUMNS, self.head.workspace_bytes // GATHERED_SHARE // column_bytes))
         for piece in columns.split(step):
             dz = self._buffer.new_empty(len(piece), padded(len(rows)))[:, : len(rows)]
             self._gradient(piece, rows, gradient, dz)

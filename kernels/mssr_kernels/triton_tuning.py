@@ -40,7 +40,7 @@ SM90 = TileConfig(128, 128, 64, warps=8, stages=4, group_rows=16, tma=True)
 SM80 = TileConfig(128, 128, 64, warps=8, stages=4, group_rows=16)
 UNALIGNED = TileConfig(64, 128, 32, warps=8, stages=2, group_rows=16)
 FLOAT32 = TileConfig(64, 64, 16, warps=8, stages=3, group_rows=16)
-INTERPRETER = TileConfig(64, 256, 128, warps=4, stages=1, group_rows=2)
+INTERPRETER = TileConfig(64, 512, 128, warps=4, stages=1, group_rows=2)
 
 
 def config(

@@ -252,6 +252,19 @@ def test_float32_is_as_exact_as_eager():
 
 
 @pytest.mark.parametrize("backend", FUSED)
+@pytest.mark.parametrize("n,v,d", [(8192, 1000, 12), (129, 32007, 12), (5, 152064, 8)])
+def test_many_rows_and_columns(backend, n, v, d):
+    hidden, weight, target, arguments = problem(n=n, v=v, d=d)
+    target[-1] = v - 1
+    result, gradients = run(backend, hidden, weight, target, **arguments, workspace_bytes=16 << 20)
+    expected, exact = run("reference", hidden.double(), weight.double(), target, **arguments)
+    torch.testing.assert_close(result.logp.double(), expected.logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.entropy.double(), expected.entropy, rtol=1e-5, atol=1e-5)
+    for got, want in zip(gradients[:2], exact):
+        assert (got - want).norm() <= 2e-5 * want.norm()
+
+
+@pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_is_no_less_exact_than_16_bit_eager(backend, dtype):
     hidden, weight, target, arguments = problem(n=64, d=48, v=1000, dtype=dtype)

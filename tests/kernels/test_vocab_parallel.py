@@ -22,14 +22,14 @@ def inputs(dtype=torch.float32):
     return hidden.to(dtype), weight.to(dtype), torch.randn(V).to(dtype), target, rows
 
 
-def scores(world, dtype, whole=False):
+def scores(world, backend, dtype, whole=False):
     """Values and gradients of both functions on this rank's shard of the vocabulary (or on all of it)."""
     hidden, weight, bias, target, rows = inputs(dtype)
     shard = slice(0, V) if whole else slice(*CUTS[world.rank : world.rank + 2])
     options = dict(
         temperature=0.8,
         softcap=40.0,
-        backend="chunked",
+        backend=backend,
         group=None if whole else dist.group.WORLD,
         workspace_bytes=1 << 18,
     )
@@ -51,10 +51,13 @@ def scores(world, dtype, whole=False):
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_two_ranks_equal_one(ranks, dtype):
-    one = scores(None, dtype, whole=True)
-    two = ranks(scores, dtype)
+@pytest.mark.parametrize(
+    "backend,dtype",
+    [("chunked", torch.float32), ("chunked", torch.bfloat16), ("chunked", torch.float64), ("triton", torch.float32)],
+)
+def test_two_ranks_equal_one(ranks, backend, dtype):
+    one = scores(None, backend, dtype, whole=True)
+    two = ranks(scores, backend, dtype)
     gradient_tolerance = {torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
     for name, (values, gradients) in one.items():
         for a, b, c in zip(values, *(rank[name][0] for rank in two)):
