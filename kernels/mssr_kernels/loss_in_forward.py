@@ -23,6 +23,10 @@ from .row_loss import RowTerms, assemble, row_loss
 from .statistics import RowStatistics, UpstreamGradient, row_gradient
 from .types import PolicyLoss, PolicyLossConfig
 
+# Dense rows of a sparse chunk add to all of dW, which is read and written for it: from so few rows that takes longer than
+# to compute their logits again, later and together. The break-even of measured rates (CPU) and of data sheets (CUDA).
+DENSE_ROWS_WORTH_DW = {"cpu": 48, "cuda": 512}
+
 
 class LossGradients(NamedTuple):
     """The gradients of the loss times `divisor`, in the compute dtype; None where not wanted."""
@@ -56,12 +60,17 @@ def linear_policy_loss(
     # divides; otherwise they are divided here, which is free.
     divisor, scale = (normalizer, one) if backend.matmul(head).mixed else (one, 1 / normalizer)
     gradients = _Accumulator(head, wanted, tolerance)
-    terms = []
-    for chunk, h, statistics, tiles in backend.chunks(head, rows, sparse=tolerance > 0):
-        chunk_terms, slope = row_loss(statistics.logp, statistics.entropy, row_inputs.take(chunk, one.dtype), config)
-        terms.append(chunk_terms)
+
+    def add(chunk: Tensor, h: Tensor, statistics: RowStatistics, tiles) -> RowTerms:
+        inputs = row_inputs.take(chunk, one.dtype)
+        terms, slope = row_loss(statistics.logp, statistics.entropy, inputs, config)
         bonus = torch.full_like(slope, -config.entropy_coef) * scale if config.entropy_coef else None
         gradients.add_chunk(tiles, chunk, h, statistics, UpstreamGradient(slope * scale, bonus))
+        return terms
+
+    # No name may hold the tiles of the last chunk when those of the deferred rows are made.
+    terms = [add(*parts) for parts in backend.chunks(head, rows, sparse=tolerance > 0)]
+    gradients.add_deferred(backend)
     terms = RowTerms(*map(torch.cat, zip(*terms))) if terms else _no_terms(one)
     result = assemble(terms, rows, len(head.target), terms.loss.sum() / normalizer)
     return result, LossGradients(*gradients.finish(), divisor)
@@ -77,6 +86,7 @@ class _Accumulator:
         self.weight = torch.empty(head.weight.shape, **options) if wanted[1] else None
         self.weight_is_empty = True
         self.bias = torch.zeros(head.bias.shape, **options) if wanted[2] else None
+        self._deferred: list[tuple[Tensor, UpstreamGradient]] = []
 
     def add_chunk(self, tiles, chunk: Tensor, h: Tensor, statistics: RowStatistics, upstream: UpstreamGradient):
         active = upstream.nonzero_rows()
@@ -94,10 +104,26 @@ class _Accumulator:
             if chosen is not None:
                 dense, sparse = chosen.dense_rows, chosen.sparse_rows
                 self._add_sparse(tiles, chunk, h, chosen.columns, sparse, gradient.take(sparse))
+                # Ranks choose on their own: rows that only some of them defer cannot be exchanged again.
+                if head.shard is None and 0 < len(dense) < DENSE_ROWS_WORTH_DW.get(chunk.device.type, 0):
+                    self._deferred.append((chunk[dense], upstream.take(dense)))
+                    return
         if len(dense) == len(chunk):
             self._add_dense(tiles, chunk, h, None, gradient)
         elif len(dense):
             self._add_dense(tiles, chunk, h, dense, gradient.take(dense))
+
+    def add_deferred(self, backend: Backend):
+        """The rows that were put off, in chunks of their own."""
+        if not self._deferred:
+            return
+        rows, upstream = zip(*self._deferred)
+        upstream = UpstreamGradient(*(None if field[0] is None else torch.cat(field) for field in zip(*upstream)))
+        self.tolerance, done = 0.0, 0
+        for chunk, h, statistics, tiles in backend.chunks(self.head, torch.cat(rows), sparse=False):
+            here = torch.arange(done, done + len(chunk), device=chunk.device)
+            self.add_chunk(tiles, chunk, h, statistics, upstream.take(here))
+            done += len(chunk)
 
     def _add_dense(self, tiles, chunk, h, rows, gradient):
         dz, rows = tiles.gradient(rows, gradient)
