@@ -1,12 +1,13 @@
 # make demo    fresh machine -> environment, tiny Qwen2.5-VL, RL on real handwritten digits, a plot
 # make test    the same environment -> the whole test suite
+# make gpu     the same environment, on a GPU -> what only runs there: tests, and the kernels' speed and memory
 PYTHON ?= python3
 SEED ?= 0
 RUN_DIR ?= runs/demo
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo test gpu lint clean
 
 venv: $(VENV)/.installed
 
@@ -24,6 +25,11 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest
+
+# Liger is there to be compared with; without it the rest is measured all the same.
+gpu: venv
+	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench]'
+	TRITON_INTERPRET=0 $(BIN)/python -m bench.gpu
 
 lint: venv
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

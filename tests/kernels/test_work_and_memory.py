@@ -95,10 +95,10 @@ def test_memory_of_sparse_chunks_and_the_rows_they_put_off():
     with torch.no_grad():
         weight.copy_(torch.randn(V, D))
         hidden.copy_(3 * weight[target])
-        hidden[::40] = 0.01 * torch.randn(6, D)
+        hidden[::4] = 0.01 * torch.randn(60, D)
     recorder = policy_loss_work(hidden, weight, target, torch.ones(N), vocab_drop_tol=2.0**-6)
     assert recorder.peak_bytes <= WORKSPACE + V * D * 4 + 16 * N * D * 4
-    assert N + 6 * 3 < recorder.work < 1.6 * N
+    assert N + 60 * 3 <= recorder.work < 2.3 * N
 
 
 def test_matmul_work_of_the_modes():
