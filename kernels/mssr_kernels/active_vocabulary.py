@@ -41,12 +41,13 @@ def row_tolerance(tolerance: float, statistics: RowStatistics, entropy_gradient:
 
     Without entropy gradient it is the tolerance itself. With it, columns of mass delta contribute at most
     sum p |log p + H| <= sum p max(H, -log p) <= delta (H + log V - log delta), the entropy of delta being largest when it is
-    spread evenly; a few steps of a fixed-point iteration from below find a delta for which that is small enough.
+    spread evenly. The largest delta for which that is small enough is the fixed point of an increasing map; the iteration
+    starts below it and stays there.
     """
     delta = torch.full_like(statistics.max, tolerance)
-    if entropy_gradient:
+    if entropy_gradient and tolerance:
         offset = statistics.entropy + math.log(vocab)
-        # delta -> tolerance / (offset - log delta) alternates around the fixed point: only even steps are from below.
+        delta = delta / (2 * (offset - math.log(tolerance)))
         for _ in range(6):
             delta = tolerance / (offset - delta.log()).clamp(min=1)
     return delta

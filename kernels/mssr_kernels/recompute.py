@@ -51,15 +51,18 @@ def gradients(
     h = hidden[rows].to(matmul.operand_dtype)
     dh = torch.zeros(count, hidden.shape[1], dtype=dtype, device=device) if wanted[0] else None
     slab_gradient = backend.slab_gradient(head, matmul, h, gradient, temperature, width)
+    unrounded = None
+    if wanted[1] and rounds_weight:
+        unrounded = torch.empty(width, weight.shape[1], dtype=dtype, device=device)
     for start in range(0, weight.shape[0], width):
         columns = slice(start, min(start + width, weight.shape[0]))
         dz = slab_gradient(columns)
         if wanted[0]:
             matmul.add_hidden_grad(dz, out=dh, columns=columns)
         if wanted[1]:
-            slab = torch.empty_like(d_weight[columns], dtype=dtype) if rounds_weight else d_weight[columns]
+            slab = d_weight[columns] if unrounded is None else unrounded[: len(dz)]
             matmul.add_weight_grad(dz, h, out=slab, beta=0)
-            if rounds_weight:
+            if unrounded is not None:
                 d_weight[columns] = slab if size is None else slab.mul_(size)
         if wanted[2]:
             column_sum = dz.sum(dim=1, dtype=dtype)

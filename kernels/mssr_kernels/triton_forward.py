@@ -60,7 +60,8 @@ class Store(NamedTuple):
 def merge_sums(maximum, total, weighted, other_maximum, other_total, other_weighted):
     """(m, s, t) of the union of two sets of columns."""
     merged = tl.maximum(maximum, other_maximum)
-    shift, other_shift = maximum - merged, other_maximum - merged
+    # Floored: a bias may mask by the lowest number, and many times that is -inf, which times 0 is NaN.
+    shift, other_shift = tl.maximum(maximum - merged, LOG_FLOOR), tl.maximum(other_maximum - merged, LOG_FLOOR)
     scale, other_scale = tl.exp(shift), tl.exp(other_shift)
     weighted = scale * (weighted + shift * total) + other_scale * (other_weighted + other_shift * other_total)
     return merged, scale * total + other_scale * other_total, weighted

@@ -1,4 +1,4 @@
-"""An independent oracle: float64, autograd, written from KERNELS.md without the package's own code."""
+"""An independent oracle: float64, autograd, written from the formulas without the package's own code."""
 
 import torch
 

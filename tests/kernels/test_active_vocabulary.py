@@ -10,7 +10,8 @@ import pytest
 import torch
 from test_work_and_memory import Recorder
 
-from mssr_kernels import PolicyLossConfig, linear_policy_loss
+from mssr_kernels import PolicyLossConfig, active_vocabulary, linear_policy_loss
+from mssr_kernels.statistics import RowStatistics
 
 V = 2000
 PLAIN = PolicyLossConfig(entropy_alpha=0.0)
@@ -124,6 +125,71 @@ def test_an_improbable_label_is_kept():
     label = got.gather(1, target[:, None])
     torch.testing.assert_close(label, -torch.ones(64, 1), atol=1e-4, rtol=0)
     assert (got == 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("backend", ["chunked", "triton"])
+def test_sparse_rows_in_several_chunks_and_pieces(backend):
+    """Improbable labels, so that every sparse row has a gradient of about 1; ignored rows, so that a row's number is not its
+    place in the chunk; a workspace for a few rows and columns at a time."""
+    n, tol, normalizer = 200, 2.0**-8, 50.0
+    logits = certain(n)
+    target, advantage = logits.argmin(1), torch.randn(n)
+    target[::7] = -100
+    found = []
+    for drop in (None, tol):
+        leaves = logits.clone().requires_grad_(), torch.eye(V, requires_grad=True), torch.zeros(V, requires_grad=True)
+        linear_policy_loss(
+            *leaves[:2], target, advantage, bias=leaves[2], config=PLAIN, normalizer=normalizer, vocab_drop_tol=drop,
+            backend=backend, workspace_bytes=2 << 20,
+        ).loss.backward()  # fmt: skip
+        found.append([leaf.grad for leaf in leaves])
+    exact, sparse = found
+    assert ((exact[0] - sparse[0]).abs().sum(1) <= (tol + 1e-5) * advantage.abs() / normalizer).all()
+    assert (sparse[0] == 0).float().mean() > 0.5
+    for a, b in zip(exact[1:], sparse[1:]):
+        assert (a - b).norm() <= 1e-2 * a.norm()
+
+
+class TwoRows:
+    """Row 0 needs ten columns. Row 1 needs all of them, or (covered) none but its own label."""
+
+    def __init__(self, covered: bool):
+        self.covered = covered
+
+    def tile_mass(self, statistics):
+        return torch.tensor([[1.0, 1.0], [0, 0], [0, 0], [0, 0]])
+
+    def first_ranks(self, cut, ranks, statistics):
+        return torch.tensor([0] * 10 + ([2] if self.covered else [1]) * 1990)
+
+    def dropped_mass(self, active, statistics):
+        return torch.zeros(2)
+
+
+def test_rows_beyond_the_split_are_dense(monkeypatch):
+    """Even if the columns happen to be enough for them: their label need not be among these."""
+    monkeypatch.setattr(active_vocabulary, "GATHER_ROWS", {"cpu": 0})
+    rows, target, tolerance = torch.arange(2), torch.tensor([3, 1999]), torch.full((2,), 0.01)
+    chosen = active_vocabulary.choose(TwoRows(covered=False), rows, target, None, tolerance)
+    assert chosen.columns.tolist() == list(range(10))
+    assert chosen.sparse_rows.tolist() == [0] and chosen.dense_rows.tolist() == [1]
+    chosen = active_vocabulary.choose(TwoRows(covered=True), rows, target, None, tolerance)
+    assert chosen.columns.tolist() == [*range(10), 1999]
+    assert chosen.sparse_rows.tolist() == [0, 1] and chosen.dense_rows.tolist() == []
+    monkeypatch.setattr(active_vocabulary, "GATHER_ROWS", {"cpu": 400})  # 4010 against 2 x 2000: not worth it
+    assert active_vocabulary.choose(TwoRows(covered=True), rows, target, None, tolerance) is None
+
+
+@pytest.mark.parametrize("tol", [0.5, 2.0**-4, 2.0**-14])
+@pytest.mark.parametrize("vocab", [50, 152064])
+def test_the_mass_allowed_beside_an_entropy_gradient(tol, vocab):
+    """delta (H + log V - log delta) <= tolerance, and not much less."""
+    entropy = torch.linspace(0, math.log(vocab), 20)
+    statistics = RowStatistics(entropy, entropy, entropy, entropy)
+    delta = active_vocabulary.row_tolerance(tol, statistics, True, vocab).double()
+    used = delta * (entropy + math.log(vocab) - delta.log())
+    assert (used <= tol * (1 + 1e-6)).all() and (used >= 0.99 * tol).all() and (delta <= tol).all()
+    assert (active_vocabulary.row_tolerance(tol, statistics, False, vocab) == tol).all()
 
 
 def everything():

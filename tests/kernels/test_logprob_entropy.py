@@ -121,6 +121,24 @@ def test_bias_of_minus_infinity_masks_a_column(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_masking_by_the_lowest_number_is_masking(backend):
+    """What users without -inf do: whole tiles of columns at -3e38, whose sums overflow."""
+    hidden, weight, target = make(5, 16, 1500)
+    target[:] = torch.tensor([1200, 1201, 1300, 1499, 1400])
+    results = []
+    for lowest in (-math.inf, torch.finfo(torch.float32).min):
+        bias = torch.zeros(1500)
+        bias[:1100] = lowest
+        leaf = hidden.clone().requires_grad_()
+        out = linear_logprob_entropy(leaf, weight, target, bias=bias, backend=backend)
+        (out.logp + out.entropy).sum().backward()
+        results.append((*out, leaf.grad))
+    for a, b in zip(*results):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_ignored_rows_are_inert(backend):
     hidden, weight, target = make(20, 12, 300)
     bias = torch.randn(300, requires_grad=True)

@@ -187,26 +187,29 @@ def mixed_operands(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
-@pytest.mark.parametrize("function", ["policy_loss", "logprob_entropy"])
+@pytest.mark.parametrize("function", ["policy_loss", "logp and entropy", "entropy alone", "entropy and zero logp"])
 def test_small_gradients_survive_16_bit_operands(function, backend, mixed_operands):
     """A row's coefficient is about 1 / normalizer, 1e-9 here: zero in fp16, unless it is scaled around the matmul."""
     tiny, loss_scale = 1e-9, 2.0**20
     hidden, weight, target = (t.detach() for t in leaves())
-    hidden, weight = hidden.half().requires_grad_(), weight.half().requires_grad_()
+    operands = [t.half().requires_grad_() for t in (hidden, weight, torch.randn(V))]
     advantage = torch.randn(N)
     advantage[:20] = 0
     grads = {}
     for name in ("reference", backend):
-        hidden.grad = weight.grad = None
+        for t in operands:
+            t.grad = None
+        settings = dict(bias=operands[2], backend=name, workspace_bytes=WORKSPACE)
         if function == "policy_loss":
-            loss = linear_policy_loss(
-                hidden, weight, target, advantage, normalizer=1 / tiny, backend=name, workspace_bytes=WORKSPACE
-            ).loss
+            loss = linear_policy_loss(*operands[:2], target, advantage, normalizer=1 / tiny, **settings).loss
         else:
-            out = linear_logprob_entropy(hidden, weight, target, backend=name, workspace_bytes=WORKSPACE)
-            loss = ((out.logp * advantage + out.entropy * advantage.sin()) * tiny).sum()
+            out = linear_logprob_entropy(*operands[:2], target, **settings)
+            loss = out.entropy * advantage.sin()
+            if function != "entropy alone":
+                loss = loss + out.logp * advantage * (0 if "zero" in function else 1)
+            loss = (loss * tiny).sum()
         (loss * loss_scale).backward()
-        grads[name] = hidden.grad.float(), weight.grad.float()
+        grads[name] = [t.grad.float() for t in operands]
     for got, want in zip(grads[backend], grads["reference"]):
-        assert want.abs().max() > 1e-5
+        assert want.abs().max() > 1e-6
         assert (got - want).norm() <= 5e-3 * want.norm()

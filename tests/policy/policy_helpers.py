@@ -209,7 +209,7 @@ def near_batch(
 
 
 def method_loss(dist: Tensor, target: Tensor, advantage, old: Tensor, ref: Tensor, sampler: Tensor, config) -> Tensor:
-    """[R] loss of each token as METHOD.md has it, written out. dist: [R, V] log-probs."""
+    """[R] loss of each token written out. dist: [R, V] log-probs."""
     logp = dist.gather(1, target[:, None]).squeeze(1)
     entropy = -(dist.exp() * dist).sum(-1)
     psi = torch.minimum(config.entropy_alpha * entropy.detach(), advantage.abs() / config.entropy_kappa)
