@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from mssr_kernels import linear_policy_loss
+from mssr_kernels import linear_policy_loss, reference
 
 from . import inputs, machine
-from .providers import CONFIG, clipped_loss, reference
+from .providers import CONFIG, eager
 
 POWERS = range(-1, -15, -1)
 
@@ -49,11 +49,7 @@ def errors(arguments: argparse.Namespace, kind: str) -> dict:
         loss.backward()
         return [((t.grad.double() - e.grad).norm() / e.grad.norm()).item() for t, e in zip(data[:2], exact)]
 
-    logits = (data.hidden @ data.weight.T).float()
-    log_p = torch.log_softmax(logits, dim=1)
-    logp = log_p.gather(1, data.target[:, None])[:, 0]
-    found = {"eager": error(clipped_loss(logp, -(log_p.exp() * log_p).sum(1), data))}
-    del logits, log_p
+    found = {"eager": error(eager(data))}
     for power in (None, *POWERS):
         tolerance = None if power is None else 2.0**power
         loss = linear_policy_loss(*data[:5], config=CONFIG, vocab_drop_tol=tolerance).loss

@@ -1,0 +1,333 @@
+"""Everything that needs a GPU, in one command: tests/gpu, the machine's roofs, and the benchmark at the heads of Qwen2.5-VL.
+
+    python -m bench.gpu [--out DIR] [--budget-minutes 8] [--skip-tests]
+
+One H200, H100 or A100 with 80 GB. Writes DIR/gpu.json (by default below bench/results) after every part, so that a part
+which fails, hangs or is not reached costs no other; each runs in a process and within a time limit of its own. Ends with 1 if
+a test or a part failed.
+
+TFLOP/s count the products that a mode needs: 2 NDV forward, 6 forward and backward, 8 with recomputation (G), and for S those
+that were made. The share is that of a large bf16 product measured in the same run.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from . import machine
+from .targets import beside_targets, show_measurement, with_rates
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests" / "gpu"
+# In this order: without the first nothing else can work. What stands together runs at one time, since most of it is
+# compilation on the host, and fits into 80 GB.
+TEST_FILES = (("wiring",), ("heads", "rows", "active"), ("bits", "memory"), ("large",))
+TEST_SHARE = 0.55  # of the budget; the rest is for the benchmark
+TEST_LIMIT, MEASURE_LIMIT, LEAST = 150, 150, 15  # seconds
+REPEATS = 20
+GIB = 1 << 30
+OURS = ("mssr L", "mssr S", "mssr G")
+MEASUREMENTS = (  # (model, N, rows, providers; None: all), the most telling first
+    ("7b", 8192, "realistic", None),
+    ("7b", 8192, "peaked", OURS),
+    ("7b", 8192, "flat", OURS),
+    ("3b", 8192, "realistic", None),
+    ("3b", 8192, "peaked", OURS),
+    ("3b", 8192, "flat", OURS),
+    ("7b", 2048, "realistic", None),
+    ("3b", 2048, "realistic", None),
+)
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.part:
+        kind, *words = arguments.part
+        print(json.dumps(roofs() if kind == "roofs" else measure(words)), flush=True)
+        return
+    if not torch.cuda.is_available():
+        sys.exit("bench.gpu needs a CUDA device, and torch sees none")
+    sys.exit(Run(arguments).everything())
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, help="folder for gpu.json")
+    parser.add_argument("--budget-minutes", type=float, default=8)
+    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--part", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+class Run:
+    """The parts in order, and the report, on disk after each."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.start = time.monotonic()
+        self.budget, self.skip_tests = arguments.budget_minutes * 60, arguments.skip_tests
+        facts = machine.facts("cuda")
+        today = datetime.date.today().isoformat()
+        slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
+        self.path = (arguments.out or ROOT / "bench" / "results" / f"{slug}_{today}") / "gpu.json"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        facts["memory_gib"] = torch.cuda.get_device_properties(0).total_memory / GIB
+        facts["devices"] = torch.cuda.device_count()
+        self.report = {
+            "command": " ".join(["python -m bench.gpu", *sys.argv[1:]]),
+            "date": today,
+            "machine": facts,
+            "roofs": None,
+            "tests": {},
+            "measurements": [],
+            "targets": [],
+            "not_run": [],
+            "failed": [],
+        }
+
+    def everything(self) -> int:
+        self.save()
+        self.report["roofs"] = self.part("roofs", ["roofs"], 60)
+        self.save()
+        if not self.skip_tests:
+            self.tests()
+        for model, n, rows, providers in MEASUREMENTS:
+            words = ["measure", "--model", model, "--n", str(n), "--rows", rows]
+            words += ["--providers", *providers] if providers else []
+            found = self.part(f"measure {model} N {n} {rows}", words)
+            if found is not None:
+                self.report["measurements"].append(with_rates(found, self.report["roofs"]))
+            self.save()
+        self.show()
+        return int(bool(self.report["failed"]))
+
+    def left(self) -> float:
+        return self.budget - (time.monotonic() - self.start)
+
+    def part(self, name: str, words: list[str], limit: float = MEASURE_LIMIT) -> dict | None:
+        """The object that the part prints on a line; None where it failed or was not reached."""
+        limit = min(limit, self.left())
+        if limit < LEAST:
+            self.report["not_run"].append(f"{name}: out of time")
+            return None
+        code, output = run([sys.executable, "-m", "bench.gpu", "--part", *words], limit)
+        result = [line for line in output.splitlines() if line.startswith('{"')]
+        if code == 0 and result:
+            return json.loads(result[-1])
+        why = f"over its {limit:.0f} s" if code is None else f"exit code {code}"
+        self.report["failed"].append({"part": name, "why": why, "output": output[-3000:]})
+        print(f"{name}: {why}\n{output[-1500:]}", flush=True)
+        return None
+
+    def tests(self):
+        ends = time.monotonic() + self.left() - self.budget * (1 - TEST_SHARE)
+        for names in TEST_FILES:
+            limit = min(TEST_LIMIT, ends - time.monotonic())
+            if limit < LEAST:
+                for name in names:
+                    self.report["not_run"].append(f"{test_file(name)}: out of time")
+                    self.report["failed"].append({"part": test_file(name), "why": "out of time", "output": ""})
+                continue
+            with ThreadPoolExecutor(len(names)) as pool:
+                results = list(pool.map(lambda name, limit=limit: run_tests(test_file(name), limit), names))
+            for name, found in zip(names, results):
+                self.add_tests(name, found)
+            self.save()
+
+    def add_tests(self, name: str, found: dict):
+        file, failures = test_file(name), found["failures"]
+        self.report["tests"][name] = found
+        print(f"{file}: {found['passed']} passed, {len(failures)} failed, {found['seconds']:.0f} s", flush=True)
+        for failure in failures[:12]:
+            print(f"    {failure['test']}: {failure['message']}", flush=True)
+        if found["why"]:
+            print(f"    not complete: {found['why']}\n{found['output'][-1500:]}", flush=True)
+        if failures or found["why"]:
+            why = found["why"] or f"{len(failures)} tests failed"
+            self.report["failed"].append({"part": file, "why": why, "output": ""})
+
+    def save(self):
+        self.report["targets"] = beside_targets(self.report["measurements"])
+        self.report["seconds"] = time.monotonic() - self.start
+        self.path.write_text(json.dumps(self.report, indent=2) + "\n")
+
+    def show(self):
+        print(", ".join(f"{key} {value}" for key, value in self.report["machine"].items()))
+        if self.report["roofs"]:
+            print(", ".join(f"{key} {value:.3g}" for key, value in self.report["roofs"].items()))
+        for measured in self.report["measurements"]:
+            show_measurement(measured)
+        print("\nTargets (7B head, bf16, N 8192, one H200) and what was measured; GiB beyond dW")
+        for row in self.report["targets"]:
+            print(f"{row['what']:<44}{row['memory']:<22}{row['time']:<40}{row['measured']}")
+        for line in self.report["not_run"]:
+            print(f"not run: {line}")
+        for failure in self.report["failed"]:
+            print(f"FAILED {failure['part']}: {failure['why']}")
+        print(self.path)
+
+
+def run(command: list[str], limit: float) -> tuple[int | None, str]:
+    """(exit code, or None where the time limit ended it; output). The first signal lets pytest write its report."""
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    with tempfile.TemporaryFile("w+") as log:
+        options = dict(stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True)
+        with subprocess.Popen(command, **options) as process:
+            code = None
+            try:
+                code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(8)
+            finally:  # whatever it started goes with it
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        log.seek(0)
+        return code, log.read()
+
+
+def test_file(name: str) -> str:
+    return f"tests/gpu/test_gpu_{name}.py"
+
+
+def run_tests(file: str, limit: float) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        xml = Path(folder) / "junit.xml"
+        # tests/conftest.py is for the trainer's tests: its libraries need not be here.
+        options = ["-q", "-p", "no:cacheprovider", "--confcutdir", str(TESTS), "--durations=5", "--tb=short"]
+        began = time.monotonic()
+        code, output = run([sys.executable, "-m", "pytest", *options, f"--junitxml={xml}", file], limit)
+        cases = list(ElementTree.parse(xml).getroot().iter("testcase")) if xml.exists() else []
+    failures, skipped = [], 0
+    for case in cases:
+        bad = next((child for child in case if child.tag in ("failure", "error")), None)
+        skipped += any(child.tag == "skipped" for child in case)
+        if bad is not None:
+            message = (bad.get("message") or bad.text or "").strip().splitlines() or [""]
+            failures.append({"test": case.get("name"), "message": message[0][:300]})
+    why = {0: None, 1: None, None: f"over its {limit:.0f} s", 5: "nothing collected"}.get(code, f"exit code {code}")
+    return {
+        "why": why,
+        "passed": len(cases) - len(failures) - skipped,
+        "skipped": skipped,
+        "failures": failures,
+        "seconds": time.monotonic() - began,
+        "output": output[-6000:] if why or failures else "",
+    }
+
+
+# What runs in a process of its own.
+
+
+def roofs() -> dict:
+    """A large bf16 product, one of the shape of the 7B head, and a copy within the device."""
+
+    def tflops(m: int, k: int, n: int, repeats: int) -> float:
+        a, b = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
+        out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
+        return 2 * m * k * n / median_seconds(lambda: torch.mm(a, b, out=out), repeats) / 1e12
+
+    found = {
+        "matmul_tflops": tflops(8192, 8192, 8192, 100),
+        "head_matmul_tflops": tflops(8192, 3584, 152064, 20),
+    }
+    source = torch.empty(4 * GIB, dtype=torch.uint8, device="cuda").zero_()
+    copy = torch.empty_like(source)
+    found["copy_tb_per_s"] = 2 * source.numel() / median_seconds(lambda: copy.copy_(source), 20) / 1e12
+    return found
+
+
+def median_seconds(call, repeats: int) -> float:
+    """By the device's own clock."""
+    for _ in range(3):
+        call()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def measure(words: list[str]) -> dict:
+    """`bench.kernels` and, beside it, the forward pass alone and the products of mode S."""
+    from . import kernels
+
+    arguments = kernels.parse_arguments([*words, "--device", "cuda", "--dtype", "bfloat16", "--repeats", str(REPEATS)])
+    report = kernels.measure(arguments)
+    report["model"] = arguments.model
+    report["forward"] = attempt(lambda: forward_seconds(kernels.make(arguments)))
+    report["sparse"] = attempt(lambda: sparse_products(kernels.make(arguments), arguments))
+    return report
+
+
+def attempt(function) -> dict:
+    """The rest of the report is worth more than this figure."""
+    try:
+        return function()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+
+
+def forward_seconds(tensors) -> dict:
+    from mssr_kernels import linear_logprob_entropy
+
+    found = {}
+    with torch.no_grad():
+        for backend in ("triton", "chunked"):
+            call = lambda backend=backend: linear_logprob_entropy(*tensors[:3], backend=backend)  # noqa: E731
+            found[backend] = median_seconds(call, REPEATS)
+    return found
+
+
+def sparse_products(tensors, arguments: argparse.Namespace) -> dict:
+    """The products of mode S in units of NDV: f is the backward's share of mode L's 4, and dense rows which were put off
+    go through the forward twice."""
+    from mssr_kernels import choice, explain
+    from mssr_kernels.matmul import HeadMatmul
+
+    from . import kernels
+
+    n, d, v = arguments.n, arguments.d, arguments.v
+    name = explain(n, d, v, dtype=tensors.hidden.dtype, device=tensors.hidden.device).backend
+    tiles = choice.backend_named(name).tiles
+    addmm, fill = HeadMatmul._addmm, tiles.fill
+    backward = forward_rows = 0
+
+    def counting_addmm(self, out, a, b, beta):
+        nonlocal backward
+        backward += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return addmm(self, out, a, b, beta)
+
+    def counting_fill(self, h, *rest):
+        nonlocal forward_rows
+        forward_rows += len(h)
+        return fill(self, h, *rest)
+
+    HeadMatmul._addmm, tiles.fill = counting_addmm, counting_fill
+    try:
+        kernels.run(tensors, "mssr S", arguments)
+    finally:
+        HeadMatmul._addmm, tiles.fill = addmm, fill
+    f = backward / (4 * n * d * v)
+    return {"f": f, "forward_rows": forward_rows, "units": 2 * forward_rows / n + 4 * f}
+
+
+if __name__ == "__main__":
+    main()
