@@ -14,8 +14,6 @@ from .inputs import HeadInputs
 from .matmul import HeadMatmul
 from .statistics import Partial, RowStatistics, row_statistics
 
-ALIGNED_ROWS = 128
-
 
 class Backend(NamedTuple):
     name: str
@@ -54,7 +52,7 @@ class Backend(NamedTuple):
         most = fitting(head, *self.tiles.bytes_needed(head, matmul, sparse), "one row of logits")
         if head.shard is not None:
             most = head.shard.least(most, rows.device)
-        size = rows_per_chunk(len(rows), most)
+        size = rows_per_chunk(len(rows), most, self.tiles.aligned_rows)
         tiles = self.tiles(head, matmul, size)
         for chunk in rows.split(size):
             h = head.hidden.detach()[chunk].to(matmul.operand_dtype)
@@ -66,12 +64,12 @@ def _over_ranks(head: HeadInputs, sums: Partial) -> RowStatistics:
     return row_statistics(sums if head.shard is None else head.shard.merge(sums))
 
 
-def rows_per_chunk(rows: int, most: int) -> int:
-    """Chunks of nearly equal size, in multiples of what tiles and vectors are made of."""
-    if most >= ALIGNED_ROWS:
-        most -= most % ALIGNED_ROWS
+def rows_per_chunk(rows: int, most: int, aligned: int) -> int:
+    """Chunks of nearly equal size, in multiples of `aligned` rows where there are so many."""
+    if most >= aligned:
+        most -= most % aligned
     size = -(-rows // max(1, -(-rows // most)))
-    return min(rows, most, -(-size // ALIGNED_ROWS) * ALIGNED_ROWS)
+    return min(rows, most, -(-size // aligned) * aligned)
 
 
 def fitting(head: HeadInputs, unit_bytes: int, fixed_bytes: int, unit: str) -> int:

@@ -82,7 +82,8 @@ def explain(
         moved = weight * (1 + recomputed) + hidden * 2 + (2 * size * n * v * gradient) + gradient_bytes
         return Plan(name, mode, 0, 0, (1 + recomputed) * product, moved, workspace_bytes, gradient_bytes, logits)
     row_bytes, other_bytes = implementation.tiles.bytes_needed(head, matmul, sparse=bool(vocab_drop_tol))
-    rows = rows_per_chunk(n, fitting(head, row_bytes, other_bytes, "one row of logits"))
+    most = fitting(head, row_bytes, other_bytes, "one row of logits")
+    rows = rows_per_chunk(n, most, implementation.tiles.aligned_rows)
     chunks = -(-n // rows)
     # Of each chunk: the logits are written, turned into the gradient in place and read by each of its products; the weight
     # is read by both products with it; dW is read and written.

@@ -21,6 +21,8 @@ GATHERED_SHARE = 8
 class TorchTiles:
     """The weights [V, C] of up to `capacity` tokens. Each `fill` overwrites the last."""
 
+    aligned_rows = 16  # a line of the cache: see `row_stride`
+
     def __init__(self, head: HeadInputs, matmul: HeadMatmul, capacity: int):
         self.head, self.matmul = head, matmul
         self.vocab, dtype, device = head.weight.shape[0], head.compute_dtype, head.hidden.device

@@ -189,6 +189,8 @@ def sum_parts_kernel(
 class TritonTiles:
     """The weights [V, C] of up to `capacity` tokens. Each `fill` overwrites the last."""
 
+    aligned_rows = 128  # of a tile of logits
+
     def __init__(self, head: HeadInputs, matmul: HeadMatmul, capacity: int):
         self.head, self.matmul = head, matmul
         self.vocab = head.weight.shape[0]
