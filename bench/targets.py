@@ -19,7 +19,7 @@ class Target(NamedTuple):
 
 
 TARGETS = (
-    Target("eager fp32 log-prob + entropy (reference)", "15-20 GiB", "55-75 ms (estimate)", "eager"),
+    Target("eager, log-prob + entropy in fp32", "15-20 GiB", "55-75 ms (estimate)", "eager"),
     Target("torch.compile of it", "7-9 GiB", "about 45 ms (estimate)", "torch.compile"),
     Target("Liger GRPO", "~3 GiB + dW", "154 ms (published, CE, D 4096)", "liger GRPO"),
     Target("Liger fused linear CE", "~3 GiB + dW", "154 ms (published, CE, D 4096)", "liger CE"),

@@ -56,7 +56,7 @@ def linear_logprob_entropy(
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes)
-    backend = resolve(backend, hidden.device, hidden.dtype, hidden.shape[1], weight.shape[0], workspace_bytes)
+    backend = _resolve(backend, weight, workspace_bytes)
     check_group(group, backend)
     if backend == "reference":
         check_values(
@@ -128,7 +128,7 @@ def linear_policy_loss(
     check_rows(hidden, config, rows)
     check_normalizer(normalizer)
     check_tolerance(vocab_drop_tol)
-    backend = resolve(backend, hidden.device, hidden.dtype, hidden.shape[1], weight.shape[0], workspace_bytes)
+    backend = _resolve(backend, weight, workspace_bytes)
     check_group(group, backend)
     if backend == "reference":
         check_values(
@@ -162,6 +162,11 @@ def linear_policy_loss(
         *(getattr(config, field.name) for field in dataclasses.fields(config)),
     )
     return PolicyLoss(loss, *fields, PolicyMetrics(*metrics.unbind()))
+
+
+def _resolve(backend: str, weight: Tensor, workspace_bytes: int) -> str:
+    vocab, width = weight.shape
+    return resolve(backend, weight.device, weight.dtype, width, vocab, workspace_bytes, weight.stride(1) == 1)
 
 
 def _flat_head(hidden, weight, bias, target, temperature, softcap, ignore_index, workspace_bytes, backend, group):

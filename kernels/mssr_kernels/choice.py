@@ -33,9 +33,18 @@ AUTO = (
 
 
 def resolve(
-    backend: str, device: torch.device, dtype: torch.dtype, width: int, vocab: int, workspace_bytes: int
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    width: int,
+    vocab: int,
+    workspace_bytes: int,
+    contiguous: bool = True,
 ) -> str:
-    """The name of the backend that `backend` means for these arguments; raises where it cannot run."""
+    """The name of the backend that `backend` means for these arguments; raises where it cannot run.
+
+    contiguous: the rows of the weight are.
+    """
     if backend == "auto":
         rows = workspace_bytes // (vocab * dtype.itemsize)
         return next(
@@ -46,7 +55,7 @@ def resolve(
             and vocab >= rule.least_vocab
             and width >= rule.least_width
             and rows >= rule.least_workspace_rows
-            and (rule.backend != "triton" or triton_is_installed())
+            and (rule.backend != "triton" or (contiguous and triton_runs_on(device)))
         )
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not available: use 'auto', {', '.join(map(repr, BACKENDS))}")
@@ -58,6 +67,12 @@ def resolve(
         if not triton_is_installed():
             raise ValueError("backend 'triton' needs the package triton: pip install triton, or use 'chunked'")
     return backend
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """On Ampere and later. A device that is not here, as in a plan, is taken for one of these."""
+    here = device.type == "cuda" and torch.cuda.is_available()
+    return triton_is_installed() and (not here or torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def triton_is_installed() -> bool:

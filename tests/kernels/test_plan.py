@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_work_and_memory import WORKSPACE, D, N, Recorder, V, leaves, policy_loss_work
 
-from mssr_kernels import explain, linear_logprob_entropy
+from mssr_kernels import choice, explain, linear_logprob_entropy
 
 SEVEN_B = dict(n=8192, d=3584, v=152064)
 NDV = 2 * 8192 * 3584 * 152064
@@ -19,6 +19,9 @@ def test_auto_goes_by_device_dtype_and_shape_but_never_by_the_number_of_tokens()
     assert explain(8192, 3584, 1000).backend == "chunked"
     assert explain(8192, 64, 152064).backend == "chunked"
     assert explain(**SEVEN_B, workspace_bytes=32 << 20, loss=False).backend == "chunked"  # not 128 rows of weights
+    cuda = torch.device("cuda")
+    assert choice.resolve("auto", cuda, torch.bfloat16, 3584, 152064, 256 << 20) == "triton"
+    assert choice.resolve("auto", cuda, torch.bfloat16, 3584, 152064, 256 << 20, contiguous=False) == "chunked"
     for name in ("chunked", "triton", "reference"):
         assert explain(**SEVEN_B, backend=name).backend == name
 
