@@ -40,6 +40,8 @@ def warm(mssr, material):
 
 
 @pytest.fixture(scope="session")
-def ranks():
+def ranks(tmp_path_factory):
     """Two gloo ranks: `ranks(function, ...)` runs `function(world, ...)` on both and returns the results in rank order."""
+    # Where `policy_helpers` keeps its models: the ranks, which only read, must look where this process writes.
+    os.environ.setdefault("MSSR_TEST_POLICY_WORKSPACE", str(tmp_path_factory.mktemp("policy")))
     return two_ranks()
