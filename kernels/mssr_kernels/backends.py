@@ -16,7 +16,6 @@ from .statistics import Partial, RowStatistics, row_statistics
 
 
 class Backend(NamedTuple):
-    name: str
     tiles: type
     # (head, matmul, hidden rows, local target, temperature) -> sums of those rows over the columns of this rank
     row_sums: Callable[..., Partial]

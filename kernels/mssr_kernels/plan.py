@@ -18,7 +18,7 @@ class Plan:
 
     backend: str
     mode: str  # "reference", "forward", "G", "L" or "S"
-    chunk_rows: int  # tokens whose logits are in memory at once; 0: none
+    chunk_rows: int  # tokens whose logits are in memory at once; 0 where there are no chunks of tokens
     chunks: int
     flops: int
     moved_bytes: int  # between device memory and the chip: weight, logits, hidden and gradients as often as they pass
@@ -27,7 +27,9 @@ class Plan:
     eager_logits_bytes: int  # what the logits of all rows would take in float32
 
     def __str__(self) -> str:
-        chunks = f"{self.chunks} x {self.chunk_rows} rows of logits" if self.chunk_rows else "no logits in memory"
+        chunks = {"forward": "no logits kept", "G": "a slab of columns of the logits at a time"}.get(
+            self.mode, f"{self.chunks} x {self.chunk_rows} rows of logits"
+        )
         return (
             f"backend {self.backend}, mode {self.mode}: {chunks}; {self.flops / 1e12:.2f} TFLOP, "
             f"{self.moved_bytes / 2**30:.2f} GiB moved, workspace {self.workspace_bytes / MIB:.0f} MiB, "
@@ -79,12 +81,14 @@ def explain(
     if not gradient or not loss:
         mode = "G" if gradient else "forward"
         recomputed = gradient * (1 + hidden_grad + weight_grad)
+        # A slab of dW is rounded as soon as it is complete; dhidden is summed up in float32 and then rounded.
+        gradient_bytes = n * d * (4 + size) * hidden_grad + size * d * v * weight_grad
         moved = weight * (1 + recomputed) + hidden * 2 + (2 * size * n * v * gradient) + gradient_bytes
         return Plan(name, mode, 0, 0, (1 + recomputed) * product, moved, workspace_bytes, gradient_bytes, logits)
     row_bytes, other_bytes = implementation.tiles.bytes_needed(head, matmul, sparse=bool(vocab_drop_tol))
     most = fitting(head, row_bytes, other_bytes, "one row of logits")
     rows = rows_per_chunk(n, most, implementation.tiles.aligned_rows)
-    chunks = -(-n // rows)
+    chunks = -(-n // max(rows, 1))
     # Of each chunk: the logits are written, turned into the gradient in place and read by each of its products; the weight
     # is read by both products with it; dW is read and written.
     moved = n * row_bytes * (4 + weight_grad) + chunks * (weight * (1 + hidden_grad) + 8 * d * v * weight_grad)

@@ -72,7 +72,6 @@ def _bias(head: HeadInputs, columns: slice) -> Tensor | None:
 
 
 TORCH = Backend(
-    name="chunked",
     tiles=TorchTiles,
     row_sums=_row_sums,
     slab_gradient=_slab_gradient,

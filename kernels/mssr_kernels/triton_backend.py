@@ -46,7 +46,6 @@ def _slab_bytes_per_column(head: HeadInputs, matmul: HeadMatmul, rows: int) -> i
 
 
 TRITON = Backend(
-    name="triton",
     tiles=TritonTiles,
     row_sums=_row_sums,
     slab_gradient=_slab_gradient,

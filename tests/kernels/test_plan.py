@@ -57,9 +57,16 @@ def test_what_is_said_is_what_happens():
     with Recorder() as recorder:
         linear_logprob_entropy(hidden, weight, target, workspace_bytes=WORKSPACE).logp.sum().backward()
     assert recorder.work * 2 * D * V == pytest.approx(plan.flops)
+    assert recorder.peak_bytes <= plan.workspace_bytes + plan.gradient_bytes + 16 * N * D * 4
+    assert plan.gradient_bytes == 4 * V * D + 8 * N * D
+
+
+def test_nothing_to_do_is_planned_too():
+    assert explain(0, 16, 300, device="cpu").flops == explain(0, 16, 300, device="cpu").chunks == 0
 
 
 def test_it_reads_as_a_line():
     line = str(explain(**SEVEN_B))
     assert "backend triton, mode L" in line and "26.79 TFLOP" in line and "workspace 256 MiB" in line
+    assert "a slab of columns" in str(explain(**SEVEN_B, loss=False))
     assert "\n" not in line
