@@ -1,6 +1,6 @@
 # make demo    fresh machine -> environment, tiny Qwen2.5-VL, RL on real handwritten digits, a plot
 # make test    the same environment -> the whole test suite
-# make gpu     the same environment, on a GPU -> what only runs there: tests, and the kernels' speed and memory
+# make gpu     the same environment, on a GPU -> what only runs there: tests, the kernels' speed and memory, the weight sync
 PYTHON ?= python3
 SEED ?= 0
 RUN_DIR ?= runs/demo
@@ -12,12 +12,13 @@ BIN := $(VENV)/bin
 venv: $(VENV)/.installed
 
 # torch first and alone: what follows then keeps that build.
-$(VENV)/.installed: setup.py constraints.txt
+$(VENV)/.installed: setup.py constraints.txt mssr/install_vllm.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"MSSR needs Python 3.11 or newer, this is {v[0]}.{v[1]}; try: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[train,dev]'
+	$(BIN)/python -m mssr.install_vllm
 	@touch $@
 
 demo: venv

