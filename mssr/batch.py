@@ -39,6 +39,8 @@ class RolloutBatch:
     mask: [B, R] bool, True where a token was sampled.
     logp: [B, R] float32, log-prob of the sampled token when it was sampled, at the sampling temperature; 0 under the padding.
     truncated: [B] bool, stopped by the token limit instead of an end token.
+    weight_version: [B] int64, steps that the weights were trained for that sampled each; None if nobody sampled.
+    masked: [B] bool, left out of the loss; None: all of them count.
     reward, correct: [B] float32 in [0, 1]; correct ignores the format reward.
     baseline, advantage: [B] float32, from the tracker; None until they are computed.
     old_logp: [B, R] float32, the denominator of the policy ratio; None: on-policy, ratio 1.
@@ -50,6 +52,8 @@ class RolloutBatch:
     mask: Tensor
     logp: Tensor
     truncated: Tensor
+    weight_version: Tensor | None = None
+    masked: Tensor | None = None
     reward: Tensor | None = None
     correct: Tensor | None = None
     baseline: Tensor | None = None
@@ -64,6 +68,11 @@ class RolloutBatch:
     def lengths(self) -> Tensor:
         """[B] int64, sampled tokens of each response."""
         return self.mask.sum(1)
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """[B, R] bool, True where a token was sampled that counts in the loss."""
+        return self.mask if self.masked is None else self.mask & ~self.masked[:, None]
 
     @property
     def keys(self) -> list[str]:

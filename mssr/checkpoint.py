@@ -19,6 +19,7 @@ import torch
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.engine import PolicyEngine
+from mssr.policy.weights import whole_shape
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step_(\d{6,})")
@@ -109,7 +110,7 @@ class Checkpoints:
             if steps:
                 needed = sum(path.stat().st_size for path in (self._folder / f"step_{steps[-1]:06d}").rglob("*"))
             else:  # weights and the optimiser's two moments, float32
-                needed = 12 * sum(parameter.numel() for parameter in engine.policy.parameters())
+                needed = 12 * sum(whole_shape(parameter).numel() for parameter in engine.policy.parameters())
             free = shutil.disk_usage(self._folder).free
             if free < needed:
                 shortage = f"disk full: {free / 2**20:.0f} MiB free, about {needed / 2**20:.0f} MiB needed"

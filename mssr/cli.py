@@ -1,4 +1,7 @@
-"""The command line: mssr train | sft | eval | data | plot | doctor. Heavy imports wait until a command needs them."""
+"""The command line: mssr train | sft | eval | serve | data | plot | doctor.
+
+Heavy imports wait until a command needs them.
+"""
 
 import errno
 import os
@@ -59,11 +62,28 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     from mssr.run import Run
 
     with Run(settings) as run:
-        result = run.evaluate(run.rollout_engine(run.frozen_policy()))
+        policy = run.frozen_policy()
+        rollout = run.rollout_engine(policy)
+        rollout.update_weights(policy, 0)
+        result = run.evaluate(rollout)
     _say(
         f"accuracy {result.accuracy:.1%} on {result.problems} problems of {settings.data.val} "
         f"({result.response_tokens:.1f} tokens a response, {result.truncated:.1%} truncated)"
     )
+
+
+@app.command()
+def serve(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 for trainers on other hosts")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """Start a vLLM server for `rollout.engine: servers`; one a GPU, or a tensor-parallel group of them."""
+    settings = _load(config, overrides)
+    from mssr.serve import serve
+
+    serve(settings, host, port)
 
 
 @data_app.command()

@@ -100,10 +100,25 @@ class RolloutConfig(Section):
     prompts_per_step: int = Field(2048, gt=0, description="prompts of one step over all ranks, one response each")
     max_response_tokens: int = Field(4096, gt=0)
     temperature: float = Field(1.0, gt=0)
-    batch_size: int = Field(64, gt=0, description="responses the hf engine generates at once on a rank")
-    max_gap: float = Field(
-        0.5, gt=0, description="stop when the mean |log-prob gap| rollout/trainer exceeds this (nats)"
+    truncated: Literal["graded", "masked", "failed"] = Field(
+        "graded",
+        description="responses cut by the token limit: graded like others, left out of the loss, or given reward 0",
     )
+    max_gap: float = Field(
+        0.1, gt=0, description="largest mean |log-prob gap| sampler/trainer, nats; one step off it includes a step's updates"
+    )
+    engine: Literal["auto", "vllm", "servers", "hf"] = Field(
+        "auto", description="vllm: in the trainer's process; servers: elsewhere; auto: vllm where installed, else hf"
+    )
+    batch_size: int = Field(64, gt=0, description="responses generated at once on a rank (or a server)")
+    gpu_memory: float = Field(0.5, gt=0, le=1, description="share of the GPU for vLLM's weights and KV cache")
+    tensor_parallel: int = Field(1, gt=0, description="GPUs that share one copy of vLLM's weights")
+    quantization: Literal["fp8"] | None = Field(None, description="vLLM's weights; needs a GPU that has the format")
+    offload_optimizer: bool = Field(False, description="optimizer state on the CPU while responses are generated")
+    sync_gib: float = Field(1.0, gt=0, description="weights gathered at once for the sync under ZeRO-3")
+    servers: list[str] = Field([], description="addresses of servers started by `mssr serve`: http://host:port")
+    server_timeout_s: float = Field(600.0, gt=0, description="how long to wait for a server before it counts as dead")
+    one_step_off: bool = Field(False, description="servers generate the next batch while this one trains")
 
 
 class OptimizerConfig(Section):
@@ -120,7 +135,9 @@ class TrainConfig(Section):
     responses_per_update: int = Field(128, gt=0, description="responses of one optimiser step over all ranks")
     micro_batch_tokens: int = Field(16_384, gt=0, description="packed tokens (prompt + response) of a micro-batch")
     optimizer: OptimizerConfig = OptimizerConfig()
-    zero_stage: Literal[0, 1, 2] = 2
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="ranks share the optimiser's state from 1, gradients from 2, with 3 also the weights"
+    )
     checkpoint_every: int = Field(10, gt=0, description="steps between checkpoints; the last step always saves")
     keep_checkpoints: int = Field(2, gt=0)
 
@@ -169,6 +186,7 @@ class Config(Section):
             raise ValueError(
                 f"rollout.prompts_per_step {prompts} is not a multiple of train.responses_per_update {responses}"
             )
+        self._rollout_settings_go_together()
         if self.sft.stop_at_accuracy is not None and self.data.val is None:
             raise ValueError("sft.stop_at_accuracy needs held-out problems: set data.val")
         if self.algorithm.tracker.preset == "reference" and not self.algorithm.kl_coef:
@@ -176,6 +194,26 @@ class Config(Section):
                 "algorithm.tracker.preset reference goes by the KL to the reference: set algorithm.kl_coef > 0"
             )
         return self
+
+    def _rollout_settings_go_together(self) -> None:
+        rollout, algorithm = self.rollout, self.algorithm
+        if (rollout.engine == "servers") != bool(rollout.servers):
+            raise ValueError(
+                "rollout.engine servers and rollout.servers [http://host:port, ...] go together; set both or neither"
+            )
+        if rollout.one_step_off and rollout.engine != "servers":
+            raise ValueError("rollout.one_step_off needs GPUs of its own to generate on: set rollout.engine=servers")
+        corrected = algorithm.old_logp == "recompute" and algorithm.tis_cap is not None
+        for key, used in (("one_step_off", rollout.one_step_off), ("quantization", rollout.quantization)):
+            if used and not corrected:
+                raise ValueError(
+                    f"rollout.{key} samples from another policy than the one that is trained: set "
+                    "algorithm.old_logp=recompute and algorithm.tis_cap, which correct for it"
+                )
+        if rollout.offload_optimizer and self.train.zero_stage == 0:
+            raise ValueError("rollout.offload_optimizer moves ZeRO's optimizer: set train.zero_stage=1, 2 or 3")
+        if rollout.quantization and rollout.engine == "hf":
+            raise ValueError("rollout.quantization is vLLM's: set rollout.engine=vllm or servers")
 
     @property
     def updates_per_step(self) -> int:

@@ -26,7 +26,7 @@ from mssr.errors import UserError
 from mssr.observe.metrics import read_metrics
 from mssr.observe.plots import plot_curves
 from mssr.policy.tiny import write_tiny_model
-from mssr.rollout.hf import HFRollout
+from mssr.rollout import engine_name
 
 CONFIG = Path("configs/tiny.yaml")
 PROBLEMS = {"train": 4096, "val": 512, "test": 512}
@@ -51,7 +51,8 @@ def demo(seed: int, run_dir: Path, overrides: Sequence[str] = ()) -> dict:
         flush=True,
     )
     untrained = run_dir / "untrained"
-    warm = [*common, f"model.path={untrained}", f"run_dir={run_dir / 'sft'}"]
+    # Its few validations are over before vLLM has started.
+    warm = ["rollout.engine=hf", *common, f"model.path={untrained}", f"run_dir={run_dir / 'sft'}"]
     write_tiny_model(untrained, corpus(files["train"], load_config(CONFIG, warm)), seed=seed)
     launch("sft", warm)
 
@@ -115,7 +116,7 @@ def summarise(config: Config, train_seconds: float, total_seconds: float, curves
         "total_seconds": round(total_seconds, 1),
         "seed": config.seed,
         "algorithm": config.algorithm.name,
-        "rollout_engine": HFRollout.name,
+        "rollout_engine": engine_name(config.rollout.engine),
         "steps": records[-1]["step"],
         "curves": str(curves),
         "metrics": str(config.run_dir / "metrics.jsonl"),

@@ -13,6 +13,7 @@ DEFAULTS = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # vLLM's CPU build tells of its NUMA policy
 }
 for name, value in DEFAULTS.items():
     os.environ.setdefault(name, value)

@@ -32,7 +32,8 @@ def evaluate(
     count = min(len(problems), config.max_problems or len(problems))
     mine = range(world.rank, count, world.size)
     totals = torch.zeros(3, dtype=torch.float64)
-    for start in range(0, len(mine), _ROWS_AT_ONCE):
+    # As often on every rank: ranks that share a sampler ask it together.
+    for start in range(0, -(-count // world.size), _ROWS_AT_ONCE):
         rows = list(mine[start : start + _ROWS_AT_ONCE])
         streams = noise_streams(seed, "eval", 0, rows)
         batch, _ = judge(rollout.generate([problems[row] for row in rows], streams, config.temperature))

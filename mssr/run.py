@@ -1,10 +1,9 @@
 """What every command sets up before its own work: processes, folder, data, policy, sampler, reward, records."""
 
-from dataclasses import replace
+from contextlib import ExitStack
 from functools import cached_property
 from typing import Any
 
-import torch
 import yaml
 
 from mssr.batch import RolloutBatch
@@ -17,6 +16,7 @@ from mssr.evaluate import Evaluation, evaluate
 from mssr.observe.metrics import MetricsLog
 from mssr.policy.engine import PolicyEngine, resolve_dtype
 from mssr.policy.model import Policy, check_model_path, load_frozen_policy
+from mssr.rewards.grading import Grader
 from mssr.rewards.reward import RewardFunction
 from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
@@ -32,8 +32,10 @@ class Run:
         self.processors = load_processors(config.model.path)
         self.tokenizer, image_processor = self.processors
         self._encoder = PromptEncoder(self.tokenizer, image_processor, config.data)
-        self.reward = RewardFunction(config.reward)
+        self.grader = Grader(RewardFunction(config.reward), self.tokenizer)
         self._metrics: MetricsLog | None = None
+        self._open = ExitStack()
+        self._open.callback(self.grader.close)
 
     @cached_property
     def problems(self) -> ProblemDataset:
@@ -63,17 +65,14 @@ class Run:
         return load_frozen_policy(self.config.model.path, dtype, self.world.device)
 
     def rollout_engine(self, policy: Policy) -> RolloutEngine:
-        return make_rollout_engine(self.config.rollout, policy, self.tokenizer, self.world)
+        """The run's engine, closed when the run is."""
+        engine = make_rollout_engine(self.config, policy, self.tokenizer, self.world)
+        self._open.callback(engine.close)
+        return engine
 
     def judge(self, batch: RolloutBatch) -> tuple[RolloutBatch, list[str]]:
         """The batch with its rewards, and the decoded responses."""
-        texts = self.texts(batch)
-        rewards = self.reward(texts, [prompt.answer for prompt in batch.prompts])
-        return replace(batch, reward=torch.tensor(rewards.reward), correct=torch.tensor(rewards.correct)), texts
-
-    def texts(self, batch: RolloutBatch) -> list[str]:
-        responses = [batch.response(row).tolist() for row in range(len(batch))]
-        return self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return self.grader.begin(batch.prompts).finish(batch)
 
     def evaluate(self, rollout: RolloutEngine) -> Evaluation:
         """Every held-out problem (or the first eval.max_problems) answered once."""
@@ -101,6 +100,7 @@ class Run:
         run_dir = self.config.run_dir
         try:
             self._metrics = MetricsLog(run_dir, tensorboard=self.config.log.tensorboard, resume_at=resume_at)
+            self._open.callback(self._metrics.close)
             (run_dir / "config.yaml").write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
         except OSError as error:
             raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
@@ -140,9 +140,7 @@ class Run:
             )
 
     def close(self) -> None:
-        self.reward.close()
-        if self._metrics is not None:
-            self._metrics.close()
+        self._open.close()
 
     def __enter__(self) -> "Run":
         return self

@@ -51,7 +51,9 @@ def _sft(run: Run, config: Config) -> dict[str, float]:
             }
             done = step + 1
             if done % settings.eval_every == 0 or done == settings.steps:
+                rollout.update_weights(engine.policy, done)
                 validation = run.validate(rollout)
+                rollout.release()
                 values |= validation
             run.record(done, values)
             progress.update(done, values)

@@ -7,6 +7,7 @@ from mssr.algorithms.value_tracker import PreviousResponse, ValueTracker, respon
 from mssr.batch import Prompt, RolloutBatch, pad_rows
 from mssr.errors import UserError
 from mssr.policy.engine import PolicyEngine, UpdateStats
+from mssr.rewards.grading import settle_truncated
 from mssr.rollout.base import RolloutEngine, noise_streams
 from mssr.run import Run
 from mssr.shares import Shares
@@ -19,13 +20,16 @@ def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) 
     """
     config, world = run.config, run.world
     size, at_once = len(run.problems), config.rollout.prompts_per_step // world.size
-    visits = [divmod(visit, size) for visit in range(world.rank, size * tracker.config.n_init, world.size)]
+    total = size * tracker.config.n_init
+    visits = [divmod(visit, size) for visit in range(world.rank, total, world.size)]
     seen = []
-    for start in range(0, len(visits), at_once):
+    # As often on every rank: ranks that share a sampler ask it together.
+    for start in range(0, -(-total // world.size), at_once):
         chosen = visits[start : start + at_once]
         prompts = [run.problems[row] for _, row in chosen]
         streams = [noise_streams(config.seed, "init", visit, [row])[0] for visit, row in chosen]
         batch, _ = run.judge(rollout.generate(prompts, streams, config.rollout.temperature))
+        batch = settle_truncated(batch, config.rollout.truncated)
         kept = previous_responses(batch) if tracker.wants_responses else [None] * len(batch)
         seen += zip(chosen, batch.keys, batch.reward.tolist(), kept)
     # In the order of the visits, whatever the number of ranks.
@@ -46,6 +50,7 @@ def drift_of_previous_responses(tracker: ValueTracker, engine: PolicyEngine, pro
         return drift
     known = [(row, previous) for row, prompt in enumerate(prompts) if (previous := tracker.previous(prompt.key))]
     if not known:
+        engine.score_nothing()
         return drift
     rows, previous = zip(*known)
     lengths = torch.tensor([len(response.logp) for response in previous])
@@ -79,8 +84,9 @@ def track(
         UserError: the policy's log-probs are no numbers any more; the tracker is as it was.
     """
     if tracker.config.drift == "batch":
-        moved = response_drift(torch.cat([update.logp for update in updates]), batch.logp, batch.mask)
-        per_prompt = share.gather(moved).mean()
+        moved = response_drift(torch.cat([update.logp for update in updates]), batch.logp, batch.loss_mask)
+        seen = share.gather(batch.loss_mask.any(1))
+        per_prompt = share.gather(moved)[seen].mean() if seen.any() else torch.zeros(())
     else:
         per_prompt = share.gather(drift)
     if not per_prompt.isfinite().all():

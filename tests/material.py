@@ -31,7 +31,7 @@ def write_material(folder: Path) -> Path:
         # Half for the form: rewards of 0, 0.5 and 1 from a policy that has seen forty batches.
         "reward": {"format_weight": 0.5},
         "algorithm": {"kl_coef": 0.0, "tracker": {"drift": "batch", "n_init": 0}},
-        "rollout": {"prompts_per_step": 16, "max_response_tokens": 12},
+        "rollout": {"engine": "hf", "prompts_per_step": 16, "max_response_tokens": 12},
         "train": {
             "steps": 6,
             "responses_per_update": 8,

@@ -32,7 +32,7 @@ def test_the_summary_has_what_it_promises_and_its_files_exist(finished):
     summary = json.loads((run_dir / "summary.json").read_text())
     promised = {"val_accuracy_before", "val_accuracy_after", "train_seconds", "total_seconds", "seed", "rollout_engine"}
     assert promised <= summary.keys()
-    assert summary["seed"] == 3 and summary["steps"] == 2 and summary["rollout_engine"] == "hf"
+    assert summary["seed"] == 3 and summary["steps"] == 2 and summary["rollout_engine"] == "vllm"
     assert 0 <= summary["val_accuracy_before"] <= 1 and 0 < summary["train_seconds"] < summary["total_seconds"]
     for name in ("curves", "metrics", "rollouts", "checkpoint", "model"):
         assert Path(summary[name]).exists(), name

@@ -1,9 +1,16 @@
 """The language-model head as a module that can return the loss instead of the logits."""
 
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .api import linear_logprob_entropy, linear_policy_loss
 from .types import LogprobEntropy, PolicyLoss
+
+_FORBIDDEN = "forbidden_bias"  # buffer [V]: 0, and -inf in the forbidden columns
 
 
 class FusedLMHead(nn.Linear):
@@ -16,6 +23,8 @@ class FusedLMHead(nn.Linear):
 
         model.lm_head = FusedLMHead.from_linear(model.lm_head)
         model.lm_head.__class__ = FusedLMHead
+
+    `forbid` takes columns out of the distribution; what it keeps is no part of the state dict either.
     """
 
     @classmethod
@@ -27,7 +36,30 @@ class FusedLMHead(nn.Linear):
         head.weight = linear.weight
         if linear.bias is not None:
             head.bias = linear.bias
+        if _FORBIDDEN in linear._buffers:
+            head.register_buffer(_FORBIDDEN, linear._buffers[_FORBIDDEN], persistent=False)
         return head.train(linear.training)
+
+    def forbid(self, token_ids: Iterable[int]) -> None:
+        """Takes these columns of the vocabulary out of the distribution, besides those already taken out.
+
+        Their probability is 0 in everything the head returns, logits included (-inf): a trainer whose sampler never draws
+        some tokens (image pads) needs the distribution without them, not a softmax that still pays for them. Nothing is
+        learned and nothing is saved: the weight keeps the columns, which get no gradient. A target that is one of them
+        has log-prob -inf, and a policy loss that uses it is not finite: check targets before.
+
+        Raises:
+            IndexError: a token outside of [0, V).
+        """
+        forbidden = list(token_ids)
+        outside = [token for token in forbidden if not 0 <= token < self.out_features]
+        if outside:
+            raise IndexError(f"forbid got token {outside[0]}: outside [0, {self.out_features})")
+        if _FORBIDDEN not in self._buffers:
+            # out_features: under ZeRO-3 the weight's own shape is [0].
+            zeros = torch.zeros(self.out_features, dtype=self.weight.dtype, device=self.weight.device)
+            self.register_buffer(_FORBIDDEN, zeros, persistent=False)
+        self._buffers[_FORBIDDEN][forbidden] = -math.inf
 
     def forward(
         self, hidden: Tensor, target: Tensor | None = None, advantage: Tensor | None = None, **kwargs
@@ -46,7 +78,7 @@ class FusedLMHead(nn.Linear):
                 raise ValueError(
                     f"FusedLMHead got {', '.join(given)} but no target: pass target, or hidden alone for logits"
                 )
-            return super().forward(hidden)
+            return F.linear(hidden, self.weight, self._column_bias())
 
         if hidden.shape[:-1] != target.shape:
             raise ValueError(
@@ -59,9 +91,20 @@ class FusedLMHead(nn.Linear):
                 raise ValueError(f"a per-row argument is {list(value.shape)} but target is {list(target.shape)}")
             return value.reshape(-1) if per_row else value
 
+        if kwargs.get("softcap") is not None and _FORBIDDEN in self._buffers:
+            raise ValueError("softcap makes -inf finite, so that forbidden columns come back: drop softcap or forbid")
         kwargs = {name: flatten(value) for name, value in kwargs.items()}
         rows = hidden.reshape(-1, hidden.shape[-1])
         labels = target.reshape(-1)
+        bias = self._column_bias()
         if advantage is None:
-            return linear_logprob_entropy(rows, self.weight, labels, bias=self.bias, **kwargs)
-        return linear_policy_loss(rows, self.weight, labels, flatten(advantage), bias=self.bias, **kwargs)
+            return linear_logprob_entropy(rows, self.weight, labels, bias=bias, **kwargs)
+        return linear_policy_loss(rows, self.weight, labels, flatten(advantage), bias=bias, **kwargs)
+
+    def _column_bias(self) -> Tensor | None:
+        """[V] in the weight's dtype: the bias, -inf in the forbidden columns; None where there is neither."""
+        forbidden = self._buffers.get(_FORBIDDEN)
+        if forbidden is None:
+            return self.bias
+        forbidden = forbidden.to(self.weight.dtype)
+        return forbidden if self.bias is None else self.bias + forbidden

@@ -1,12 +1,36 @@
 """Rollouts: one response for each prompt, behind one interface, one file an engine."""
 
-from mssr.config import RolloutConfig
+from mssr.config import Config
 from mssr.distributed import World
 from mssr.policy.model import Policy
 from mssr.rollout.base import RolloutEngine
-from mssr.rollout.hf import HFRollout
+from mssr.rollout.hf import HFRollout, end_token_ids
+from mssr.rollout.vllm_adapter import installed_version, is_supported
 
 
-def make_rollout_engine(config: RolloutConfig, policy: Policy, tokenizer, world: World) -> RolloutEngine:
-    """The engine of this run: transformers' `generate`, the only one there is so far."""
-    return HFRollout(policy, tokenizer, config, world.device)
+def make_rollout_engine(config: Config, policy: Policy, tokenizer, world: World) -> RolloutEngine:
+    """The engine of this run, without weights yet: `update_weights` comes first. Collective over the ranks."""
+    ends, pad = end_token_ids(policy, tokenizer), tokenizer.pad_token_id
+    match engine_name(config.rollout.engine):
+        case "vllm":
+            from mssr.rollout.vllm import VLLMRollout
+
+            return VLLMRollout(config, policy, ends, pad, world)
+        case "servers":
+            from mssr.rollout.servers import ServerRollout
+
+            return ServerRollout(config.rollout, policy, ends, pad, world)
+        case "hf":
+            if config.rollout.engine == "auto" and world.is_main:
+                version = installed_version()
+                why = "vLLM is not installed" if version is None else f"vLLM {version} is not supported"
+                print(f"mssr: rollout.engine auto: hf, because {why}; see `mssr doctor`", flush=True)
+            return HFRollout(policy, ends, pad, config.rollout, world.device)
+
+
+def engine_name(setting: str) -> str:
+    """What `rollout.engine` comes to here."""
+    if setting != "auto":
+        return setting
+    version = installed_version()
+    return "vllm" if version is not None and is_supported(version) else "hf"

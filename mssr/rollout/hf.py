@@ -1,4 +1,5 @@
-"""Rollouts by transformers' batched `generate`, on the trainer's own weights: always available, nothing to sync."""
+"""Rollouts by transformers' batched `generate`: always available. On the trainer's own weights, with nothing to sync, or
+under ZeRO-3 on a whole copy of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,56 +8,76 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.batch import Prompt, RolloutBatch
 from mssr.config import RolloutConfig
 from mssr.policy.model import Policy
+from mssr.policy.zero3 import WholeCopy
+from mssr.rollout.base import OnResponse, Response, collect
 
 
 class HFRollout:
     name = "hf"
 
-    def __init__(self, policy: Policy, tokenizer, config: RolloutConfig, device: torch.device) -> None:
+    def __init__(self, policy: Policy, ends: list[int], pad: int, config: RolloutConfig, device: torch.device) -> None:
+        """ends: tokens that end a response. pad: the token behind it in a batch."""
+        self._copy: WholeCopy | None = None
         self._policy = policy
         self._config = config
         self._device = device
-        model_config = policy.model.config
-        self._pad = tokenizer.pad_token_id
-        self._ends = end_token_ids(policy, tokenizer)
-        # A sampled image pad would make the trainer look for an image that is not there.
-        self._forbidden = [model_config.image_token_id, model_config.video_token_id]
+        self._pad = pad
+        self._ends = ends
+        self._weight_version: int | None = None
 
-    def update_weights(self, policy: Policy) -> None:
-        """Nothing to do: the engine reads the trainer's own parameters."""
+    def update_weights(self, policy: Policy, version: int) -> None:
+        """Where the engine reads the trainer's own parameters, nothing to do. Under ZeRO-3 a collective."""
+        if policy.partitioned:
+            if self._copy is None:
+                self._copy = WholeCopy(policy, self._device)
+            else:
+                self._copy.update(policy)
+            self._policy = self._copy.policy
+        self._weight_version = version
 
     @torch.no_grad()
-    def generate(self, prompts: list[Prompt], streams: list[int], temperature: float) -> RolloutBatch:
-        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
-        responses: list[Tensor] = [None] * len(prompts)
-        logps: list[Tensor] = [None] * len(prompts)
+    def generate(
+        self,
+        prompts: list[Prompt],
+        streams: list[int],
+        temperature: float,
+        *,
+        expected_tokens: list[float] | None = None,
+        on_response: OnResponse | None = None,
+    ) -> RolloutBatch:
+        if self._weight_version is None:
+            raise RuntimeError("generate: the engine has no weights; call update_weights first")
+        responses: list[Response] = [None] * len(prompts)
         training = self._policy.training
         self._policy.eval()  # gradient checkpointing would switch the cache off
-        for start in range(0, len(by_length), self._config.batch_size):
-            chosen = by_length[start : start + self._config.batch_size]
+        # Rows that will take equally long share a batch, and so do equally long prompts.
+        expected = expected_tokens or [0.0] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda row: (-expected[row], len(prompts[row].token_ids)))
+        for start in range(0, len(order), self._config.batch_size):
+            chosen = order[start : start + self._config.batch_size]
             tokens, logp = self._generate([prompts[i] for i in chosen], [streams[i] for i in chosen], temperature)
-            for i, row_tokens, row_logp in zip(chosen, tokens, logp):
-                length = self._length(row_tokens)
-                responses[i], logps[i] = row_tokens[:length], row_logp[:length]
+            for row, row_tokens, row_logp in zip(chosen, tokens, logp):
+                responses[row] = self._response(row_tokens, row_logp)
+                if on_response is not None:
+                    on_response(row, responses[row])
         self._policy.train(training)
+        return collect(prompts, responses, self._pad)
 
-        longest = max(map(len, responses))
-        lengths = torch.tensor([len(response) for response in responses])
-        return RolloutBatch(
-            prompts=tuple(prompts),
-            tokens=pad_rows(responses, longest, self._pad),
-            mask=torch.arange(longest) < lengths[:, None],
-            logp=pad_rows(logps, longest),
-            truncated=torch.tensor([int(response[-1]) not in self._ends for response in responses]),
-        )
+    def release(self) -> None:
+        """The cache is gone with each batch, and the weights are the trainer's; a copy of them goes here."""
+        if self._copy:
+            self._copy = self._policy = self._weight_version = None
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def _generate(self, prompts: list[Prompt], streams: list[int], temperature: float) -> tuple[Tensor, Tensor]:
         """[B, R] tokens (garbage after the end token) and their log-probs, on the CPU."""
         limit = self._config.max_response_tokens
-        sampler = TokenSampler(streams, limit, temperature, self._forbidden, self._device)
+        sampler = TokenSampler(streams, limit, temperature, self._device)
         longest = max(len(prompt.token_ids) for prompt in prompts)
         ids = torch.stack([_left_pad(prompt.token_ids, longest, self._pad) for prompt in prompts])
         attention = torch.stack([_left_pad(torch.ones_like(p.token_ids), longest, 0) for p in prompts])
@@ -80,9 +101,11 @@ class HFRollout:
             )
         return sequences[:, longest:].cpu(), torch.stack(sampler.logps, dim=1).cpu()
 
-    def _length(self, tokens: Tensor) -> int:
+    def _response(self, tokens: Tensor, logp: Tensor) -> Response:
+        """Up to its first end token. tokens, logp: [R], of the whole generation."""
         ends = torch.isin(tokens, torch.tensor(self._ends)).nonzero()
-        return int(ends[0]) + 1 if len(ends) else len(tokens)
+        length = int(ends[0]) + 1 if len(ends) else len(tokens)
+        return Response(tokens[:length], logp[:length], truncated=not len(ends), weight_version=self._weight_version)
 
 
 class TokenSampler(LogitsProcessor):
@@ -95,12 +118,9 @@ class TokenSampler(LogitsProcessor):
     logps: after generation, one [B] float32 tensor a position: log-prob under the distribution drawn from.
     """
 
-    def __init__(
-        self, streams: list[int], max_tokens: int, temperature: float, forbidden: list[int], device: torch.device
-    ) -> None:
+    def __init__(self, streams: list[int], max_tokens: int, temperature: float, device: torch.device) -> None:
         self.logps: list[Tensor] = []
         self._temperature = temperature
-        self._forbidden = forbidden
         generator = torch.Generator()
         uniform = [
             torch.rand(max_tokens, generator=generator.manual_seed(stream), dtype=torch.float64) for stream in streams
@@ -109,7 +129,6 @@ class TokenSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
-        scores[:, self._forbidden] = -torch.inf
         logp = torch.log_softmax(scores / (self._temperature or 1.0), dim=-1)
         if self._temperature == 0:
             token = scores.argmax(-1, keepdim=True)

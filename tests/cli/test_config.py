@@ -93,7 +93,7 @@ def test_an_unknown_key_of_the_file_is_named_too(refused):
         ("train.steps=0", "train.steps: Input should be greater than 0, got 0"),
         ("train.steps=1.5", "train.steps"),
         ("train=3", "train: Input should be a valid dictionary"),
-        ("train.zero_stage=3", "train.zero_stage: Input should be 0, 1 or 2, got 3"),
+        ("train.zero_stage=4", "train.zero_stage: Input should be 0, 1, 2 or 3, got 4"),
         ("algorithm.name=ppo", "algorithm.name: Input should be 'mssr' or 'mvsr', got 'ppo'"),
         ("train.optimizer.lr=-1", "train.optimizer.lr"),
         ("train.optimizer.lr=.inf", "train.optimizer.lr"),
@@ -150,3 +150,31 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(UserError, match="not a readable config file"):
         load_config(tmp_path / "binary.yaml")
+
+
+CORRECTED = ("algorithm.old_logp=recompute",)
+SERVERS = ("rollout.engine=servers", "rollout.servers=[http://a:8000]")
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (("rollout.engine=servers",), "rollout.engine servers and rollout.servers"),
+        (("rollout.servers=[http://a:8000]",), "rollout.engine servers and rollout.servers"),
+        ((*CORRECTED, "rollout.one_step_off=true"), "set rollout.engine=servers"),
+        ((*SERVERS, "rollout.one_step_off=true"), "rollout.one_step_off samples from another policy"),
+        ((*SERVERS, *CORRECTED, "rollout.one_step_off=true", "algorithm.tis_cap=null"), "algorithm.tis_cap"),
+        (("rollout.quantization=fp8",), "rollout.quantization samples from another policy"),
+        ((*CORRECTED, "rollout.quantization=fp8", "rollout.engine=hf"), "set rollout.engine=vllm or servers"),
+        (("rollout.offload_optimizer=true", "train.zero_stage=0"), "set train.zero_stage=1, 2 or 3"),
+        (("rollout.truncated=dropped",), "'graded', 'masked' or 'failed'"),
+    ],
+)
+def test_rollout_settings_that_do_not_go_together(refused, overrides, said):
+    assert said in refused(*overrides)
+
+
+def test_rollout_settings_that_do(load):
+    assert load(*SERVERS, *CORRECTED, "rollout.one_step_off=true").rollout.one_step_off
+    assert load(*CORRECTED, "rollout.quantization=fp8").rollout.quantization == "fp8"
+    assert load("rollout.offload_optimizer=true").rollout.offload_optimizer

@@ -86,6 +86,65 @@ def test_accumulation_over_micro_batches():
     torch.testing.assert_close((head.weight.grad, head.bias.grad), whole, rtol=1e-4, atol=1e-7)
 
 
+FORBIDDEN = [3, 49]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_forbidden_columns_are_out_of_the_distribution(biased):
+    """Against the head that never had them."""
+    head, smaller = FusedLMHead(12, 50, bias=biased), nn.Linear(12, 48, bias=biased)
+    kept = [column for column in range(50) if column not in FORBIDDEN]
+    names, parameters = list(head.state_dict()), list(head.parameters())
+    head.forbid(FORBIDDEN[:1])
+    head.forbid(FORBIDDEN)
+    assert list(head.state_dict()) == names and list(head.parameters()) == parameters
+    smaller.load_state_dict({name: value[kept] for name, value in head.state_dict().items()})
+    hidden, position = torch.randn(6, 12), torch.randint(48, (6,))
+    target = torch.tensor(kept)[position]
+
+    assert (head(hidden)[:, FORBIDDEN] == -torch.inf).all()
+    torch.testing.assert_close(head(hidden)[:, kept], smaller(hidden))
+    dist = torch.log_softmax(smaller(hidden), dim=1)
+    out = head(hidden, target, temperature=1.0)
+    torch.testing.assert_close(out.logp, dist.gather(1, position[:, None]).squeeze(1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.entropy, -(dist.exp() * dist).sum(1), atol=1e-5, rtol=0)
+
+    (out.logp.sum() + out.entropy.sum()).backward()
+    gradients = [parameter.grad for parameter in head.parameters()]
+    (dist.gather(1, position[:, None]).sum() - (dist.exp() * dist).sum()).backward()
+    for found, parameter in zip(gradients, smaller.parameters(), strict=True):
+        assert (found[FORBIDDEN] == 0).all()
+        torch.testing.assert_close(found[kept], parameter.grad, atol=1e-5, rtol=0)
+
+
+def test_forbidden_columns_in_the_policy_loss():
+    head, hidden, target = FusedLMHead(12, 50, bias=False), torch.randn(6, 12), torch.randint(4, 49, (6,))
+    head.forbid(FORBIDDEN)
+    out = head(hidden, target, torch.randn(6), old_logp=-4 * torch.ones(6))
+    assert torch.equal(out.logp, head(hidden, target).logp)
+    out.loss.backward()
+    assert out.loss.isfinite() and head.weight.grad.isfinite().all() and (head.weight.grad[FORBIDDEN] == 0).all()
+
+
+def test_what_is_forbidden_follows_the_head():
+    head, hidden, target = FusedLMHead(12, 50), torch.randn(6, 12), torch.randint(4, 49, (6,))
+    head.forbid(FORBIDDEN)
+    for other in (copy.deepcopy(head), FusedLMHead.from_linear(head)):
+        assert torch.equal(other(hidden, target).logp, head(hidden, target).logp)
+    assert (head(hidden, torch.full((6,), 3)).logp == -torch.inf).all()
+    again = FusedLMHead(12, 50)
+    again.load_state_dict(head.state_dict())
+    assert again(hidden).isfinite().all()
+    for dtype in (torch.bfloat16, torch.float64):
+        head.to(dtype)
+        assert head(hidden.to(dtype)).dtype == dtype and head(hidden.to(dtype), target).logp.isfinite().all()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert head.float()(hidden, target).logp.isfinite().all()
+    by_hand = head.half()
+    by_hand.weight.data, by_hand.bias.data = by_hand.weight.data.float(), by_hand.bias.data.float()
+    assert by_hand(hidden).dtype == torch.float32 and by_hand(hidden, target).logp.isfinite().all()
+
+
 def test_errors():
     head = FusedLMHead(12, 50)
     with pytest.raises(ValueError, match="got advantage, temperature but no target"):
@@ -96,3 +155,8 @@ def test_errors():
         head(torch.randn(2, 3, 12), torch.zeros(2, 3, dtype=torch.long), torch.zeros(6))
     with pytest.raises(TypeError, match="needs an nn.Linear, got Embedding"):
         FusedLMHead.from_linear(nn.Embedding(3, 4))
+    with pytest.raises(IndexError, match=r"forbid got token 50: outside \[0, 50\)"):
+        head.forbid([3, 50])
+    head.forbid([3])
+    with pytest.raises(ValueError, match="drop softcap or forbid"):
+        head(torch.randn(3, 12), torch.zeros(3, dtype=torch.long), softcap=30.0)

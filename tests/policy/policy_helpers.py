@@ -18,17 +18,19 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mssr.batch import Prompt, RolloutBatch, pad_rows
-from mssr.config import DataConfig, ModelConfig, OptimizerConfig
+from mssr.config import Config, DataConfig, ModelConfig, OptimizerConfig, validate_config
 from mssr.data.files import open_rows
 from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.data.tasks.digits import write_digits
 from mssr.distributed import World
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.tiny import write_tiny_model
+from mssr.policy.weights import named_weights
 
 WORKSPACE = "MSSR_TEST_POLICY_WORKSPACE"  # environment variable
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 PICTURE_SIZES = [[(112, 56)], [(56, 56)], [], [(140, 84)], [(56, 28), (84, 56)], [(28, 84)]]  # of each prompt's images
+LOWEST = -1e4  # a logit: the probability is 0 in float64, and 0 times its log is 0 and no NaN
 DATA = DataConfig(train="unused", min_pixels=784, max_pixels=50_176, instruction="Box it.")
 
 
@@ -137,8 +139,21 @@ def make_engine(
     )
 
 
+def run_config(path: str | None = None, **rollout) -> Config:
+    """A run's configuration around the helpers' model, for what needs more of it than one section."""
+    return validate_config({
+        "run_dir": str(workspace() / "run"), "model": {"path": path or model_dir(), "dtype": "float32"},
+        "data": {"train": "unused", "max_prompt_tokens": 128}, "rollout": {"engine": "hf"} | rollout,
+    })  # fmt: skip
+
+
 def weights(engine: PolicyEngine) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in engine.policy.model.state_dict().items()}
+
+
+def whole_weights(engine: PolicyEngine) -> dict[str, Tensor]:
+    """`weights` under any ZeRO stage; on all ranks."""
+    return {name: value.clone() for name, value in named_weights(engine.policy, 1 << 20)}
 
 
 def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor], *, exact: bool = False) -> None:
@@ -174,10 +189,12 @@ def plain_inputs(prompt: Prompt, response: Tensor, model) -> dict:
 
 
 def plain_distribution(model, prompt: Prompt, response: Tensor, temperature: float = 1.0) -> Tensor:
-    """[R, V] log-probs of every token at each position of the response."""
+    """[R, V] log-probs of every token at each position of the response; no model here samples image or video pads."""
     logits = model(**plain_inputs(prompt, response, model), use_cache=False).logits[0]
     start = len(prompt.token_ids) - 1
-    return torch.log_softmax(logits[start : start + len(response)].double() / temperature, dim=-1)
+    logits = logits[start : start + len(response)].double() / temperature
+    pads = torch.tensor([model.config.image_token_id, model.config.video_token_id])
+    return torch.log_softmax(logits.index_fill(1, pads, LOWEST), dim=-1)
 
 
 def plain_logp(model, batch: RolloutBatch, temperature: float = 1.0) -> Tensor:

@@ -17,6 +17,7 @@ from policy_helpers import (
     weights,
 )
 
+from mssr.batch import RolloutBatch
 from mssr.policy.model import load_frozen_policy
 from mssr_kernels import PolicyLossConfig
 
@@ -181,3 +182,38 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(prompts, plain):
     (once, expected), (twice, found) = results
     assert (once, twice) == (1, 2)
     assert_same_weights(found, expected)
+
+
+def test_masked_responses_are_no_part_of_the_loss(world, prompts):
+    """The update is the one that the other responses alone would have made."""
+    batch = random_batch(prompts, [5, 9, 3, 7, 1, 12])
+    masked = torch.tensor([False, True, False, False, True, True])
+    some, others = make_engine(), make_engine()
+    stats = some.update(replace(batch, masked=masked), EVERYTHING)
+    kept = [row for row in range(6) if not masked[row]]
+    fields = {name: getattr(batch, name)[kept] for name in ("tokens", "mask", "logp", "truncated")}
+    fields |= {name: getattr(batch, name)[kept] for name in ("advantage", "old_logp", "ref_logp")}
+    expected = others.update(RolloutBatch(prompts=tuple(prompts[row] for row in kept), **fields), EVERYTHING)
+    assert stats.metrics == pytest.approx(expected.metrics, rel=1e-5)
+    assert stats.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+    torch.testing.assert_close(stats.logp[kept], expected.logp, atol=1e-5, rtol=0)
+    assert_same_weights(weights(some), weights(others))
+
+
+def test_a_batch_whose_responses_are_all_masked_changes_next_to_nothing(world, prompts):
+    engine = make_engine(weight_decay=0.0)
+    before = weights(engine)
+    stats = engine.update(replace(random_batch(prompts, [5, 9, 3, 7, 1, 12]), masked=torch.ones(6).bool()), EVERYTHING)
+    assert stats.grad_norm == 0 and all(value == 0 for value in stats.metrics.values())
+    assert_same_weights(weights(engine), before, exact=True)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_the_optimizer_comes_back_from_the_host_as_it_went(world, prompts, zero_stage):
+    stayed, moved = (make_engine(zero_stage=zero_stage) for _ in range(2))
+    for step in range(3):
+        batch = random_batch(prompts, [5, 9, 3, 7, 1, 12], seed=step)
+        with moved.optimizer_offloaded():
+            scores = moved.score(batch)
+        torch.testing.assert_close(scores, stayed.score(batch), atol=0, rtol=0)
+        assert moved.update(batch, EVERYTHING).grad_norm == stayed.update(batch, EVERYTHING).grad_norm

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from policy_helpers import ALONE, plain_inputs, plain_logp, plain_model, random_batch
+from policy_helpers import ALONE, plain_distribution, plain_inputs, plain_logp, plain_model, random_batch
 
 from mssr.policy.packing import pack, plan_micro_batches
 
@@ -31,8 +31,8 @@ def test_packed_equals_alone(policy, plain, prompts, rows):
 def test_entropy_is_of_the_whole_distribution(policy, plain, prompts):
     batch = random_batch(prompts[:1], [4])
     micro_batch = pack(batch, [0], policy.prompt_positions, policy.image_token_id, ALONE.device)
-    logits = plain(**plain_inputs(prompts[0], batch.response(0), plain)).logits[0, -5:-1].double()
-    expected = torch.distributions.Categorical(logits=logits).entropy()
+    dist = plain_distribution(plain, prompts[0], batch.response(0))
+    expected = torch.distributions.Categorical(logits=dist).entropy()
     torch.testing.assert_close(policy(micro_batch, 1.0).entropy.double(), expected, atol=1e-5, rtol=0)
 
 

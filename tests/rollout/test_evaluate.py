@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from policy_helpers import ALONE, DATA, digits, model_dir, processors
+from rollout_engines import hf
 
-from mssr.config import EvalConfig, RolloutConfig
+from mssr.config import EvalConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.data.prompts import PromptEncoder
 from mssr.evaluate import evaluate
 from mssr.policy.model import load_policy
-from mssr.rollout import make_rollout_engine
 
 LIMIT = 6
 
@@ -26,16 +26,22 @@ def odd_is_right(batch):
     return replace(batch, reward=correct, correct=correct), [""] * len(batch)
 
 
+def sampler(policy):
+    engine = hf(policy, LIMIT, ends=[processors()[0].eos_token_id])
+    engine.update_weights(policy, 0)
+    return engine
+
+
 def run(world, path, count, **settings):
     policy = load_policy(path, torch.float32)
-    rollout = make_rollout_engine(RolloutConfig(max_response_tokens=LIMIT), policy, processors()[0], world)
+    rollout = sampler(policy)
     return evaluate(held_out(count), rollout, odd_is_right, world, EvalConfig(**settings), seed=4)
 
 
 def answered(count, temperature=0.0):
     """Every problem's response, by the sampler directly."""
     policy = load_policy(model_dir(), torch.float32)
-    rollout = make_rollout_engine(RolloutConfig(max_response_tokens=LIMIT), policy, processors()[0], ALONE)
+    rollout = sampler(policy)
     return odd_is_right(rollout.generate(list(held_out(count)), list(range(count)), temperature))[0]
 
 

@@ -11,6 +11,7 @@ from policy_helpers import (
     make_engine,
     plain_distribution,
     plain_inputs,
+    plain_logp,
     plain_model,
     processors,
     random_batch,
@@ -18,8 +19,8 @@ from policy_helpers import (
 
 from mssr.config import RolloutConfig
 from mssr.policy.model import load_policy
-from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import noise_streams
+from mssr.rollout.hf import HFRollout, end_token_ids
 
 EXTRA_ENDS = list(range(100, 130))  # of 300 tokens: some responses end, others are cut
 
@@ -30,14 +31,17 @@ def rollout(policy, *, max_response_tokens=12, batch_size=64, ends=EXTRA_ENDS):
     own = policy.model.generation_config.eos_token_id
     policy.model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
     try:
-        config = RolloutConfig(max_response_tokens=max_response_tokens, batch_size=batch_size)
-        return make_rollout_engine(config, policy, tokenizer, ALONE)
+        all_ends = end_token_ids(policy, tokenizer)
     finally:
         policy.model.generation_config.eos_token_id = own
+    config = RolloutConfig(max_response_tokens=max_response_tokens, batch_size=batch_size)
+    engine = HFRollout(policy, all_ends, tokenizer.pad_token_id, config, ALONE.device)
+    engine.update_weights(policy, 0)
+    return engine
 
 
-def pads(policy) -> list[int]:
-    return [policy.model.config.image_token_id, policy.model.config.video_token_id]
+def pads(model) -> list[int]:
+    return [model.config.image_token_id, model.config.video_token_id]
 
 
 def assert_same_responses(found, expected):
@@ -90,17 +94,11 @@ def test_an_end_token_on_the_last_position_is_no_truncation(policy, prompts):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_log_probs_are_the_trainers(world, policy, plain, prompts, temperature):
-    """Up to the mass of the tokens that are never sampled: the trainer's distribution has it, the sampler's has not."""
     batch = rollout(policy).generate(list(prompts), list(range(6)), temperature)
+    expected = plain_logp(plain, batch, temperature)
+    torch.testing.assert_close(batch.logp.double(), expected, atol=1e-5, rtol=0)
     scored = make_engine(temperature=temperature).score(batch)
-    for row, prompt in enumerate(prompts):
-        response = batch.response(row)
-        dist = plain_distribution(plain, prompt, response, temperature)
-        forbidden = dist[:, pads(policy)].exp().sum(1)
-        expected = dist.gather(1, response[:, None]).squeeze(1) - torch.log1p(-forbidden)
-        torch.testing.assert_close(batch.logp[row, : len(response)].double(), expected, atol=1e-5, rtol=0)
-        gap = batch.logp[row, : len(response)] - scored[row, : len(response)]
-        torch.testing.assert_close(gap.double(), -torch.log1p(-forbidden), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scored, batch.logp, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 7])
@@ -148,8 +146,7 @@ def test_first_tokens_follow_the_softmax(policy, plain, prompts, temperature):
     streams = noise_streams(3, "train", 0, list(range(count)))
     batch = rollout(policy, max_response_tokens=1, batch_size=512).generate([prompt] * count, streams, temperature)
     expected = plain_distribution(plain, prompt, batch.response(0), temperature)[0].exp()
-    expected[pads(policy)] = 0
-    expected = count * expected / expected.sum()
+    expected = count * expected
     found = torch.bincount(batch.tokens[:, 0], minlength=len(expected)).double()
     rare = expected < 5
     found = torch.cat([found[~rare], found[rare].sum()[None]])
@@ -167,8 +164,6 @@ def test_whole_responses_follow_the_policy(policy, plain, prompts):
     for row in range(count):
         response = batch.response(row)
         dist = plain_distribution(plain, prompt, response).exp()
-        dist[:, pads(policy)] = 0
-        dist /= dist.sum(1, keepdim=True)
         mass = dist.gather(1, response[:, None]).squeeze(1)
         below = dist.cumsum(1).gather(1, response[:, None]).squeeze(1) - mass
         uniform = below + mass * torch.rand(len(response), generator=jitter)
@@ -186,27 +181,28 @@ def test_temperature_zero_is_transformers_greedy(policy, plain, prompts):
     batch = engine.generate(list(prompts), [0] * 6, 0.0)
     for row, prompt in enumerate(prompts):
         inputs = plain_inputs(prompt, torch.tensor([], dtype=torch.int64), plain)
-        own = plain.generate(**inputs, do_sample=False, max_new_tokens=12, suppress_tokens=pads(policy))
+        own = plain.generate(**inputs, do_sample=False, max_new_tokens=12, suppress_tokens=pads(plain))
         response = batch.response(row)
         assert response.tolist() == own[0, len(prompt.token_ids) :].tolist()[: len(response)]
         dist = plain_distribution(plain, prompt, response)
-        expected = dist.gather(1, response[:, None]).squeeze(1) - torch.log1p(-dist[:, pads(policy)].exp().sum(1))
+        expected = dist.gather(1, response[:, None]).squeeze(1)
         torch.testing.assert_close(batch.logp[row, : len(response)].double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_image_and_video_pads_are_never_sampled(model_dir, prompts, temperature):
-    policy = load_policy(model_dir, torch.float32)
-    head = policy.model.lm_head.weight.detach()
-    inputs = plain_inputs(prompts[0], torch.tensor([], dtype=torch.int64), policy.model)
-    with torch.no_grad():
-        last = policy.model.model(**inputs).last_hidden_state[0, -1]
-        head[pads(policy)] = 10 * last
-        logits = policy.model(**inputs).logits[0, -1]
-    assert logits.argmax() in pads(policy) and torch.softmax(logits, 0)[pads(policy)].sum() > 0.999
+def test_image_and_video_pads_are_never_sampled(world, model_dir, prompts, tmp_path, temperature):
+    """From a model whose own softmax gives them nearly everything; and the trainer scores as if it did not."""
+    model = plain_model(model_dir).requires_grad_(False)
+    inputs = plain_inputs(prompts[0], torch.tensor([], dtype=torch.int64), model)
+    model.lm_head.weight[pads(model)] = 10 * model.model(**inputs).last_hidden_state[0, -1]
+    logits = model(**inputs).logits[0, -1]
+    assert logits.argmax() in pads(model) and torch.softmax(logits, 0)[pads(model)].sum() > 0.999
+    model.save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), torch.float32)
     batch = rollout(policy).generate([prompts[0]] * 20, list(range(20)), temperature)
-    assert not torch.isin(batch.tokens, torch.tensor(pads(policy))).any()
+    assert not torch.isin(batch.tokens, torch.tensor(pads(model))).any()
     assert torch.isfinite(batch.logp).all()
+    torch.testing.assert_close(make_engine(path=str(tmp_path)).score(batch), batch.logp, atol=1e-5, rtol=0)
 
 
 def test_a_models_own_sampling_settings_change_nothing(model_dir, prompts, sampled, tmp_path):
@@ -239,7 +235,7 @@ def test_weights_as_they_are_now(world, model_dir, prompts):
     before = sampler.generate(list(prompts), list(range(6)), 1.0)
     torch.testing.assert_close(engine.score(before)[before.mask], before.logp[before.mask], atol=0.2, rtol=0)
     engine.imitate(random_batch(prompts, [5, 9, 3, 7, 1, 12]))
-    sampler.update_weights(engine.policy)
+    sampler.update_weights(engine.policy, 1)
     after = sampler.generate(list(prompts), list(range(6)), 1.0)
     assert any(before.response(row).tolist() != after.response(row).tolist() for row in range(6))
     fresh = plain_model(model_dir).requires_grad_(False)
@@ -247,7 +243,6 @@ def test_weights_as_they_are_now(world, model_dir, prompts):
     for row, prompt in enumerate(prompts):
         dist = plain_distribution(fresh, prompt, after.response(row))
         expected = dist.gather(1, after.response(row)[:, None]).squeeze(1)
-        expected = expected - torch.log1p(-dist[:, pads(engine.policy)].exp().sum(1))
         length = len(expected)
         torch.testing.assert_close(after.logp[row, :length].double(), expected, atol=2e-5, rtol=0)
 

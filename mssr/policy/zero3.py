@@ -1,0 +1,96 @@
+"""ZeRO-3: the policy in shares, one a rank, and whole again for who cannot work with shares."""
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+
+from mssr.distributed import World
+from mssr.errors import UserError
+from mssr.policy import attention
+from mssr.policy.model import Policy, load_policy
+from mssr.policy.weights import BUCKET_BYTES, named_weights
+
+# Parameters up to this many elements stay whole on every rank. Norm weights of models up to 7B do, which would be a
+# collective each; a bias travels with its layer's weight anyway.
+PERSISTENT_NUMEL = 4000
+
+
+def load_partitioned_policy(
+    path: str, dtype: torch.dtype, world: World, deepspeed_settings: dict, *, gradient_checkpointing: bool
+) -> Policy:
+    """`load_policy`, with this rank's share of every parameter in place of the whole.
+
+    Rank 0 alone reads the files, with all the checks that has, and the others receive parameter by parameter: the model is
+    whole only in rank 0's host memory, and a device never holds more than its share and one parameter. (transformers'
+    own ZeRO-3 loading reads everything on every rank, and does not check shapes or what is missing.)
+
+    Raises:
+        UserError: as `load_policy`, on every rank.
+    """
+    policy, problem = None, None
+    if world.is_main:
+        try:
+            policy = load_policy(path, dtype, gradient_checkpointing=gradient_checkpointing)
+        except UserError as error:
+            problem = str(error)
+    problem = world.gather(problem)[0]
+    if problem:
+        raise UserError(problem)
+    if policy is None:
+        policy = _empty_policy(AutoConfig.from_pretrained(path), dtype, torch.device("cpu"))
+        if gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.model.generation_config = world.gather(policy.model.generation_config)[0]
+
+    tensors = [*policy.named_parameters(), *policy.named_buffers()]
+    layouts = world.gather([(name, tensor.shape, tensor.dtype) for name, tensor in tensors])
+    if any(layout != layouts[0] for layout in layouts):
+        raise RuntimeError(f"model.path {path}: ranks built different models from it; do they see the same files?")
+    for buffer in policy.buffers():
+        buffer.data = buffer.data.to(world.device)
+        if world.size > 1:
+            dist.broadcast(buffer.data, src=0)
+    # DeepSpeed's collectives, which torch is renaming: a line for every call of every layer.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+    import deepspeed  # reads DS_ACCELERATOR when imported, which start_world sets
+
+    # Parameter by parameter: to the device, rank 0's values to all, and but for the share away again.
+    deepspeed.zero.Init(module=policy, config_dict_or_path=deepspeed_settings, dtype=dtype)
+    return policy
+
+
+class WholeCopy:
+    """A partitioned policy's weights, whole on this rank, in a policy that no ZeRO hook is in.
+
+    For what runs the model at its own pace, such as generation: under the hooks every module call of a rank waits for the
+    others', and their responses are not as long. It takes a device the memory of the model in its own dtype.
+
+    policy: the copy. `update`: makes it equal to the partitioned one; a collective.
+    """
+
+    def __init__(self, partitioned: Policy, device: torch.device) -> None:
+        source = partitioned.model
+        dtype = next(source.parameters()).dtype
+        self.policy = _empty_policy(source.config, dtype, device).requires_grad_(False).eval()
+        self.policy.model.generation_config = source.generation_config
+        buffers = dict(source.named_buffers())
+        for name, buffer in self.policy.model.named_buffers():
+            buffer.copy_(buffers[name])
+        self.update(partitioned)
+
+    @torch.no_grad()
+    def update(self, partitioned: Policy) -> None:
+        own = dict(self.policy.model.named_parameters(remove_duplicate=False))
+        for name, weight in named_weights(partitioned, BUCKET_BYTES):
+            own[name].copy_(weight)
+
+
+def _empty_policy(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Policy:
+    """The architecture, ties included, around memory that nobody has written to."""
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+    policy = Policy(model).to_empty(device=device)
+    model.tie_weights()
+    return policy

@@ -1,0 +1,72 @@
+"""Rewards of a batch's responses, computed while other responses still generate."""
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from mssr.batch import Prompt, RolloutBatch
+from mssr.rewards.reward import RewardFunction, Rewards
+from mssr.rollout.base import Response
+
+
+class Grader:
+    """Decodes and grades in a thread of its own: the symbolic check waits for another process anyway."""
+
+    def __init__(self, reward: RewardFunction, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._reward = reward
+        self._tokenizer = tokenizer
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grader")
+
+    def begin(self, prompts: Sequence[Prompt]) -> "Grading":
+        return Grading(self, prompts)
+
+    def submit(self, prompt: Prompt, tokens: Tensor) -> Future:
+        """Future of (rewards of one response, its text). tokens: [R] int64."""
+        return self._thread.submit(self._grade, tokens.tolist(), prompt.answer)
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._reward.close()
+
+    def _grade(self, tokens: list[int], answer: str) -> tuple[Rewards, str]:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return self._reward([text], [answer]), text
+
+
+class Grading:
+    """Of one batch. Called with (row, response) as responses complete: `on_response` of `RolloutEngine.generate`."""
+
+    def __init__(self, grader: Grader, prompts: Sequence[Prompt]) -> None:
+        self._grader = grader
+        self._prompts = prompts
+        self._jobs: dict[int, Future] = {}
+
+    def __call__(self, row: int, response: Response) -> None:
+        self._jobs[row] = self._grader.submit(self._prompts[row], response.tokens)
+
+    def finish(self, batch: RolloutBatch) -> tuple[RolloutBatch, list[str]]:
+        """The batch with its rewards, and the decoded responses. Grades what was not graded before."""
+        for row, prompt in enumerate(self._prompts):
+            if row not in self._jobs:
+                self._jobs[row] = self._grader.submit(prompt, batch.response(row))
+        graded = [self._jobs[row].result() for row in range(len(batch))]
+        reward = torch.tensor([rewards.reward[0] for rewards, _ in graded])
+        correct = torch.tensor([rewards.correct[0] for rewards, _ in graded])
+        return replace(batch, reward=reward, correct=correct), [text for _, text in graded]
+
+
+def settle_truncated(batch: RolloutBatch, rule: Literal["graded", "masked", "failed"]) -> RolloutBatch:
+    """What becomes of responses that the token limit cut (`rollout.truncated`).
+
+    graded: what the reward says. masked: that too, for the tracker, but no part of the loss. failed: reward 0.
+    """
+    if rule == "masked":
+        return replace(batch, masked=batch.truncated)
+    if rule == "failed":
+        return replace(batch, reward=batch.reward.masked_fill(batch.truncated, 0.0))
+    return batch

@@ -1,0 +1,83 @@
+"""Our prompts as vLLM's requests, and its outputs as our responses.
+
+Prompts go in as they are trained on: the same token ids, image tokens expanded, and the same preprocessed pixels. So
+vLLM tokenises nothing and preprocesses no image, and neither can differ from the trainer's.
+"""
+
+import torch
+from torch import Tensor
+
+from mssr.batch import Prompt
+from mssr.rollout.base import Response
+
+NEVER = -1e9  # added to a logit; finite, since it also travels as JSON
+
+
+def engine_input(prompt: Prompt, image_token_id: int, merge_size: int) -> dict:
+    """The prompt as vLLM's engine takes it (`vllm.inputs.engine`): text, or text and preprocessed images.
+
+    merge_size: patches a side that make one image token (`vision_config.spatial_merge_size`).
+    """
+    from vllm.inputs.engine import mm_input, tokens_input
+    from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
+
+    token_ids = prompt.token_ids.tolist()
+    if prompt.pixel_values is None:
+        return tokens_input(token_ids)
+    patches = prompt.image_grid_thw.prod(1)
+    items = MultiModalKwargsItems.from_hf_inputs(
+        {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw},
+        {
+            "pixel_values": MultiModalFieldConfig.flat_from_sizes("image", patches),
+            "image_grid_thw": MultiModalFieldConfig.batched("image", keep_on_cpu=True),
+        },
+    )
+    tokens = (patches // merge_size**2).tolist()
+    places = [
+        PlaceholderRange(offset=offset, length=length)
+        for offset, length in zip(image_offsets(prompt.token_ids, tokens, image_token_id), tokens)
+    ]
+    # What its caches go by: this image of this prompt. The same picture in another prompt is encoded again.
+    hashes = [f"{prompt.key}/{number}" for number in range(len(tokens))]
+    return mm_input(token_ids, {"image": items["image"]}, {"image": hashes}, {"image": places})
+
+
+def image_offsets(token_ids: Tensor, tokens: list[int], image_token_id: int) -> list[int]:
+    """Where each image's tokens begin in the prompt. token_ids: [P]. tokens: of each image."""
+    places = (token_ids == image_token_id).nonzero().flatten().tolist()
+    offsets, start = [], 0
+    for count in tokens:
+        offsets.append(places[start])
+        start += count
+    return offsets
+
+
+def sampling(temperature: float, max_tokens: int, ends: list[int], forbidden: list[int]) -> dict:
+    """Arguments of `vllm.SamplingParams`: the policy's own distribution, nothing cut off it but `forbidden` tokens.
+
+    top_p and top_k stay off, or the reported log-probs would not be those of the trainer.
+    """
+    return {
+        "temperature": temperature,
+        "top_p": 1.0,
+        "top_k": 0,
+        "max_tokens": max_tokens,
+        "logprobs": 0,  # the sampled token's alone
+        "stop_token_ids": ends,
+        "ignore_eos": True,  # all end tokens are in `ends`; the model's generation config does not add to them
+        "logit_bias": dict.fromkeys(forbidden, NEVER),
+        "detokenize": False,
+        "skip_special_tokens": False,
+    }
+
+
+def response(completion, weight_version: int) -> Response:
+    """Of a finished `vllm.outputs.CompletionOutput`."""
+    tokens = list(completion.token_ids)
+    logps = [entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)]
+    return Response(
+        tokens=torch.tensor(tokens),
+        logp=torch.tensor(logps, dtype=torch.float32),
+        truncated=completion.finish_reason == "length",
+        weight_version=weight_version,
+    )

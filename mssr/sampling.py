@@ -1,0 +1,130 @@
+"""The rollouts of each training step: sampled when the step begins, or one step ahead, beside the training.
+
+In turn (the default):      sync(k)  generate(k)  train(k)               sync(k+1)  generate(k+1)  train(k+1) ...
+One step off (on servers):  sync(k)  train(k) beside generate(k+1)       sync(k+1)  train(k+1) beside generate(k+2) ...
+
+One step off, step k trains on what the weights of step k-1 sampled: staleness exactly 1 (0 for the first batch), for
+which recomputed old log-probs and truncated importance weights correct.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+from mssr.batch import Prompt, RolloutBatch
+from mssr.data.sampler import PromptSampler
+from mssr.errors import UserError
+from mssr.observe.stopwatch import Stopwatch
+from mssr.policy.engine import PolicyEngine
+from mssr.rewards.grading import Grading, settle_truncated
+from mssr.rollout.base import RolloutEngine, noise_streams
+from mssr.rollout.lengths import ResponseLengths
+from mssr.run import Run
+from mssr.shares import Shares
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatch:
+    """This rank's share of a step.
+
+    batch: with rewards. texts: the responses, decoded. seconds: of its generation, whatever the loop waited for it.
+    """
+
+    batch: RolloutBatch
+    texts: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Sampled:
+    batch: RolloutBatch
+    grading: Grading
+    seconds: float
+
+
+class StepRollouts:
+    """Owns the sampler: makes room for it, gives it the weights, and asks it for each step's batch.
+
+    lengths: of past responses, which decide what is begun first; part of a checkpoint.
+    """
+
+    def __init__(self, run: Run, engine: PolicyEngine, share: Shares) -> None:
+        self.lengths = ResponseLengths()
+        self._run, self._engine, self._share = run, engine, share
+        self._config = run.config.rollout
+        self._rows = PromptSampler(len(run.problems), self._config.prompts_per_step, run.config.seed)
+        self._rollout = run.rollout_engine(engine.policy)
+        self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
+        self._next: Future[_Sampled] | None = None
+
+    @contextmanager
+    def awake(self, version: int, clock: Stopwatch | None = None) -> Iterator[RolloutEngine]:
+        """The sampler, with the policy's weights as they are now, `version` steps old; its memory is given back after."""
+        if self._next is not None:
+            wait([self._next])  # the sampler does one thing at a time
+        with self._engine.optimizer_offloaded() if self._config.offload_optimizer else nullcontext():
+            with clock("sync") if clock else nullcontext():
+                self._rollout.update_weights(self._engine.policy, version)
+            yield self._rollout
+            self._rollout.release()
+
+    def take(self, step: int, clock: Stopwatch) -> StepBatch:
+        """The step's batch. One step off, the next one's generation begins.
+
+        Raises:
+            UserError: the batch was sampled from other weights than this step's (or, one step off, the last one's).
+        """
+        coming, self._next = self._next, None
+        if coming is None:
+            with clock("data"):
+                prompts, streams, expected = self._asked(step)
+            with self.awake(step, clock), clock("generate"):
+                sampled = self._generate(prompts, streams, expected)
+        else:
+            with clock("generate"):
+                sampled = coming.result()
+        with clock("reward"):
+            batch, texts = sampled.grading.finish(sampled.batch)
+        refuse_other_weights(batch, step, version=step if coming is None else step - 1)
+        self.lengths.observe(self._share.gather_list(batch.keys), self._share.gather(batch.lengths).tolist())
+        if self._config.one_step_off and step + 1 < self._run.config.train.steps:
+            with clock("data"):
+                asked = self._asked(step + 1)
+            with clock("sync"):
+                if coming is not None:  # else they are this step's already
+                    self._rollout.update_weights(self._engine.policy, step)
+            self._next = self._beside.submit(self._generate, *asked)
+        return StepBatch(settle_truncated(batch, self._config.truncated), texts, sampled.seconds)
+
+    def close(self) -> None:
+        self._beside.shutdown(cancel_futures=True)
+        self._rollout.close()
+
+    def _asked(self, step: int) -> tuple[list[Prompt], list[int], list[float]]:
+        """The step's prompts, noise streams and expected lengths; all collectives and data work of a generation."""
+        rows = self._rows.rows(step)
+        prompts = [self._run.problems[rows[slot]] for slot in self._share.slots]
+        streams = noise_streams(self._run.config.seed, "train", step, self._share.slots)
+        return prompts, streams, self.lengths.expected([prompt.key for prompt in prompts])
+
+    def _generate(self, prompts: list[Prompt], streams: list[int], expected: list[float]) -> _Sampled:
+        started = time.perf_counter()
+        grading = self._run.grader.begin(prompts)
+        batch = self._rollout.generate(
+            prompts, streams, self._config.temperature, expected_tokens=expected, on_response=grading
+        )
+        return _Sampled(batch, grading, time.perf_counter() - started)
+
+
+def refuse_other_weights(batch: RolloutBatch, step: int, version: int) -> None:
+    """Raises:
+    UserError: a response was sampled from weights that are not `version` steps old: a sync was missed.
+    """
+    others = batch.weight_version[batch.weight_version != version]
+    if len(others):
+        raise UserError(
+            f"step {step + 1}: {len(others)} responses were sampled from the weights of step {int(others[0])}, not "
+            f"{version}: the weight sync missed one; report it, with the rollout engine and its version"
+        )

@@ -1,0 +1,110 @@
+"""Rewards while a batch generates, and what becomes of truncated responses."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mssr.batch import Prompt, RolloutBatch
+from mssr.config import RewardConfig
+from mssr.rewards.grading import Grader, settle_truncated
+from mssr.rewards.reward import RewardFunction
+from mssr.rollout.base import Response, collect
+
+TEXTS = ["\\boxed{4}", "\\boxed{5}", "no box", "\\boxed{2+2}"]
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    def decode(self, tokens, skip_special_tokens):
+        return "".join(map(chr, tokens))
+
+
+def prompt(row):
+    return Prompt(str(row), row, "2 + 2?", "4", None, torch.tensor([1]), None, None, ())
+
+
+def response(text, truncated=False):
+    return Response(torch.tensor(list(map(ord, text))), torch.zeros(len(text)), truncated, 7)
+
+
+PROMPTS = [prompt(row) for row in range(4)]
+BATCH = collect(PROMPTS, [response(text, truncated=row == 3) for row, text in enumerate(TEXTS)], pad=0)
+
+
+@pytest.fixture
+def grader():
+    grader = Grader(RewardFunction(RewardConfig(format_weight=0.0)), Letters())
+    yield grader
+    grader.close()
+
+
+@pytest.mark.parametrize("told", [[], [2], [3, 1, 0, 2]])
+def test_every_response_is_graded_whether_told_before_or_not(grader, told):
+    grading = grader.begin(PROMPTS)
+    for row in told:
+        grading(row, response(TEXTS[row]))
+    batch, texts = grading.finish(BATCH)
+    assert batch.reward.tolist() == batch.correct.tolist() == [1, 0, 0, 1]
+    assert texts == TEXTS
+
+
+def test_grading_goes_on_while_others_generate(grader):
+    """The first response's reward is there before the second response is."""
+    graded = threading.Event()
+    rewards = grader._reward
+
+    class Telling:
+        def __call__(self, texts, answers):
+            result = rewards(texts, answers)
+            graded.set()
+            return result
+
+        def close(self):
+            rewards.close()
+
+    grader._reward = Telling()
+    grading = grader.begin(PROMPTS)
+    grading(0, response(TEXTS[0]))
+    assert graded.wait(30)
+
+
+def test_an_error_of_the_reward_is_raised(grader):
+    def broken(texts, answers):
+        raise RuntimeError("the checker is gone")
+
+    broken.close = grader._reward.close
+    grader._reward = broken
+    with pytest.raises(RuntimeError, match="the checker is gone"):
+        grader.begin(PROMPTS).finish(BATCH)
+
+
+def test_an_empty_batch(grader):
+    batch, texts = grader.begin([]).finish(collect([], [], pad=0))
+    assert batch.reward.shape == (0,) and texts == []
+
+
+def settled(rule) -> RolloutBatch:
+    graded = replace(BATCH, reward=torch.tensor([1.0, 0, 0.5, 1]), correct=torch.tensor([1.0, 0, 0, 1]))
+    return settle_truncated(graded, rule)
+
+
+def test_truncated_responses_are_graded_like_others():
+    batch = settled("graded")
+    assert batch.reward.tolist() == [1, 0, 0.5, 1] and batch.masked is None
+    assert torch.equal(batch.loss_mask, batch.mask)
+
+
+def test_truncated_responses_left_out_of_the_loss():
+    batch = settled("masked")
+    assert batch.reward.tolist() == [1, 0, 0.5, 1]  # which the tracker counts
+    assert batch.masked.tolist() == [False, False, False, True]
+    assert torch.equal(batch.loss_mask[:3], batch.mask[:3]) and not batch.loss_mask[3].any()
+
+
+def test_truncated_responses_fail():
+    batch = settled("failed")
+    assert batch.reward.tolist() == [1, 0, 0.5, 0] and batch.masked is None
+    assert batch.correct.tolist() == [1, 0, 0, 1]  # what was said stays on record

@@ -1,0 +1,186 @@
+"""What every rollout engine promises (`RolloutEngine`): both engines, the same tests, real vLLM included."""
+
+import pytest
+import torch
+from policy_helpers import make_engine, plain_distribution, plain_model, processors, random_batch
+from rollout_engines import ENDS, LIMIT, engine_of
+
+from mssr.policy.model import load_policy
+from mssr.rollout.base import noise_streams
+
+STREAMS = noise_streams(0, "train", 0, list(range(24)))
+
+
+@pytest.fixture(scope="module", params=["hf", "vllm"])
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def engine(name, policy):
+    return engine_of(name, policy)
+
+
+@pytest.fixture
+def sampled(engine, prompts):
+    """24 responses, each prompt four times."""
+    return engine.generate(list(prompts) * 4, STREAMS, 1.0)
+
+
+def responses(batch):
+    return [batch.response(row).tolist() for row in range(len(batch))]
+
+
+def test_shapes_masks_and_padding(sampled, prompts):
+    longest = int(sampled.mask.sum(1).max())
+    assert sampled.prompts == tuple(prompts) * 4
+    assert sampled.tokens.shape == sampled.mask.shape == sampled.logp.shape == (24, longest)
+    assert (sampled.tokens.dtype, sampled.mask.dtype, sampled.logp.dtype) == (torch.int64, torch.bool, torch.float32)
+    assert torch.equal(sampled.mask, torch.arange(longest) < sampled.lengths[:, None])
+    assert (sampled.logp[~sampled.mask] == 0).all() and (sampled.logp[sampled.mask] < 0).all()
+    assert (sampled.tokens[~sampled.mask] == processors()[0].pad_token_id).all()
+
+
+def test_a_response_ends_at_its_first_end_token_or_is_truncated(sampled):
+    for row, response in enumerate(responses(sampled)):
+        assert not set(ENDS) & set(response[:-1])
+        assert bool(sampled.truncated[row]) == (response[-1] not in ENDS)
+        assert len(response) == LIMIT or not sampled.truncated[row]
+    assert 0 < int(sampled.truncated.sum()) < 24
+
+
+def test_an_end_token_on_the_last_position_is_no_truncation(engine, prompts):
+    """Of 200 responses some end exactly there."""
+    batch = engine.generate([prompts[2]] * 200, list(range(200)), 1.0)
+    full = batch.lengths == LIMIT
+    ended = torch.isin(batch.tokens[:, -1], torch.tensor(ENDS)) & full
+    assert torch.equal(batch.truncated, full & ~ended)
+    assert ended.any() and batch.truncated.any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_log_probs_are_the_trainers(world, engine, plain, prompts, temperature):
+    """The trainer's own scores, and plain transformers without the tokens that are never sampled."""
+    batch = engine.generate(list(prompts), list(range(6)), temperature)
+    scored = make_engine(temperature=temperature).score(batch)
+    torch.testing.assert_close(batch.logp[batch.mask], scored[batch.mask], atol=1e-5, rtol=0)
+    for row, prompt in enumerate(prompts):
+        response = batch.response(row)
+        distribution = plain_distribution(plain, prompt, response, temperature)
+        expected = distribution.gather(1, response[:, None]).squeeze(1)
+        torch.testing.assert_close(batch.logp[row, : len(response)].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_greedy_is_the_most_probable_token(engine, plain, prompts):
+    batch = engine.generate(list(prompts), [0] * 6, 0.0)
+    for row, prompt in enumerate(prompts):
+        response = batch.response(row)
+        distribution = plain_distribution(plain, prompt, response)
+        assert response.tolist() == distribution.argmax(1).tolist()
+        torch.testing.assert_close(batch.logp[row, : len(response)].double(), distribution.amax(1), atol=1e-5, rtol=0)
+
+
+def test_the_same_call_gives_the_same_responses(engine, prompts, sampled):
+    engine.generate(list(prompts), [5] * 6, 1.0)  # whatever came between
+    again = engine.generate(list(prompts) * 4, STREAMS, 1.0)
+    assert responses(again) == responses(sampled)
+    assert torch.equal(again.logp, sampled.logp)
+
+
+def test_other_streams_give_other_responses(engine, prompts, sampled):
+    other = engine.generate(list(prompts) * 4, noise_streams(0, "train", 1, list(range(24))), 1.0)
+    same = sum(mine == theirs for mine, theirs in zip(responses(other), responses(sampled)))
+    assert same <= 2
+    for first in range(6):  # and so do the visits of one prompt in a batch
+        visits = {tuple(responses(sampled)[row]) for row in range(first, 24, 6)}
+        assert len(visits) >= 3
+
+
+def test_samples_follow_the_distribution(engine, plain, prompts):
+    """First tokens of 1,500 responses against their probabilities: chi-square over the likelier tokens."""
+    prompt, count = prompts[0], 1500
+    batch = engine.generate([prompt] * count, noise_streams(3, "train", 0, list(range(count))), 1.0)
+    probability = plain_distribution(plain, prompt, torch.zeros(1, dtype=torch.int64))[0].exp()
+    seen = torch.bincount(batch.tokens[:, 0], minlength=len(probability)).double()
+    likely = probability * count >= 5
+    expected = torch.cat([probability[likely], probability[~likely].sum()[None]]) * count
+    found = torch.cat([seen[likely], seen[~likely].sum()[None]])
+    chi_square, freedom = float(((found - expected) ** 2 / expected).sum()), len(expected) - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_the_trainers_random_state_is_its_own(engine, prompts):
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    engine.generate(list(prompts), list(range(6)), 1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_responses_are_told_as_they_complete(engine, prompts, sampled):
+    told = {}
+    engine.generate(
+        list(prompts) * 4, STREAMS, 1.0, on_response=lambda row, found: told.setdefault(row, []).append(found)
+    )
+    assert sorted(told) == list(range(24))
+    for row, found in told.items():
+        assert len(found) == 1
+        assert found[0].tokens.tolist() == responses(sampled)[row]
+        assert found[0].truncated == bool(sampled.truncated[row])
+
+
+def test_the_order_of_work_is_not_the_order_of_the_batch(engine, prompts):
+    expected = [float(row) for row in range(24)]
+    batch = engine.generate(list(prompts) * 4, STREAMS, 0.0, expected_tokens=expected)
+    assert batch.prompts == tuple(prompts) * 4
+    assert responses(batch) == responses(engine.generate(list(prompts) * 4, STREAMS, 0.0))
+
+
+def test_image_and_video_pads_are_never_sampled(world, name, prompts):
+    """Even where the weights want nothing else."""
+    policy_engine = make_engine()
+    model = policy_engine.policy.model
+    pads = [model.config.image_token_id, model.config.video_token_id]
+    with torch.no_grad():
+        model.lm_head.weight[pads] = 20 * model.lm_head.weight.abs().max() * model.lm_head.weight[ENDS[:2]].sign()
+    batch = engine_of(name, policy_engine.policy).generate(list(prompts) * 4, STREAMS, 1.0)
+    assert not torch.isin(batch.tokens, torch.tensor(pads)).any()
+    torch.testing.assert_close(batch.logp, policy_engine.score(batch), atol=1e-5, rtol=0)
+
+
+def test_weights_as_they_are_now(world, name, prompts):
+    """Through updates of the policy's engine, images seen before included."""
+    policy_engine = make_engine(lr=1e-2)
+    engine = engine_of(name, policy_engine.policy)
+    before = engine.generate(list(prompts), list(range(6)), 1.0)
+    for version in (1, 2):
+        policy_engine.imitate(random_batch(prompts, [5, 9, 3, 7, 1, 12]))
+        engine.release()
+        engine.update_weights(policy_engine.policy, version)
+        after = engine.generate(list(prompts), list(range(6)), 1.0)
+        assert after.weight_version.tolist() == [version] * 6
+        torch.testing.assert_close(after.logp, policy_engine.score(after), atol=1e-4, rtol=0)
+        moved = (policy_engine.score(before) - before.logp).abs()[before.mask].max()
+        assert moved > 0.1  # else the comparison above says nothing
+    fresh = plain_model(policy_engine.policy.model.config._name_or_path).requires_grad_(False)
+    fresh.load_state_dict(policy_engine.policy.model.state_dict())
+    response = after.response(0)
+    expected = plain_distribution(fresh, prompts[0], response).gather(1, response[:, None]).squeeze(1)
+    torch.testing.assert_close(after.logp[0, : len(response)].double(), expected, atol=1e-4, rtol=0)
+
+
+def test_an_engine_without_weights_refuses(name, model_dir):
+    if name == "hf":
+        from rollout_engines import hf
+
+        engine = hf(load_policy(model_dir, torch.float32))
+    else:
+        engine = engine_of(name, load_policy(model_dir, torch.float32))
+        engine.release()
+    with pytest.raises(RuntimeError, match="update_weights"):
+        engine.generate([], [], 1.0)
+
+
+def test_nothing_asked_is_an_empty_batch(engine):
+    """A rank whose share of the problems is used up still takes part."""
+    batch = engine.generate([], [], 1.0)
+    assert len(batch) == 0 and batch.tokens.shape == (0, 0) and batch.truncated.dtype == torch.bool

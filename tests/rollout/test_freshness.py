@@ -1,0 +1,115 @@
+"""The log-prob gap finds weights that are not the trainer's: each link of the sync broken on purpose, with real vLLM."""
+
+import pytest
+import torch
+from policy_helpers import ALONE, make_engine, model_dir, random_batch
+from rollout_engines import vllm
+
+import mssr.rollout.weight_sync as weight_sync
+from mssr.errors import UserError
+from mssr.rollout.gap import measure_gap, refuse_large_gap
+
+LIMIT = 1e-3  # nats; an exact sync is within 1e-5
+
+
+class Step:
+    """The policy, its sampler after one sync and one use, and an update that the sampler has not seen."""
+
+    def __init__(self, prompts, *, tied=False):
+        self.prompts = list(prompts)
+        self.trainer = make_engine(path=model_dir(tied), lr=2e-2)
+        self.sampler = vllm(model_dir(tied))
+        self.sampler.update_weights(self.trainer.policy, 0)
+        self.sampler.generate(self.prompts, list(range(6)), 1.0)  # vLLM has seen the images now
+        self.trainer.imitate(random_batch(self.prompts, [5, 9, 3, 7, 1, 12]))
+
+    def check_gap(self, step=2):
+        batch = self.sampler.generate(self.prompts, list(range(6)), 1.0)
+        refuse_large_gap(measure_gap(self.trainer.score(batch), batch.logp, batch.mask, ALONE), LIMIT, step)
+
+
+@pytest.fixture(params=[False, True], ids=["untied", "tied"])
+def step(request, world, prompts):
+    return Step(prompts, tied=request.param)
+
+
+def test_a_whole_sync_leaves_no_gap(step):
+    step.sampler.update_weights(step.trainer.policy, 1)
+    step.check_gap()
+
+
+def test_a_sync_that_comes_a_step_late(step):
+    with pytest.raises(UserError, match=r"^step 2: rollout and trainer disagree by .* check that weights and caches"):
+        step.check_gap()
+
+
+def test_images_seen_before_with_the_old_vision_tower(step, monkeypatch):
+    """No reset of the encoder cache, neither by us nor inside vLLM's reload."""
+    runner = step.sampler._llm.collective_rpc(lambda worker: worker.model_runner)[0]
+    monkeypatch.setattr(type(runner), "reset_encoder_cache", lambda self: None)
+    monkeypatch.setattr(weight_sync, "reset_caches", lambda llm: llm.reset_mm_cache())
+    step.sampler.update_weights(step.trainer.policy, 1)
+    with pytest.raises(UserError, match="disagree"):
+        step.check_gap()
+
+
+def without(monkeypatch, skipped):
+    """The next syncs leave out the weights whose name ends so."""
+    whole = weight_sync.named_weights
+
+    def partial(policy, bucket_bytes):
+        return ((name, weight) for name, weight in whole(policy, bucket_bytes) if not name.endswith(skipped))
+
+    monkeypatch.setattr(weight_sync, "named_weights", partial)
+
+
+HEAD = ("lm_head.weight", "embed_tokens.weight")  # of a tied model both names are the head's
+SKIPPED = [
+    HEAD,
+    ("layers.1.self_attn.k_proj.weight",),
+    ("layers.0.mlp.up_proj.weight",),
+    ("visual.merger.mlp.2.weight",),
+    ("language_model.norm.weight",),
+]
+
+
+@pytest.mark.parametrize("skipped", SKIPPED, ids=lambda names: names[0])
+def test_a_weight_that_is_not_sent(step, monkeypatch, skipped):
+    """The sync itself refuses, and names it; were that gone too, the gap would tell."""
+    without(monkeypatch, skipped)
+    with pytest.raises(
+        UserError, match=f"weight sync: . weights were not sent to vLLM, the first .*({'|'.join(skipped)})"
+    ):
+        step.sampler.update_weights(step.trainer.policy, 1)
+    monkeypatch.setattr(weight_sync, "refuse_partial_sync", lambda unsent, untouched: None)
+    step.sampler.update_weights(step.trainer.policy, 1)
+    with pytest.raises(UserError, match="disagree"):
+        step.check_gap()
+
+
+def test_a_weight_of_vllms_that_nothing_is_loaded_into(step):
+    """As when a name changes between versions and vLLM drops what it does not know."""
+    load = weight_sync.load_weights
+
+    def losing(worker, weights):
+        return load(worker, (item for item in weights if "merger" not in item[0]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weight_sync, "load_weights", losing)
+        with pytest.raises(UserError, match=r"weight sync: \d+ weights of vLLM's were not written, the first .*merger"):
+            step.sampler.update_weights(step.trainer.policy, 1)
+
+
+def test_every_weight_is_vllms_afterwards(step):
+    """Bit for bit, by vLLM's own names where it keeps a tensor as it came (its norms and embeddings)."""
+    step.sampler.update_weights(step.trainer.policy, 1)
+    (model,) = step.sampler._llm.collective_rpc(lambda worker: worker.model_runner.get_model())
+    theirs = dict(model.named_parameters())
+    ours = dict(step.trainer.policy.model.named_parameters())
+    same = {
+        "language_model.model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
+        "language_model.model.norm.weight": "model.language_model.norm.weight",
+        "visual.merger.ln_q.weight": "model.visual.merger.ln_q.weight",
+    }
+    for name, own in same.items():
+        assert torch.equal(theirs[name][: len(ours[own])], ours[own]), name  # it pads the vocabulary

@@ -1,0 +1,61 @@
+"""Which vLLM is taken, and what is said of one that is not."""
+
+import pytest
+from policy_helpers import ALONE, processors, run_config
+
+import mssr.rollout as rollout
+from mssr.errors import UserError
+from mssr.rollout import vllm_adapter
+from mssr.rollout.vllm_adapter import is_supported, require_vllm
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.27.1", "0.31.0", "0.32.0", "0.32.0+cpu", "0.32.1rc1"])
+def test_supported_versions(version):
+    assert is_supported(version)
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0.0", "0.9.2", "unknown"])
+def test_other_versions_are_refused_in_one_line(version, monkeypatch):
+    monkeypatch.setattr(vllm_adapter, "installed_version", lambda: version)
+    with pytest.raises(UserError) as caught:
+        require_vllm()
+    line = str(caught.value)
+    assert line == (
+        f"rollout.engine: vLLM {version} is not supported (0.26 to 0.32 are); "
+        "pip install vllm==0.32.0, or set rollout.engine=hf"
+    )
+
+
+def test_a_missing_vllm_is_told_with_the_way_to_install_it(monkeypatch):
+    monkeypatch.setattr(vllm_adapter, "installed_version", lambda: None)
+    with pytest.raises(UserError, match="vLLM is not installed; run `python -m mssr.install_vllm`"):
+        require_vllm()
+
+
+def test_this_environment_has_one():
+    """The suite runs real vLLM: without it these tests fail, they are not skipped."""
+    assert is_supported(vllm_adapter.installed_version())
+    require_vllm()
+
+
+@pytest.mark.parametrize("version, engine", [("0.32.0", "vllm"), (None, "hf"), ("0.33.0", "hf")])
+def test_auto_takes_vllm_where_it_can(version, engine, monkeypatch):
+    monkeypatch.setattr(rollout, "installed_version", lambda: version)
+    assert rollout.engine_name("auto") == engine
+
+
+@pytest.mark.parametrize("setting", ["vllm", "servers", "hf"])
+def test_what_is_asked_for_is_not_replaced(setting, monkeypatch):
+    monkeypatch.setattr(rollout, "installed_version", lambda: None)
+    assert rollout.engine_name(setting) == setting
+
+
+@pytest.mark.parametrize("version, said", [(None, "vLLM is not installed"), ("0.33.0", "vLLM 0.33.0 is not supported")])
+def test_where_auto_is_not_vllm_it_says_why_once(policy, version, said, monkeypatch, capsys):
+    monkeypatch.setattr(rollout, "installed_version", lambda: version)
+    engine = rollout.make_rollout_engine(run_config(engine="auto"), policy, processors()[0], ALONE)
+    assert engine.name == "hf"
+    out = capsys.readouterr().out
+    assert said in out and out.count("\n") == 1
+    rollout.make_rollout_engine(run_config(engine="hf"), policy, processors()[0], ALONE)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,57 @@
+"""vLLM in the process of each of two ranks: 20 steps of training under ZeRO-2 and ZeRO-3, and one engine over both."""
+
+import pytest
+import torch
+from policy_helpers import make_engine, model_dir
+from rollout_engines import vllm
+from two_ranks import Ranks
+
+from mssr.algorithms import make_algorithm
+from mssr.config import AlgorithmConfig
+from mssr.rollout.base import noise_streams
+from mssr.rollout.gap import measure_gap
+
+STEPS = 20
+
+
+def gaps_of_training(world, prompts, path, zero_stage, tensor_parallel=1, steps=STEPS):
+    """Steps as `train` does them: sync, generate, measure, update. Returns each step's largest gap, and how far the policy
+    moved in all of them, nats a token."""
+    engine = make_engine(path=path, world=world, zero_stage=zero_stage, lr=3e-3, total_updates=steps)
+    # A quarter of the model: the weights come in several buckets, and q, k, v of a layer in different ones.
+    sampler = vllm(path, world=world, tensor_parallel=tensor_parallel, sync_gib=1e-4)
+    loss = make_algorithm(AlgorithmConfig(kl_coef=0.0)).loss_config()
+    mine = list(prompts)[world.rank :: world.size] * 2
+    first, gaps = None, []
+    for step in range(steps + 1):
+        sampler.update_weights(engine.policy, step)
+        streams = noise_streams(world.rank, "train", step, list(range(len(mine))))
+        batch = sampler.generate(mine, streams, 1.0)
+        first = first or batch
+        gaps.append(measure_gap(engine.score(batch), batch.logp, batch.mask, world).max)
+        sampler.release()
+        generator = torch.Generator().manual_seed(step)
+        advantage = torch.randn(len(mine), generator=generator)
+        engine.update(batch.__class__(**{**vars(batch), "advantage": advantage, "old_logp": batch.logp}), loss)
+    moved = (engine.score(first) - first.logp).abs()[first.mask].mean()
+    return gaps, float(moved)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_no_gap_after_any_of_twenty_steps(ranks, prompts, zero_stage, tied):
+    for gaps, moved in ranks(gaps_of_training, prompts, model_dir(tied), zero_stage, timeout=120):
+        assert len(gaps) == STEPS + 1 and max(gaps) <= 1e-3
+        assert moved > 0.05  # with stale weights the gap would have been of this size
+
+
+def test_one_engine_over_both_ranks(ranks, prompts):
+    """Tensor parallel: the two share the weights and answer each other's prompts. In processes that have no vLLM yet, since
+    one process cannot have engines of different tensor-parallel sizes."""
+    pair = Ranks(2)
+    try:
+        found = pair(gaps_of_training, prompts, model_dir(), 2, tensor_parallel=2, steps=4, timeout=120)
+    finally:
+        pair.stop()
+    for gaps, moved in found:
+        assert len(gaps) == 5 and max(gaps) <= 1e-3 and moved > 0.01

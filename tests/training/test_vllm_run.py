@@ -1,0 +1,50 @@
+"""`mssr train` with vLLM in its process: from start to end, and resumed."""
+
+import pytest
+from mssr_process import Moment
+from run_folder import RunFolder
+
+KILLED = -9
+
+
+@pytest.fixture(scope="session")
+def settings():
+    """vLLM, with all that the loop does around it."""
+    return [
+        "rollout.engine=vllm",
+        "rollout.offload_optimizer=true",
+        "rollout.truncated=masked",
+        "rollout.max_response_tokens=8",  # cuts some
+        "rollout.max_gap=1e-3",
+        "train.zero_stage=2",
+        "algorithm.tracker.n_init=1",
+        "algorithm.tracker.drift=prompt",
+    ]
+
+
+@pytest.fixture(scope="session")
+def whole_with_vllm(mssr, warm, settings, tmp_path_factory):
+    folder = RunFolder(tmp_path_factory.mktemp("whole_with_vllm") / "run")
+    folder.ended = mssr("train", warm, folder.override, *settings).check()
+    return folder
+
+
+def test_the_sampler_has_the_trainers_weights_at_every_step(whole_with_vllm):
+    lines = whole_with_vllm.metrics[1:]
+    assert len(lines) == 6
+    for line in lines:
+        assert line["rollout/logp_gap_max"] < 1e-4 and line["rollout/staleness"] == 0
+    assert any(line["rollout/truncated"] > 0 for line in lines)
+
+
+def test_nothing_but_the_progress_is_printed(whole_with_vllm):
+    assert whole_with_vllm.ended.err == ""
+    assert all(line.startswith("step ") for line in whole_with_vllm.ended.out.splitlines() if line)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(mssr, warm, run, settings, whole_with_vllm):
+    """Sampling noise and the order of requests included."""
+    first = mssr("train", warm, run.override, *settings, at=Moment("os.mkdir", "rollouts/step_000005"))
+    assert first.code == KILLED and run.checkpoints == ["step_000002", "step_000004"]
+    mssr("train", warm, run.override, *settings, "--resume").check()
+    run.assert_same_as(whole_with_vllm)
