@@ -1,15 +1,20 @@
 """Rollouts: one response for each prompt, behind one interface, one file an engine."""
 
-from mssr.config import Config
-from mssr.distributed import World
-from mssr.policy.model import Policy
-from mssr.rollout.base import RolloutEngine
-from mssr.rollout.hf import HFRollout, end_token_ids
+from typing import TYPE_CHECKING
+
 from mssr.rollout.vllm_adapter import installed_version, is_supported
 
+if TYPE_CHECKING:  # a vLLM server imports its transport from here, and would wait seconds for the trainer's libraries
+    from mssr.config import Config
+    from mssr.distributed import World
+    from mssr.policy.model import Policy
+    from mssr.rollout.base import RolloutEngine
 
-def make_rollout_engine(config: Config, policy: Policy, tokenizer, world: World) -> RolloutEngine:
+
+def make_rollout_engine(config: "Config", policy: "Policy", tokenizer, world: "World") -> "RolloutEngine":
     """The engine of this run, without weights yet: `update_weights` comes first. Collective over the ranks."""
+    from mssr.rollout.hf import HFRollout, end_token_ids
+
     ends, pad = end_token_ids(policy, tokenizer), tokenizer.pad_token_id
     match engine_name(config.rollout.engine):
         case "vllm":
