@@ -1,4 +1,5 @@
-"""Everything that needs a GPU, in one command: tests/gpu, the machine's roofs, and the benchmark at the heads of Qwen2.5-VL.
+"""Everything that needs a GPU, in one command: tests/gpu, the machine's roofs, the benchmark at the heads of Qwen2.5-VL, and
+the weight sync of a 7B where vLLM is installed.
 
     python -m bench.gpu [--out DIR] [--budget-minutes 8] [--skip-tests]
 
@@ -35,9 +36,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests" / "gpu"
 # In this order: without the first nothing else can work. What stands together runs at one time, since most of it is
 # compilation on the host, and fits into 80 GB.
-TEST_FILES = (("wiring",), ("heads", "rows", "active"), ("bits", "memory"), ("large",))
+TEST_FILES = (("wiring",), ("heads", "rows", "active"), ("bits", "memory"), ("large",), ("vllm",))
 TEST_SHARE = 0.55  # of the budget; the rest is for the benchmark
-TEST_LIMIT, MEASURE_LIMIT, LEAST = 150, 150, 15  # seconds
+TEST_LIMIT, MEASURE_LIMIT, SYNC_LIMIT, LEAST = 150, 150, 90, 15  # seconds
 REPEATS = 20
 GIB = 1 << 30
 OURS = ("mssr L", "mssr S", "mssr G")
@@ -59,7 +60,7 @@ def main():
     arguments = parse_arguments()
     if arguments.part:
         kind, *words = arguments.part
-        print(json.dumps(roofs() if kind == "roofs" else measure(words)), flush=True)
+        print(json.dumps({"roofs": roofs, "sync": sync, "measure": lambda: measure(words)}[kind]()), flush=True)
         return
     if not torch.cuda.is_available():
         sys.exit("bench.gpu needs a CUDA device, and torch sees none")
@@ -95,6 +96,7 @@ class Run:
             "roofs": None,
             "tests": {},
             "measurements": [],
+            "sync": None,
             "targets": [],
             "not_run": [],
             "failed": [],
@@ -113,6 +115,8 @@ class Run:
             if found is not None:
                 self.report["measurements"].append(with_rates(found, self.report["roofs"]))
             self.save()
+        self.report["sync"] = {"skipped": why} if (why := why_no_sync()) else self.part("sync", ["sync"], SYNC_LIMIT)
+        self.save()
         self.show()
         return int(bool(self.report["failed"]))
 
@@ -162,7 +166,7 @@ class Run:
             self.report["failed"].append({"part": file, "why": why, "output": ""})
 
     def save(self):
-        self.report["targets"] = beside_targets(self.report["measurements"])
+        self.report["targets"] = beside_targets(self.report["measurements"], self.report["sync"])
         self.report["seconds"] = time.monotonic() - self.start
         self.path.write_text(json.dumps(self.report, indent=2) + "\n")
 
@@ -172,7 +176,7 @@ class Run:
             print(", ".join(f"{key} {value:.3g}" for key, value in self.report["roofs"].items()))
         for measured in self.report["measurements"]:
             show_measurement(measured)
-        print("\nTargets (7B head, bf16, N 8192, one H200) and what was measured; GiB beyond dW")
+        print("\nTargets (7B head, bf16, N 8192, one H200) and what was measured; GiB of the head's modes beyond dW")
         for row in self.report["targets"]:
             print(f"{row['what']:<44}{row['memory']:<22}{row['time']:<40}{row['measured']}")
         for line in self.report["not_run"]:
@@ -285,6 +289,30 @@ def attempt(function) -> dict:
         return function()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+
+
+def why_no_sync() -> str | None:
+    """It takes the trainer and vLLM, without which the rest of this command does."""
+    try:
+        from mssr.rollout.vllm_adapter import installed_version, is_cpu_build, is_supported
+    except ImportError as error:
+        return f"the trainer is not installed ({error})"
+    version = installed_version()
+    if version is None:
+        return "vLLM is not installed"
+    if is_cpu_build():
+        return f"this vLLM {version} is its CPU build"
+    return None if is_supported(version) else f"vLLM {version} is not supported"
+
+
+def sync() -> dict:
+    """`bench.sync` at the dimensions of Qwen2.5-VL-7B."""
+    from . import sync as benchmark
+
+    (case,) = benchmark.measure(benchmark.parse_arguments(["--model", "7b", "--device", "cuda"]))["cases"]
+    if "error" in case:
+        raise RuntimeError(f"{case['error']}\n{case['output']}")
+    return case
 
 
 def forward_seconds(tensors) -> dict:

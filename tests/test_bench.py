@@ -5,6 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+from bench import sync, sync_case, targets
+from mssr.policy.tiny import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--n", "64", "--d", "32", "--v", "2048", "--device", "cpu"]
@@ -41,3 +49,48 @@ def test_tolerance(tmp_path):
         errors = result["errors"]
         assert max(errors["2^-14"]) <= 2 * max(errors["mode L"]) < max(errors["eager"])
         assert result["recommended"] <= -1
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="on a GPU `make gpu` measures it")
+def test_sync_of_weights(capsys):
+    settings = "--sizes tiny --modes zero2 --ranks 2 --repeats 2 --device cpu"
+    report = sync.measure(sync.parse_arguments(settings.split()))
+    sync.print_report(report)
+    printed = capsys.readouterr().out
+    assert [(case["mode"], case["ranks"]) for case in report["cases"]] == [("zero2", 2)]
+    for case in report["cases"]:
+        assert {"seconds", "peak_extra_mib"} <= set(case), case
+        low, high = case["seconds_spread"]
+        assert 0 < low <= case["seconds"] <= high
+        assert case["bytes"] == 4 * case["parameters"] == pytest.approx(case["bytes_per_second"] * case["seconds"])
+        assert case["peak_extra_mib"] > 0 and case["peak_extra_mib_with_heap"] > 0 and case["resident_gib"] > 0
+        assert case["peak_extra_mib_of_gathering"] < case["peak_extra_mib"]  # up to ZeRO-2 no weight is copied for it
+        assert case["parameters"] == parameters_of_tiny()
+        other = case["per_parameter"]
+        assert other["seconds"] > 0 and other["peak_extra_mib"] > 0 and other["time_ratio"] > 0
+        assert f"{case['parameters']:,}" in printed
+    assert report["machine"]["torch"] and report["settings"]["dtype"] == "float32"
+
+
+def test_sync_that_does_not_fit_is_skipped():
+    arguments = sync.parse_arguments(["--model", "7b", "--modes", "zero0", "zero3", "--device", "cpu"])
+    with patch.object(sync, "available_bytes", lambda: 16 << 30):
+        cases = sync.measure(arguments)["cases"]
+    assert "16 are available" in cases[0]["skipped"] and "files" in cases[1]["skipped"]
+
+
+def test_sync_beside_its_target():
+    case = {"seconds": 0.9, "peak_extra_mib": 1024}
+    assert targets.beside_sync(case)["measured"].endswith(": met")
+    assert targets.beside_sync(case | {"peak_extra_mib": 1200})["measured"].endswith("missed memory")
+    assert targets.beside_sync(None)["measured"] == "not run"
+    assert targets.beside_targets([], {"skipped": "no vLLM"})[-1]["measured"] == "skipped: no vLLM"
+
+
+def parameters_of_tiny() -> int:
+    tokenizer = train_tokenizer(["digit"], 300)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(
+            sync_case.model_config(sync_case.SIZES["tiny"], tokenizer, "float32")
+        )
+    return sum(parameter.numel() for parameter in model.parameters())

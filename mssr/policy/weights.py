@@ -32,7 +32,7 @@ def named_weights(policy: Policy, bucket_bytes: int) -> Iterator[tuple[str, Tens
 
     In the layers' order; a tied weight under each of its names, one after the other. Up to ZeRO-2 these are the
     parameters' own values, no copies. Under ZeRO-3 they are gathered in buckets of at most `bucket_bytes` (a larger
-    parameter alone), each freed before the next, so a tensor is valid only until the next one is asked for. That makes it
+    parameter alone), each let go of before the next; a tensor that is kept keeps its bucket's memory. That makes it
     a collective: every rank must go through all of them.
     """
     for bucket in _buckets(policy, bucket_bytes if policy.partitioned else None):

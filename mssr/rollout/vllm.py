@@ -61,7 +61,8 @@ class VLLMRollout:
             torch.cuda.empty_cache()  # what the trainer's allocator holds and does not use is vLLM's now
         if self._asleep:
             self._llm.wake_up(["weights"])
-        sync_weights(self._llm, policy, bucket_bytes=int(self._config.sync_gib * 2**30))
+        # Half of what may be gathered: whoever loads still holds on to the last bucket when the next one is gathered.
+        sync_weights(self._llm, policy, bucket_bytes=int(self._config.sync_gib * 2**29))
         if self._asleep:
             self._llm.wake_up(["kv_cache"])
         self._asleep, self._weight_version = False, version

@@ -1,5 +1,8 @@
 """What every rollout engine promises (`RolloutEngine`): both engines, the same tests, real vLLM included."""
 
+import random
+
+import numpy
 import pytest
 import torch
 from policy_helpers import make_engine, plain_distribution, plain_model, processors, random_batch
@@ -111,9 +114,10 @@ def test_samples_follow_the_distribution(engine, plain, prompts):
 
 def test_the_trainers_random_state_is_its_own(engine, prompts):
     torch.manual_seed(11)
-    before = torch.get_rng_state()
+    before, python, arrays = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
     engine.generate(list(prompts), list(range(6)), 1.0)
     assert torch.equal(torch.get_rng_state(), before)
+    assert random.getstate() == python and numpy.random.get_state()[1].tolist() == arrays
 
 
 def test_responses_are_told_as_they_complete(engine, prompts, sampled):
@@ -133,6 +137,19 @@ def test_the_order_of_work_is_not_the_order_of_the_batch(engine, prompts):
     batch = engine.generate(list(prompts) * 4, STREAMS, 0.0, expected_tokens=expected)
     assert batch.prompts == tuple(prompts) * 4
     assert responses(batch) == responses(engine.generate(list(prompts) * 4, STREAMS, 0.0))
+
+
+def test_the_longest_response_is_begun_first(policy, prompts, monkeypatch):
+    engine = engine_of("vllm", policy)
+    begun, add = [], engine._llm.llm_engine.add_request
+
+    def noting(request_id, prompt, params):
+        begun.append(prompt["prompt_token_ids"])
+        return add(request_id, prompt, params)
+
+    monkeypatch.setattr(engine._llm.llm_engine, "add_request", noting)
+    engine.generate(list(prompts), list(range(6)), 0.0, expected_tokens=[3.0, 9.0, 1.0, 8.0, 2.0, 7.0])
+    assert begun == [prompts[row].token_ids.tolist() for row in (1, 3, 5, 0, 4, 2)]
 
 
 def test_image_and_video_pads_are_never_sampled(world, name, prompts):

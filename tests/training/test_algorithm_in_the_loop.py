@@ -105,6 +105,8 @@ def test_recomputed_log_probs_give_the_same_first_update(train, with_rollout_log
     rollout = with_rollout_logp.metrics[1]
     assert recomputed["policy/ratio_max"] == 1  # exactly: the same pass
     assert recomputed["policy/tis_weight"] == pytest.approx(1, abs=1e-4)
-    assert rollout["policy/ratio_max"] == pytest.approx(1, abs=1e-4) and rollout["policy/ratio_max"] != 1  # the sampler's
+    assert (
+        rollout["policy/ratio_max"] == pytest.approx(1, abs=1e-4) and rollout["policy/ratio_max"] != 1
+    )  # the sampler's
     assert recomputed["train/grad_norm"] == pytest.approx(rollout["train/grad_norm"], rel=1e-3)
     assert recomputed["policy/policy_loss"] == pytest.approx(rollout["policy/policy_loss"], rel=1e-3, abs=1e-4)
