@@ -105,12 +105,14 @@ class RolloutConfig(Section):
         description="responses cut by the token limit: graded like others, left out of the loss, or given reward 0",
     )
     max_gap: float = Field(
-        0.1, gt=0, description="largest mean |log-prob gap| sampler/trainer, nats; one step off it includes a step's updates"
+        0.1,
+        gt=0,
+        description="largest mean |log-prob gap| sampler/trainer, nats; one step off it includes a step's updates",
     )
     engine: Literal["auto", "vllm", "servers", "hf"] = Field(
         "auto", description="vllm: in the trainer's process; servers: elsewhere; auto: vllm where installed, else hf"
     )
-    batch_size: int = Field(64, gt=0, description="responses generated at once on a rank (or a server)")
+    batch_size: int = Field(256, gt=0, description="responses generated at once on a rank, or a server for a rank")
     gpu_memory: float = Field(0.5, gt=0, le=1, description="share of the GPU for vLLM's weights and KV cache")
     tensor_parallel: int = Field(1, gt=0, description="GPUs that share one copy of vLLM's weights")
     quantization: Literal["fp8"] | None = Field(None, description="vLLM's weights; needs a GPU that has the format")

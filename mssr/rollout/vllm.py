@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from mssr.batch import Prompt, RolloutBatch
 from mssr.config import Config
@@ -159,11 +160,9 @@ def _start(config: Config, dtype: torch.dtype, world: World):
             **pixels_as_given(),
         )
     except (ValueError, NotImplementedError) as error:  # pydantic's and vLLM's own: a setting it cannot take
-        raise UserError(f"rollout.engine vllm: {_first_lines(error)}; or set rollout.engine=hf") from None
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        said = " ".join(said.removeprefix("Value error, ").split())[:300]
+        raise UserError(f"rollout.engine vllm: {said}; change that setting, or set rollout.engine=hf") from None
 
 
 def _tensor_parallel_group(size: int, world: World) -> dist.ProcessGroup | None:

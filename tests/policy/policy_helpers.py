@@ -139,11 +139,12 @@ def make_engine(
     )
 
 
-def run_config(path: str | None = None, **rollout) -> Config:
+def run_config(path: str | None = None, *, algorithm: dict | None = None, **rollout) -> Config:
     """A run's configuration around the helpers' model, for what needs more of it than one section."""
     return validate_config({
         "run_dir": str(workspace() / "run"), "model": {"path": path or model_dir(), "dtype": "float32"},
         "data": {"train": "unused", "max_prompt_tokens": 128}, "rollout": {"engine": "hf"} | rollout,
+        "algorithm": algorithm or {},
     })  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from policy_helpers import ALONE, processors, run_config
 import mssr.rollout as rollout
 from mssr.errors import UserError
 from mssr.rollout import vllm_adapter
+from mssr.rollout.vllm import VLLMRollout
 from mssr.rollout.vllm_adapter import is_supported, require_vllm
 
 
@@ -59,3 +60,17 @@ def test_where_auto_is_not_vllm_it_says_why_once(policy, version, said, monkeypa
     assert said in out and out.count("\n") == 1
     rollout.make_rollout_engine(run_config(engine="hf"), policy, processors()[0], ALONE)
     assert capsys.readouterr().out == ""
+
+
+def test_a_setting_that_vllm_cannot_take_is_one_line(world, policy):
+    corrected = {"old_logp": "recompute"}
+    config = run_config(engine="vllm", quantization="fp8", max_response_tokens=8, algorithm=corrected)
+    with pytest.raises(
+        UserError, match=r"^rollout.engine vllm: torch.float32 is not supported .*fp8.*rollout.engine=hf$"
+    ):
+        VLLMRollout(config, policy, [0], 0, ALONE)
+
+
+def test_ranks_that_cannot_be_shared_out_over_engines(world, policy):
+    with pytest.raises(UserError, match="rollout.tensor_parallel 2 does not divide the 1 ranks"):
+        VLLMRollout(run_config(engine="vllm", tensor_parallel=2), policy, [0], 0, ALONE)
