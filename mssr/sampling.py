@@ -36,6 +36,12 @@ class StepBatch:
     texts: list[str]
     seconds: float
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """perf/rollout_seconds: of this rank's generation. perf/generate_seconds is what the step waited for it: less, one
+        step off. rollout/staleness: steps that the policy was trained for since it sampled these responses."""
+        staleness = (step - self.batch.weight_version).double().mean()
+        return {"perf/rollout_seconds": self.seconds, "rollout/staleness": float(staleness)}
+
 
 @dataclass(frozen=True, eq=False)
 class _Sampled:
@@ -97,10 +103,6 @@ class StepRollouts:
                     self._rollout.update_weights(self._engine.policy, step)
             self._next = self._beside.submit(self._generate, *asked)
         return StepBatch(settle_truncated(batch, self._config.truncated), texts, sampled.seconds)
-
-    def close(self) -> None:
-        self._beside.shutdown(cancel_futures=True)
-        self._rollout.close()
 
     def _asked(self, step: int) -> tuple[list[Prompt], list[int], list[float]]:
         """The step's prompts, noise streams and expected lengths; all collectives and data work of a generation."""

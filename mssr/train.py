@@ -14,7 +14,7 @@ from mssr.config import Config
 from mssr.errors import UserError
 from mssr.observe.progress import TrainProgress
 from mssr.observe.rollouts import save_rollouts
-from mssr.observe.step import sampling_metrics, step_metrics
+from mssr.observe.step import step_metrics
 from mssr.observe.stopwatch import Stopwatch
 from mssr.policy.export import save_model
 from mssr.rollout.gap import measure_gap, refuse_large_gap
@@ -57,7 +57,7 @@ def _train(run: Run, resume: bool) -> None:
         run.refuse_other_data(saved)
         checkpoints.load_engine(saved["step"], engine)
         tracker.load_state_dict(saved["tracker"])
-        rollouts.lengths.load_state_dict(saved["lengths"])
+        rollouts.lengths.load_state_dict(saved.get("lengths", {}))
     run.open_records(resume_at=saved["metrics_position"] if saved else 0 if resume else None)
     if not saved:
         with rollouts.awake(0) as rollout:
@@ -91,8 +91,7 @@ def _train(run: Run, resume: bool) -> None:
 
             # The first update's log-probs are from the weights that sampled (one step off: from the next ones).
             gap = measure_gap(updates[0].logp, parts[0].logp, parts[0].loss_mask, world)
-            values = step_metrics(batch, updates, gap, clock, world)
-            values |= sampling_metrics(sampled, step)
+            values = step_metrics(batch, updates, gap, clock, world) | sampled.metrics(step)
             done = step + 1
             try:
                 refuse_large_gap(gap, config.rollout.max_gap, done)

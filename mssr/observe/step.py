@@ -8,7 +8,6 @@ from mssr.distributed import World
 from mssr.observe.stopwatch import Stopwatch
 from mssr.policy.engine import UpdateStats
 from mssr.rollout.gap import LogpGap
-from mssr.sampling import StepBatch
 
 
 def step_metrics(
@@ -44,13 +43,6 @@ def step_metrics(
     metrics |= {f"perf/{phase}_seconds": spent for phase, spent in clock.seconds.items()}
     metrics |= {"perf/step_seconds": clock.total, "perf/tokens_per_second": (tokens + prompts) / clock.total}
     return metrics
-
-
-def sampling_metrics(sampled: StepBatch, step: int) -> dict[str, float]:
-    """perf/rollout_seconds: of this rank's generation. perf/generate_seconds is what the step waited for it: less, one step
-    off. rollout/staleness: steps that the policy was trained for since it sampled these responses."""
-    staleness = step - sampled.batch.weight_version
-    return {"perf/rollout_seconds": sampled.seconds, "rollout/staleness": float(staleness.double().mean())}
 
 
 def _mean(values: list[float]) -> float:

@@ -41,4 +41,3 @@ def test_a_sync_that_does_nothing_stops_the_step(material, monkeypatch):
         rollouts._rollout.update_weights = lambda policy, version: None
         with pytest.raises(UserError, match="step 2: 16 responses were sampled from the weights of step 0, not 1"):
             rollouts.take(1, clock)
-        rollouts.close()
