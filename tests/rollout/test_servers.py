@@ -3,7 +3,6 @@
 The tests share two servers, started by `mssr serve`. What loses one for good comes last.
 """
 
-import importlib.util
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -22,8 +21,6 @@ from mssr.policy.model import load_policy
 from mssr.rollout.hf import HFRollout
 from mssr.rollout.server_weights import PolicySource
 from mssr.serve import serve
-
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 
 @pytest.fixture(scope="module")
