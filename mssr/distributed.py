@@ -78,7 +78,7 @@ def _join(backend: str) -> None:
     launched = "RANK" in os.environ
     if not launched:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     try:
         dist.init_process_group(backend)
     except (dist.DistNetworkError, OSError) as error:
@@ -91,10 +91,17 @@ def _join(backend: str) -> None:
     _keep_deepspeed_from_compiling()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind(("", 0))
         return listener.getsockname()[1]
+
+
+def address_towards(host: str) -> str:
+    """This machine's address as another one sees it; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        way.connect((host, 9))
+        return way.getsockname()[0]
 
 
 def _keep_deepspeed_from_compiling() -> None:

@@ -183,13 +183,10 @@ class PolicyEngine:
         Raises:
             ValueError: a response holds a token that the policy never samples; its log-prob is -inf, and the loss NaN.
         """
-        forbidden = torch.tensor(self.policy.forbidden_token_ids)
-        for row in rows:
-            if torch.isin(batch.response(row), forbidden).any():
-                prompt = batch.prompts[row]
-                raise ValueError(
-                    f"the response to row {prompt.row} holds an image or video pad, which has probability 0"
-                )
+        forbidden = torch.isin(batch.tokens[rows], torch.tensor(self.policy.forbidden_token_ids)) & batch.mask[rows]
+        if forbidden.any():
+            prompt = batch.prompts[rows[int(forbidden.any(1).nonzero()[0])]]
+            raise ValueError(f"the response to row {prompt.row} holds an image or video pad, which has probability 0")
         packed = (batch, rows) if rows else (IDLE, [0])
         micro_batch = pack(*packed, self.policy.prompt_positions, self.policy.image_token_id, self.world.device)
         if not rows:

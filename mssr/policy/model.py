@@ -48,7 +48,7 @@ class Policy(nn.Module):
     @property
     def partitioned(self) -> bool:
         """Whether ZeRO-3 holds the parameters: then every module call is a collective, the same on all ranks."""
-        return any(hasattr(parameter, "ds_id") for parameter in self.parameters())
+        return hasattr(next(self.parameters()), "ds_id")  # all of them, or none
 
     def forward(
         self,

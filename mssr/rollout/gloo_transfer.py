@@ -5,7 +5,6 @@ list of weights into chunks of bounded size, and each chunk is one broadcast. On
 it imports vLLM.
 """
 
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -27,6 +26,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from mssr.distributed import address_towards
 from mssr.vllm_server import GLOO_TRANSFER
 
 _REASON_S = 5.0  # how long a broken transfer waits for the server's own account of it
@@ -85,7 +85,7 @@ class Group:
         options = ProcessGroupGloo._Options()
         options._timeout = self._timeout
         # The interface that reaches the sender: a host's own name may resolve to one that others do not see.
-        options._devices = [ProcessGroupGloo.create_device(hostname=_own_address(self._address))]
+        options._devices = [ProcessGroupGloo.create_device(hostname=address_towards(self._address))]
         self._store.set(f"here/{self._rank}", "")
         self._group = ProcessGroupGloo(PrefixStore("gloo", self._store), self._rank, self._size, options)
 
@@ -258,10 +258,3 @@ def chunks(weights: list[ParamMeta], limit: int) -> Iterator[list[ParamMeta]]:
 
 def size_bytes(weight: ParamMeta) -> int:
     return torch.Size(weight.shape).numel() * weight.dtype.itemsize
-
-
-def _own_address(other: str) -> str:
-    """This host's address on the way to another one; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
-        way.connect((other, 9))
-        return way.getsockname()[0]

@@ -1,6 +1,5 @@
 """The trainer's weights to all servers, through vLLM's own weight transfer: one broadcast group over all their workers."""
 
-import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -8,7 +7,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from mssr.distributed import World
+from mssr.distributed import World, address_towards, free_port
 from mssr.errors import UserError
 from mssr.policy.model import Policy
 from mssr.policy.weights import named_weights, weight_shapes
@@ -81,7 +80,7 @@ class WeightTransfer:
                 on_gpu=self._world.device.type == "cuda",
                 rank=self._world.rank,
                 address=_address_seen_by(list(servers)),
-                port=_free_port(),
+                port=free_port(),
                 size=1 + sum(servers.values()),
                 buffer_bytes=max(self._bucket_bytes, self._source.largest_bytes),
                 timeout_s=self._timeout_s,
@@ -186,16 +185,10 @@ class PolicySource:
         """[`ParamMeta`]."""
         from vllm.distributed.weight_transfer.base import ParamMeta
 
-        names: dict[torch.nn.Parameter, list[str]] = {}  # tied ones come one after the other
-        for name, parameter in self.policy.model.named_parameters(remove_duplicate=False):
-            names.setdefault(parameter, []).append(name)
-        shapes = weight_shapes(self.policy)
-        return [
-            ParamMeta(name, shapes[name][1], tuple(shapes[name][0])) for together in names.values() for name in together
-        ]
+        return [ParamMeta(name, dtype, tuple(shape)) for name, (shape, dtype) in weight_shapes(self.policy).items()]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        self._pass = self._weights()
+        self._pass = named_weights(self.policy, self._bucket_bytes)
         return self._pass
 
     def finish(self) -> None:
@@ -203,23 +196,8 @@ class PolicySource:
         for _ in self._pass:
             pass
 
-    def _weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, weight in named_weights(self.policy, self._bucket_bytes):
-            # The transfer keeps a chunk's weights until it is full; gathered ones are gone by then.
-            yield name, weight.clone() if self.policy.partitioned else weight
-
 
 def _address_seen_by(servers: list[str]) -> str:
     """This host's address on the way to the servers: that of a network, where one of them is elsewhere."""
-    addresses = []
-    for server in servers:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
-            way.connect((urlsplit(server).hostname, 9))  # sends nothing
-            addresses.append(way.getsockname()[0])
+    addresses = [address_towards(urlsplit(server).hostname) for server in servers]
     return next((address for address in addresses if not address.startswith("127.")), addresses[0])
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
