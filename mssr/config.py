@@ -26,12 +26,37 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+class LoraConfig(Section):
+    """Adapters on the language model's linear layers; everything else stays as it was, the vision tower too."""
+
+    rank: int = Field(64, gt=0)
+    alpha: float = Field(128.0, gt=0, description="the adapters' product is scaled by alpha / rank")
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="names of the layers that get an adapter",
+    )
+
+
 class ModelConfig(Section):
     path: str = Field(description="Hugging Face directory or hub name of the policy to start from")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 with fp32 master weights on a GPU, float32 on a CPU"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    attention: Literal["auto", "flash", "sdpa"] = Field(
+        "auto", description="of packed sequences; auto: flash-attn where it is installed (GPU, 16 bits), else sdpa"
+    )
+    liger: Literal["auto", "on", "off"] = Field(
+        "auto", description="liger-kernel's RMSNorm, SwiGLU and rotary layers; auto: on a GPU where it is installed"
+    )
+    train_vision: bool = Field(True, description="false: the vision tower stays as it was")
+    lora: LoraConfig | None = Field(None, description="train adapters instead of the weights")
+    reference: Literal["copy", "sharded", "cpu"] = Field(
+        "copy",
+        description="the KL term's reference model: on every rank, over all ranks, or on the CPU between its passes; "
+        "with lora it is the policy without adapters and takes nothing",
+    )
 
 
 class DataConfig(Section):
@@ -42,6 +67,7 @@ class DataConfig(Section):
     min_pixels: int = Field(262_144, gt=0, description="smaller images are scaled up to this many pixels")
     max_pixels: int = Field(4_194_304, gt=0, description="larger images are scaled down to this many pixels")
     on_bad_row: Literal["fail", "skip"] = Field("fail", description="what an unusable row does to the run")
+    cache_gib: float = Field(1.0, ge=0, description="preprocessed prompts each rank keeps in host memory")
 
     @model_validator(mode="after")
     def _pixels_ordered(self):
@@ -140,8 +166,17 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2, description="ranks share the optimiser's state from 1, gradients from 2, with 3 also the weights"
     )
+    deepspeed: str | None = Field(
+        None, description="DeepSpeed JSON file (configs/deepspeed/): ZeRO's own settings, offloading; its stage counts"
+    )
     checkpoint_every: int = Field(10, gt=0, description="steps between checkpoints; the last step always saves")
-    keep_checkpoints: int = Field(2, gt=0)
+    checkpoint_minutes: float | None = Field(None, gt=0, description="also when the last one is this old")
+    keep_checkpoints: int = Field(2, gt=0, description="newest ones that are kept")
+    keep_best: bool = Field(False, description="save, and keep, at the best validation as well")
+    async_save: bool = Field(True, description="write while training goes on, from a copy in host memory")
+    max_skipped_steps: int = Field(
+        3, ge=0, description="steps in a row that may be left out (NaN, log-prob gap) before the run stops"
+    )
 
 
 class SftConfig(Section):
@@ -163,6 +198,9 @@ class EvalConfig(Section):
 
 class LogConfig(Section):
     tensorboard: bool = True
+    peak_tflops: float | None = Field(
+        None, gt=0, description="of one device, for the MFU; null: known for common GPUs, else no MFU"
+    )
     rollouts_every: int = Field(10, gt=0, description="steps between saved samples of rollouts")
     rollouts_saved: int = Field(8, ge=0, description="rollouts in a sample, with their images")
 

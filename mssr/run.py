@@ -15,7 +15,8 @@ from mssr.errors import UserError
 from mssr.evaluate import Evaluation, evaluate
 from mssr.observe.metrics import MetricsLog
 from mssr.policy.engine import PolicyEngine, resolve_dtype
-from mssr.policy.model import Policy, check_model_path, load_frozen_policy
+from mssr.policy.loading import check_model_path, load_frozen_policy
+from mssr.policy.model import Policy
 from mssr.rewards.grading import Grader
 from mssr.rewards.reward import RewardFunction
 from mssr.rollout import make_rollout_engine

@@ -204,7 +204,7 @@ if __name__ == "__main__":
     import mssr.train  # noqa: F401
     from mssr.cli import main
     from mssr.data.prompts import load_processors
-    from mssr.policy.model import load_policy
+    from mssr.policy.loading import load_policy
 
     getattr(deepspeed.ops, "__compatible_ops__")  # noqa: B009  probes for a compiler
     load_policy(sys.argv[1], torch.float32)

@@ -12,7 +12,8 @@ from torch import Tensor
 from mssr.batch import Prompt, RolloutBatch
 from mssr.config import ModelConfig, OptimizerConfig
 from mssr.distributed import World
-from mssr.policy.model import Policy, load_policy
+from mssr.policy.loading import load_policy
+from mssr.policy.model import Policy
 from mssr.policy.packing import MicroBatch, pack, plan_micro_batches
 from mssr.policy.zero3 import PERSISTENT_NUMEL, load_partitioned_policy
 from mssr_kernels import PolicyLossConfig, PolicyMetrics

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy import attention
-from mssr.policy.model import Policy, load_policy
+from mssr.policy.loading import load_policy
+from mssr.policy.model import Policy
 from mssr.policy.weights import BUCKET_BYTES, named_weights
 
 # Parameters up to this many elements stay whole on every rank. Norm weights of models up to 7B do, which would be a

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mssr.distributed import start_world
-from mssr.policy.model import load_policy
+from mssr.policy.loading import load_policy
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from policy_helpers import (
 )
 
 from mssr.batch import RolloutBatch
-from mssr.policy.model import load_frozen_policy
+from mssr.policy.loading import load_frozen_policy
 from mssr_kernels import PolicyLossConfig
 
 EVERYTHING = PolicyLossConfig(kl_coef=0.05, entropy_coef=0.01, tis_cap=2.0)

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausa
 from mssr.data.prompts import load_processors
 from mssr.errors import UserError
 from mssr.policy.export import save_model
-from mssr.policy.model import check_model_path, load_policy
+from mssr.policy.loading import check_model_path, load_policy
 from mssr_kernels import FusedLMHead
 
 

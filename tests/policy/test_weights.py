@@ -4,7 +4,7 @@ import pytest
 import torch
 from policy_helpers import make_engine, model_dir, plain_model
 
-from mssr.policy.model import load_policy
+from mssr.policy.loading import load_policy
 from mssr.policy.weights import named_weights, weight_shapes
 
 BUCKET = 100_000  # bytes; several matrices of a layer, but not the largest parameter

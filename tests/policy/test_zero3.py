@@ -30,7 +30,7 @@ from mssr.checkpoint import Checkpoints
 from mssr.config import RolloutConfig, TrackerConfig
 from mssr.errors import UserError
 from mssr.policy.export import save_model
-from mssr.policy.model import load_frozen_policy
+from mssr.policy.loading import load_frozen_policy
 from mssr.rollout.base import noise_streams
 from mssr.rollout.hf import HFRollout, end_token_ids
 from mssr.tracking import drift_of_previous_responses, previous_responses

@@ -6,7 +6,8 @@ from functools import cache
 import torch
 from policy_helpers import ALONE, model_dir, processors, run_config
 
-from mssr.policy.model import Policy, load_policy
+from mssr.policy.loading import load_policy
+from mssr.policy.model import Policy
 from mssr.rollout.hf import HFRollout
 from mssr.rollout.vllm import VLLMRollout
 

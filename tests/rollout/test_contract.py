@@ -8,7 +8,7 @@ import torch
 from policy_helpers import make_engine, plain_distribution, plain_model, processors, random_batch
 from rollout_engines import ENDS, LIMIT, engine_of
 
-from mssr.policy.model import load_policy
+from mssr.policy.loading import load_policy
 from mssr.rollout.base import noise_streams
 
 STREAMS = noise_streams(0, "train", 0, list(range(24)))

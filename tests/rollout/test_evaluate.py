@@ -11,7 +11,7 @@ from mssr.config import EvalConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.data.prompts import PromptEncoder
 from mssr.evaluate import evaluate
-from mssr.policy.model import load_policy
+from mssr.policy.loading import load_policy
 
 LIMIT = 6
 

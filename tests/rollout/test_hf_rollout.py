@@ -17,7 +17,7 @@ from policy_helpers import (
 )
 
 from mssr.config import RolloutConfig
-from mssr.policy.model import load_policy
+from mssr.policy.loading import load_policy
 from mssr.rollout.base import noise_streams
 from mssr.rollout.hf import HFRollout, end_token_ids
 

@@ -17,7 +17,7 @@ from server_helpers import ENDS, RESPONSE_TOKENS, Server, rollout, serve_setting
 
 from mssr.config import RolloutConfig, validate_config
 from mssr.errors import UserError
-from mssr.policy.model import load_policy
+from mssr.policy.loading import load_policy
 from mssr.rollout.hf import HFRollout
 from mssr.rollout.server_weights import PolicySource
 from mssr.serve import serve
