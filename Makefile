@@ -1,6 +1,6 @@
 # make demo    fresh machine -> environment, tiny Qwen2.5-VL, RL on real handwritten digits, a plot
 # make test    the same environment -> the whole test suite
-# make gpu     the same environment, on a GPU -> what only runs there: tests, the kernels' speed and memory, the weight sync
+# make gpu     the same environment, on a GPU -> what only runs there: tests, speed and memory of kernels and updates, the weight sync
 PYTHON ?= python3
 SEED ?= 0
 RUN_DIR ?= runs/demo

@@ -18,7 +18,7 @@ EXTRAS = {
         "deepspeed>=0.19.8,<0.20",
         "datasets>=4",
         "math-verify>=0.9,<0.10",
-        "peft>=0.18",
+        "peft>=0.20",
         "pydantic>=2.11,<3",
         "typer>=0.16",
         "rich>=13.9",
@@ -32,8 +32,9 @@ EXTRAS = {
     ],
     "vllm": ["vllm>=0.26,<0.33"],
     "flash": ["flash-attn>=2.8.3,<3"],
+    "liger": ["liger-kernel>=0.8.5,<0.9"],
     "bench": ["liger-kernel>=0.8.5,<0.9"],
-    "dev": ["pytest>=8", "ruff>=0.12", "build>=1.2"],
+    "dev": ["pytest>=8", "ruff>=0.12", "build>=1.2", "liger-kernel>=0.8.5,<0.9"],
 }
 EXTRAS["all"] = [requirement for name in ("train", "vllm", "bench", "dev") for requirement in EXTRAS[name]]
 

@@ -1,11 +1,11 @@
-"""Everything that needs a GPU, in one command: tests/gpu, the machine's roofs, the benchmark at the heads of Qwen2.5-VL, and
-the weight sync of a 7B where vLLM is installed.
+"""Everything that needs a GPU, in one command: tests/gpu, the machine's roofs, the benchmark at the heads of Qwen2.5-VL,
+updates of a 7B and a 3B where the trainer is installed, and the weight sync of a 7B where vLLM is.
 
     python -m bench.gpu [--out DIR] [--budget-minutes 8] [--skip-tests]
 
-One H200, H100 or A100 with 80 GB. Writes DIR/gpu.json (by default below bench/results) after every part, so that a part
-which fails, hangs or is not reached costs no other; each runs in a process and within a time limit of its own. Ends with 1 if
-a test or a part failed.
+One H200, or an H100 or A100 with 80 GB, where the 3B's updates do not fit. Writes DIR/gpu.json (by default below
+bench/results) after every part, so that a part which fails, hangs or is not reached costs no other; each runs in a process
+and within a time limit of its own. Ends with 1 if a test or a part failed.
 
 TFLOP/s count the products that a mode needs: 2 NDV forward, 6 forward and backward, 8 with recomputation (G), and for S those
 that were made. The share is that of a large bf16 product measured in the same run.
@@ -18,7 +18,6 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,8 +37,7 @@ TESTS = ROOT / "tests" / "gpu"
 # compilation on the host, and fits into 80 GB.
 TEST_FILES = (("wiring",), ("heads", "rows", "active"), ("bits", "memory"), ("large",), ("vllm",))
 TEST_SHARE = 0.55  # of the budget; the rest is for the benchmark
-TEST_LIMIT, MEASURE_LIMIT, SYNC_LIMIT, LEAST = 150, 150, 90, 15  # seconds
-REPEATS = 20
+TEST_LIMIT, MEASURE_LIMIT, SYNC_LIMIT, STEP_LIMIT, LEAST = 150, 150, 90, 90, 15  # seconds
 GIB = 1 << 30
 OURS = ("mssr L", "mssr S", "mssr G")
 # All but our own eager reference, whose float32 products take longer than all of these together.
@@ -54,14 +52,13 @@ MEASUREMENTS = (  # (model, N, rows, providers beside eager), the most telling f
     ("7b", 2048, "realistic", ALL),
     ("3b", 2048, "realistic", ALL),
 )
+# What comes before the updates; the rest of MEASUREMENTS, which says least, comes after them.
+FIRST_MEASUREMENTS = 4
+STEPS = (("7b-lora", ("mssr", "eager", "liger")), ("3b", ("mssr", "eager", "liger")))  # of bench.step
 
 
 def main():
     arguments = parse_arguments()
-    if arguments.part:
-        kind, *words = arguments.part
-        print(json.dumps({"roofs": roofs, "sync": sync, "measure": lambda: measure(words)}[kind]()), flush=True)
-        return
     if not torch.cuda.is_available():
         sys.exit("bench.gpu needs a CUDA device, and torch sees none")
     sys.exit(Run(arguments).everything())
@@ -72,7 +69,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for gpu.json")
     parser.add_argument("--budget-minutes", type=float, default=8)
     parser.add_argument("--skip-tests", action="store_true")
-    parser.add_argument("--part", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -96,6 +92,7 @@ class Run:
             "roofs": None,
             "tests": {},
             "measurements": [],
+            "steps": {},
             "sync": None,
             "targets": [],
             "not_run": [],
@@ -108,17 +105,39 @@ class Run:
         self.save()
         if not self.skip_tests:
             self.tests()
-        for model, n, rows, providers in MEASUREMENTS:
+        self.measure(MEASUREMENTS[:FIRST_MEASUREMENTS])
+        self.report["sync"] = {"skipped": why} if (why := why_no_sync()) else self.part("sync", ["sync"], SYNC_LIMIT)
+        self.save()
+        self.steps()
+        self.measure(MEASUREMENTS[FIRST_MEASUREMENTS:])
+        self.show()
+        return int(bool(self.report["failed"]))
+
+    def measure(self, measurements: tuple):
+        for model, n, rows, providers in measurements:
             words = ["measure", "--model", model, "--n", str(n), "--rows", rows]
             words += ["--providers", *providers]
             found = self.part(f"measure {model} N {n} {rows}", words)
             if found is not None:
                 self.report["measurements"].append(with_rates(found, self.report["roofs"]))
             self.save()
-        self.report["sync"] = {"skipped": why} if (why := why_no_sync()) else self.part("sync", ["sync"], SYNC_LIMIT)
-        self.save()
-        self.show()
-        return int(bool(self.report["failed"]))
+
+    def steps(self):
+        if why := why_no_trainer():
+            self.report["not_run"].append(f"updates: {why}")
+            return
+        from .step import compare
+
+        for size, heads in STEPS:
+            found = [self.part(f"step {size} {head}", ["step", size, head], STEP_LIMIT) for head in heads]
+            cases = [case for case in found if case is not None]
+            compare(cases, "bfloat16")
+            for case in cases:
+                if not case.get("agrees", True):
+                    why = f"differs from eager by {case['differs']:.0e}"
+                    self.report["failed"].append({"part": f"step {size} {case['head']}", "why": why, "output": ""})
+            self.report["steps"][size] = cases
+            self.save()
 
     def left(self) -> float:
         return self.budget - (time.monotonic() - self.start)
@@ -129,7 +148,7 @@ class Run:
         if limit < LEAST:
             self.report["not_run"].append(f"{name}: out of time")
             return None
-        code, output = run([sys.executable, "-m", "bench.gpu", "--part", *words], limit)
+        code, output = run([sys.executable, "-m", "bench.gpu_parts", *words], limit)
         result = [line for line in output.splitlines() if line.startswith('{"')]
         if code == 0 and result:
             return json.loads(result[-1])
@@ -176,6 +195,8 @@ class Run:
             print(", ".join(f"{key} {value:.3g}" for key, value in self.report["roofs"].items()))
         for measured in self.report["measurements"]:
             show_measurement(measured)
+        for size, cases in self.report["steps"].items():
+            show_steps(size, cases)
         print("\nTargets (7B head, bf16, N 8192, one H200) and what was measured; GiB of the head's modes beyond dW")
         for row in self.report["targets"]:
             print(f"{row['what']:<44}{row['memory']:<22}{row['time']:<40}{row['measured']}")
@@ -237,66 +258,20 @@ def run_tests(file: str, limit: float) -> dict:
     }
 
 
-# What runs in a process of its own.
-
-
-def roofs() -> dict:
-    """A large bf16 product, one of the shape of the 7B head, and a copy within the device."""
-
-    def tflops(m: int, k: int, n: int, repeats: int) -> float:
-        a, b = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
-        out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
-        return 2 * m * k * n / median_seconds(lambda: torch.mm(a, b, out=out), repeats) / 1e12
-
-    found = {
-        "matmul_tflops": tflops(8192, 8192, 8192, 100),
-        "head_matmul_tflops": tflops(8192, 3584, 152064, 20),
-    }
-    source = torch.empty(4 * GIB, dtype=torch.uint8, device="cuda").zero_()
-    copy = torch.empty_like(source)
-    found["copy_tb_per_s"] = 2 * source.numel() / median_seconds(lambda: copy.copy_(source), 20) / 1e12
-    return found
-
-
-def median_seconds(call, repeats: int) -> float:
-    """By the device's own clock."""
-    for _ in range(3):
-        call()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in events:
-        start.record()
-        call()
-        end.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
-
-
-def measure(words: list[str]) -> dict:
-    """`bench.kernels` and, beside it, the forward pass alone and the products of mode S."""
-    from . import kernels
-
-    arguments = kernels.parse_arguments([*words, "--device", "cuda", "--dtype", "bfloat16", "--repeats", str(REPEATS)])
-    report = kernels.measure(arguments)
-    report["model"] = arguments.model
-    report["forward"] = attempt(lambda: forward_seconds(kernels.make(arguments)))
-    report["sparse"] = attempt(lambda: sparse_products(kernels.make(arguments), arguments))
-    return report
-
-
-def attempt(function) -> dict:
-    """The rest of the report is worth more than this figure."""
+def why_no_trainer() -> str | None:
+    """Updates and sync take the trainer, without which the rest of this command does."""
     try:
-        return function()
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"}
+        import mssr.policy.engine  # noqa: F401
+    except ImportError as error:
+        return f"the trainer is not installed ({error})"
+    return None
 
 
 def why_no_sync() -> str | None:
-    """It takes the trainer and vLLM, without which the rest of this command does."""
-    try:
-        from mssr.rollout.vllm_adapter import installed_version, is_cpu_build, is_supported
-    except ImportError as error:
-        return f"the trainer is not installed ({error})"
+    if why := why_no_trainer():
+        return why
+    from mssr.rollout.vllm_adapter import installed_version, is_cpu_build, is_supported
+
     version = installed_version()
     if version is None:
         return "vLLM is not installed"
@@ -305,58 +280,13 @@ def why_no_sync() -> str | None:
     return None if is_supported(version) else f"vLLM {version} is not supported"
 
 
-def sync() -> dict:
-    """`bench.sync` at the dimensions of Qwen2.5-VL-7B."""
-    from . import sync as benchmark
+def show_steps(size: str, cases: list[dict]):
+    from rich.console import Console
 
-    (case,) = benchmark.measure(benchmark.parse_arguments(["--model", "7b", "--device", "cuda"]))["cases"]
-    if "error" in case:
-        raise RuntimeError(f"{case['error']}\n{case['output']}")
-    return case
+    from .step import print_cases
 
-
-def forward_seconds(tensors) -> dict:
-    from mssr_kernels import linear_logprob_entropy
-
-    found = {}
-    with torch.no_grad():
-        for backend in ("triton", "chunked"):
-            call = lambda backend=backend: linear_logprob_entropy(*tensors[:3], backend=backend)  # noqa: E731
-            found[backend] = median_seconds(call, REPEATS)
-    return found
-
-
-def sparse_products(tensors, arguments: argparse.Namespace) -> dict:
-    """The products of mode S in units of NDV: f is the backward's share of mode L's 4, and dense rows which were put off
-    go through the forward twice."""
-    from mssr_kernels import choice, explain
-    from mssr_kernels.matmul import HeadMatmul
-
-    from . import kernels
-
-    n, d, v = arguments.n, arguments.d, arguments.v
-    name = explain(n, d, v, dtype=tensors.hidden.dtype, device=tensors.hidden.device).backend
-    tiles = choice.backend_named(name).tiles
-    addmm, fill = HeadMatmul._addmm, tiles.fill
-    backward = forward_rows = 0
-
-    def counting_addmm(self, out, a, b, beta):
-        nonlocal backward
-        backward += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return addmm(self, out, a, b, beta)
-
-    def counting_fill(self, h, *rest):
-        nonlocal forward_rows
-        forward_rows += len(h)
-        return fill(self, h, *rest)
-
-    HeadMatmul._addmm, tiles.fill = counting_addmm, counting_fill
-    try:
-        kernels.run(tensors, "mssr S", arguments)
-    finally:
-        HeadMatmul._addmm, tiles.fill = addmm, fill
-    f = backward / (4 * n * d * v)
-    return {"f": f, "forward_rows": forward_rows, "units": 2 * forward_rows / n + 4 * f}
+    print(f"\nupdate of {size}")
+    print_cases(cases, Console(width=160, highlight=False))
 
 
 if __name__ == "__main__":

@@ -230,15 +230,14 @@ def make_policy(world, case: dict) -> tuple:
     """(policy, the engine that has to live as long). Without ZeRO the frozen policy alone: what is synced is the same."""
     if case["mode"] == "zero0":
         return random_policy(case, world.device), None
-    from mssr.config import ModelConfig, OptimizerConfig
+    from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
     from mssr.policy.engine import PolicyEngine
 
     engine = PolicyEngine(
         ModelConfig(path=case["folder"], dtype=case["dtype"]),
         OptimizerConfig(),
+        TrainConfig(micro_batch_tokens=TOKENS, zero_stage=int(case["mode"].removeprefix("zero"))),
         world,
-        micro_batch_tokens=TOKENS,
-        zero_stage=int(case["mode"].removeprefix("zero")),
         temperature=1.0,
         total_updates=1,
     )
@@ -253,7 +252,7 @@ def random_policy(case: dict, device: torch.device):
 
     config, dtype = AutoConfig.from_pretrained(case["folder"]), getattr(torch, case["dtype"])
     with device:
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention.SDPA)
     return Policy(model).requires_grad_(False).eval()
 
 

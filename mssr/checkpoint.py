@@ -1,146 +1,278 @@
 """Checkpoints: everything a resumed run needs, and never a half-written one.
 
-    run_dir/checkpoints/step_000040/    engine/     weights, optimiser, schedule (DeepSpeed, one file a rank)
-                                        rank_0.pt   this rank's random state
-                                        state.pt    step, tracker, metrics position, what the run was made of
+    run_dir/checkpoints/step_000040/    rank_0.pt   this rank's pieces of master weights and moments, its random state
+                                        state.pt    step, shapes, tracker, metrics position, what the run was made of
+                        best.json       the step of the best validation, where such checkpoints are kept
 
-A checkpoint is written under a temporary name, flushed to disk, and renamed when every rank is done; old ones are
-removed after that. So kill -9 or a full disk at any moment leaves the last complete one as it was.
+A checkpoint is copied to host memory, written by a thread beside the training under a temporary name, flushed to disk,
+and renamed when every rank is done; old ones are removed after that. So kill -9 or a full disk at any moment leaves the
+last complete one as it was. Any number of ranks and any ZeRO stage can resume it.
 """
 
+import io
+import json
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from mssr.config import TrainConfig
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.engine import PolicyEngine
+from mssr.policy.pieces import VALUES, SavedPieces
 from mssr.policy.weights import whole_shape
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step_(\d{6,})")
+_BEST = "best.json"
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    step: int
+    writing: Future
 
 
 class Checkpoints:
-    def __init__(self, run_dir: Path, world: World, keep: int) -> None:
+    """Every method is to be called on all ranks."""
+
+    def __init__(self, run_dir: Path, world: World, config: TrainConfig) -> None:
         self._folder = Path(run_dir) / FOLDER
         self._world = world
-        self._keep = keep
+        self._config = config
+        self._saved_at = time.monotonic()
+        self._pending: _Pending | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._best_step, self._best_accuracy = world.gather(self._read_best())[0]
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
-        if not self._folder.is_dir():
-            return []
-        matches = (_NAME.fullmatch(path.name) for path in self._folder.iterdir())
-        return sorted(int(match[1]) for match in matches if match)
-
-    def save(self, step: int, engine: PolicyEngine, state: dict[str, Any]) -> Path:
-        """Saves `step` (the number of steps done); `state` is the loop's own, the same on every rank.
-
-        Raises:
-            UserError: it could not be written (disk full, permission); the previous checkpoint is intact.
-        """
-        final = self._folder / f"step_{step:06d}"
-        partial = self._folder / f".partial_step_{step:06d}"
-        try:
-            self._prepare(engine)
-            if self._world.is_main:
-                partial.mkdir()
-            self._world.barrier()
-            self._write(partial, engine, {"step": step, **state})
-            self._world.barrier()
-            if self._world.is_main:
-                _flush(partial)
-                partial.rename(final)
-                _flush_folder(self._folder)
-                self._prune()
-            self._world.barrier()
-        # torch reports a failed write as RuntimeError. The other ranks are not told: they may be waiting inside
-        # DeepSpeed's own collectives. This rank ends, and what they wait in fails, as RuntimeError too.
-        except (OSError, RuntimeError) as error:
-            if self._world.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            kept = self.steps()
-            last = f"checkpoint of step {kept[-1]} is intact" if kept else "there is no earlier checkpoint"
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{final}: could not be saved: {reason}; {last}; make room and resume with --resume"
-            ) from None
-        return final
+        return saved_steps(self._folder)
 
     def newest_state(self, *, resume: bool) -> dict[str, Any] | None:
-        """The loop's state of the newest checkpoint; None for a run that has none.
+        """The loop's state in the newest checkpoint; None where there is none.
 
         Raises:
-            UserError: there are checkpoints, and the run is to start anew.
+            UserError: there is one, and the run is not to be resumed; or not every rank sees it.
         """
-        steps = self.steps()
-        if not steps:
+        newest = self._world.gather(max(self.steps(), default=None))
+        if newest[0] is None:
             return None
+        if any(step != newest[0] for step in newest):
+            raise UserError(f"{self._folder}: its newest step is {newest} by rank; run_dir must be shared by all nodes")
         if not resume:
-            raise UserError(f"{self._folder} holds step {steps[-1]}; continue with --resume, or set another run_dir")
-        return torch.load(self._folder / f"step_{steps[-1]:06d}" / "state.pt", weights_only=True)
+            raise UserError(f"{self._folder} holds step {newest[0]}; continue with --resume, or set another run_dir")
+        file = self._path(newest[0]) / "state.pt"
+        state = torch.load(file, weights_only=True)
+        if "engine" not in state:
+            raise UserError(f"{file}: saved by an earlier version of mssr; resume with that, or set another run_dir")
+        return state
 
-    def load_engine(self, step: int, engine: PolicyEngine) -> None:
-        """Restores weights, optimiser, schedule and this rank's random state."""
-        folder = self._folder / f"step_{step:06d}"
-        ranks = len(list(folder.glob("rank_*.pt")))
-        if ranks != self._world.size:
-            raise UserError(
-                f"{folder} was saved by {ranks} ranks, this run has {self._world.size}; resume with as many"
-            )
-        engine.load(folder)
-        states = torch.load(folder / f"rank_{self._world.rank}.pt", weights_only=True)
-        torch.set_rng_state(states["cpu"])
-        if "cuda" in states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(states["cuda"])
+    def load_engine(self, state: dict[str, Any], engine: PolicyEngine) -> None:
+        """Restores weights, optimiser and schedule of `newest_state`, and this rank's random state if it had one.
 
-    def _prepare(self, engine: PolicyEngine) -> None:
-        """Clears what an interrupted save left; refuses, on all ranks at once, a disk that is full beforehand."""
-        shortage = None
+        Raises:
+            UserError: files are missing, or another model was trained.
+        """
+        files = _rank_files(self._path(state["step"]), state)
+        engine.load(state["engine"], SavedPieces(files))
+        if self._world.rank < len(files):
+            random_state = torch.load(files[self._world.rank], weights_only=True, mmap=True)["random"]
+            torch.set_rng_state(random_state["cpu"].clone())
+            if "cuda" in random_state and torch.cuda.is_available():
+                torch.cuda.set_rng_state(random_state["cuda"].clone())
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is one to save at, by number or by the last checkpoint's age."""
+        if step % self._config.checkpoint_every == 0:
+            return True
+        if self._config.checkpoint_minutes is None:
+            return False
+        old = time.monotonic() - self._saved_at >= 60 * self._config.checkpoint_minutes
+        return bool(self._world.max(torch.tensor(int(old))))
+
+    def is_best(self, accuracy: float) -> bool:
+        """Whether no validation was as good of those whose checkpoints were kept, or are being written."""
+        return self._best_accuracy is None or accuracy > self._best_accuracy
+
+    def save(self, step: int, engine: PolicyEngine, state: dict[str, Any], *, best: float | None = None) -> None:
+        """Begins to save `step` (the number of steps done); with async_save, `settle` ends it. An earlier one ends first.
+
+        state: the loop's own, the same on every rank. best: the validation accuracy that makes it one to keep.
+
+        Raises:
+            UserError: this or the earlier one could not be written (disk full, permission); complete ones are intact.
+        """
+        self.settle(wait=True)
+        partial, contents = self._partial(step), {}
+        self._together(step, lambda: self._make_room(partial, engine))
+        self._together(step, lambda: contents.update(self._contents(step, engine, state)))
+        self._pending = _Pending(step, self._thread.submit(_write, partial, contents))
+        if best is not None:
+            self._best_step, self._best_accuracy = step, best
+        self._saved_at = time.monotonic()
+        self.settle(wait=not self._config.async_save)
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Makes the checkpoint that is being written valid, once all ranks have written theirs; wait: until then.
+
+        Raises:
+            UserError: a rank could not write.
+        """
+        pending = self._pending
+        if pending is None:
+            return
+        if not wait and not all(self._world.gather(pending.writing.done())):
+            return
+        self._pending = None
+        self._together(pending.step, pending.writing.result)
+        self._together(pending.step, lambda: self._commit(pending.step))
+        self._together(pending.step, self._prune, "is saved, but older ones could not be removed")
+
+    def close(self) -> None:
+        """What is still being written becomes valid where that takes no other rank, which may be gone."""
+        try:
+            if self._world.size == 1:
+                self.settle(wait=True)
+        finally:
+            self._thread.shutdown()
+
+    def _contents(self, step: int, engine: PolicyEngine, state: dict[str, Any]) -> dict[str, Any]:
+        """File names and what this rank writes into them; copies, since the training goes on."""
+        contents = {f"rank_{self._world.rank}.pt": {"pieces": engine.own_state(), "random": self._random_state()}}
+        whole = {"step": step, "ranks": self._world.size, "engine": engine.state_dict(), **state}
         if self._world.is_main:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for path in self._folder.glob(".partial_*"):
-                shutil.rmtree(path)
-            steps = self.steps()
-            if steps:
-                needed = sum(path.stat().st_size for path in (self._folder / f"step_{steps[-1]:06d}").rglob("*"))
-            else:  # weights and the optimiser's two moments, float32
-                needed = 12 * sum(whole_shape(parameter).numel() for parameter in engine.policy.parameters())
-            free = shutil.disk_usage(self._folder).free
-            if free < needed:
-                shortage = f"disk full: {free / 2**20:.0f} MiB free, about {needed / 2**20:.0f} MiB needed"
-        shortage = self._world.gather(shortage)[0]
-        if shortage:
-            raise OSError(shortage)
+            buffer = io.BytesIO()
+            torch.save(whole, buffer)
+            contents["state.pt"] = buffer.getvalue()
+        return contents
 
-    def _write(self, folder: Path, engine: PolicyEngine, state: dict[str, Any]) -> None:
-        engine.save(folder)
-        random_state = {"cpu": torch.get_rng_state()}
+    def _together(self, step: int, work: Callable[[], Any], failure: str = "could not be saved") -> None:
+        """Runs `work`; if it fails on any rank, all of them raise the same error."""
+        problem = None
+        try:
+            work()
+        # torch reports a failed write as RuntimeError.
+        except (OSError, RuntimeError) as error:
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            problem = " ".join(str(cause).split())[:200]
+        problems = [found for found in self._world.gather(problem) if found]
+        if problems:
+            if self._world.is_main:
+                shutil.rmtree(self._partial(step), ignore_errors=True)
+            kept = self.steps()
+            last = f"checkpoint of step {kept[-1]} is intact" if kept else "there is no earlier checkpoint"
+            raise UserError(f"{self._path(step)}: {failure}: {problems[0]}; {last}; make room and train with --resume")
+
+    def _make_room(self, partial: Path, engine: PolicyEngine) -> None:
+        """Clears what an interrupted save left, and refuses a disk that is full beforehand."""
+        if not self._world.is_main:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.glob(".partial_*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        steps = self.steps()
+        if steps:
+            needed = sum(path.stat().st_size for path in self._path(steps[-1]).rglob("*"))
+        else:
+            trained = (weight for weight in engine.policy.parameters() if weight.requires_grad)
+            needed = 4 * len(VALUES) * sum(whole_shape(weight).numel() for weight in trained)
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise OSError(f"disk full: {free / 2**20:.0f} MiB free, about {needed / 2**20:.0f} MiB needed")
+        partial.mkdir()
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
         if self._world.device.type == "cuda":
-            random_state["cuda"] = torch.cuda.get_rng_state()
-        torch.save(random_state, folder / f"rank_{self._world.rank}.pt")
-        if self._world.is_main:
-            torch.save(state, folder / "state.pt")
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def _commit(self, step: int) -> None:
+        if not self._world.is_main:
+            return
+        self._partial(step).rename(self._path(step))
+        if step == self._best_step:
+            best = json.dumps({"step": step, "accuracy": self._best_accuracy}) + "\n"
+            _write(self._folder, {f".partial_{_BEST}": best.encode()})
+            (self._folder / f".partial_{_BEST}").rename(self._folder / _BEST)
+        _flush_folder(self._folder)
 
     def _prune(self) -> None:
-        for step in self.steps()[: -self._keep]:
-            old = self._folder / f"step_{step:06d}"
-            doomed = self._folder / f".partial_{old.name}"
-            old.rename(doomed)  # a removal cut short must not look like a checkpoint
-            shutil.rmtree(doomed)
+        if not self._world.is_main:
+            return
+        for step in self.steps()[: -self._config.keep_checkpoints]:
+            if step != self._best_step:
+                old = self._path(step)
+                doomed = self._folder / f".partial_{old.name}"
+                old.rename(doomed)  # a removal cut short must not look like a checkpoint
+                shutil.rmtree(doomed)
+
+    def _read_best(self) -> tuple[int | None, float | None]:
+        file = self._folder / _BEST
+        if not file.is_file():
+            return None, None
+        best = json.loads(file.read_text())
+        return best["step"], best["accuracy"]
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step_{step:06d}"
+
+    def _partial(self, step: int) -> Path:
+        return self._folder / f".partial_step_{step:06d}"
 
 
-def _flush(folder: Path) -> None:
-    for root, _, files in os.walk(folder):
-        for name in files:
-            with open(Path(root) / name, "rb") as file:
-                os.fsync(file.fileno())
-        _flush_folder(Path(root))
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a run's checkpoints folder, ascending."""
+    if not folder.is_dir():
+        return []
+    matches = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every trained parameter of the checkpoint in `folder` (step_000040), by its name in the model: float32, whole.
+
+    Raises:
+        UserError: files are missing.
+    """
+    state = torch.load(folder / "state.pt", weights_only=True)
+    saved = SavedPieces(_rank_files(folder, state))
+    for name, shape in state["engine"]["shapes"].items():
+        weight = torch.empty(shape)
+        saved.fill(name, "master", 0, weight.view(-1))
+        yield name, weight
+
+
+def _rank_files(folder: Path, state: dict[str, Any]) -> list[Path]:
+    files = [folder / f"rank_{rank}.pt" for rank in range(state["ranks"])]
+    for file in files:
+        if not file.is_file():
+            raise UserError(
+                f"{file}: missing; the checkpoint was saved by {len(files)} ranks and needs all their files"
+            )
+    return files
+
+
+def _write(folder: Path, contents: dict[str, Any]) -> None:
+    """Each value in a file of its name, on the disk when this returns."""
+    for name, value in contents.items():
+        with open(folder / name, "wb") as file:
+            file.write(value) if isinstance(value, bytes) else torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+    _flush_folder(folder)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: mssr train | sft | eval | serve | data | plot | doctor.
+"""The command line: mssr train | sft | eval | serve | data | plot | export | plan | doctor.
 
 Heavy imports wait until a command needs them.
 """
@@ -14,7 +14,7 @@ import typer
 
 import mssr.environment  # noqa: F401  first: torch and transformers read it when they load
 from mssr.config import Config, load_config
-from mssr.errors import UserError
+from mssr.errors import Interrupted, UserError
 
 app = typer.Typer(
     help="Train vision-language models to reason with one rollout per prompt.",
@@ -120,6 +120,43 @@ def plot(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a training run")],
+    out: Annotated[Path, typer.Option(help="folder to write; must not be there yet")],
+    step: Annotated[int | None, typer.Option(help="the checkpoint's; default: the newest")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="with model.lora: the adapter alone, for peft")] = False,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; default: the run's")] = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face directory."""
+    if dtype not in (None, "bfloat16", "float32"):
+        raise UserError(f"--dtype {dtype}: choose bfloat16 or float32")
+    from mssr.export import export
+
+    print(f"step {export(run, out, step=step, adapter=adapter, dtype=dtype)} {out}")
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200, rtx4090, ...; another name lists them")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="ranks of the run, one a GPU")] = 8,
+    context: Annotated[
+        str | None, typer.Option(help="mean PROMPT,RESPONSE tokens for the step time; default: half of the limits")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
+) -> None:
+    """Predict GPU memory and step time; nothing is loaded. Exit code 1: it does not fit."""
+    settings = _load(config, overrides)
+    from mssr.planning.plan import plan_run
+    from mssr.planning.report import as_json, print_plan
+
+    found = plan_run(settings, gpu, gpus, context)
+    print(as_json(found)) if json else print_plan(found)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
 def doctor() -> None:
     """What is installed, what will be used, what is missing, and the command that mends it."""
     from mssr.doctor import diagnose, print_report
@@ -138,6 +175,9 @@ def run_command(command: Callable[[], None]) -> None:
     except UserError as error:
         print(f"mssr: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as interrupted:
+        print(f"mssr: {interrupted}", file=sys.stderr)
+        sys.exit(interrupted.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

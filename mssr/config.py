@@ -15,6 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mssr.errors import UserError
+from mssr.overrides import apply_override
+from mssr.policy.deepspeed_json import offloads_optimizer, zero_stage_of
+from mssr.presets import with_preset
 
 DEFAULT_INSTRUCTION = "Think step by step inside <think></think> tags, then give the final answer in \\boxed{}."
 
@@ -48,7 +51,7 @@ class ModelConfig(Section):
         "auto", description="of packed sequences; auto: flash-attn where it is installed (GPU, 16 bits), else sdpa"
     )
     liger: Literal["auto", "on", "off"] = Field(
-        "auto", description="liger-kernel's RMSNorm, SwiGLU and rotary layers; auto: on a GPU where it is installed"
+        "off", description="liger-kernel's RMSNorm, SwiGLU and rotary layers; auto: on a GPU where it is installed"
     )
     train_vision: bool = Field(True, description="false: the vision tower stays as it was")
     lora: LoraConfig | None = Field(None, description="train adapters instead of the weights")
@@ -178,6 +181,22 @@ class TrainConfig(Section):
         3, ge=0, description="steps in a row that may be left out (NaN, log-prob gap) before the run stops"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _stage_of_the_json(cls, values: Any) -> Any:
+        path = values.get("deepspeed") if isinstance(values, dict) else None
+        if isinstance(path, str) and "zero_stage" not in values:
+            return values | {"zero_stage": zero_stage_of(path)}
+        return values
+
+    @model_validator(mode="after")
+    def _stages_agree(self):
+        if self.deepspeed is not None and (stage := zero_stage_of(self.deepspeed)) != self.zero_stage:
+            raise UserError(
+                f"train.zero_stage {self.zero_stage}, but {self.deepspeed} has stage {stage}; leave train.zero_stage out"
+            )
+        return self
+
 
 class SftConfig(Section):
     data: str | None = Field(None, description="rows with a `solution` to imitate; null: data.train")
@@ -207,6 +226,9 @@ class LogConfig(Section):
 
 class Config(Section):
     run_dir: Path = Field(description="everything the run leaves is in here")
+    preset: Literal["default", "paper"] = Field(
+        "default", description="fills what is left open; paper: its authors' choices, see mssr/presets.py"
+    )
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     model: ModelConfig
@@ -227,6 +249,8 @@ class Config(Section):
                 f"rollout.prompts_per_step {prompts} is not a multiple of train.responses_per_update {responses}"
             )
         self._rollout_settings_go_together()
+        if self.train.keep_best and self.data.val is None:
+            raise ValueError("train.keep_best goes by held-out problems: set data.val")
         if self.sft.stop_at_accuracy is not None and self.data.val is None:
             raise ValueError("sft.stop_at_accuracy needs held-out problems: set data.val")
         if self.algorithm.tracker.preset == "reference" and not self.algorithm.kl_coef:
@@ -244,14 +268,25 @@ class Config(Section):
         if rollout.one_step_off and rollout.engine != "servers":
             raise ValueError("rollout.one_step_off needs GPUs of its own to generate on: set rollout.engine=servers")
         corrected = algorithm.old_logp == "recompute" and algorithm.tis_cap is not None
-        for key, used in (("one_step_off", rollout.one_step_off), ("quantization", rollout.quantization)):
+        # Merged into weights of 16 bits, an adapter is rounded; the policy that is trained has it whole.
+        half = self.model.dtype == "bfloat16" or (self.model.dtype == "auto" and self.device == "cuda")
+        for key, used in (
+            ("rollout.one_step_off", rollout.one_step_off),
+            ("rollout.quantization", rollout.quantization),
+            ("model.lora in bfloat16", half and self.model.lora is not None and rollout.engine != "hf"),
+        ):
             if used and not corrected:
                 raise ValueError(
-                    f"rollout.{key} samples from another policy than the one that is trained: set "
+                    f"{key} samples from another policy than the one that is trained: set "
                     "algorithm.old_logp=recompute and algorithm.tis_cap, which correct for it"
                 )
         if rollout.offload_optimizer and self.train.zero_stage == 0:
             raise ValueError("rollout.offload_optimizer moves ZeRO's optimizer: set train.zero_stage=1, 2 or 3")
+        if rollout.offload_optimizer and self.train.deepspeed and offloads_optimizer(self.train.deepspeed):
+            raise ValueError(
+                f"rollout.offload_optimizer, but {self.train.deepspeed} keeps the optimizer on the CPU already; "
+                "set rollout.offload_optimizer=false"
+            )
         if rollout.quantization and rollout.engine == "hf":
             raise ValueError("rollout.quantization is vLLM's: set rollout.engine=vllm or servers")
 
@@ -278,7 +313,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines at the top level, found {type(values).__name__}")
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override)
     return validate_config(values, source=str(path))
 
 
@@ -286,41 +321,13 @@ def validate_config(values: dict[str, Any], source: str = "config") -> Config:
     """`load_config` for a dict that is already in memory."""
     _refuse_unknown_keys(values, Config, prefix="", source=source)
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(with_preset(values))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{source}: {key + ': ' if key else ''}{message}{given}") from None
-
-
-def _apply(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r}: expected key=value, for example train.steps=10")
-    *sections, last = key.split(".")
-    for section in sections:
-        if values.get(section) is None:  # missing, or a section without keys in the file
-            values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
-            raise UserError(f"override {override!r}: {section} holds a value, not a section")
-    try:
-        values[last] = _scalar(text)
-    except yaml.YAMLError as error:
-        reason = getattr(error, "problem", None) or error
-        raise UserError(f"override {override!r}: the value is not valid YAML: {reason}; quote it") from None
-
-
-def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text) if text else ""
-    if isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _refuse_unknown_keys(values: dict[str, Any], section: type[BaseModel], prefix: str, source: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mssr.errors import UserError
+
+# How long a rank may wait for the others: while rank 0 writes a model, or samples longer. One that has died ends the job
+# through its launcher long before.
+TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ def _join(backend: str) -> None:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     except (dist.DistNetworkError, OSError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             port = os.environ.get("MASTER_PORT")

@@ -71,7 +71,7 @@ REQUIREMENTS = (
     Requirement("nvidia-ml-py", "13.615.71", "GPU readings"),
     Requirement("vllm", "0.32.0", "fast rollouts", extra="vllm", needed=False, supported=("0.26", "0.33")),
     Requirement("flash-attn", "2.8.3", "attention", extra="flash", needed=False),
-    Requirement("liger-kernel", "0.8.5", "kernel benchmarks", extra="bench", needed=False),
+    Requirement("liger-kernel", "0.8.5", "norms, SwiGLU; benchmarks", extra="liger", needed=False),
 )
 TESTED = {requirement.name: requirement.tested for requirement in REQUIREMENTS}
 

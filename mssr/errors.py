@@ -1,4 +1,6 @@
-"""The errors a user can cause and mend."""
+"""The errors a user can cause and mend, and the end that a signal asks for."""
+
+import signal
 
 
 class UserError(Exception):
@@ -6,6 +8,14 @@ class UserError(Exception):
 
     The command line prints the line and exits with 2, without a traceback.
     """
+
+
+class Interrupted(Exception):
+    """A run has saved and ends because a signal asked for it. exit_code: as a shell reports it; the run is not finished."""
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"{signal.Signals(number).name}: saved step {step}; go on with --resume")
+        self.exit_code = 128 + number
 
 
 class BadRow(UserError):

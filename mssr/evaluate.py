@@ -36,7 +36,7 @@ def evaluate(
     for start in range(0, -(-count // world.size), _ROWS_AT_ONCE):
         rows = list(mine[start : start + _ROWS_AT_ONCE])
         streams = noise_streams(seed, "eval", 0, rows)
-        batch, _ = judge(rollout.generate([problems[row] for row in rows], streams, config.temperature))
+        batch, _ = judge(rollout.generate(problems.load(rows), streams, config.temperature))
         totals += torch.stack([batch.correct.sum(), batch.mask.sum(), batch.truncated.sum()]).double()
     correct, tokens, truncated = world.sum(totals).tolist()
     return Evaluation(correct / count, count, tokens / count, truncated / count)

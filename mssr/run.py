@@ -47,23 +47,25 @@ class Run:
         return None if self.config.data.val is None else self.dataset(self.config.data.val)
 
     def dataset(self, path: str) -> ProblemDataset:
-        return ProblemDataset(path, self._encoder, self.config.data)
+        """The ranks check its rows together: a collective. Its threads end with the run."""
+        problems = ProblemDataset(path, self._encoder, self.config.data, world=self.world)
+        self._open.callback(problems.close)
+        return problems
 
     def policy_engine(self, optimizer: OptimizerConfig, *, temperature: float, total_updates: int) -> PolicyEngine:
         return PolicyEngine(
             self.config.model,
             optimizer,
+            self.config.train,
             self.world,
-            micro_batch_tokens=self.config.train.micro_batch_tokens,
-            zero_stage=self.config.train.zero_stage,
             temperature=temperature,
             total_updates=total_updates,
         )
 
     def frozen_policy(self) -> Policy:
-        """The starting weights, for inference: what is evaluated, or the reference of the KL term."""
+        """The model for inference alone: what `mssr eval` evaluates."""
         dtype = resolve_dtype(self.config.model.dtype, self.world)
-        return load_frozen_policy(self.config.model.path, dtype, self.world.device)
+        return load_frozen_policy(self.config.model.path, dtype, self.world.device, self.config.model)
 
     def rollout_engine(self, policy: Policy) -> RolloutEngine:
         """The run's engine, closed when the run is."""
@@ -117,17 +119,15 @@ class Run:
             "fingerprint": self.problems.fingerprint,
             "seed": self.config.seed,
             "prompts_per_step": self.config.rollout.prompts_per_step,
-            "zero_stage": self.config.train.zero_stage,
         }
 
     def refuse_other_data(self, saved: dict[str, Any]) -> None:
         """Raises:
-        UserError: the checkpoint's run drew other prompts than this one would, or saved in another layout.
+        UserError: the checkpoint's run drew other prompts than this one would.
         """
         for key, here in (
             ("seed", self.config.seed),
             ("rollout.prompts_per_step", self.config.rollout.prompts_per_step),
-            ("train.zero_stage", self.config.train.zero_stage),  # DeepSpeed's files differ
         ):
             there = saved[key.rpartition(".")[2]]
             if there != here:

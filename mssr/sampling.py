@@ -106,10 +106,19 @@ class StepRollouts:
 
     def _asked(self, step: int) -> tuple[list[Prompt], list[int], list[float]]:
         """The step's prompts, noise streams and expected lengths; all collectives and data work of a generation."""
-        rows = self._rows.rows(step)
-        prompts = [self._run.problems[rows[slot]] for slot in self._share.slots]
+        prompts = self._run.problems.load(self._own_rows(step))
+        self.prepare(step + 1)
         streams = noise_streams(self._run.config.seed, "train", step, self._share.slots)
         return prompts, streams, self.lengths.expected([prompt.key for prompt in prompts])
+
+    def prepare(self, step: int) -> None:
+        """Begins to prepare the prompts of the step that comes next, beside what is done until then."""
+        if step < self._run.config.train.steps:
+            self._run.problems.begin(self._own_rows(step))
+
+    def _own_rows(self, step: int) -> list[int]:
+        rows = self._rows.rows(step)
+        return [rows[slot] for slot in self._share.slots]
 
     def _generate(self, prompts: list[Prompt], streams: list[int], expected: list[float]) -> _Sampled:
         started = time.perf_counter()

@@ -31,6 +31,11 @@ def _sft(run: Run, config: Config) -> dict[str, float]:
     engine = run.policy_engine(settings.optimizer, temperature=1.0, total_updates=settings.steps)
     rollout = run.rollout_engine(engine.policy)
     run.open_records()
+
+    def own_rows(step: int) -> list[int]:
+        rows = sampler.rows(step)
+        return [rows[slot] for slot in share.slots]
+
     validation: dict[str, float] = {}
 
     with TrainProgress(
@@ -38,8 +43,9 @@ def _sft(run: Run, config: Config) -> dict[str, float]:
     ) as progress:
         for step in range(settings.steps):
             clock = Stopwatch(world.device)
-            rows = sampler.rows(step)
-            batch = demonstrations([problems[rows[slot]] for slot in share.slots], run.tokenizer, problems.source)
+            prompts = problems.load(own_rows(step))
+            problems.begin(own_rows(step + 1))  # beside this step's update
+            batch = demonstrations(prompts, run.tokenizer, problems.source)
             stats = engine.imitate(batch)
             logp, tokens = world.sum(torch.stack([stats.logp.sum().double(), batch.mask.sum().double()])).tolist()
             values = {

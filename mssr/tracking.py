@@ -5,7 +5,6 @@ from torch import Tensor
 
 from mssr.algorithms.value_tracker import PreviousResponse, ValueTracker, response_drift
 from mssr.batch import Prompt, RolloutBatch, pad_rows
-from mssr.errors import UserError
 from mssr.policy.engine import PolicyEngine, UpdateStats
 from mssr.rewards.grading import settle_truncated
 from mssr.rollout.base import RolloutEngine, noise_streams
@@ -26,7 +25,7 @@ def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) 
     # As often on every rank: ranks that share a sampler ask it together.
     for start in range(0, -(-total // world.size), at_once):
         chosen = visits[start : start + at_once]
-        prompts = [run.problems[row] for _, row in chosen]
+        prompts = run.problems.load(row for _, row in chosen)
         streams = [noise_streams(config.seed, "init", visit, [row])[0] for visit, row in chosen]
         batch, _ = run.judge(rollout.generate(prompts, streams, config.rollout.temperature))
         batch = settle_truncated(batch, config.rollout.truncated)
@@ -79,22 +78,16 @@ def track(
     reward: [B] of all ranks. drift: [B_rank], from before the updates (per prompt).
     updates: the step's; their log-probs give the batch's mean drift, their KL is what the reference preset goes by.
     Returns metrics.
-
-    Raises:
-        UserError: the policy's log-probs are no numbers any more; the tracker is as it was.
     """
     if tracker.config.drift == "batch":
         moved = response_drift(torch.cat([update.logp for update in updates]), batch.logp, batch.loss_mask)
-        seen = share.gather(batch.loss_mask.any(1))
+        applied = torch.cat([torch.full((len(update.logp),), update.applied) for update in updates])
+        seen = share.gather(batch.loss_mask.any(1) & applied)
         per_prompt = share.gather(moved)[seen].mean() if seen.any() else torch.zeros(())
     else:
         per_prompt = share.gather(drift)
-    if not per_prompt.isfinite().all():
-        raise UserError(
-            "the policy's log-probs became NaN or infinite: training diverged; "
-            "lower train.optimizer.lr, and go on from the last checkpoint with --resume"
-        )
-    tracker.observe_kl(sum(update.metrics["kl"] for update in updates) / len(updates))
+    kl = [update.metrics["kl"] for update in updates if update.applied]
+    tracker.observe_kl(sum(kl) / len(kl))
     rho = tracker.rho(per_prompt)
     keys = share.gather_list(batch.keys)
     tracker.update(keys, reward, rho)
@@ -108,6 +101,7 @@ def track(
 
 
 def previous_responses(batch: RolloutBatch) -> list[PreviousResponse]:
-    """Each row's response without padding, as the tracker keeps it."""
+    """Each row's response without padding, as the tracker keeps it: copies, since a view is sent and kept whole."""
     lengths = batch.lengths.tolist()
-    return [PreviousResponse(batch.tokens[row, :n], batch.logp[row, :n]) for row, n in enumerate(lengths)]
+    tokens = batch.tokens.to(torch.int32)
+    return [PreviousResponse(tokens[row, :n].clone(), batch.logp[row, :n].clone()) for row, n in enumerate(lengths)]

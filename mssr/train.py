@@ -5,22 +5,27 @@
 One response a prompt: no groups, no critic, no replay. What other rollouts of a prompt would tell, the tracker remembers.
 """
 
+from contextlib import closing, nullcontext
 from dataclasses import replace
 
 from mssr.algorithms import make_algorithm
 from mssr.algorithms.value_tracker import ValueTracker
 from mssr.checkpoint import Checkpoints
 from mssr.config import Config
-from mssr.errors import UserError
+from mssr.errors import Interrupted
+from mssr.interruption import Interruptions
 from mssr.observe.progress import TrainProgress
 from mssr.observe.rollouts import save_rollouts
 from mssr.observe.step import step_metrics
 from mssr.observe.stopwatch import Stopwatch
+from mssr.observe.utilisation import peak_tflops, utilisation, work_of_step
 from mssr.policy.export import save_model
-from mssr.rollout.gap import measure_gap, refuse_large_gap
+from mssr.policy.reference import make_reference
+from mssr.rollout.gap import GapCheck
 from mssr.run import Run
 from mssr.sampling import StepRollouts
 from mssr.shares import Shares
+from mssr.skipping import SkippedSteps
 from mssr.tracking import drift_of_previous_responses, initialise_tracker, track
 
 
@@ -31,14 +36,18 @@ def train(config: Config, *, resume: bool = False) -> None:
 
     Raises:
         UserError: the run cannot start (model, data, an earlier run in the folder) or go on (disk, log-prob gap).
+        Interrupted: it was asked to end by a signal, and has saved.
     """
-    with Run(config) as run:
-        _train(run, resume)
+    with (
+        Run(config) as run,
+        Interruptions(run.world) as interruptions,
+        closing(Checkpoints(config.run_dir, run.world, config.train)) as checkpoints,
+    ):
+        _train(run, checkpoints, interruptions, resume)
 
 
-def _train(run: Run, resume: bool) -> None:
+def _train(run: Run, checkpoints: Checkpoints, interruptions: Interruptions, resume: bool) -> None:
     config, world = run.config, run.world
-    checkpoints = Checkpoints(config.run_dir, world, config.train.keep_checkpoints)
     saved = checkpoints.newest_state(resume=resume)
 
     share = Shares(config.rollout.prompts_per_step, config.train.responses_per_update, world)
@@ -50,21 +59,38 @@ def _train(run: Run, resume: bool) -> None:
     rollouts = StepRollouts(run, engine, share)
     algorithm = make_algorithm(config.algorithm)
     loss_config = algorithm.loss_config()
-    reference = run.frozen_policy() if loss_config.kl_coef else None
+    recompute = config.algorithm.old_logp == "recompute"
+    peak = peak_tflops(world.device, config.log.peak_tflops)
+    reference = make_reference(config.model, engine) if loss_config.kl_coef else None
     tracker = ValueTracker(config.algorithm.tracker)
+    skipped = SkippedSteps(config.train.max_skipped_steps, config.rollout.max_gap)
+    remembering = {"tracker": tracker, "lengths": rollouts.lengths, "skipped": skipped}
 
     if saved:
         run.refuse_other_data(saved)
-        checkpoints.load_engine(saved["step"], engine)
-        tracker.load_state_dict(saved["tracker"])
-        rollouts.lengths.load_state_dict(saved.get("lengths", {}))
+        checkpoints.load_engine(saved, engine)
+        for name, part in remembering.items():
+            part.load_state_dict(saved[name])
+    first_step = saved["step"] if saved else 0
     run.open_records(resume_at=saved["metrics_position"] if saved else 0 if resume else None)
+    rollouts.prepare(first_step)
+
+    def save_and_end_if_asked(done: int, *, due: bool = False, best: float | None = None, last: bool = False) -> None:
+        signal = interruptions.asked()
+        if due or signal:
+            state = {name: part.state_dict() for name, part in remembering.items()} | run.state_dict()
+            checkpoints.save(done, engine, state, best=best)
+        checkpoints.settle(wait=last or signal > 0)
+        if signal:
+            raise Interrupted(signal, done)
+
     if not saved:
         with rollouts.awake(0) as rollout:
             run.record(0, run.validate(rollout))
             initialise_tracker(tracker, run, rollout)
+        save_and_end_if_asked(0)
+    del saved  # the tracker has it now
 
-    first_step = saved["step"] if saved else 0
     with TrainProgress(str(config.run_dir), config.train.steps, first_step, enabled=world.is_main) as progress:
         for step in range(first_step, config.train.steps):
             clock = Stopwatch(world.device)
@@ -78,37 +104,49 @@ def _train(run: Run, resume: bool) -> None:
             reward, baseline = share.gather(batch.reward), share.gather(batch.baseline)
             batch = replace(batch, advantage=share.own(algorithm.advantages(reward, baseline)))
 
-            with clock("score"):
+            with clock("drift") if tracker.wants_responses else nullcontext():
                 drift = drift_of_previous_responses(tracker, engine, batch.prompts)
-                recompute = config.algorithm.old_logp == "recompute"
+            with clock("old_logp") if recompute else nullcontext():
                 batch = replace(batch, old_logp=engine.score(batch) if recompute else batch.logp)
-                if reference is not None:
-                    batch = replace(batch, ref_logp=engine.score(batch, reference))
+            if reference is not None:
+                with clock("reference"):
+                    batch = replace(batch, ref_logp=reference.score(engine, batch))
 
-            with clock("update"):  # entropy shaping, clipping and the KL term are inside the fused loss
-                parts = share.updates(batch)
-                updates = [engine.update(part, loss_config) for part in parts]
+            # Entropy shaping, clipping and the KL term are inside the fused loss. The first update's log-probs are from the
+            # weights that sampled (one step off: from the next ones); if they are not the sampler's, no update is made.
+            first, *rest = share.updates(batch)
+            check = GapCheck(first, config.rollout.max_gap, world)
+            updates = [engine.update(first, loss_config, accept=check, clock=clock)]
+            if check.passed:
+                updates += [engine.update(part, loss_config, clock=clock) for part in rest]
 
-            # The first update's log-probs are from the weights that sampled (one step off: from the next ones).
-            gap = measure_gap(updates[0].logp, parts[0].logp, parts[0].loss_mask, world)
-            values = step_metrics(batch, updates, gap, clock, world) | sampled.metrics(step)
             done = step + 1
-            try:
-                refuse_large_gap(gap, config.rollout.max_gap, done)
+            left_out = skipped.observe(check, updates)
+            values = step_metrics(batch, updates, check.gap, clock, world) | sampled.metrics(step) | skipped.metrics()
+            if check.passed:
+                values |= utilisation(work_of_step(engine.policy, config.model, batch, updates), clock, world, peak)
+            if any(update.applied for update in updates):
                 values |= track(tracker, share, batch, reward, drift, updates)
-            except UserError:
-                run.record(done, values)  # what the step saw before it was refused
-                raise
+            if left_out:
+                progress.note(f"step {done}: {left_out}")
 
-            if done % config.eval.every == 0 or done == config.train.steps:
+            last = done == config.train.steps
+            if done % config.eval.every == 0 or last:
                 with rollouts.awake(done) as rollout:
                     values |= run.validate(rollout)
             run.record(done, values)
             progress.update(done, values)
+            if left_out:
+                checkpoints.settle(wait=True)
+                skipped.refuse_to_go_on(done, check, left_out)
             if done % config.log.rollouts_every == 0 and world.is_main:
                 save_rollouts(config.run_dir, done, batch, sampled.texts, config.log.rollouts_saved)
-            if done % config.train.checkpoint_every == 0 or done == config.train.steps:
-                state = {"tracker": tracker.state_dict(), "lengths": rollouts.lengths.state_dict(), **run.state_dict()}
-                checkpoints.save(done, engine, state)
+
+            accuracy = values.get("val/accuracy")
+            best = (
+                accuracy if config.train.keep_best and accuracy is not None and checkpoints.is_best(accuracy) else None
+            )
+            due = checkpoints.due(done) or best is not None or last
+            save_and_end_if_asked(done, due=due, best=best, last=last)
 
     save_model(engine.policy, run.processors, config.run_dir / "model", world)

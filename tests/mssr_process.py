@@ -28,14 +28,16 @@ TIMEOUT_S = 120  # a hang fails the test
 
 @dataclass(frozen=True)
 class Moment:
-    """The first audit event of this name with `path` in its first argument.
+    """The nth audit event of this name ("": of any) with `path` in its first argument.
 
-    then: "kill" is kill -9; "full" lets no file grow beyond 100 kB from then on, so that writes fail with an OSError.
+    then: "kill" is kill -9; "full" lets no file grow beyond 100 kB from then on, so that writes fail with an OSError;
+    "term" is a SIGTERM, "usr1" a SIGUSR1, "twice" two SIGTERMs.
     """
 
     event: str
     path: str
     then: str = "kill"
+    nth: int = 1
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,7 @@ def become(arguments: list[str], at: dict | None, env: dict[str, str], name: str
     os.environ.update(env)
     sys.argv = ["mssr", *arguments]
     if at:
-        moment = Moment(**at)
-        sys.addaudithook(lambda event, args: event == moment.event and moment.path in str(args[0]) and reach(moment))
+        sys.addaudithook(hook(Moment(**at)))
 
 
 def end(command: Callable[[], None]) -> None:
@@ -187,9 +188,27 @@ def end(command: Callable[[], None]) -> None:
     os._exit(code)
 
 
+def hook(moment: Moment) -> Callable:
+    numbers = count(1)
+
+    def audit(event: str, args: tuple) -> None:
+        if args and event == (moment.event or event) and moment.path in str(args[0]) and next(numbers) == moment.nth:
+            reach(moment)
+
+    return audit
+
+
 def reach(moment: Moment) -> None:
-    if moment.then == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
+    signals = {
+        "kill": [signal.SIGKILL],
+        "term": [signal.SIGTERM],
+        "usr1": [signal.SIGUSR1],
+        "twice": [signal.SIGTERM] * 2,
+    }
+    if moment.then in signals:
+        for number in signals[moment.then]:
+            os.kill(os.getpid(), number)
+        return
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from bench import sync, sync_case, targets
+from bench import step, step_case, sync, sync_case, targets
 from mssr.policy.tiny import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -87,10 +87,69 @@ def test_sync_beside_its_target():
     assert targets.beside_targets([], {"skipped": "no vLLM"})[-1]["measured"] == "skipped: no vLLM"
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="on a GPU `make gpu` measures it")
+def test_step_with_each_head(capsys):
+    """The trainer's head in a process of its own, as the command runs it; the others here."""
+    arguments = step.parse_arguments(["--heads", "mssr", "--repeats", "1", "--tokens", "300", "--device", "cpu"])
+    report = step.measure(arguments)
+    own = report["cases"][0]
+    assert "seconds" in own, own
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    with patch.dict(os.environ, alone):
+        others = [step.measure_here(head, arguments) for head in ("eager", "liger")]
+    cases = [own, *others]
+    step.compare(cases, "float32")
+    assert all(case["agrees"] for case in cases), [case["differs"] for case in cases]
+    assert own["mfu"] == pytest.approx(own["tflops"] / report["roof"]["tflops"])
+    shaped, unshaped = own["checked"]["shaped"], own["checked"]["unshaped"]
+    assert shaped["loss"] < unshaped["loss"]  # shaping adds to every advantage
+    for case in cases:
+        low, high = case["seconds_spread"]
+        assert 0 < low <= case["seconds"] <= high
+        assert case["tokens_per_second"] == pytest.approx(300 / case["seconds"])
+        assert case["mfu"] > 0
+        assert 0 < case["held_gib"] < case["peak_gib"]
+        assert case["parameters"] == case["trained"] == parameters_of(step_case.SIZES["tiny"].config())
+    step.print_report(report | {"cases": cases})
+    printed = capsys.readouterr().out
+    assert all(head in printed for head in step.HEADS) and "TOO MUCH" not in printed
+
+
+def test_a_head_that_differs_is_told():
+    checked = {kind: {"loss": 1.0, "grad_norm": 2.0} for kind in ("shaped", "unshaped")}
+    times = {"seconds": 1.0, "extra_gib": 1.0}
+    wrong = checked | {"shaped": {"loss": 1.0, "grad_norm": 2.01}}
+    liger = checked | {"shaped": {"loss": 9.0, "grad_norm": 9.0}}
+    found = {"eager": checked, "mssr": wrong, "liger": liger}
+    cases = [{"head": head, "checked": values, **times} for head, values in found.items()]
+    step.compare([*cases, {"head": "mssr", "error": "out of memory"}], "float32")
+    assert [case["agrees"] for case in cases] == [True, False, True]  # Liger has no shaping to agree on
+
+
+def test_longest_step():
+    def attempt(tokens: int) -> dict:
+        return {} if tokens <= 9_000 else {"error": "no", "output": "CUDA out of memory"}
+
+    for start in (512, 16_384):
+        found = step.longest(attempt, start)
+        assert 9_000 * 15 / 16 - 1 <= found["tokens"] <= 9_000
+    broken = step.longest(lambda tokens: {"error": "no such file", "output": ""}, 512)
+    assert "no such file" in broken["error"]
+
+
+def test_step_that_does_not_fit_is_skipped():
+    arguments = step.parse_arguments(["--size", "7b", "--heads", "mssr", "--dtype", "bfloat16", "--device", "cpu"])
+    with patch.object(step, "available_bytes", lambda: 16 << 30):
+        report = step.measure(arguments)
+    assert "16 are available" in report["cases"][0]["skipped"] and report["predicted_gib"] > 60
+
+
+def parameters_of(config) -> int:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def parameters_of_tiny() -> int:
     tokenizer = train_tokenizer(["digit"], 300)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(
-            sync_case.model_config(sync_case.SIZES["tiny"], tokenizer, "float32")
-        )
-    return sum(parameter.numel() for parameter in model.parameters())
+    return parameters_of(sync_case.model_config(sync_case.SIZES["tiny"], tokenizer, "float32"))

@@ -1,20 +1,20 @@
 """Problems of one source, every row checked before the run starts."""
 
 import hashlib
-import os
-from collections import OrderedDict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+import sys
+from collections.abc import Iterable, Iterator
 
 from mssr.batch import Prompt
 from mssr.config import DataConfig
+from mssr.data.cache import PromptCache
+from mssr.data.check import Checked, check_rows
 from mssr.data.files import open_rows
-from mssr.data.prompts import Problem, PromptEncoder
+from mssr.data.pixels import pixel_table
+from mssr.data.prefetch import PromptLoader
+from mssr.data.prompts import PromptEncoder
+from mssr.distributed import World
 from mssr.errors import BadRow, UserError
 
-CACHE_BYTES = 1 << 30  # encoded prompts kept in memory; a small set is preprocessed once
-ROWS_IN_FLIGHT = 64  # rows whose decoded images are held at once while a set is checked
 SHOWN = 5  # bad rows named in an error
 
 
@@ -26,103 +26,80 @@ class ProblemDataset:
     fingerprint: sha256 over keys and answers in order; equal for equal problems wherever they are stored.
     """
 
-    def __init__(self, path: str, encoder: PromptEncoder, config: DataConfig, source_name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        encoder: PromptEncoder,
+        config: DataConfig,
+        source_name: str | None = None,
+        world: World | None = None,
+    ) -> None:
+        """world: the ranks that open this source together and share the checking; None: this process alone."""
         self.source = source_name or str(path)
         self.bad_rows: list[BadRow] = []
         self._encoder = encoder
         self._rows = open_rows(str(path))
-        self._cache = PromptCache(CACHE_BYTES)
         self._usable: list[int] = []
         if not len(self._rows):
             raise UserError(f"{self.source}: has no rows")
-        self.fingerprint = self._check_rows()
+        self.fingerprint = self._sort_out(check_rows(self._rows, encoder, self.source, world))
         if self.bad_rows and config.on_bad_row == "fail":
-            raise UserError(self._describe_bad_rows() + "; mend them or set data.on_bad_row: skip")
+            raise UserError(self._describe_bad_rows("cannot be used") + "; mend them or set data.on_bad_row: skip")
         if not self._usable:
-            raise UserError(self._describe_bad_rows() + "; no usable row is left")
+            raise UserError(self._describe_bad_rows("cannot be used") + "; no usable row is left")
+        if self.bad_rows and (world is None or world.is_main):
+            print(f"mssr: {self._describe_bad_rows('are skipped')}", file=sys.stderr, flush=True)
+        cache = PromptCache(int(config.cache_gib * 2**30), pixel_table(encoder.image_processor))
+        self._loader = PromptLoader(self._encode, cache)
 
     def __len__(self) -> int:
         return len(self._usable)
 
     def __getitem__(self, index: int) -> Prompt:
-        row = self._usable[index]
-        prompt = self._cache.get(row)
-        if prompt is None:
-            prompt = self._encoder.encode(self._rows[row], row, self.source)
-            self._cache.put(row, prompt)
-        return prompt
+        return self._loader.get(self._usable[index])
 
     def __iter__(self) -> Iterator[Prompt]:
         return (self[index] for index in range(len(self)))
 
-    def _check_rows(self) -> str:
+    def load(self, indices: Iterable[int]) -> list[Prompt]:
+        """`[dataset[i] for i in indices]`, prepared side by side.
+
+        Raises:
+            BadRow: a row was good when the run started and is no more.
+        """
+        return self._loader.load([self._usable[index] for index in indices])
+
+    def begin(self, indices: Iterable[int]) -> None:
+        """Starts to prepare what the next `load` will ask for; returns at once. Errors wait for that `load`."""
+        self._loader.begin([self._usable[index] for index in indices])
+
+    def close(self) -> None:
+        """Ends the threads that prepare prompts."""
+        self._loader.close()
+
+    def _encode(self, row: int) -> Prompt:
+        return self._encoder.encode(self._rows[row], row, self.source)
+
+    def _sort_out(self, checked: list[Checked]) -> str:
         """Fills `_usable` and `bad_rows`; returns the fingerprint."""
         fingerprint = hashlib.sha256()
         seen: dict[str, tuple[int, str]] = {}  # key -> first row that has it, its answer
-        for row, problem in self._read_rows():
-            try:
-                if isinstance(problem, BadRow):
-                    raise problem
-                self._encoder.check(problem, self.source)
-                answer = problem.answer.strip()
-                first, known = seen.setdefault(problem.key, (row, answer))
-                if answer != known:
-                    reason = f"same problem as row {first} with a different answer ({answer!r}, there {known!r})"
-                    raise BadRow(row, self.source, f"{reason}; keep one of them")
-            except BadRow as bad:
-                self.bad_rows.append(bad)
+        for row, found in enumerate(checked):
+            if isinstance(found, BadRow):
+                self.bad_rows.append(found)
+                continue
+            key, answer = found
+            first, known = seen.setdefault(key, (row, answer))
+            if answer != known:
+                reason = f"same problem as row {first} with a different answer ({answer!r}, there {known!r})"
+                self.bad_rows.append(BadRow(row, self.source, f"{reason}; keep one of them"))
                 continue
             self._usable.append(row)
-            fingerprint.update(f"{problem.key} {len(answer)} {answer}\n".encode())
+            fingerprint.update(f"{key} {len(answer)} {answer}\n".encode())
         return fingerprint.hexdigest()
 
-    def _read_rows(self) -> Iterator[tuple[int, Problem | BadRow]]:
-        """All rows in order, images decoded in threads (Pillow decodes outside the interpreter lock)."""
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for start in range(0, len(self._rows), ROWS_IN_FLIGHT):
-                rows = range(start, min(start + ROWS_IN_FLIGHT, len(self._rows)))
-                yield from zip(rows, pool.map(self._read_row, rows), strict=True)
-
-    def _read_row(self, row: int) -> Problem | BadRow:
-        try:
-            return self._encoder.read(self._rows[row], row, self.source)
-        except BadRow as bad:
-            return bad
-
-    def _describe_bad_rows(self) -> str:
+    def _describe_bad_rows(self, what: str) -> str:
         shown = "; ".join(f"row {bad.row}: {bad.reason}" for bad in self.bad_rows[:SHOWN])
         more = len(self.bad_rows) - SHOWN
         rest = f"; and {more} more" if more > 0 else ""
-        return f"{self.source}: {len(self.bad_rows)} of {len(self._rows)} rows cannot be used: {shown}{rest}"
-
-
-class PromptCache:
-    """Least recently used prompts leave when their tensors and images exceed `capacity` bytes."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self._prompts: OrderedDict[int, Prompt] = OrderedDict()
-        self._bytes = 0
-        self._lock = Lock()
-
-    def get(self, row: int) -> Prompt | None:
-        with self._lock:
-            if row in self._prompts:
-                self._prompts.move_to_end(row)
-            return self._prompts.get(row)
-
-    def put(self, row: int, prompt: Prompt) -> None:
-        size = _size(prompt)
-        with self._lock:
-            if row in self._prompts or size > self.capacity:
-                return
-            self._prompts[row] = prompt
-            self._bytes += size
-            while self._bytes > self.capacity:
-                _, dropped = self._prompts.popitem(last=False)
-                self._bytes -= _size(dropped)
-
-
-def _size(prompt: Prompt) -> int:
-    pixels = 0 if prompt.pixel_values is None else prompt.pixel_values.nbytes
-    return prompt.token_ids.nbytes + pixels + sum(len(image) for image in prompt.images)
+        return f"{self.source}: {len(self.bad_rows)} of {len(self._rows)} rows {what}: {shown}{rest}"

@@ -19,7 +19,8 @@ COLUMNS = ("images", "problem", "answer", "solution")
 REQUIRED = ("problem", "answer")
 ALIASES = {"image": "images", "question": "problem"}  # MMK12
 SUFFIXES = (".parquet", ".jsonl", ".json")  # a directory's rows are in its files of the first of these that it has
-SPLITS = ("train", "val", "test")  # how the files of a split are called; "val" also finds validation.parquet
+SPLITS = ("train", "val", "test")  # how a split's files, or folders, begin; "val" also finds validation.parquet
+ROWS_AT_ONCE = 256  # of a parquet file; images of a large row group do not fit one Arrow array
 
 Row = dict[str, Any]
 
@@ -69,6 +70,7 @@ def open_rows(path: str) -> Rows:
         name, _, split = path.rpartition(":")
         place = Path(name).expanduser()
     if place.is_dir():
+        place = _snapshot(place)
         return Rows([(file.parent, _read_file(file)) for file in _files(place, split)])
     if place.is_file():
         return Rows([(place.parent, _read_file(place))])
@@ -77,12 +79,18 @@ def open_rows(path: str) -> Rows:
     return Rows([(None, _read_hub(str(place), split or "train", path))])
 
 
+def _snapshot(folder: Path) -> Path:
+    """Of a dataset's folder in the hub's cache, which may hold several versions, the one that is checked out."""
+    main = folder / "refs" / "main"
+    return folder / "snapshots" / main.read_text().strip() if main.is_file() else folder
+
+
 def _files(folder: Path, split: str | None) -> list[Path]:
     for suffix in SUFFIXES:
-        files = sorted(file for file in folder.rglob(f"*{suffix}") if split is None or file.name.startswith(split))
+        files = sorted(file for file in folder.rglob(f"*{suffix}") if split is None or _is_of(file, folder, split))
         if not files:
             continue
-        found = {name for name in SPLITS for file in files if file.name.startswith(name)}
+        found = {name for name in SPLITS for file in files if _is_of(file, folder, name)}
         if len(found) > 1:  # training on the test split must not be one slip away
             splits = ", ".join(sorted(found))
             raise UserError(f"{folder}: holds several splits ({splits}); name one, for example {folder}:train")
@@ -91,17 +99,34 @@ def _files(folder: Path, split: str | None) -> list[Path]:
     raise UserError(f"{folder}: no .parquet, .jsonl or .json {wanted} in this directory")
 
 
+def _is_of(file: Path, folder: Path, split: str) -> bool:
+    """Whether the file belongs to the split: by its own name, or by that of the innermost folder that names one."""
+    for part in reversed(file.relative_to(folder).parts):
+        if part.startswith(split):
+            return True
+        if part.startswith(SPLITS):
+            return False
+    return False
+
+
 def _read_file(file: Path) -> Sequence[Row]:
     if file.suffix == ".parquet":
         try:
             names = pyarrow.parquet.read_schema(file).names
             _require_columns(names, str(file))
-            return Table(pyarrow.parquet.read_table(file, columns=_wanted(names)))
+            return Table(_read_parquet(file, _wanted(names)))
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{file}: not a readable parquet file: {_first_line(error)}") from None
     rows = _read_json(file)
     _require_columns(sorted({name for row in rows for name in row}) if rows else REQUIRED, str(file))
     return rows
+
+
+def _read_parquet(file: Path, columns: list[str]) -> pyarrow.Table:
+    with pyarrow.parquet.ParquetFile(file) as opened:
+        schema = pyarrow.schema([opened.schema_arrow.field(name) for name in columns])
+        batches = opened.iter_batches(ROWS_AT_ONCE, columns=columns)
+        return pyarrow.Table.from_batches((batch.select(columns) for batch in batches), schema)
 
 
 def _read_json(file: Path) -> list[Row]:

@@ -5,7 +5,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# `decode_image` refuses them itself: warnings.catch_warnings is not for the threads that it runs in.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def image_bytes(image: Any) -> bytes:
@@ -41,9 +44,10 @@ def decode_image(data: bytes) -> Image.Image:
         ValueError: not an image, cut short, or unreasonably large.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels, more than {Image.MAX_IMAGE_PIXELS}")
+        image = ImageOps.exif_transpose(image)
         if image.mode == "RGB":
             return image
         if not image.has_transparency_data:
@@ -51,5 +55,7 @@ def decode_image(data: bytes) -> Image.Image:
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))
         return opaque.convert("RGB")
+    except UnidentifiedImageError:
+        raise ValueError("cannot identify image file" if data else "is empty") from None
     except Exception as error:  # Pillow's decoders raise whatever they meet: OSError, SyntaxError, struct.error, ...
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None

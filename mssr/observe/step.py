@@ -41,6 +41,8 @@ def step_metrics(
     metrics["policy/entropy_proxy"] = proxy / tokens
     metrics |= {f"policy/{name}": _mean([update.metrics[name] for update in updates]) for name in updates[0].metrics}
     metrics |= {f"perf/{phase}_seconds": spent for phase, spent in clock.seconds.items()}
+    most = world.max(torch.tensor(list(clock.memory.values()), dtype=torch.float64)).tolist()
+    metrics |= dict(zip(clock.memory, most))
     metrics |= {"perf/step_seconds": clock.total, "perf/tokens_per_second": (tokens + prompts) / clock.total}
     return metrics
 

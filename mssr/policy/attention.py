@@ -1,15 +1,17 @@
-"""Attention over packed sequences with PyTorch's SDPA: no flash-attn needed, no [L, L] mask built.
+"""Attention over packed sequences, no [L, L] mask built: PyTorch's SDPA, or flash-attn where it can run.
 
-Packed, S sequences lie end to end in one row of L tokens. A block-diagonal mask would cost L^2; instead each
-attention call views the row as [S, longest] (right-padded), runs causal SDPA and goes back. Right padding needs no mask:
-a causal query never looks right, and the padded queries' outputs are dropped. So the cost is S * longest^2, and the
-fused causal kernels of CPU and GPU apply.
+Packed, S sequences lie end to end in one row of L tokens. A block-diagonal mask would cost L^2. flash-attn takes the
+sequences' ends instead and computes the L tokens alone. For SDPA each attention call views the row as [S, longest]
+(right-padded), runs causal SDPA and goes back. Right padding needs no mask: a causal query never looks right, and the
+padded queries' outputs are dropped. So the cost is S * longest^2, and the fused causal kernels of CPU and GPU apply.
 
-The layout reaches the attention through transformers' own argument: a dict given as `attention_mask` is handed to the
-layers as it is (the hook `generate` uses for prepared masks).
+The layout reaches the attention function as a keyword of the backbone's call, which the layers of every family hand on
+(the vision tower's too, and there it means nothing). The mask beside it is one that transformers takes for prepared, of
+four dimensions, so that it makes none; it is empty, so that a layer that lost the layout fails and does not leak.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "mssr_packed_sdpa"
+from mssr.errors import UserError
+
+# "flash" in a name would make transformers look for a kernel of its own.
+SDPA, FLASH = "mssr_packed_sdpa", "mssr_packed_varlen"
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,37 +32,84 @@ class PackedLayout:
 
     gather: [S * longest] int64, packed position of each padded slot (a slot past a sequence's end repeats its last token).
     scatter: [L] int64, padded slot of each packed token.
-    sequences: S.
+    ends: [S + 1] int32, packed position at which each sequence begins, and L.
+    longest: tokens of the longest sequence.
     """
 
     gather: Tensor
     scatter: Tensor
-    sequences: int
+    ends: Tensor
+    longest: int
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device | str = "cpu") -> "PackedLayout":
         length = torch.tensor(lengths)
-        start = length.cumsum(0) - length
-        column = torch.arange(int(length.max()))
-        gather = start[:, None] + torch.minimum(column, length[:, None] - 1)
+        ends = F.pad(length.cumsum(0), (1, 0))
+        longest = int(length.max())
+        column = torch.arange(longest)
+        gather = ends[:-1, None] + torch.minimum(column, length[:, None] - 1)
         scatter = torch.nonzero((column < length[:, None]).flatten()).squeeze(1)
-        return cls(gather.flatten().to(device), scatter.to(device), len(lengths))
+        return cls(gather.flatten().to(device), scatter.to(device), ends.int().to(device), longest)
+
+    @property
+    def slots(self) -> int:
+        """Query positions that SDPA computes, padding included; flash-attn's are the L tokens."""
+        return len(self.gather)
 
 
-def packed_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, dropout=0.0, **kwargs):
+def packed(layout: PackedLayout) -> dict[str, Any]:
+    """Keywords of a backbone's call under which its language layers attend within the packed sequences."""
+    return {"attention_mask": torch.empty(1, 1, 0, 0, device=layout.gather.device), "packed_layout": layout}
+
+
+def attention_name(setting: str, dtype: torch.dtype, device: torch.device) -> str:
+    """The attn_implementation that `model.attention` (auto, flash or sdpa) comes to.
+
+    dtype, device: of the policy. auto is flash-attn where it can run; elsewhere SDPA computes the same.
+
+    Raises:
+        UserError: flash, where it cannot run.
+    """
+    if setting == "sdpa":
+        return SDPA
+    obstacle = _flash_obstacle(dtype, device)
+    if obstacle is None:
+        return FLASH
+    if setting == "flash":
+        raise UserError(f"model.attention flash: {obstacle}; set model.attention=auto")
+    return SDPA
+
+
+def _flash_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why flash-attn cannot run, or None."""
+    if device.type != "cuda":
+        return f"flash-attn runs on a GPU, and the device is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"flash-attn computes in 16 bits, and model.dtype is {str(dtype).removeprefix('torch.')}"
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError as error:
+        return f"flash-attn cannot be imported ({' '.join(str(error).split())[:200]})"
+    return None
+
+
+def packed_sdpa(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, dropout=0.0,
+    packed_layout: PackedLayout | None = None, **kwargs,
+):  # fmt: skip
     """transformers attention function; query [1, H, L, d], key and value [1, H_kv, L, d] -> [1, L, H, d].
 
-    Anything but a PackedLayout as mask (generation, the vision tower) goes to transformers' SDPA unchanged.
+    Without a layout (generation), and in the vision tower, transformers' SDPA unchanged.
     """
-    if not isinstance(attention_mask, PackedLayout):
+    if packed_layout is None or not module.is_causal:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    layout = attention_mask
+    layout = packed_layout
 
     def unpack(packed: Tensor) -> Tensor:
         padded = packed[0].index_select(1, layout.gather)
-        return padded.unflatten(1, (layout.sequences, -1)).transpose(0, 1)
+        return padded.unflatten(1, (-1, layout.longest)).transpose(0, 1)
 
     out = F.scaled_dot_product_attention(
         unpack(query), unpack(key), unpack(value), dropout_p=dropout, is_causal=True, scale=scaling,
@@ -66,5 +118,25 @@ def packed_sdpa(module, query: Tensor, key: Tensor, value: Tensor, attention_mas
     return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.scatter).unsqueeze(0), None
 
 
-AttentionInterface.register(NAME, packed_sdpa)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+def packed_flash(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, dropout=0.0,
+    packed_layout: PackedLayout | None = None, **kwargs,
+):  # fmt: skip
+    """`packed_sdpa` by flash-attn: the same shapes, 16 bits, on a GPU."""
+    if packed_layout is None or not module.is_causal:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    from flash_attn import flash_attn_varlen_func
+
+    ends, longest = packed_layout.ends, packed_layout.longest
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [L, heads, d]
+    out = flash_attn_varlen_func(
+        query, key, value, ends, ends, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=True
+    )
+    return out.unsqueeze(0), None
+
+
+for name, function in ((SDPA, packed_sdpa), (FLASH, packed_flash)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)

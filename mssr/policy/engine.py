@@ -1,21 +1,24 @@
 """The DeepSpeed engine around the policy: score a batch, update on a batch, save and load."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mssr.batch import Prompt, RolloutBatch
-from mssr.config import ModelConfig, OptimizerConfig
+from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
 from mssr.distributed import World
+from mssr.errors import UserError
+from mssr.observe.stopwatch import Stopwatch
+from mssr.policy.deepspeed_settings import deepspeed_settings
 from mssr.policy.loading import load_policy
 from mssr.policy.model import Policy
+from mssr.policy.optimizer import make_optimizer
 from mssr.policy.packing import MicroBatch, pack, plan_micro_batches
-from mssr.policy.zero3 import PERSISTENT_NUMEL, load_partitioned_policy
+from mssr.policy.pieces import SavedPieces, load_pieces, own_pieces, save_pieces, shapes, torch_optimizer
+from mssr.policy.zero3 import load_partitioned_policy
 from mssr_kernels import PolicyLossConfig, PolicyMetrics
 
 IGNORED = -100
@@ -40,12 +43,16 @@ class UpdateStats:
     metrics: means over the step's response tokens, by name.
     logp: [B, R] float32, this rank's rows: log-probs under the weights the step started from.
     grad_norm: global norm before clipping. lr: the rate the step used.
+    slots: token positions that this rank's attention computed, padding included.
+    applied: False where the weights stayed: the gradient was not finite, or the update was not accepted.
     """
 
     metrics: dict[str, float]
     logp: Tensor
     grad_norm: float
     lr: float
+    slots: int = 0
+    applied: bool = True
 
 
 class PolicyEngine:
@@ -59,27 +66,34 @@ class PolicyEngine:
         self,
         model: ModelConfig,
         optimizer: OptimizerConfig,
+        train: TrainConfig,
         world: World,
         *,
-        micro_batch_tokens: int,
-        zero_stage: int,
         temperature: float,
         total_updates: int,
     ) -> None:
+        """total_updates: what the learning rate's schedule runs over.
+
+        Raises:
+            UserError: the model cannot be loaded, or not be trained with these settings.
+        """
         self.world = world
-        self._token_budget = micro_batch_tokens
+        self._token_budget = train.micro_batch_tokens
         self._temperature = temperature
         dtype = resolve_dtype(model.dtype, world)
-        settings = _deepspeed_settings(optimizer, zero_stage, dtype)
-        checkpointing = model.gradient_checkpointing
-        if zero_stage == 3:
-            self.policy = load_partitioned_policy(
-                model.path, dtype, world, settings, gradient_checkpointing=checkpointing
+        if dtype == torch.bfloat16 and train.zero_stage == 0:
+            raise UserError(
+                "train.zero_stage 0 with bfloat16 (model.dtype) is an optimizer of DeepSpeed's that checkpoints cannot read; "
+                "set train.zero_stage=1, on one rank the same memory"
             )
+        settings = deepspeed_settings(optimizer, train, dtype)
+        if train.zero_stage == 3:
+            self.policy = load_partitioned_policy(model.path, dtype, world, settings, model)
         else:
-            self.policy = load_policy(model.path, dtype, gradient_checkpointing=checkpointing).to(world.device)
+            self.policy = load_policy(model.path, dtype, model, world.device).to(world.device)
         self.policy.train()  # as loaded it is in eval mode, where gradient checkpointing does nothing
-        self._engine, self._clipping = _deepspeed_engine(self.policy, optimizer, settings, total_updates)
+        self._trained = {name: weight for name, weight in self.policy.model.named_parameters() if weight.requires_grad}
+        self._engine = _deepspeed_engine(self.policy, list(self._trained.values()), optimizer, settings, total_updates)
 
     @torch.no_grad()
     def score(self, batch: RolloutBatch, policy: Policy | None = None) -> Tensor:
@@ -91,7 +105,7 @@ class PolicyEngine:
             micro_batch = self._pack(batch, rows)
             scored = policy(micro_batch, self._temperature).logp
             if rows:
-                logp[micro_batch.row.cpu(), micro_batch.column.cpu()] = scored.cpu()
+                logp[micro_batch.row, micro_batch.column] = scored.cpu()
         return logp
 
     def score_nothing(self) -> None:
@@ -99,21 +113,45 @@ class PolicyEngine:
         if self.policy.partitioned:
             self.score(IDLE.rows(0, 0))
 
-    def update(self, batch: RolloutBatch, config: PolicyLossConfig) -> UpdateStats:
+    def update(
+        self,
+        batch: RolloutBatch,
+        config: PolicyLossConfig,
+        *,
+        accept: Callable[[Tensor], bool] | None = None,
+        clock: Stopwatch | None = None,
+    ) -> UpdateStats:
         """One optimiser step on the batch: forward and backward of every micro-batch, clipping, AdamW.
 
         The loss is the mean over all response tokens of the step, on all ranks, however they were cut; masked responses
         are no part of it, and their log-probs are reported as 0.
+
+        accept: given this rank's [B, R] log-probs before the weights move, says whether they may; the same on all ranks.
+        clock: gets the phases forward_backward and optimizer.
         """
+        clock = clock or Stopwatch(self.world.device)
+        with clock("forward_backward"):
+            metrics, logp, slots = self._accumulate(batch, config, accept)
+        with clock("optimizer"):
+            lr = self._engine.get_lr()[0]
+            self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return UpdateStats(mean_metrics(metrics, self.world), logp, norm, lr, slots, self._engine.was_step_applied())
+
+    def _accumulate(
+        self, batch: RolloutBatch, config: PolicyLossConfig, accept: Callable[[Tensor], bool] | None
+    ) -> tuple[list[PolicyMetrics], Tensor, int]:
+        """Gradients of the whole batch -> (each micro-batch's metrics, [B, R] log-probs, slots of attention)."""
         tokens = max(1, int(self.world.sum(batch.loss_mask.sum())))
         # DeepSpeed averages gradients over ranks; a sum over the global token count needs that undone.
         normalizer = tokens / self.world.size
         logp = torch.zeros_like(batch.logp)
-        outputs = []
-        for rows in self._agreed_plan(batch):
+        metrics, slots = [], 0
+        plan = self._agreed_plan(batch)
+        for number, rows in enumerate(plan, start=1):
             micro_batch = self._pack(batch, rows)
             if rows and batch.masked is not None:
-                micro_batch.target[batch.masked[micro_batch.row.cpu()].to(micro_batch.target.device)] = IGNORED
+                micro_batch.target[batch.masked[micro_batch.row].to(micro_batch.target.device)] = IGNORED
             out = self._engine(
                 micro_batch,
                 self._temperature,
@@ -121,14 +159,14 @@ class PolicyEngine:
                 normalizer=normalizer,
                 **_loss_inputs(batch if rows else IDLE, micro_batch),
             )
-            self._engine.backward(out.loss)
-            outputs.append(out.metrics)
             if rows:
-                logp[micro_batch.row.cpu(), micro_batch.column.cpu()] = out.logp.cpu()
-        lr = self._engine.get_lr()[0]
-        self._engine.step()
-        grad_norm = self._clipping.norm if self._clipping else float(self._engine.get_global_grad_norm())
-        return UpdateStats(mean_metrics(outputs, self.world), logp, grad_norm, lr)
+                logp[micro_batch.row, micro_batch.column] = out.logp.cpu()
+            refused = number == len(plan) and accept is not None and not accept(logp)
+            # A gradient that is not finite is what makes DeepSpeed leave an update out, with all the clearing up.
+            self._engine.backward(out.loss * torch.nan if refused else out.loss)
+            metrics.append(out.metrics)
+            slots += self.policy.attention_slots(micro_batch)
+        return metrics, logp, slots
 
     def imitate(self, batch: RolloutBatch) -> UpdateStats:
         """One supervised step: raise the log-prob of every response token alike.
@@ -160,23 +198,43 @@ class PolicyEngine:
 
     def _move_optimizer(self, device: torch.device, *, masters: bool) -> None:
         """AdamW's moments, and its parameters, DeepSpeed's fp32 masters, if asked for."""
-        optimizer = self._engine.optimizer.optimizer
-        if masters:
-            for master in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        if masters:  # AdamW itself has no list of them between two steps
+            for master in self._engine.optimizer.fp32_partitioned_groups_flat:
                 master.data = master.data.to(device)
-        for state in optimizer.state.values():
+        for state in torch_optimizer(self._engine).state.values():
             for value in state.values():
-                if isinstance(value, Tensor) and value.ndim:  # AdamW's step counts stay on the CPU
+                if isinstance(value, Tensor) and value.ndim:  # step counts stay where they are
                     value.data = value.data.to(device)
 
-    def save(self, folder: Path) -> None:
-        """Weights, optimiser and schedule; every rank writes its share."""
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+    def state_dict(self) -> dict:
+        """What belongs to no rank: the trained parameters' shapes by name, and the updates made."""
+        return {"shapes": shapes(self._trained), "updates": self._engine.lr_scheduler.last_epoch}
 
-    def load(self, folder: Path) -> None:
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag="engine")
-        if loaded is None:
-            raise FileNotFoundError(f"{folder}/engine: DeepSpeed found no checkpoint")
+    def own_state(self) -> dict[str, dict]:
+        """Copies, in host memory, of this rank's part of the masters and moments; any layout can load all parts."""
+        return save_pieces(own_pieces(self._engine, self._trained, self.world))
+
+    def load(self, state: dict, saved: SavedPieces) -> None:
+        """Continues from `state_dict` and every rank's `own_state`, under whatever ZeRO stage and ranks they were saved.
+
+        The learning rate goes on where the schedule was, at the rate that is configured now.
+
+        Raises:
+            UserError: they are of another model.
+        """
+        here, there = shapes(self._trained), state["shapes"]
+        for name in sorted(here.keys() | there.keys()):
+            if here.get(name) != there.get(name):
+                raise UserError(
+                    f"the checkpoint's run trained {name} {there.get(name, 'not at all')}, this one "
+                    f"{here.get(name, 'does not')}; resume with its model.path, model.lora and model.train_vision"
+                )
+        load_pieces(self._engine, self._trained, saved, state["updates"])
+        schedule = self._engine.lr_scheduler
+        rates = [rate * factor(state["updates"]) for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas)]
+        for group, rate in zip(torch_optimizer(self._engine).param_groups, rates):
+            group["lr"] = rate
+        schedule.load_state_dict(schedule.state_dict() | {"last_epoch": state["updates"], "_last_lr": rates})
 
     def _pack(self, batch: RolloutBatch, rows: list[int]) -> MicroBatch:
         """The rows, packed; of no rows an idle token, so that the rank takes part in the collectives.
@@ -217,49 +275,15 @@ def resolve_dtype(name: str, world: World) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _deepspeed_settings(config: OptimizerConfig, zero_stage: int, dtype: torch.dtype) -> dict:
-    plain = zero_stage == 0 and dtype == torch.float32
-    zero = {"stage": zero_stage, "overlap_comm": False}
-    if zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = PERSISTENT_NUMEL
-    return {
-        # Micro-batches are ours: we call step() at the end of an optimiser step, whatever number of backwards it had.
-        "managed_gradient_accumulation": False,
-        "train_micro_batch_size_per_gpu": 1,
-        # DeepSpeed clips plain float32 gradients without telling the norm; there we clip, in a hook on AdamW's step.
-        "gradient_clipping": 0.0 if plain else config.grad_clip,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": None,
-    }
-
-
-def _deepspeed_engine(policy: Policy, config: OptimizerConfig, settings: dict, total_updates: int):
-    """(engine, the clipping that is ours or None where DeepSpeed's own is used)."""
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=False
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: lr_factor(config, update, total_updates))
-    clipping = None if settings["gradient_clipping"] else Clipping(optimizer, parameters, config.grad_clip)
+def _deepspeed_engine(
+    policy: Policy, parameters: list[torch.nn.Parameter], config: OptimizerConfig, settings: dict, total_updates: int
+):
+    guarded = settings["gradient_clipping"] == 0
+    optimizer, schedule = make_optimizer(config, parameters, total_updates, guarded=guarded)
     import deepspeed  # reads DS_ACCELERATOR when imported, which start_world sets
 
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=schedule, config=settings)
-    return engine, clipping
-
-
-class Clipping:
-    """Clips the global gradient norm when the optimiser steps. norm: the last one, before clipping."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], limit: float) -> None:
-        self.norm = 0.0
-        self._parameters, self._limit = parameters, limit
-        optimizer.register_step_pre_hook(self._clip)
-
-    def _clip(self, *_) -> None:
-        self.norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._limit))
+    return engine
 
 
 def mean_metrics(parts: list[PolicyMetrics], world: World) -> dict[str, float]:
@@ -274,17 +298,9 @@ def mean_metrics(parts: list[PolicyMetrics], world: World) -> dict[str, float]:
     return means | {"ratio_max": float(world.max(torch.stack([part.ratio_max for part in parts]).max()))}
 
 
-def lr_factor(config: OptimizerConfig, update: int, total_updates: int) -> float:
-    """What the learning rate is multiplied by on update 0, 1, ...: 1 from the first one unless a warm-up is asked for."""
-    warm = min(1.0, (update + 1) / config.warmup_updates) if config.warmup_updates else 1.0
-    if config.schedule == "constant":
-        return warm
-    return warm * 0.5 * (1 + math.cos(math.pi * min(1.0, update / total_updates)))
-
-
 def _loss_inputs(batch: RolloutBatch, micro_batch: MicroBatch) -> dict[str, Tensor | None]:
     """The batch's per-sequence and per-token values in the micro-batch's token order, each [N]."""
-    row, column = micro_batch.row.cpu(), micro_batch.column.cpu()
+    row, column = micro_batch.row, micro_batch.column
 
     def tokens(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[row, column].to(micro_batch.target.device)

@@ -4,25 +4,37 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, PretrainedConfig
 
+from mssr.config import ModelConfig
 from mssr.errors import UserError
 from mssr.policy import attention
+from mssr.policy.families import family_of, require_family, require_full_attention
+from mssr.policy.liger import replace_layers, wants_liger
+from mssr.policy.lora import add_adapters
 from mssr.policy.model import Policy
 
+CPU = torch.device("cpu")
 
-def load_policy(path: str, dtype: torch.dtype, *, gradient_checkpointing: bool = False) -> Policy:
-    """Reads a Hugging Face directory or hub name.
+
+def load_policy(
+    path: str, dtype: torch.dtype, options: ModelConfig | None = None, device: torch.device = CPU
+) -> Policy:
+    """Reads a Hugging Face directory or hub name into host memory.
+
+    options: what the run asks of the model; None: as it is in the files, all of it to be trained.
+    device: that it will run on, and must be moved to: which kernels there are depends on it.
 
     Raises:
-        UserError: not a model, no vision tower, or weights that do not match the architecture.
+        UserError: not a model, not of a supported family, weights that do not match the architecture, or options that it
+            cannot meet.
     """
-    check_model_path(path)
+    config = check_model_path(path)
     try:
-        model, loading = AutoModelForImageTextToText.from_pretrained(
+        model, loading = family_of(config).auto_class.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=attention.NAME,
+            attn_implementation=attention.SDPA,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, in one line
         )
@@ -35,23 +47,51 @@ def load_policy(path: str, dtype: torch.dtype, *, gradient_checkpointing: bool =
             raise UserError(
                 f"model.path {path}: {count} {problem.replace('_', ' ')}, the first {name}; is the file whole?"
             )
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(model)
+    policy = Policy(model)
+    apply_options(policy, options or ModelConfig(path=path), device)
+    return policy
 
 
-def load_frozen_policy(path: str, dtype: torch.dtype, device: torch.device) -> Policy:
-    """The model for inference alone, as a KL reference or to be evaluated: no gradients, no optimiser."""
-    return load_policy(path, dtype).requires_grad_(False).eval().to(device)
+def load_frozen_policy(
+    path: str, dtype: torch.dtype, device: torch.device, options: ModelConfig | None = None
+) -> Policy:
+    """The model for inference alone, as a KL reference or to be evaluated: no gradients, no optimiser, no adapters."""
+    policy = load_policy(path, dtype, without_training(options), device)
+    return policy.requires_grad_(False).eval().to(device)
 
 
-def check_model_path(path: str) -> None:
-    """Refuses a path that is no model before anything heavy starts."""
+def without_training(options: ModelConfig | None) -> ModelConfig | None:
+    """The same model, computed in the same way, of which nothing is trained."""
+    return options and options.model_copy(update={"lora": None, "gradient_checkpointing": False})
+
+
+def apply_options(policy: Policy, options: ModelConfig, device: torch.device) -> None:
+    """Which layers compute the model, and what of it is trained; nothing here depends on the weights' values.
+
+    Raises:
+        UserError: options that this model, or device, cannot meet.
+    """
+    if options.gradient_checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    dtype = next(policy.parameters()).dtype
+    policy.model.set_attn_implementation(attention.attention_name(options.attention, dtype, device))
+    if wants_liger(options.liger, policy.model, device):
+        replace_layers(policy.model)
+    if not options.train_vision and policy.vision_tower is not None:
+        policy.vision_tower.requires_grad_(False)
+    if options.lora is not None:
+        add_adapters(policy, options.lora)
+
+
+def check_model_path(path: str) -> PretrainedConfig:
+    """Refuses a path that is no model of a supported family before anything heavy starts."""
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise UserError(f"model.path {path}: no config.json in it; expected a Hugging Face model directory")
     try:
+        # The type first: transformers may not know it either.
+        require_family(path, PretrainedConfig.get_config_dict(path)[0].get("model_type"))
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path {path}: {' '.join(str(error).split())[:300]}") from None
-    if getattr(config, "vision_config", None) is None or not hasattr(config, "image_token_id"):
-        raise UserError(f"model.path {path}: {config.model_type} has no vision tower; expected a Qwen2.5-VL-like model")
+    require_full_attention(path, config)
+    return config

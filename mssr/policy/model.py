@@ -1,4 +1,4 @@
-"""The vision-language model as the trainer sees it: backbone, fused head, rotary positions of a prompt."""
+"""The model as the trainer sees it: backbone, fused head, rotary positions of a prompt."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mssr.batch import Prompt
+from mssr.policy.attention import SDPA, packed
+from mssr.policy.families import family_of
 from mssr.policy.packing import MicroBatch
 from mssr_kernels import FusedLMHead, LogprobEntropy, PolicyLoss, PolicyLossConfig
 
@@ -15,7 +17,7 @@ _POSITIONS_KEPT = 16_384  # prompts; a few hundred bytes to a few kilobytes each
 
 
 class Policy(nn.Module):
-    """A transformers vision-language model whose LM head computes log-probs, entropy and the policy loss itself.
+    """A transformers model of a supported family whose LM head computes log-probs, entropy and the policy loss itself.
 
     Full logits exist only for single positions, while generating. Image and video pads have probability 0 in all of it:
     no sampler draws them (the trainer would look for an image that is not there), so the policy is the rest.
@@ -24,14 +26,30 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.family = family_of(model.config)
         # Same module, same parameter, same name in the state dict: only what forward can do is new.
         model.lm_head.__class__ = FusedLMHead
         model.lm_head.forbid(self.forbidden_token_ids)
         self._positions: OrderedDict[str, Tensor] = OrderedDict()
 
     @property
-    def image_token_id(self) -> int:
-        return self.model.config.image_token_id
+    def language_model(self) -> nn.Module:
+        """Token embedding, layers and last norm."""
+        return self.model.model.language_model if self.family.has_vision else self.model.model
+
+    @property
+    def vision_tower(self) -> nn.Module | None:
+        return self.model.model.visual if self.family.has_vision else None
+
+    @property
+    def image_token_id(self) -> int | None:
+        """None where the model reads text alone."""
+        return getattr(self.model.config, "image_token_id", None)
+
+    @property
+    def merge_size(self) -> int | None:
+        """Patches a side that make one image token; None where the model reads text alone."""
+        return self.model.config.vision_config.spatial_merge_size if self.family.has_vision else None
 
     @property
     def forbidden_token_ids(self) -> list[int]:
@@ -65,20 +83,27 @@ class Policy(nn.Module):
             hidden, micro_batch.target, advantage, config=config, temperature=temperature, **loss_inputs
         )
 
+    def attention_slots(self, micro_batch: MicroBatch) -> int:
+        """Token positions that attention computes for the micro-batch, padding included."""
+        padded = self.language_model.config._attn_implementation == SDPA
+        return micro_batch.layout.slots if padded else micro_batch.input_ids.shape[1]
+
     def _hidden(self, micro_batch: MicroBatch) -> Tensor:
         """[N, D], the hidden states that predict the response tokens; the prompt's never reach the head."""
-        idle_vision = micro_batch.pixel_values is None and (torch.is_grad_enabled() or self.partitioned)
-        with self._idle_vision() if idle_vision else nullcontext():
+        with self._idle_vision() if self._needs_idle_vision(micro_batch) else nullcontext():
             out = self.model.model(
                 input_ids=micro_batch.input_ids,
-                attention_mask={"full_attention": micro_batch.layout},
-                position_ids=micro_batch.position_ids,
-                mm_token_type_ids=micro_batch.mm_token_type_ids,
-                pixel_values=micro_batch.pixel_values,
-                image_grid_thw=micro_batch.image_grid_thw,
                 use_cache=False,
+                **packed(micro_batch.layout),
+                **self.family.inputs(micro_batch),
             )
         return out.last_hidden_state[0].index_select(0, micro_batch.predicts)
+
+    def _needs_idle_vision(self, micro_batch: MicroBatch) -> bool:
+        if not self.family.has_vision or micro_batch.pixel_values is not None:
+            return False
+        trained = any(weight.requires_grad for weight in self.vision_tower.parameters())
+        return self.partitioned or (trained and torch.is_grad_enabled())
 
     @contextmanager
     def _idle_vision(self) -> Iterator[None]:
@@ -88,10 +113,15 @@ class Policy(nn.Module):
         parameters) for ever. And they must run it where images would come in, after the embedding and inside the model's
         own call: ZeRO-2 sums gradients over ranks in the order in which the backward pass makes them, ZeRO-3 gathers
         parameters in the order of the module calls, so one rank's order must be every rank's.
+
+        All of the tower: Qwen3-VL's has mergers between its blocks, whose features an image adds behind layers of the
+        language model, and here at the embedding like the rest. The order is the same: the mergers are called inside
+        of the tower either way, and the backward pass takes of all that it could do what was done last in the forward
+        pass, so the whole language model comes before the tower's last merger, and each merger before the block it is on.
         """
 
         def add_zero(module: nn.Module, args: tuple, embeddings: Tensor) -> Tensor:
-            return embeddings + self._blank_image(embeddings).to(embeddings.dtype) * 0.0
+            return embeddings + self.family.blank_image(self.model, embeddings).to(embeddings.dtype) * 0.0
 
         handle = self.model.get_input_embeddings().register_forward_hook(add_zero)
         try:
@@ -99,24 +129,11 @@ class Policy(nn.Module):
         finally:
             handle.remove()
 
-    def _blank_image(self, like: Tensor) -> Tensor:
-        """0-d: the sum of what the vision tower makes of the smallest black image. like: gives dtype and device."""
-        vision = self.model.config.vision_config
-        side = vision.spatial_merge_size
-        grid = torch.tensor([[1, side, side]], device=like.device)
-        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        return self.model.model.visual(like.new_zeros(side * side, width), grid_thw=grid).pooler_output.sum()
-
     def prompt_positions(self, prompt: Prompt) -> Tensor:
         """[3, P] int64: temporal, height and width rotary positions of the prompt, by the model's own rule."""
         positions = self._positions.get(prompt.key)
         if positions is None:
-            ids = prompt.token_ids[None]
-            if prompt.image_grid_thw is None:
-                positions = torch.arange(ids.shape[1]).expand(3, -1)
-            else:
-                types = (ids == self.image_token_id).int()
-                positions = self.model.model.get_rope_index(ids, types, prompt.image_grid_thw)[0][:, 0]
+            positions = self.family.prompt_positions(self.model, prompt)
             self._positions[prompt.key] = positions
             if len(self._positions) > _POSITIONS_KEPT:
                 self._positions.popitem(last=False)

@@ -16,12 +16,12 @@ class MicroBatch:
 
     input_ids: [1, L] int64.
     position_ids: [4, 1, L] int64: position in the sequence, then the temporal, height and width rotary positions.
-    mm_token_type_ids: [1, L] int32, 1 on image tokens.
+    mm_token_type_ids: [1, L] int32, 1 on image tokens, else 0.
     layout: where each sequence is.
     pixel_values, image_grid_thw: the images in packed order, or None.
     predicts: [N] int64, packed position whose hidden state predicts each response token (the one before it).
     target: [N] int64, the response tokens.
-    row, column: [N] int64, where each response token is in the RolloutBatch's [B, R] tensors.
+    row, column: [N] int64 on the CPU, where each response token is in the RolloutBatch's [B, R] tensors, which are there too.
     """
 
     input_ids: Tensor
@@ -58,10 +58,11 @@ def plan_micro_batches(lengths: list[int], token_budget: int, at_least: int = 1)
         count += 1
 
 
-def pack(batch: RolloutBatch, rows: list[int], prompt_positions, image_token_id: int, device) -> MicroBatch:
+def pack(batch: RolloutBatch, rows: list[int], prompt_positions, image_token_id: int | None, device) -> MicroBatch:
     """Packs the given rows.
 
     prompt_positions: Prompt -> [3, P] int64 rotary positions of the prompt's tokens (the model's own rule for images).
+    image_token_id: None where the model reads text alone.
     """
     ids, positions, predicts, target, column, lengths = [], [], [], [], [], []
     start = 0
@@ -80,17 +81,18 @@ def pack(batch: RolloutBatch, rows: list[int], prompt_positions, image_token_id:
         start += length
     images = [batch.prompts[row] for row in rows if batch.prompts[row].pixel_values is not None]
     input_ids = torch.cat(ids)[None]
+    is_image = torch.zeros_like(input_ids) if image_token_id is None else input_ids == image_token_id
     owner = torch.tensor(rows).repeat_interleave(torch.tensor([len(part) for part in target]))
 
     return MicroBatch(
         input_ids=input_ids.to(device),
         position_ids=torch.cat(positions, dim=1)[:, None].to(device),
-        mm_token_type_ids=(input_ids == image_token_id).int().to(device),
+        mm_token_type_ids=is_image.int().to(device),
         layout=PackedLayout.of(lengths, device),
         pixel_values=torch.cat([prompt.pixel_values for prompt in images]).to(device) if images else None,
         image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in images]).to(device) if images else None,
         predicts=torch.cat(predicts).to(device),
         target=torch.cat(target).to(device),
-        row=owner.to(device),
-        column=torch.cat(column).to(device),
+        row=owner,
+        column=torch.cat(column),
     )

@@ -1,21 +1,24 @@
-"""A tiny Qwen2.5-VL of the real architecture, with a tokenizer trained on the task's own text: for the demo and tests."""
+"""A tiny model of a real architecture, with a tokenizer trained on the task's own text: for the demo and tests."""
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
 
-SPECIAL_TOKENS = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
-]  # fmt: skip
+from mssr.policy.families import FAMILIES, Family
+
+TEXT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SPECIAL_TOKENS = [*TEXT_TOKENS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+HEAD_DIM = 32  # the smallest that vLLM's attention takes on a CPU
 
 INITIALIZER_RANGE = 0.06  # about 1 / sqrt(width) of so narrow a model; the family's 0.02 doubles the warm start
 
@@ -34,6 +37,7 @@ def write_tiny_model(
     out: Path,
     corpus: Iterable[str],
     *,
+    family: str = "qwen2_5_vl",
     seed: int = 0,
     hidden: int = 128,
     layers: int = 2,
@@ -41,25 +45,30 @@ def write_tiny_model(
     vocabulary: int = 512,
     tied: bool = False,
 ) -> Path:
-    """Writes a randomly initialised model, its tokenizer and image processor as a Hugging Face directory.
+    """Writes a randomly initialised model, its tokenizer and any image processor as a Hugging Face directory.
 
     corpus: texts the tokenizer's merges are learned from (byte-level BPE: any text can be encoded).
+    family: a `model_type` of `families.FAMILIES`.
     hidden: width; a multiple of 64 (heads of 32).
     """
-    tokenizer = train_tokenizer(corpus, vocabulary)
-    config = _tiny_config(tokenizer, hidden=hidden, layers=layers, vision_layers=vision_layers, tied=tied)
+    kind = FAMILIES[family]
+    tokenizer = train_tokenizer(corpus, vocabulary, SPECIAL_TOKENS if kind.has_vision else TEXT_TOKENS)
+    config = _tiny_config(family, kind, tokenizer, hidden=hidden, layers=layers, vision_layers=vision_layers, tied=tied)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = kind.auto_class.from_config(config)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    Qwen2VLImageProcessorPil().save_pretrained(out)
+    if kind.has_vision:
+        Qwen2VLImageProcessorPil(**_IMAGES.get(family, {})).save_pretrained(out)
     return out
 
 
-def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    corpus: Iterable[str], vocabulary: int, special_tokens: list[str] = SPECIAL_TOKENS
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE with Qwen's special tokens and chat format.
 
     Merges may cross words, so a fixed phrase becomes one token and sequences stay short; digits are never merged.
@@ -74,7 +83,7 @@ def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokeniz
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=SPECIAL_TOKENS,
+        special_tokens=special_tokens,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -84,10 +93,47 @@ def train_tokenizer(corpus: Iterable[str], vocabulary: int) -> PreTrainedTokeniz
     )
 
 
-def _tiny_config(tokenizer, *, hidden: int, layers: int, vision_layers: int, tied: bool) -> Qwen2_5_VLConfig:
+# The image processor's settings, where they are not Qwen2-VL's.
+_IMAGES: dict[str, dict[str, Any]] = {
+    "qwen3_vl": {
+        "patch_size": 16,
+        "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+}
+
+
+def _tiny_config(
+    family: str, kind: Family, tokenizer, *, hidden: int, layers: int, vision_layers: int, tied: bool
+) -> PretrainedConfig:
     token = tokenizer.convert_tokens_to_ids
-    heads = hidden // 32
-    text = dict(
+    text = _text_config(family, kind, tokenizer, hidden=hidden, layers=layers)
+    if not kind.has_vision:
+        return AutoConfig.for_model(family, **text, tie_word_embeddings=tied)
+    return AutoConfig.for_model(
+        family,
+        text_config=text,
+        vision_config=_vision_config(family, hidden=hidden, layers=vision_layers),
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=tied,
+    )
+
+
+def _text_config(family: str, kind: Family, tokenizer, *, hidden: int, layers: int) -> dict[str, Any]:
+    token = tokenizer.convert_tokens_to_ids
+    heads = hidden // HEAD_DIM
+    # Short sequences, small images: frequencies high enough, and enough of them for the image's columns, that the
+    # left half of a picture can be told from the right.
+    rotary = {"rope_type": "default", "rope_theta": 100.0}
+    if family == "qwen3_vl":
+        rotary |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    elif kind.has_vision:
+        rotary["mrope_section"] = [2, 2, 12]
+    return dict(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -96,28 +142,19 @@ def _tiny_config(tokenizer, *, hidden: int, layers: int, vision_layers: int, tie
         num_key_value_heads=max(1, heads // 2),
         max_position_embeddings=4096,
         initializer_range=INITIALIZER_RANGE,
-        # Short sequences, small images: frequencies high enough, and enough of them for the image's columns, that the
-        # left half of a picture can be told from the right.
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 2, 12]},
+        rope_parameters=rotary,
         bos_token_id=None,
         eos_token_id=token("<|im_end|>"),
         pad_token_id=token("<|endoftext|>"),
+        **({"head_dim": HEAD_DIM} if family.startswith("qwen3") else {}),
     )
-    vision = dict(
-        depth=vision_layers,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_heads=heads,
-        out_hidden_size=hidden,
-        fullatt_block_indexes=list(range(vision_layers)),
-        initializer_range=INITIALIZER_RANGE,
-    )
-    return Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=tied,
-    )
+
+
+def _vision_config(family: str, *, hidden: int, layers: int) -> dict[str, Any]:
+    sizes = {"depth": layers, "num_heads": hidden // HEAD_DIM, "initializer_range": INITIALIZER_RANGE}
+    if family == "qwen2_vl":
+        return sizes | {"embed_dim": hidden, "mlp_ratio": 2, "hidden_size": hidden}
+    sizes |= {"hidden_size": hidden, "intermediate_size": 2 * hidden, "out_hidden_size": hidden}
+    if family == "qwen3_vl":  # features of the first block go into the language model's first layer
+        return sizes | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    return sizes | {"fullatt_block_indexes": list(range(layers))}

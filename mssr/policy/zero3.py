@@ -4,12 +4,14 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
+from mssr.config import ModelConfig
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy import attention
-from mssr.policy.loading import load_policy
+from mssr.policy.families import family_of
+from mssr.policy.loading import apply_options, load_policy
 from mssr.policy.model import Policy
 from mssr.policy.weights import BUCKET_BYTES, named_weights
 
@@ -19,7 +21,11 @@ PERSISTENT_NUMEL = 4000
 
 
 def load_partitioned_policy(
-    path: str, dtype: torch.dtype, world: World, deepspeed_settings: dict, *, gradient_checkpointing: bool
+    path: str,
+    dtype: torch.dtype,
+    world: World,
+    deepspeed_settings: dict,
+    options: ModelConfig | None = None,
 ) -> Policy:
     """`load_policy`, with this rank's share of every parameter in place of the whole.
 
@@ -30,10 +36,11 @@ def load_partitioned_policy(
     Raises:
         UserError: as `load_policy`, on every rank.
     """
+    options = options or ModelConfig(path=path)
     policy, problem = None, None
     if world.is_main:
         try:
-            policy = load_policy(path, dtype, gradient_checkpointing=gradient_checkpointing)
+            policy = load_policy(path, dtype, options, world.device)
         except UserError as error:
             problem = str(error)
     problem = world.gather(problem)[0]
@@ -41,8 +48,7 @@ def load_partitioned_policy(
         raise UserError(problem)
     if policy is None:
         policy = _empty_policy(AutoConfig.from_pretrained(path), dtype, torch.device("cpu"))
-        if gradient_checkpointing:
-            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        apply_options(policy, options, world.device)
     policy.model.generation_config = world.gather(policy.model.generation_config)[0]
 
     tensors = [*policy.named_parameters(), *policy.named_buffers()]
@@ -91,7 +97,8 @@ class WholeCopy:
 def _empty_policy(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Policy:
     """The architecture, ties included, around memory that nobody has written to."""
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+        auto_class = family_of(config).auto_class
+        model = auto_class.from_config(config, dtype=dtype, attn_implementation=attention.SDPA)
     policy = Policy(model).to_empty(device=device)
     model.tie_weights()
     return policy

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mssr.batch import RolloutBatch
 from mssr.distributed import World
-from mssr.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,34 @@ def measure_gap(trainer_logp: Tensor, rollout_logp: Tensor, mask: Tensor, world:
     return LogpGap(float(gap.mean()), float(percentile(gap, 0.99)), float(gap.max()))
 
 
+class GapCheck:
+    """Called with the first update's log-probs, before the weights move: whether sampler and trainer agree.
+
+    gap: what was measured.
+    """
+
+    def __init__(self, rows: RolloutBatch, limit: float, world: World) -> None:
+        self.gap: LogpGap | None = None
+        self._rows, self._limit, self._world = rows, limit, world
+
+    def __call__(self, logp: Tensor) -> bool:
+        self.gap = measure_gap(logp, self._rows.logp, self._rows.loss_mask, self._world)
+        return self.passed
+
+    @property
+    def passed(self) -> bool:
+        return self.gap.mean <= self._limit  # not so if it is NaN
+
+
 def percentile(values: Tensor, share: float) -> Tensor:
     """The smallest of the [N] values that at least `share` of them do not exceed (torch.quantile refuses 2^24 and more)."""
     return values.kthvalue(max(1, math.ceil(share * len(values)))).values
 
 
-def refuse_large_gap(gap: LogpGap, limit: float, step: int) -> None:
-    """Raises:
-    UserError: the mean gap is beyond the limit (or NaN): training on it would be training on noise.
-    """
-    if not gap.mean <= limit:
-        raise UserError(
-            f"step {step}: rollout and trainer disagree by {gap.mean:.3g} nats a token on average (p99 {gap.p99:.3g}, "
-            f"max {gap.max:.3g}; rollout.max_gap {limit:g}); check that weights and caches were synced, the dtypes of "
-            "model.dtype and the rollout engine, its quantization, and that nothing else changes its distribution"
-        )
+def describe_large_gap(gap: LogpGap, limit: float) -> str:
+    """Why a step beyond the limit (or NaN) is not trained on: it would be training on noise."""
+    return (
+        f"rollout and trainer disagree by {gap.mean:.3g} nats a token on average (p99 {gap.p99:.3g}, "
+        f"max {gap.max:.3g}; rollout.max_gap {limit:g}); check that weights and caches were synced, the dtypes of "
+        "model.dtype and the rollout engine, its quantization, and that nothing else changes its distribution"
+    )

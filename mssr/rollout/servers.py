@@ -52,8 +52,7 @@ class ServerRollout:
         self._config = config
         self._world = world
         self._ends, self._pad = ends, pad
-        model = policy.model.config
-        self._image_token_id, self._merge_size = model.image_token_id, model.vision_config.spatial_merge_size
+        self._image_token_id, self._merge_size = policy.image_token_id, policy.merge_size
         self._forbidden = policy.forbidden_token_ids
         self._servers = _addresses(config.servers)
         self._live: list[str] = []

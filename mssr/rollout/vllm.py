@@ -46,8 +46,7 @@ class VLLMRollout:
         self._world = world
         self._pad = pad
         self._ends = ends
-        model = policy.model.config
-        self._image_token_id, self._merge_size = model.image_token_id, model.vision_config.spatial_merge_size
+        self._image_token_id, self._merge_size = policy.image_token_id, policy.merge_size
         self._forbidden = policy.forbidden_token_ids
         self._group = _tensor_parallel_group(config.rollout.tensor_parallel, world)
         self._weight_version: int | None = None  # None: nothing to sample from

@@ -13,10 +13,11 @@ from mssr.rollout.base import Response
 NEVER = -1e9  # added to a logit; finite, since it also travels as JSON
 
 
-def engine_input(prompt: Prompt, image_token_id: int, merge_size: int) -> dict:
+def engine_input(prompt: Prompt, image_token_id: int | None, merge_size: int | None) -> dict:
     """The prompt as vLLM's engine takes it (`vllm.inputs.engine`): text, or text and preprocessed images.
 
-    merge_size: patches a side that make one image token (`vision_config.spatial_merge_size`).
+    image_token_id, merge_size: the policy's; None where it reads text alone. The families that read images all take the
+    same: patches and grids, from which vLLM works out the rotary positions as well.
     """
     from vllm.inputs.engine import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange

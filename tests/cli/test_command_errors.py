@@ -41,10 +41,10 @@ def test_a_port_in_use(mssr, config, tmp_path):
     assert f"port {port}" in line and "MASTER_PORT" in line
 
 
-def test_a_text_only_model(mssr, config, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}))
+def test_a_model_of_another_family(mssr, config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
     line = mssr("train", config, f"model.path={tmp_path}", f"run_dir={tmp_path / 'run'}").line
-    assert f"model.path {tmp_path}" in line and "no vision tower" in line
+    assert f"model.path {tmp_path}" in line and "gpt2" in line and "qwen2_5_vl" in line
 
 
 def test_a_model_cut_short(mssr, material, config, tmp_path):

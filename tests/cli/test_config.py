@@ -1,13 +1,10 @@
 """The configuration: what is read, and the one line for each mistake."""
 
-from pathlib import Path
-
 import pytest
 
 from mssr.config import load_config
 from mssr.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 MINIMAL = "run_dir: run\nmodel: {path: m}\ndata: {train: t}\n"
 
 
@@ -32,15 +29,6 @@ def refused(load):
         return line
 
     return refused
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
-def test_every_shipped_config_loads(path):
-    load_config(path)
-
-
-def test_configs_are_shipped():
-    assert CONFIGS
 
 
 @pytest.mark.parametrize("value", ["1e-6", "1.0e-6", "0.000001"])
@@ -129,6 +117,17 @@ def test_null_switches_optional_settings_off(load):
 
 def test_the_reference_preset_needs_a_kl(refused):
     assert "kl_coef" in refused("algorithm.tracker.preset=reference", "algorithm.kl_coef=0")
+
+
+def test_keeping_the_best_needs_problems_to_measure_it_on(refused):
+    assert "set data.val" in refused("train.keep_best=true")
+
+
+def test_an_adapter_merged_in_16_bits_needs_its_correction(refused, load):
+    lora = ["model.lora.rank=8", "model.dtype=bfloat16"]
+    assert "model.lora in bfloat16" in refused(*lora) and "algorithm.old_logp=recompute" in refused(*lora)
+    load(*lora, "algorithm.old_logp=recompute")
+    load("model.lora.rank=8", "model.dtype=float32")
 
 
 def test_stopping_at_an_accuracy_needs_problems_to_measure_it_on(refused):

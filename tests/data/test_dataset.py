@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from mssr.data import dataset as dataset_module
+from mssr.data.prompts import PromptEncoder
 from mssr.errors import BadRow, UserError
 
 
@@ -163,17 +163,41 @@ def test_fingerprint_follows_content_and_order(make_dataset, rows, tmp_path):
     assert len({fingerprint(rows()), fingerprint(rows()[::-1]), fingerprint(rows(4)), fingerprint(other_answer)}) == 4
 
 
-def test_prompts_are_encoded_once_within_the_cache(make_dataset, rows, tmp_path, monkeypatch):
+@pytest.fixture
+def encoded(monkeypatch):
+    """The rows that were encoded, as they are."""
+    rows, encode = [], PromptEncoder.encode
+    monkeypatch.setattr(
+        PromptEncoder, "encode", lambda self, row, index, source: rows.append(index) or encode(self, row, index, source)
+    )
+    return rows
+
+
+def test_prompts_are_encoded_once(make_dataset, rows, tmp_path, encoded):
+    one = make_dataset(write_rows(tmp_path / "a.parquet", rows()))
+    first, again = one[0], one[0]
+    assert torch.equal(first.pixel_values.view(torch.int32), again.pixel_values.view(torch.int32))
+    assert torch.equal(first.token_ids, again.token_ids) and first.images == again.images
+    one.begin([1, 2, 3])
+    assert [prompt.row for prompt in one.load([3, 2, 1, 0])] == [3, 2, 1, 0]
+    assert sorted(encoded) == [0, 1, 2, 3]
+    one.close()
+
+
+def test_the_cache_is_bounded_by_its_key(make_dataset, rows, tmp_path, encoded):
     file = write_rows(tmp_path / "a.parquet", rows())
-    one = make_dataset(file)
-    assert one[0] is one[0]
-    size = dataset_module._size(one[0])
-    monkeypatch.setattr(dataset_module, "CACHE_BYTES", 2 * size + size // 2)
-    small = make_dataset(file)
-    zero, first = small[0], small[1]
-    assert small[0] is zero
-    small[2]  # the least recently used leaves
-    assert small[0] is zero and small[1] is not first
+    prompt = make_dataset(file)[0]
+    packed = prompt.pixel_values.nbytes // 8 + prompt.token_ids.nbytes + prompt.image_grid_thw.nbytes
+    size = packed + len(prompt.images[0])
+    small = make_dataset(file, cache_gib=2.5 * size / 2**30)
+    encoded.clear()
+    for index in (0, 1, 0, 2, 0, 1):  # 2 takes the place of 1
+        small[index]
+    assert encoded == [0, 1, 2, 1]
+    encoded.clear()
+    none = make_dataset(file, cache_gib=0)
+    none[0], none[0]
+    assert encoded == [0, 0]
 
 
 def test_a_row_that_breaks_later_is_the_same_error(make_dataset, rows, tmp_path):

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "policy"))
 
 from policy_helpers import model_dir, processors, prompts, random_batch, run_config  # noqa: E402
 
-from mssr.config import ModelConfig, OptimizerConfig  # noqa: E402
+from mssr.config import ModelConfig, OptimizerConfig, TrainConfig  # noqa: E402
 from mssr.distributed import start_world  # noqa: E402
 from mssr.policy.engine import PolicyEngine  # noqa: E402
 from mssr.rollout.base import noise_streams  # noqa: E402
@@ -28,8 +28,8 @@ MEAN_GAP = 0.05  # nats, bfloat16 on both sides
 @pytest.fixture(scope="module")
 def trainer():
     return PolicyEngine(
-        ModelConfig(path=model_dir(), dtype="bfloat16"), OptimizerConfig(lr=1e-2, grad_clip=1.0), start_world("cuda"),
-        micro_batch_tokens=512, zero_stage=2, temperature=1.0, total_updates=10,
+        ModelConfig(path=model_dir(), dtype="bfloat16"), OptimizerConfig(lr=1e-2, grad_clip=1.0),
+        TrainConfig(micro_batch_tokens=512, zero_stage=2), start_world("cuda"), temperature=1.0, total_updates=10,
     )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from mssr.batch import Prompt, RolloutBatch, pad_rows
-from mssr.config import Config, DataConfig, ModelConfig, OptimizerConfig, validate_config
+from mssr.checkpoint import Checkpoints
+from mssr.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, validate_config
 from mssr.data.files import open_rows
 from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.data.tasks.digits import write_digits
@@ -124,16 +125,27 @@ def random_batch(chosen: list[Prompt], lengths: list[int], seed: int = 0) -> Rol
     )
 
 
+def save_engine(engine: PolicyEngine, folder: Path) -> None:
+    Checkpoints(folder, engine.world, TrainConfig(async_save=False)).save(1, engine, {})
+
+
+def load_engine(engine: PolicyEngine, folder: Path) -> None:
+    checkpoints = Checkpoints(folder, engine.world, TrainConfig())
+    checkpoints.load_engine(checkpoints.newest_state(resume=True), engine)
+
+
 def make_engine(
     *, path: str | None = None, budget: int = 64, zero_stage: int = 0, temperature: float = 1.0, world: World = ALONE,
-    dtype: str = "float32", total_updates: int = 10, gradient_checkpointing: bool = False, **optimizer,
+    dtype: str = "float32", total_updates: int = 10, gradient_checkpointing: bool = False, deepspeed: str | None = None,
+    **optimizer,
 ) -> PolicyEngine:  # fmt: skip
     return PolicyEngine(
         ModelConfig(path=path or model_dir(), dtype=dtype, gradient_checkpointing=gradient_checkpointing),
         OptimizerConfig(**{"lr": 1e-4, "grad_clip": 1.0} | optimizer),
+        TrainConfig(
+            micro_batch_tokens=budget, **({"deepspeed": deepspeed} if deepspeed else {"zero_stage": zero_stage})
+        ),
         world,
-        micro_batch_tokens=budget,
-        zero_stage=zero_stage,
         temperature=temperature,
         total_updates=total_updates,
     )

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from policy_helpers import EagerTrainer, assert_same_weights, make_engine, near_batch, random_batch, weights
+from policy_helpers import (
+    EagerTrainer,
+    assert_same_weights,
+    load_engine,
+    make_engine,
+    near_batch,
+    random_batch,
+    save_engine,
+    weights,
+)
 
 from mssr_kernels import PolicyLossConfig
 
@@ -91,9 +100,9 @@ def save_and_go_on(world, batches, folder, **settings):
     share = [batch.rows(world.rank * len(batch) // 2, (world.rank + 1) * len(batch) // 2) for batch in batches]
     first = make_engine(world=world, **settings)
     first.update(share[0], CONFIG)
-    first.save(folder)
+    save_engine(first, folder)
     second = make_engine(world=world, **settings)
-    second.load(folder)
+    load_engine(second, folder)
     for engine in (first, second):
         for batch in share[1:]:
             engine.update(batch, CONFIG)

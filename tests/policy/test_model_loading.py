@@ -8,7 +8,7 @@ import pytest
 import torch
 from policy_helpers import ALONE, edit_json, make_engine, model_dir, plain_inputs, plain_model, processors, random_batch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForImageTextToText, GPT2Config, GPT2LMHeadModel
 
 from mssr.data.prompts import load_processors
 from mssr.errors import UserError
@@ -48,18 +48,11 @@ def test_a_config_that_is_no_json(copied):
     refusal(load, copied)
 
 
-def test_a_text_only_model(tmp_path):
-    size = {
-        "vocab_size": 50,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-    }
-    config = Qwen2Config(**size)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
-    assert "no vision tower" in refusal(check_model_path, tmp_path)
-    assert "no vision tower" in refusal(load, tmp_path)
+def test_a_model_of_another_kind(tmp_path):
+    size = {"vocab_size": 50, "n_embd": 32, "n_layer": 1, "n_head": 1}
+    GPT2LMHeadModel(GPT2Config(**size)).save_pretrained(tmp_path)
+    for line in (refusal(check_model_path, tmp_path), refusal(load, tmp_path)):
+        assert "model_type gpt2 is not supported" in line and "qwen2_5_vl" in line
 
 
 @pytest.mark.parametrize("part", ["visual.blocks.0", "layers.1.mlp", "lm_head"])

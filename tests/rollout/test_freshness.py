@@ -1,5 +1,7 @@
 """The log-prob gap finds weights that are not the trainer's: each link of the sync broken on purpose, with real vLLM."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from policy_helpers import ALONE, make_engine, model_dir, random_batch
@@ -7,8 +9,11 @@ from rollout_engines import vllm
 
 import mssr.rollout.weight_sync as weight_sync
 from mssr.errors import UserError
-from mssr.rollout.gap import measure_gap, refuse_large_gap
+from mssr.rollout.gap import GapCheck
+from mssr.skipping import SkippedSteps
+from mssr_kernels import PolicyLossConfig
 
+CONFIG = PolicyLossConfig()
 LIMIT = 1e-3  # nats; an exact sync is within 1e-5
 
 
@@ -25,7 +30,10 @@ class Step:
 
     def check_gap(self, step=2):
         batch = self.sampler.generate(self.prompts, list(range(6)), 1.0)
-        refuse_large_gap(measure_gap(self.trainer.score(batch), batch.logp, batch.mask, ALONE), LIMIT, step)
+        check, skipped = GapCheck(batch, LIMIT, ALONE), SkippedSteps(0, LIMIT)
+        stats = self.trainer.update(replace(batch, advantage=torch.ones(len(batch))), CONFIG, accept=check)
+        if reason := skipped.observe(check, [stats]):
+            skipped.refuse_to_go_on(step, check, reason)
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])
@@ -39,7 +47,9 @@ def test_a_whole_sync_leaves_no_gap(step):
 
 
 def test_a_sync_that_comes_a_step_late(step):
-    with pytest.raises(UserError, match=r"^step 2: rollout and trainer disagree by .* check that weights and caches"):
+    with pytest.raises(
+        UserError, match=r"^step 2: left out, rollout and trainer disagree by .* check that weights and caches"
+    ):
         step.check_gap()
 
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 from policy_helpers import ALONE
 
+from mssr.batch import RolloutBatch
 from mssr.errors import UserError
-from mssr.rollout.gap import LogpGap, measure_gap, refuse_large_gap
+from mssr.policy.engine import UpdateStats
+from mssr.rollout.gap import GapCheck, LogpGap, measure_gap
+from mssr.skipping import SkippedSteps
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 TRAINER = torch.tensor([[-1.0, -2.0, 7.0], [-3.0, 0.0, 0.0]])
@@ -42,9 +45,44 @@ def test_over_all_ranks(ranks):
     assert ranks(measure) == [LogpGap(mean=0.75, p99=2.0, max=2.0)] * 2
 
 
-def test_a_large_gap_stops_the_run():
-    refuse_large_gap(LogpGap(0.5, 2.0, 9.0), 0.5, step=3)
-    for mean in (0.51, math.nan, math.inf):
-        with pytest.raises(UserError, match=r"^step 3: .*rollout\.max_gap 0\.5.*") as caught:
-            refuse_large_gap(LogpGap(mean, 2.0, 9.0), 0.5, step=3)
-        assert "\n" not in str(caught.value)
+def checked(offset, world=ALONE):
+    """The check of rows whose trainer's log-probs are `offset` from the sampler's, at a limit of 0.5."""
+    rows = RolloutBatch((), tokens=torch.zeros(2, 3).long(), mask=MASK, logp=SAMPLER, truncated=torch.zeros(2).bool())
+    check = GapCheck(rows, 0.5, world)
+    assert check(SAMPLER + offset) == check.passed
+    return check
+
+
+def test_a_large_gap_does_not_pass():
+    assert checked(0.5).passed and checked(-0.5).passed
+    for offset in (0.51, math.nan, math.inf):
+        assert not checked(offset).passed
+
+
+def update(applied):
+    return UpdateStats({}, torch.zeros(1, 1), 1.0, 1e-3, applied=applied)
+
+
+def test_steps_left_out_are_counted_and_too_many_in_a_row_end_the_run():
+    skipped, good, bad = SkippedSteps(2, max_gap=0.5), checked(0.0), checked(2.0)
+    for number in (1, 2):
+        reason = skipped.observe(bad, [update(False)])
+        assert "disagree by 2 nats" in reason and "rollout.max_gap 0.5" in reason and "\n" not in reason
+        skipped.refuse_to_go_on(number, bad, reason)
+    assert skipped.observe(good, [update(True), update(True)]) is None
+    for number in (4, 5):
+        reason = skipped.observe(good, [update(True), update(False)])
+        assert "1 of 2 updates left out, their gradients are not finite" in reason
+        skipped.refuse_to_go_on(number, good, reason)
+    assert skipped.metrics() == {"train/skipped_steps": 4}
+    resumed = SkippedSteps(2, max_gap=0.5)
+    resumed.load_state_dict(skipped.state_dict())
+    reason = resumed.observe(good, [update(False)])
+    with pytest.raises(UserError, match="^step 6: 1 of 1 updates.*after 2 steps that were left out"):
+        resumed.refuse_to_go_on(6, good, reason)
+
+
+def test_broken_weights_end_the_run_at_once():
+    skipped, check = SkippedSteps(5, max_gap=0.5), checked(math.nan)
+    with pytest.raises(UserError, match="step 1: .* log-probs became NaN.*--resume.*weight sync"):
+        skipped.refuse_to_go_on(1, check, skipped.observe(check, [update(False)]))

@@ -21,9 +21,12 @@ class RunFolder:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """Lines of metrics.jsonl without what differs between two runs of the same: times."""
+        """Lines of metrics.jsonl without what differs between two runs of the same: times, and memory."""
         lines = read_metrics(self.path / "metrics.jsonl")
-        return [{key: value for key, value in line.items() if key != "time" and "perf/" not in key} for line in lines]
+        return [
+            {key: value for key, value in line.items() if key != "time" and not key.startswith(("perf/", "memory/"))}
+            for line in lines
+        ]
 
     @property
     def checkpoints(self) -> list[str]:

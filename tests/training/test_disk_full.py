@@ -31,10 +31,9 @@ def test_a_model_that_cannot_be_exported(mssr, warm, run):
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_rank_that_cannot_write_does_not_leave_the_other_waiting(mssr, warm, run, stage):
     full = Moment("os.mkdir", ".partial_step_000002", "full")
-    first, second = mssr.ranks(2, "train", warm, run.override, f"train.zero_stage={stage}", at=full)
-    assert first.code == 2 and "step_000002: could not be saved" in first.err
-    assert second.code != 0
-    assert "Traceback" not in first.err + second.err
+    for ended in mssr.ranks(2, "train", warm, run.override, f"train.zero_stage={stage}", at=full):
+        assert ended.code == 2 and "Traceback" not in ended.err
+        assert "step_000002: could not be saved: [Errno 27] File too large; there is no earlier" in ended.err
     assert not any(name.startswith("step_") for name in run.checkpoints)
 
 

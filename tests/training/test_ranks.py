@@ -30,6 +30,13 @@ def finish(ranks):
         ended.check()
 
 
-def test_a_checkpoint_of_another_number_of_ranks_is_refused(mssr, warm, whole):
-    for ended in mssr.ranks(2, "train", warm, whole.override, "--resume"):
-        assert "saved by 1 ranks, this run has 2" in ended.line
+def test_another_number_of_ranks_and_another_stage_go_on(mssr, warm, run, whole):
+    """One rank without ZeRO, then two with ZeRO-3, then one with ZeRO-2: the run of one rank."""
+    train = ["train", warm, run.override]
+    mssr(*train, "train.steps=2").check()
+    finish(mssr.ranks(2, *train, "train.steps=4", "train.zero_stage=3", "--resume"))
+    mssr(*train, "train.zero_stage=2", "--resume").check()
+    assert [line["step"] for line in run.metrics] == [line["step"] for line in whole.metrics]
+    for mine, theirs in zip(run.metrics, whole.metrics):
+        for key in ("train/reward", "train/grad_norm", "train/lr", "policy/entropy", "tracker/baseline_mean"):
+            assert mine.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=2e-3, abs=1e-5), (mine["step"], key)

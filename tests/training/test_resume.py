@@ -1,6 +1,7 @@
 """A killed run that is resumed equals one that was never interrupted: every metric, every bit of the weights."""
 
 import os
+import random
 import shutil
 import time
 
@@ -8,6 +9,8 @@ import pytest
 from mssr_process import Moment
 
 KILLED = -9
+IN_TURN = "train.async_save=false"  # so that a checkpoint is valid before the next step
+FILE_OPERATIONS = 100  # in a run's folder, at least
 
 
 def kill_at(mssr, config, run, moment, *overrides):
@@ -16,20 +19,21 @@ def kill_at(mssr, config, run, moment, *overrides):
 
 
 def test_killed_again_and_again(mssr, warm, run, whole):
-    first = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/step_000001"))
+    first = mssr("train", warm, run.override, IN_TURN, at=Moment("os.mkdir", "rollouts/step_000001"))
     assert first.code == KILLED and len(run.metrics) == 2  # before the first checkpoint: all over again
-    kill_at(mssr, warm, run, Moment("os.mkdir", ".partial_step_000002/engine"))  # a save just begun
+    kill_at(mssr, warm, run, Moment("open", ".partial_step_000002/rank_0.pt"), IN_TURN)  # a save just begun
     assert run.checkpoints == [".partial_step_000002"]
-    kill_at(mssr, warm, run, Moment("os.rename", ".partial_step_000002"))  # all written, not yet valid
-    kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/step_000004"))  # an epoch's end, before its checkpoint
+    kill_at(mssr, warm, run, Moment("os.rename", ".partial_step_000002"), IN_TURN)  # all written, not yet valid
+    # An epoch's end, before its checkpoint; then the checkpoint is an epoch's end.
+    kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/step_000004"), IN_TURN)
     assert run.checkpoints == ["step_000002"]
-    kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/step_000005"))  # the checkpoint is an epoch's end
+    kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/step_000005"), IN_TURN)
     assert run.checkpoints == ["step_000002", "step_000004"]
-    kill_at(mssr, warm, run, Moment("os.remove", "state.pt"))  # an old checkpoint half removed
+    kill_at(mssr, warm, run, Moment("os.remove", "state.pt"), IN_TURN)  # an old checkpoint half removed
     assert run.checkpoints == [".partial_step_000002", "step_000004", "step_000006"]
-    kill_at(mssr, warm, run, Moment("os.rename", ".partial_model"))  # only the export is missing
+    kill_at(mssr, warm, run, Moment("os.rename", ".partial_model"), IN_TURN)  # only the export is missing
     assert not (run.path / "model").exists()
-    mssr("train", warm, run.override, "--resume").check()
+    mssr("train", warm, run.override, IN_TURN, "--resume").check()
     run.assert_same_as(whole)
 
 
@@ -38,6 +42,17 @@ def test_killed_with_every_state_there_is(mssr, warm, run, everything, whole_wit
     assert first.code == KILLED
     mssr("train", warm, run.override, *everything, "--resume").check()
     run.assert_same_as(whole_with_everything)
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_killed_at_any_moment(mssr, warm, run, whole, number):
+    """kill -9 at a random file operation in the folder of a run that saves at every step."""
+    often = ["train.checkpoint_every=1", "train.async_save=" + ("true" if number % 2 else "false")]
+    nth = random.Random(number).randint(1, FILE_OPERATIONS)
+    first = mssr("train", warm, run.override, *often, at=Moment("", str(run.path), nth=nth))
+    assert first.code == KILLED, first.err
+    mssr("train", warm, run.override, *often, "--resume").check()
+    run.assert_same_as(whole)
 
 
 def test_killed_from_outside(mssr, warm, run, whole):
@@ -92,7 +107,6 @@ def test_more_steps_go_on_where_the_run_ended(mssr, warm, run, whole):
         ("seed=7", ["seed is 7", "had 0"]),
         ("rollout.prompts_per_step=32", ["rollout.prompts_per_step is 32", "had 16"]),
         ("data.train={val}", ["data.train", "not what the checkpoint was trained on"]),
-        ("train.zero_stage=1", ["train.zero_stage is 1", "had 0"]),
         ("algorithm.tracker.rho_min=0.5", ["rho_min"]),
     ],
 )

@@ -1,12 +1,18 @@
-"""The guard on the weights' version: a batch sampled from other weights than the step's stops the run."""
+"""What a step takes: a batch of the right weights, or the run stops; prompts that were prepared beside the last step."""
 
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mssr.config import load_config
-from mssr.errors import UserError
+from mssr.data.files import open_rows
+from mssr.data.prompts import PromptEncoder
+from mssr.data.sampler import PromptSampler
+from mssr.data.tasks.digits import write_digits
+from mssr.errors import BadRow, UserError
 from mssr.observe.stopwatch import Stopwatch
 from mssr.run import Run
 from mssr.sampling import StepRollouts, refuse_other_weights
@@ -24,7 +30,8 @@ def test_one_of_others_stops_the_run(versions):
         refuse_other_weights(SimpleNamespace(weight_version=torch.tensor(versions)), step=4, version=4)
 
 
-def test_a_sync_that_does_nothing_stops_the_step(material, monkeypatch):
+@pytest.fixture
+def single_process(monkeypatch):
     for name, value in {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -33,6 +40,9 @@ def test_a_sync_that_does_nothing_stops_the_step(material, monkeypatch):
         "MASTER_PORT": "0",
     }.items():
         monkeypatch.setenv(name, value)
+
+
+def test_a_sync_that_does_nothing_stops_the_step(material, single_process):
     with Run(load_config(material / "config.yaml")) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
         rollouts = StepRollouts(run, engine, Shares(16, 8, run.world))
@@ -40,4 +50,56 @@ def test_a_sync_that_does_nothing_stops_the_step(material, monkeypatch):
         assert rollouts.take(0, clock).batch.weight_version.tolist() == [0] * 16
         rollouts._rollout.update_weights = lambda policy, version: None
         with pytest.raises(UserError, match="step 2: 16 responses were sampled from the weights of step 0, not 1"):
+            rollouts.take(1, clock)
+
+
+class Encodings:
+    """Which rows were encoded, in the order in which they were done."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.rows: list[int] = []
+        self._changed = threading.Condition()
+        encode = PromptEncoder.encode
+
+        def recorded(encoder, row, index, source):
+            prompt = encode(encoder, row, index, source)
+            with self._changed:
+                self.rows.append(index)
+                self._changed.notify_all()
+            return prompt
+
+        monkeypatch.setattr(PromptEncoder, "encode", recorded)
+
+    def wait_for(self, rows: list[int]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(lambda: set(rows) <= set(self.rows), timeout=60)
+
+
+def test_a_step_finds_its_prompts_prepared(material, single_process, monkeypatch):
+    encodings, before = Encodings(monkeypatch), set(threading.enumerate())
+    with Run(load_config(material / "config.yaml", ["train.steps=5"])) as run:
+        engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
+        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world))
+        steps = [PromptSampler(64, 16, run.config.seed).rows(step) for step in range(5)]
+        for step, rows in enumerate(steps):
+            prompts = rollouts.take(step, Stopwatch(run.world.device)).batch.prompts
+            assert [prompt.row for prompt in prompts] == rows
+            if step + 1 < len(steps):
+                encodings.wait_for(steps[step + 1])  # beside this step
+            # Of this step's rows none but the first one's is encoded in it; none twice, though step 5 sees old ones.
+            assert sorted(encodings.rows) == sorted({row for ahead in steps[: step + 2] for row in ahead})
+    left = set(threading.enumerate()) - before
+    assert not [thread.name for thread in left if thread.name.startswith("prompts")]
+
+
+def test_a_row_that_breaks_stops_the_step_that_needs_it(material, single_process, tmp_path):
+    write_digits(tmp_path, seed=0, train=64, val=32, test=1, format="jsonl")
+    with Run(load_config(material / "config.yaml", [f"data.train={tmp_path / 'train.jsonl'}"])) as run:
+        engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
+        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world))
+        clock = Stopwatch(run.world.device)
+        row = PromptSampler(64, 16, run.config.seed).rows(1)[3]
+        Path(open_rows(str(tmp_path / "train.jsonl"))[row]["images"][0]).unlink()
+        assert len(rollouts.take(0, clock).batch) == 16
+        with pytest.raises(BadRow, match=rf"train.jsonl, row {row}: image 1 of 1 .* No such file or directory"):
             rollouts.take(1, clock)

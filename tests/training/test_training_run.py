@@ -2,10 +2,13 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 UPDATES, STEPS = 2, 6
@@ -85,13 +88,33 @@ def test_plot_draws_the_curves(whole, mssr, tmp_path):
     assert Image.open(out).size[0] > 300
 
 
-def test_a_gap_beyond_the_limit_ends_the_run_and_is_recorded(mssr, warm, run):
-    line = mssr("train", warm, run.override, "rollout.max_gap=1e-12").line
-    assert "step 1" in line and "rollout.max_gap" in line
-    assert run.metrics[-1]["step"] == 1 and run.metrics[-1]["rollout/logp_gap_mean"] > 1e-12
+def test_steps_with_a_gap_beyond_the_limit_are_left_out_and_end_the_run(mssr, warm, run):
+    ended = mssr("train", warm, run.override, "rollout.max_gap=1e-12", "train.max_skipped_steps=2", "eval.every=9")
+    assert "step 3" in ended.line and "rollout.max_gap" in ended.line and "after 2 steps" in ended.line
+    assert "step 1: left out, rollout and trainer disagree" in ended.out
+    assert [line["train/skipped_steps"] for line in run.metrics[1:]] == [1, 2, 3]
+    assert all(line["rollout/logp_gap_mean"] > 1e-12 for line in run.metrics[1:])
+
+
+def test_a_step_that_is_left_out_changes_nothing(mssr, warm, run):
+    """Neither weights nor schedule nor tracker: two steps left out, and the checkpoint is that of the start."""
+    settings = [
+        "rollout.max_gap=1e-12",
+        "train.steps=2",
+        "algorithm.tracker.n_init=1",
+        "train.optimizer.schedule=cosine",
+    ]
+    mssr("train", warm, run.override, *settings).check()
+    state = torch.load(run.path / "checkpoints" / "step_000002" / "state.pt", weights_only=True)
+    assert state["engine"]["updates"] == 0
+    start = load_file(Path(yaml.safe_load(warm.read_text())["model"]["path"]) / "model.safetensors")
+    assert all(torch.equal(weight, start[name]) for name, weight in run.weights.items())
+    assert (
+        len({line["tracker/baseline_mean"] for line in run.metrics[1:]}) == 2
+    )  # other prompts, the values they began with
 
 
 def test_a_policy_that_became_nan_ends_the_run_in_one_line(mssr, warm, run):
     line = mssr("train", warm, run.override, "train.optimizer.lr=1e30", "train.optimizer.grad_clip=1e30").line
     assert "became NaN" in line and "train.optimizer.lr" in line
-    assert run.metrics[-1]["step"] == 1 and math.isnan(run.metrics[-1]["policy/entropy"])
+    assert run.metrics[-1]["step"] == 2 and math.isnan(run.metrics[-1]["rollout/logp_gap_mean"])

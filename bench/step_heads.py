@@ -1,0 +1,85 @@
+"""The heads that `bench.step` compares: each takes the place of the policy's own, the rest of the step stays as it is.
+
+All of them see response tokens alone, as in the trainer: a head that was given prompts too would only look worse.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mssr_kernels import FusedLMHead, PolicyLoss, PolicyLossConfig, PolicyMetrics
+
+from .inputs import Inputs
+from .providers import PROVIDERS, clipped_loss
+
+LOWEST = -1e4  # a forbidden column's logit: probability 0, and 0 times its log is 0 and no NaN
+
+
+class EagerHead(FusedLMHead):
+    """All logits, and autograd through what follows: the loss that `bench.kernels` calls eager."""
+
+    def forward(self, hidden, target=None, advantage=None, *, config=None, old_logp=None, normalizer=None, **rest):
+        if advantage is None:
+            return super().forward(hidden, target, **rest)
+        require_plain(config, **rest)
+        logits = F.linear(hidden, self.weight, self._column_bias().clamp(min=LOWEST))
+        log_p = torch.log_softmax(logits.float(), dim=1)
+        logp = log_p.gather(1, target[:, None])[:, 0]
+        with torch.no_grad():
+            entropy = -(log_p.exp() * log_p).sum(1)
+        inputs = Inputs(hidden, self.weight, target, advantage, old_logp, 0.0)
+        shaped = entropy if config.entropy_alpha else torch.zeros_like(entropy)
+        loss = clipped_loss(logp, shaped, inputs) * (len(target) / normalizer)
+        return result(loss, normalizer, logp.detach(), entropy)
+
+
+class LigerHead(FusedLMHead):
+    """Liger's fused linear GRPO loss, at its best: every token a sequence, so that there is no padding and an advantage for
+    each, all of them one chunk, since it goes through the vocabulary in pieces of its own. It has no entropy, so the
+    advantages stay as they are, and it hands out no log-probs."""
+
+    def forward(self, hidden, target=None, advantage=None, *, config=None, old_logp=None, normalizer=None, **rest):
+        if advantage is None:
+            return super().forward(hidden, target, **rest)
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+        require_plain(config, **rest)
+        loss = LigerFusedLinearGRPOLoss(
+            beta=0.0, use_ref_model=False, chunk_size=len(target), epsilon_low=config.clip_low,
+            epsilon_high=config.clip_high,
+        )(
+            hidden[:, None], self.weight, target[:, None], torch.ones_like(advantage)[:, None], advantage,
+            bias=self._column_bias().detach(), old_per_token_logps=old_logp[:, None], num_items_in_batch=normalizer,
+        )[0]  # fmt: skip
+        nothing = torch.zeros_like(advantage)
+        return result(loss, normalizer, nothing, nothing)
+
+
+def require_plain(config: PolicyLossConfig, *, temperature: float, ref_logp=None, rollout_logp=None):
+    """What these heads leave out must not have been asked for."""
+    if temperature != 1 or ref_logp is not None or config.kl_coef or config.entropy_coef or config.tis_cap:
+        raise ValueError("the heads of bench.step know no temperature, KL, entropy bonus or TIS")
+
+
+def result(loss: Tensor, normalizer: float, logp: Tensor, entropy: Tensor) -> PolicyLoss:
+    """With the metrics that the benchmark reads; the others are 0."""
+    zero, rows = loss.detach().new_zeros(()), torch.tensor(float(len(logp)), device=loss.device)
+    metrics = PolicyMetrics(*[zero] * len(PolicyMetrics._fields))._replace(
+        rows=rows, policy_loss_sum=loss.detach() * normalizer, entropy_sum=entropy.sum()
+    )
+    return PolicyLoss(loss, logp, entropy, zero, zero, zero, metrics)
+
+
+class Head(NamedTuple):
+    work: str
+    kind: type[FusedLMHead]
+
+
+# In this order; the first is what the others are compared with.
+HEADS = {
+    "eager": Head(PROVIDERS["eager"].work, EagerHead),
+    "liger": Head(PROVIDERS["liger GRPO"].work, LigerHead),
+    "mssr": Head(PROVIDERS["mssr L"].work, FusedLMHead),
+}

@@ -1,0 +1,114 @@
+"""How much of the devices a step used: model FLOPs and their share of the peak, tokens, padding."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from mssr.batch import RolloutBatch
+from mssr.config import ModelConfig
+from mssr.distributed import World
+from mssr.observe.flops import Flops, countable, forward_flops
+from mssr.observe.gpu import known_gpu
+from mssr.observe.stopwatch import Stopwatch
+from mssr.policy.engine import UpdateStats
+from mssr.policy.model import Policy
+
+TERA = 1e12
+SCORING_PHASES = ("drift", "old_logp", "reference")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What this rank computed in a step.
+
+    tokens: prompt and response tokens of its rows. slots: token positions that attention computed for them, padding
+        included (`PackedLayout.slots` over the update's micro-batches).
+    forward: one pass over its rows; None for an architecture whose FLOPs are not known.
+    train_vision, lora: what the backward pass left out. checkpointing: the forward pass was recomputed for it.
+    """
+
+    tokens: int
+    slots: int
+    forward: Flops | None
+    train_vision: bool = True
+    lora: bool = False
+    checkpointing: bool = False
+
+    @property
+    def training_flops(self) -> float:
+        """Forward and backward; what is recomputed does not count."""
+        return self.forward.forward + self.forward.backward(train_vision=self.train_vision, lora=self.lora)
+
+    @property
+    def hardware_flops(self) -> float:
+        recomputed = self.forward.recomputed(train_vision=self.train_vision, lora=self.lora)
+        return self.training_flops + recomputed * self.checkpointing
+
+
+def work_of_step(policy: Policy, options: ModelConfig, batch: RolloutBatch, updates: list[UpdateStats]) -> Work:
+    return Work(
+        tokens=sum(len(prompt.token_ids) for prompt in batch.prompts) + int(batch.lengths.sum()),
+        slots=sum(update.slots for update in updates),
+        forward=batch_flops(policy.model.config, batch),
+        train_vision=options.train_vision,
+        lora=options.lora is not None,
+        checkpointing=options.gradient_checkpointing,
+    )
+
+
+def batch_flops(config: PretrainedConfig, batch: RolloutBatch) -> Flops | None:
+    """One forward pass over the batch's rows; None for an architecture whose FLOPs are not known."""
+    if not countable(config):
+        return None
+    lengths = batch.lengths.tolist()
+    grids = [prompt.image_grid_thw.tolist() for prompt in batch.prompts if prompt.image_grid_thw is not None]
+    return forward_flops(
+        config,
+        [len(prompt.token_ids) + length for prompt, length in zip(batch.prompts, lengths)],
+        sum(lengths),
+        [grid for images in grids for grid in images],
+    )
+
+
+def peak_tflops(device: torch.device, setting: float | None) -> float | None:
+    """Of one device: log.peak_tflops, or what is known of the GPU; None for others, a CPU too."""
+    if setting is not None or device.type != "cuda":
+        return setting
+    gpu = known_gpu(torch.cuda.get_device_name(device))
+    return gpu.tflops if gpu else None
+
+
+def utilisation(work: Work, clock: Stopwatch, world: World, peak: float | None) -> dict[str, float]:
+    """Metrics of a step, means over the devices; a collective. peak: TFLOP/s of one device, None: no MFU.
+
+    perf/tokens_per_second_per_gpu: of the whole step. perf/padding: slots computed for nothing, per token.
+    perf/update_tflops, perf/mfu: model FLOPs of forward and backward passes by the time of the phase forward_backward.
+    perf/hardware_tflops: the same, with what gradient checkpointing recomputes.
+    perf/step_tflops, perf/step_mfu: these FLOPs and the scoring passes', by the time of the whole step; sampling is in
+        the time alone.
+    """
+    known = work.forward is not None
+    scored = sum(phase in clock.seconds for phase in SCORING_PHASES) * work.forward.forward if known else 0.0
+    training, hardware = (work.training_flops, work.hardware_flops) if known else (0.0, 0.0)
+    sums = torch.tensor([work.tokens, work.slots, training, hardware, scored], dtype=torch.float64)
+    tokens, slots, training, hardware, scored = world.sum(sums).tolist()
+    step, update = clock.total, clock.seconds.get("forward_backward", 0.0)
+    metrics = {
+        "perf/tokens_per_second_per_gpu": tokens / world.size / step,
+        "perf/padding": slots / max(tokens, 1.0) - 1,
+    }
+    if not known or not update:
+        return metrics
+    per_device = TERA * world.size
+    metrics |= {
+        "perf/update_tflops": training / per_device / update,
+        "perf/hardware_tflops": hardware / per_device / update,
+        "perf/step_tflops": (training + scored) / per_device / step,
+    }
+    if peak is not None:
+        metrics |= {
+            "perf/mfu": metrics["perf/update_tflops"] / peak,
+            "perf/step_mfu": metrics["perf/step_tflops"] / peak,
+        }
+    return metrics

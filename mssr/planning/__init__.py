@@ -1,0 +1,1 @@
+"""`mssr plan`: memory and step time of a run, predicted before anything is loaded."""

@@ -1,0 +1,183 @@
+"""Memory of one rank by phase and part: on its device, and in host memory.
+
+Parts are what is there at the phase's worst moment, so they add up to its peak.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from mssr.config import Config
+from mssr.observe.gpu import GIB
+from mssr.planning.trace import MicroBatchShape, Trace, planned_policy, trace
+from mssr.planning.zero import FP32, Parameters, TrainerState, Zero, offloaded, trainer_state
+from mssr.policy.deepspeed_settings import deepspeed_settings
+from mssr.policy.weights import BUCKET_BYTES
+
+CONTEXT_BYTES = int(1.5 * GIB)  # an assumption: CUDA context, cuBLAS workspaces, NCCL's buffers
+
+
+@dataclass(frozen=True)
+class Machine:
+    """device: "cuda" or "cpu". gpus: ranks, one a GPU. memory: bytes of one device; None: not looked at."""
+
+    device: str
+    gpus: int
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank. phases: phase -> part -> bytes on the device. host: part -> bytes in host memory."""
+
+    phases: dict[str, dict[str, int]]
+    host: dict[str, int]
+    parameters: Parameters
+
+    def total(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
+
+    @property
+    def worst(self) -> str:
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        return self.total(self.worst)
+
+
+class MemoryPlanner:
+    """Predicts memory; remembers the traces, which are what takes time."""
+
+    def __init__(self, model: PretrainedConfig, machine: Machine) -> None:
+        self._model, self._machine = model, machine
+        self._traces: dict[tuple, tuple[Parameters, Trace]] = {}
+
+    def predict(self, config: Config, shape: MicroBatchShape, *, micro_batches: int = 2) -> Memory:
+        """shape: the micro-batch. micro_batches: of an update; from 2 on gradients are there when one begins."""
+        dtype = plan_dtype(config, self._machine)
+        zero = Zero.of(deepspeed_settings(config.train.optimizer, config.train, dtype))
+        parameters, micro_batch = self._traced(config, dtype, shape, zero.stage == 0, micro_batches)
+        state = trainer_state(
+            parameters, zero, self._machine.gpus, eager=self._machine.device == "cuda", micro_batches=micro_batches
+        )
+        state, offloaded_bytes = offloaded(state, parameters, zero, self._machine.gpus)
+        resident = {"weights": state.weights, "fp32 masters": state.masters, "AdamW moments": state.moments}
+        if self._machine.device == "cuda":
+            resident |= {"CUDA context, libraries": CONTEXT_BYTES}
+        reference, reference_host = self._reference(config, parameters)
+        resident |= {"reference": reference.resident}
+        phases = {
+            "scoring": resident
+            | {
+                "one pass": micro_batch.scoring,
+                "gathered weights": state.gathered,
+                "reference in its pass": reference.in_pass,
+            },
+            "forward_backward": resident | _forward_backward(state, micro_batch),
+            "optimizer": resident | {"gradients": state.stepping},
+        }
+        phases = {"generate": self._generate(config, resident, parameters, zero)} | phases
+        phases = {phase: {part: size for part, size in parts.items() if size} for phase, parts in phases.items()}
+        host = {
+            "offloaded by DeepSpeed": offloaded_bytes,
+            "optimizer while generating": (state.masters + state.moments) * config.rollout.offload_optimizer,
+            "copy that is being saved": _saved_copy(config, parameters, self._machine.gpus),
+            "reference": reference_host,
+            "prompts": int(config.data.cache_gib * GIB) * (1 + (config.data.val is not None)),
+        }
+        return Memory(phases, {part: size for part, size in host.items() if size}, parameters)
+
+    def _traced(
+        self, config: Config, dtype: torch.dtype, shape: MicroBatchShape, accumulated: bool, micro_batches: int
+    ) -> tuple[Parameters, Trace]:
+        options = config.model
+        # flash-attn's presence on the machine that is planned for cannot be known here.
+        padded = options.attention != "flash"
+        key = (options.model_dump_json(), dtype, shape, accumulated, micro_batches)
+        if key not in self._traces:
+            policy = planned_policy(self._model, dtype, options, padded=padded)
+            sizes = [(each.numel(), each.requires_grad) for each in policy.parameters()]
+            parameters = Parameters(
+                total=sum(size for size, _ in sizes),
+                trained=sum(size for size, trained in sizes if trained),
+                largest=max(size for size, _ in sizes),
+                itemsize=dtype.itemsize,
+            )
+            seen = trace(
+                policy, shape, device=self._machine.device, accumulated=accumulated, micro_batches=micro_batches
+            )
+            self._traces[key] = parameters, seen
+        return self._traces[key]
+
+    def _reference(self, config: Config, parameters: Parameters) -> tuple["_Reference", int]:
+        """(on the device, in host memory)"""
+        if not config.algorithm.kl_coef or config.model.lora is not None:
+            return _Reference(0, 0), 0
+        size = parameters.total * parameters.itemsize
+        if config.model.reference == "copy":
+            return _Reference(size, 0), 0
+        if config.model.reference == "cpu":
+            return _Reference(0, size if self._machine.device == "cuda" else 0), size
+        zero = Zero(3)
+        live = min(size, (zero.max_live + zero.prefetch_bucket) * parameters.itemsize)
+        return _Reference(-(-size // self._machine.gpus), live if self._machine.gpus > 1 else 0), 0
+
+    def _generate(self, config: Config, resident: dict[str, int], parameters: Parameters, zero: Zero) -> dict[str, int]:
+        parts = dict(resident)
+        rollout = config.rollout
+        if rollout.offload_optimizer:
+            parts |= {"fp32 masters": 0, "AdamW moments": 0}
+        if rollout.engine == "servers":
+            return parts
+        size = parameters.total * parameters.itemsize
+        if zero.stage == 3:
+            parts["weights gathered for the sync"] = min(size, int(rollout.sync_gib * GIB))
+        if self._machine.device == "cuda" and rollout.engine != "hf":
+            weights = vllm_weight_bytes(config, parameters)
+            room = int(rollout.gpu_memory * (self._machine.memory or 0))
+            return parts | {"vLLM weights": weights, "vLLM KV cache, activations": max(0, room - weights)}
+        if zero.stage == 3:  # a whole copy that generates
+            parts |= {"weights gathered for the sync": min(size, BUCKET_BYTES), "whole copy that generates": size}
+        return parts
+
+
+@dataclass(frozen=True)
+class _Reference:
+    resident: int
+    in_pass: int
+
+
+def _forward_backward(state: TrainerState, micro_batch: Trace) -> dict[str, int]:
+    """The larger of two moments: activations at their most, or the end, where gradients are reduced and nothing else is."""
+    begin = micro_batch.peak + state.gradients + state.reducing + state.gathered
+    end = state.gradients + state.last_reduction
+    if end > begin:
+        return {"gradients": state.gradients, "gradients being reduced": state.last_reduction}
+    return {
+        "activations": micro_batch.kept,
+        "one layer, gradients in the making": micro_batch.peak - micro_batch.kept,
+        "gradients": state.gradients,
+        "gradients being reduced": state.reducing,
+        "gathered weights": state.gathered,
+    }
+
+
+def vllm_weight_bytes(config: Config, parameters: Parameters) -> int:
+    """On one GPU, in vLLM's own copy."""
+    itemsize = 1 if config.rollout.quantization == "fp8" else min(parameters.itemsize, 2)
+    return parameters.total * itemsize // config.rollout.tensor_parallel
+
+
+def plan_dtype(config: Config, machine: Machine) -> torch.dtype:
+    """As the engine resolves model.dtype."""
+    name = config.model.dtype
+    if name == "auto":
+        name = "bfloat16" if machine.device == "cuda" else "float32"
+    return getattr(torch, name)
+
+
+def _saved_copy(config: Config, parameters: Parameters, ranks: int) -> int:
+    """Masters and moments of this rank."""
+    return 3 * FP32 * -(-parameters.trained // ranks) if config.train.async_save else 0

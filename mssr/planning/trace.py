@@ -1,0 +1,175 @@
+"""What one micro-batch takes beside the weights: the real layers, on the meta device."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.masking_utils import sdpa_mask
+from transformers.vision_utils import get_vision_position_ids
+
+from mssr.config import ModelConfig
+from mssr.planning.ledger import FusedAttention, MemoryLedger
+from mssr.policy.attention import PackedLayout, packed, packed_sdpa
+from mssr.policy.families import family_of
+from mssr.policy.loading import CPU, apply_options
+from mssr.policy.model import Policy
+from mssr_kernels import explain
+
+_PADDED, _PACKED = "mssr_planned_sdpa", "mssr_planned_varlen"
+
+
+@dataclass(frozen=True)
+class MicroBatchShape:
+    """lengths: tokens of each packed sequence. response_tokens: of all of them. grids: `image_grid_thw` of each image."""
+
+    lengths: tuple[int, ...]
+    response_tokens: int
+    grids: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def patches(self) -> int:
+        return sum(frames * height * width for frames, height, width in self.grids)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Bytes beside the weights.
+
+    kept: what the forward pass keeps for the backward pass, the head's gradients included.
+    peak: the most of both passes; with `accumulated` the gradients from before and those that are made.
+    scoring: the most of a forward pass that keeps nothing.
+    """
+
+    kept: int
+    peak: int
+    scoring: int
+
+
+def planned_policy(config: PretrainedConfig, dtype: torch.dtype, options: ModelConfig, *, padded: bool) -> Policy:
+    """The policy as `load_policy` makes it, without memory. padded: attention views sequences as one padded batch (SDPA)."""
+    family = family_of(config)
+    with torch.device("meta"):
+        policy = Policy(family.auto_class.from_config(config, dtype=dtype, attn_implementation=_PADDED))
+    # Which kernels compute attention and layers depends on the machine; here they are stood in for.
+    apply_options(policy, options.model_copy(update={"attention": "sdpa", "liger": "off"}), CPU)
+    policy.model.set_attn_implementation(_PADDED if padded else _PACKED)
+    return policy.train()
+
+
+def trace(policy: Policy, shape: MicroBatchShape, *, device: str, accumulated: bool, micro_batches: int = 2) -> Trace:
+    """A micro-batch through a `planned_policy`, forward and backward.
+
+    device: "cuda" or "cpu", for the head's kernels.
+    accumulated: each parameter keeps its gradient, and later micro-batches (the most that are looked at is 2) add to it;
+        False: ZeRO takes each as soon as it is made, into memory that is counted elsewhere.
+    """
+    workspace = _head_workspace(policy.model.lm_head.weight, shape, device)
+    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    hooks = [] if accumulated else [each.register_post_accumulate_grad_hook(_drop_gradient) for each in parameters]
+    scoring, ledger = MemoryLedger(), MemoryLedger()
+    with torch.no_grad(), scoring:
+        _hidden(policy, shape).new_empty(workspace, dtype=torch.uint8)
+    with ledger:
+        for _ in range(min(micro_batches, 2) if accumulated else 1):
+            before = ledger.live
+            loss = _Head.apply(_hidden(policy, shape), policy.model.lm_head.weight, workspace)
+            kept = ledger.live - before
+            loss.backward()
+            del loss
+    for hook in hooks:
+        hook.remove()
+    for parameter in parameters:
+        parameter.grad = None
+    return Trace(kept, ledger.peak, scoring.peak)
+
+
+def _drop_gradient(parameter: nn.Parameter) -> None:
+    parameter.grad = None
+
+
+def _hidden(policy: Policy, shape: MicroBatchShape) -> Tensor:
+    """[N, D]: what the policy gives its head."""
+    ids = torch.zeros(1, shape.tokens, dtype=torch.int64, device="meta")
+    embeddings = policy.model.get_input_embeddings()(ids)
+    if policy.family.has_vision and shape.grids:
+        embeddings = _with_images(policy, embeddings, shape)
+    axes = (4, 1, shape.tokens) if policy.family.has_vision else (1, shape.tokens)
+    out = policy.language_model(
+        inputs_embeds=embeddings,
+        position_ids=torch.zeros(axes, dtype=torch.int64, device="meta"),
+        use_cache=False,
+        **packed(PackedLayout.of(list(shape.lengths), "meta")),
+    )
+    predicts = torch.zeros(shape.response_tokens, dtype=torch.int64, device="meta")
+    return out.last_hidden_state[0].index_select(0, predicts)
+
+
+def _with_images(policy: Policy, embeddings: Tensor, shape: MicroBatchShape) -> Tensor:
+    vision = policy.model.config.vision_config
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.zeros(shape.patches, width, device="meta").to(embeddings.dtype)
+    # What the tower reads the grids for: positions (only their shape matters here), and who attends to whom. Two windows
+    # take the memory of a hundred, and a fiftieth of the time here.
+    grids = torch.tensor(shape.grids)
+    half = shape.patches // 2
+    windows = torch.tensor([0, half, shape.patches] if half else [0, shape.patches], dtype=torch.int32)
+    given = {"cu_seqlens": windows, "position_ids": get_vision_position_ids(grids, policy.merge_size).to("meta")}
+    if hasattr(vision, "fullatt_block_indexes"):
+        order = torch.arange(shape.patches // policy.merge_size**2)
+        given |= {"window_index": order, "cu_window_seqlens": windows}
+    out = policy.vision_tower(pixels, grid_thw=grids, **given)
+    image_tokens = torch.zeros(embeddings.shape, dtype=torch.bool, device="meta")
+    embeddings = embeddings.masked_scatter(image_tokens, out.pooler_output.to(embeddings.dtype))
+    for features in getattr(out, "deepstack_features", None) or ():
+        embeddings = embeddings + features.sum() * 0
+    return embeddings
+
+
+def _head_workspace(weight: Tensor, shape: MicroBatchShape, device: str) -> int:
+    """Bytes: the bound, or where that is less, the logits of all rows at once and as much scratch as they may use."""
+    vocabulary, width = weight.shape
+    rows = shape.response_tokens
+    plan = explain(rows, width, vocabulary, dtype=weight.dtype, device=device, weight_grad=weight.requires_grad)
+    logits = 4 * plan.chunk_rows * vocabulary
+    return min(plan.workspace_bytes, logits + min(logits, plan.workspace_bytes // 8))
+
+
+class _Head(torch.autograd.Function):
+    """The fused loss's memory: its gradients are made in the forward pass, in float32, and rounded in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, workspace: int) -> Tensor:
+        gradients = [
+            torch.empty_like(tensor, dtype=torch.float32) if tensor.requires_grad else None
+            for tensor in (hidden, weight)
+        ]
+        hidden.new_empty(workspace, dtype=torch.uint8)
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(*gradients)
+        return hidden.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, _):
+        return *(None if gradient is None else gradient.to(ctx.dtype) for gradient in ctx.saved_tensors), None
+
+
+def _padded(*args, **kwargs):
+    with FusedAttention():  # in here, not around the model: a recomputed layer runs inside the backward pass
+        return packed_sdpa(*args, **kwargs)
+
+
+def _varlen(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, packed_layout=None, **kwargs):
+    if packed_layout is None or not module.is_causal:
+        return _padded(module, query, key, value, attention_mask, **kwargs)
+    with FusedAttention():
+        return nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2), None
+
+
+for name, function in ((_PADDED, _padded), (_PACKED, _varlen)):
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)

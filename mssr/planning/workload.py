@@ -1,0 +1,74 @@
+"""What a run computes: the lengths that a plan goes by, and the micro-batches they make."""
+
+import math
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from mssr.config import Config
+from mssr.errors import UserError
+from mssr.planning.trace import MicroBatchShape
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Mean tokens of a prompt, of its response, and of the image that is part of the prompt (0: none)."""
+
+    prompt: int
+    response: int
+    image: int
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt + self.response
+
+    @classmethod
+    def parse(cls, text: str, config: Config, model: PretrainedConfig) -> "Workload":
+        """text: "prompt,response" or "prompt,response,image tokens".
+
+        Raises:
+            UserError: something else.
+        """
+        try:
+            numbers = [int(number) for number in text.split(",")]
+            prompt, response, *image = numbers
+        except ValueError:
+            numbers, image = [], [0, 0]
+        if len(image) > 1 or not numbers or min(prompt, response) < 1 or min(numbers) < 0 or sum(image) > prompt:
+            raise UserError(
+                f"--context {text}: expected mean lengths as PROMPT,RESPONSE or PROMPT,RESPONSE,IMAGE in tokens, "
+                "the image's among the prompt's: 600,1200,400"
+            )
+        return cls(prompt, response, image[0] if image else _image_tokens(prompt, config, model))
+
+    @classmethod
+    def longest(cls, config: Config, model: PretrainedConfig) -> "Workload":
+        """Prompts and responses at their limits: what memory has to be there for."""
+        prompt = config.data.max_prompt_tokens
+        return cls(prompt, config.rollout.max_response_tokens, _image_tokens(prompt, config, model))
+
+    def grid(self, model: PretrainedConfig) -> tuple[int, int, int] | None:
+        """(1, height, width) in patches of a nearly square image of about as many tokens."""
+        if not self.image:
+            return None
+        side = model.vision_config.spatial_merge_size
+        height = max(1, math.isqrt(self.image))
+        return 1, height * side, max(1, round(self.image / height)) * side
+
+    def micro_batch(self, budget: int, model: PretrainedConfig) -> MicroBatchShape:
+        """A full micro-batch, one sequence more or less; a sequence longer than the budget is alone."""
+        count = max(1, budget // self.tokens)
+        lengths = [self.tokens] * count
+        left = max(0, budget - count * self.tokens)  # a shorter sequence, its parts in the same proportion
+        responses = count * self.response + left * self.response // self.tokens
+        grid = self.grid(model)
+        return MicroBatchShape(tuple(lengths + [left] * (left > 0)), max(1, responses), (grid,) * count if grid else ())
+
+
+def _image_tokens(prompt: int, config: Config, model: PretrainedConfig) -> int:
+    """Of one image: as large as data.max_pixels lets it be, in nine tenths of the prompt."""
+    vision = getattr(model, "vision_config", None)
+    if vision is None:
+        return 0
+    token_side = vision.patch_size * vision.spatial_merge_size
+    return min(config.data.max_pixels // token_side**2, prompt * 9 // 10)

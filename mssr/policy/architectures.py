@@ -1,0 +1,79 @@
+"""A model's architecture by its path, also where only its name is there: for planning and tests, never for training."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig, Qwen2_5_VLConfig
+
+from mssr.errors import UserError
+
+# Qwen2.5-VL as published; the sizes differ in the language model alone, and in the width that the vision tower hands to it.
+_TEXT = {
+    "max_position_embeddings": 128_000,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]},
+    "bos_token_id": 151_643,
+    "eos_token_id": 151_645,
+}
+_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "num_heads": 16,
+    "intermediate_size": 3420,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "tokens_per_second": 2,
+}
+_SPECIAL = {
+    "image_token_id": 151_655,
+    "video_token_id": 151_656,
+    "vision_start_token_id": 151_652,
+    "vision_end_token_id": 151_653,
+}
+_SIZES = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "intermediate_size": 11_008,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2.5-VL-7B-Instruct": {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18_944,
+        "vocab_size": 152_064,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def model_config(path: str) -> PretrainedConfig:
+    """The transformers config of a directory or hub name; for the two named above the hub is not asked.
+
+    Raises:
+        UserError: there is none, or the hub cannot be reached.
+    """
+    if path in _SIZES and not Path(path).exists():
+        return _published(path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path {path}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _published(name: str) -> Qwen2_5_VLConfig:
+    size = dict(_SIZES[name])
+    tied = size.pop("tie_word_embeddings")
+    return Qwen2_5_VLConfig(
+        text_config=_TEXT | size,
+        vision_config=_VISION | {"out_hidden_size": size["hidden_size"]},
+        tie_word_embeddings=tied,
+        **_SPECIAL,
+    )

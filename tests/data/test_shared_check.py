@@ -1,0 +1,68 @@
+"""Ranks that open one source check each row once between them and agree on what they found."""
+
+import json
+
+import pytest
+from data_encoders import build_encoder
+
+from mssr.data.dataset import ProblemDataset
+from mssr.errors import UserError
+
+
+def opened(world, path: str, **keys):
+    """What a rank of this world finds, and the rows that it read itself."""
+    encoder = build_encoder(**keys)
+    read, plain = [], encoder.read
+    encoder.read = lambda row, index, source: read.append(index) or plain(row, index, source)
+    path = path.replace("RANK", str(world.rank))
+    try:
+        problems = ProblemDataset(path, encoder, encoder.config, source_name="mine", world=world)
+    except UserError as error:
+        return str(error)
+    rows = [problems[index].row for index in range(len(problems))]
+    return problems.fingerprint, rows, [str(bad) for bad in problems.bad_rows], sorted(read[: len(read) - len(rows)])
+
+
+@pytest.fixture
+def file(tmp_path, png):
+    rows = []
+    for number in range(11):
+        (tmp_path / f"{number}.png").write_bytes(png(seed=number))
+        rows.append({"images": [f"{number}.png"], "problem": f"<image>Is it {number}?", "answer": str(number)})
+    rows[3]["answer"] = None
+    rows[4]["images"] = ["none.png"]
+    rows.append(rows[2] | {"answer": "other"})  # as row 2, which another rank may have checked
+    rows.append(rows[1])
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "a.jsonl"
+
+
+def test_two_ranks_find_what_one_finds(ranks, file, make_dataset):
+    alone = make_dataset(file, on_bad_row="skip", source_name="mine")
+    first, second = ranks(opened, str(file), on_bad_row="skip")
+    assert first[:3] == second[:3]
+    assert first[0] == alone.fingerprint
+    assert first[1] == [prompt.row for prompt in alone]
+    assert first[2] == [str(bad) for bad in alone.bad_rows] and len(first[2]) == 3
+    assert first[3] == list(range(0, 13, 2)) and second[3] == list(range(1, 13, 2))
+
+
+def test_all_ranks_refuse_the_same_rows(ranks, file):
+    first, second = ranks(opened, str(file))
+    assert first == second
+    assert first.startswith("mine: 3 of 13 rows cannot be used: row 3: ") and "row 4: " in first
+    assert "; row 11: same problem as row 2 with a different answer ('other', there '2')" in first
+
+
+def test_fewer_rows_than_ranks(ranks, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"problem": "1 + 1?", "answer": 2}))
+    first, second = ranks(opened, str(tmp_path / "a.jsonl"))
+    assert first[:3] == second[:3] and first[1] == [0]
+
+
+def test_ranks_with_other_files(ranks, tmp_path):
+    for rank in range(2):
+        rows = [{"problem": f"{n}?", "answer": n} for n in range(5 + rank)]
+        (tmp_path / f"{rank}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected = "mine: 6 rows on rank 1, 5 on rank 0; give every node the same files"
+    assert ranks(opened, str(tmp_path / "RANK.jsonl")) == [expected, expected]

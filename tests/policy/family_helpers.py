@@ -1,0 +1,98 @@
+"""Tiny models of every family, their prompts, and the oracle: plain transformers on one sequence at a time, all logits."""
+
+from functools import cache
+
+import torch
+from policy_helpers import DATA, LOWEST, PICTURE_SIZES, _resized, digit_rows, workspace
+from torch import Tensor
+from transformers import AutoConfig
+
+from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.data.prompts import PromptEncoder, load_processors
+from mssr.policy.families import FAMILIES, family_of
+from mssr.policy.loading import load_policy
+from mssr.policy.model import Policy
+from mssr.policy.tiny import write_tiny_model
+
+VISION = [name for name, family in FAMILIES.items() if family.has_vision]
+
+
+@cache
+def family_dir(family: str) -> str:
+    """A tiny model with weights so large that a token's position and neighbours matter to its log-prob."""
+    folder = workspace() / f"family_{family}"
+    if folder.exists():
+        return str(folder)
+    corpus = [row["problem"] + row["solution"] for row in digit_rows()]
+    write_tiny_model(folder, corpus, family=family, hidden=64, vocabulary=300)
+    model, generator = family_plain(folder), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            large = "embed_tokens" in name or "lm_head" in name
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.12 if large else 0.06, generator=generator)
+            elif "norm" in name and "bias" not in name:
+                parameter.uniform_(0.5, 1.5, generator=generator)
+            else:
+                parameter.normal_(std=0.06, generator=generator)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def family_plain(path, dtype=torch.float32, attention: str = "eager"):
+    """Anything but our own class and attention."""
+    return family_of(AutoConfig.from_pretrained(path)).auto_class.from_pretrained(
+        path, dtype=dtype, attn_implementation=attention
+    )
+
+
+def family_policy(family: str) -> Policy:
+    return load_policy(family_dir(family), torch.float32)
+
+
+@cache
+def family_prompts(family: str) -> tuple[Prompt, ...]:
+    """Six problems; for a family with vision pictures of different sizes, one problem without any, one with two."""
+    encoder = PromptEncoder(*load_processors(family_dir(family)), DATA)
+    made = []
+    for number, sizes in enumerate(PICTURE_SIZES):
+        row = digit_rows()[number]
+        images = [_resized(row["images"][0], size) for size in sizes] if family in VISION else []
+        text = row["problem"].removeprefix("<image>") + " !" * number
+        made.append(encoder.encode(row | {"images": images, "problem": text}, number, "digits"))
+    return tuple(made)
+
+
+def never_sampled(model) -> list[int]:
+    names = ("image_token_id", "video_token_id")
+    return [getattr(model.config, name) for name in names if hasattr(model.config, name)]
+
+
+def family_inputs(prompt: Prompt, response: Tensor, model) -> dict:
+    ids = torch.cat([prompt.token_ids, response])[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if prompt.pixel_values is not None:
+        inputs |= {
+            "pixel_values": prompt.pixel_values.to(model.dtype),
+            "image_grid_thw": prompt.image_grid_thw,
+            "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+        }
+    return inputs
+
+
+def family_distribution(model, prompt: Prompt, response: Tensor) -> Tensor:
+    """[R, V] float64 log-probs of every token at each position of the response."""
+    logits = model(**family_inputs(prompt, response, model), use_cache=False).logits[0]
+    start = len(prompt.token_ids) - 1
+    logits = logits[start : start + len(response)].double()
+    forbidden = torch.tensor(never_sampled(model), dtype=torch.int64)
+    return torch.log_softmax(logits.index_fill(1, forbidden, LOWEST), dim=-1)
+
+
+def family_logp(model, batch: RolloutBatch) -> Tensor:
+    """[B, R] float64 log-prob of each response token, 0 under the padding."""
+    rows = []
+    for row, prompt in enumerate(batch.prompts):
+        response = batch.response(row)
+        rows.append(family_distribution(model, prompt, response).gather(1, response[:, None]).squeeze(1))
+    return pad_rows(rows, batch.tokens.shape[1])

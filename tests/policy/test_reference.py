@@ -1,0 +1,82 @@
+"""The KL term's reference: the start of the policy, wherever its weights are kept."""
+
+import pytest
+import torch
+from option_helpers import LORA, make_engine_with, options
+from policy_helpers import assert_same_weights, model_dir, plain_logp, random_batch, whole_weights
+
+from mssr.policy.reference import make_reference
+
+PLACEMENTS = ["copy", "sharded", "cpu"]
+
+
+def settings(placement: str, tied: bool = False):
+    """Of `model`; the LoRA base needs no placement."""
+    lora = {"lora": LORA} if placement == "lora" else {"reference": placement}
+    return options(model_dir(tied), **lora)
+
+
+def score_while_training(world, batches, zero_stage, **kind):
+    """Twice, with an update before each: (the reference's, the policy's own log-probs) of this rank's rows."""
+    engine = make_engine_with(settings(**kind), zero_stage=zero_stage, world=world)
+    reference, batch, found = make_reference(settings(**kind), engine), batches[world.rank], []
+    for _ in range(2):
+        engine.imitate(batch)
+        found.append((reference.score(engine, batch), engine.score(batch)))
+    return found
+
+
+@pytest.mark.parametrize("zero_stage, placements", [(2, [*PLACEMENTS, "lora"]), (3, ["copy", "sharded", "lora"])])
+def test_every_placement_scores_with_the_start(ranks, prompts, plain, zero_stage, placements):
+    """Rank 1 has one short row of text: fewer micro-batches, and nothing for the vision tower."""
+    batches = [random_batch(prompts, [5, 9, 3, 7, 1, 12]), random_batch(prompts[2:3], [2])]
+    expected = [plain_logp(plain, batch).float() for batch in batches]
+    scores = {}
+    for placement in placements:
+        found = ranks(score_while_training, batches, zero_stage, placement=placement)
+        for rank, passes in enumerate(found):
+            for reference, policy in passes:
+                torch.testing.assert_close(reference, expected[rank], atol=1e-5, rtol=0)
+                assert (policy - reference)[batches[rank].mask].abs().max() > 1e-2
+        scores[placement] = [reference for passes in found for reference, _ in passes]
+    for placement, found in scores.items():
+        for mine, copy in zip(found, scores["copy"]):
+            torch.testing.assert_close(mine, copy, atol=1e-6, rtol=0, msg=placement)
+
+
+@pytest.mark.parametrize("placement", [*PLACEMENTS, "lora"])
+def test_one_rank_and_a_tied_head(world, prompts, placement):
+    batch = random_batch(prompts, [5, 9, 3, 7, 1, 12])
+    start = make_engine_with(settings("copy", tied=True)).score(batch)
+    for reference, _ in score_while_training(world, [batch], 0, placement=placement, tied=True):
+        torch.testing.assert_close(reference, start, atol=1e-6, rtol=0)
+
+
+def train(world, batches, zero_stage, placement, scored):
+    engine = make_engine_with(settings(placement), zero_stage=zero_stage, world=world)
+    reference = make_reference(settings(placement), engine)
+    for _ in range(3):
+        engine.imitate(batches[world.rank])
+        if scored:
+            reference.score(engine, batches[world.rank])
+    return whole_weights(engine)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_scoring_leaves_the_training_as_it_was(ranks, prompts, zero_stage):
+    """Adapters that were switched off must be trained on: ZeRO's hooks are on their parameters."""
+    batches = [random_batch(prompts, [5, 9, 3, 7, 1, 12]), random_batch(prompts[2:3], [2])]
+    without, with_scores = (ranks(train, batches, zero_stage, "lora", scored) for scored in (False, True))
+    for mine, theirs in zip(with_scores, without):
+        assert_same_weights(mine, theirs, exact=True)
+
+
+def test_the_host_keeps_the_weights_after_a_pass_that_failed(world, prompts):
+    engine = make_engine_with(settings("cpu"))
+    reference, batch = make_reference(settings("cpu"), engine), random_batch(prompts, [5, 9, 3, 7, 1, 12])
+    first = reference.score(engine, batch)
+    forbidden = random_batch(prompts, [5, 9, 3, 7, 1, 12])
+    forbidden.tokens[0, 0] = engine.policy.image_token_id
+    with pytest.raises(ValueError, match="image or video pad"):
+        reference.score(engine, forbidden)
+    assert torch.equal(reference.score(engine, batch), first)

@@ -1,0 +1,96 @@
+"""Rollouts of a policy with adapters are the adapted policy's, by both engines; and vLLM loads what was exported."""
+
+from option_helpers import LORA, disturb, make_engine_with, options
+from policy_helpers import processors, random_batch
+from rollout_engines import ENDS, LIMIT, hf
+
+from mssr.config import RolloutConfig
+from mssr.policy.export import save_model
+from mssr.rollout.base import collect
+from mssr.rollout.hf import HFRollout
+from mssr.rollout.vllm_adapter import pixels_as_given, without_chatter
+from mssr.rollout.vllm_requests import engine_input, response, sampling
+from mssr.rollout.weight_sync import sync_weights
+
+ALIVE = []  # a vLLM that is collected takes the process group of everybody else with it
+STREAMS = list(range(6))
+NEAR = 1e-4  # nats
+
+
+def largest_gap(engine, batch) -> float:
+    return float((engine.score(batch) - batch.logp)[batch.mask].abs().max())
+
+
+def test_hf_samples_with_the_adapters(world, prompts):
+    engine = make_engine_with(options(lora=LORA))
+    rollout = hf(engine.policy)
+    rollout.update_weights(engine.policy, 0)
+    disturb(engine.policy)
+    batch = rollout.generate(prompts, STREAMS, 1.0)
+    assert largest_gap(engine, batch) < NEAR
+    start = make_engine_with(options())
+    assert largest_gap(start, batch) > 100 * NEAR
+
+
+def sample_from_shares(world, prompts):
+    engine = make_engine_with(options(lora=LORA), zero_stage=3, world=world)
+    config = RolloutConfig(max_response_tokens=LIMIT)
+    rollout = HFRollout(engine.policy, ENDS, processors()[0].pad_token_id, config, world.device)
+    gaps = []
+    for version in range(2):
+        engine.imitate(random_batch(prompts, [5, 9, 3, 7, 1, 12], seed=version))
+        rollout.update_weights(engine.policy, version)
+        gaps.append(largest_gap(engine, rollout.generate(prompts, STREAMS, 1.0)))
+    return gaps
+
+
+def test_hf_on_a_whole_copy(ranks, prompts):
+    assert max(sum(ranks(sample_from_shares, prompts), [])) < NEAR
+
+
+def start_vllm(path):
+    """As a user's own vLLM reads a directory, but for the log-probs and the pixels, which are ours already."""
+    from vllm import LLM
+
+    with without_chatter():
+        llm = LLM(
+            model=str(path), dtype="float32", max_model_len=128, max_num_seqs=8, enforce_eager=True,
+            distributed_executor_backend="external_launcher",  # in this process, whose group of one is there already
+            logprobs_mode="processed_logprobs", generation_config="vllm", enable_prefix_caching=False,
+            mm_processor_cache_gb=0, limit_mm_per_prompt={"video": 0}, disable_log_stats=True, **pixels_as_given(),
+        )  # fmt: skip
+    ALIVE.append(llm)
+    return llm
+
+
+def sample(llm, policy, prompts):
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    settings = SamplingParams(
+        **sampling(1.0, LIMIT, ENDS, policy.forbidden_token_ids), output_kind=RequestOutputKind.FINAL_ONLY
+    )
+    for number, prompt in enumerate(prompts):
+        inputs = engine_input(prompt, policy.image_token_id, policy.merge_size)
+        llm.llm_engine.add_request(str(number), inputs, settings)
+    responses = {}
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                responses[int(output.request_id)] = response(output.outputs[0], 0)
+    return collect(list(prompts), [responses[number] for number in range(len(prompts))], 0)
+
+
+def test_vllm_reads_an_export_and_takes_the_merged_weights(world, prompts, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    engine = make_engine_with(options(lora=LORA))
+    engine.imitate(random_batch(prompts, [5, 9, 3, 7, 1, 12]))
+    start = make_engine_with(options())
+    llm = start_vllm(save_model(engine.policy, processors(), tmp_path / "model", world))
+    batch = sample(llm, engine.policy, prompts)
+    assert largest_gap(engine, batch) < NEAR < 100 * NEAR < largest_gap(start, batch)
+
+    engine.imitate(random_batch(prompts, [5, 9, 3, 7, 1, 12], seed=1))
+    assert largest_gap(engine, sample(llm, engine.policy, prompts)) > 10 * NEAR
+    sync_weights(llm, engine.policy, bucket_bytes=1 << 20)
+    assert largest_gap(engine, sample(llm, engine.policy, prompts)) < NEAR
