@@ -269,11 +269,14 @@ class Config(Section):
             raise ValueError("rollout.one_step_off needs GPUs of its own to generate on: set rollout.engine=servers")
         corrected = algorithm.old_logp == "recompute" and algorithm.tis_cap is not None
         # Merged into weights of 16 bits, an adapter is rounded; the policy that is trained has it whole.
-        half = self.model.dtype == "bfloat16" or (self.model.dtype == "auto" and self.device == "cuda")
+        half = self.model.dtype == "bfloat16" or (self.model.dtype == "auto" and self.device != "cpu")
         for key, used in (
             ("rollout.one_step_off", rollout.one_step_off),
             ("rollout.quantization", rollout.quantization),
-            ("model.lora in bfloat16", half and self.model.lora is not None and rollout.engine != "hf"),
+            (
+                "model.lora with model.dtype bfloat16 (auto on a GPU)",
+                half and self.model.lora is not None and rollout.engine != "hf",
+            ),
         ):
             if used and not corrected:
                 raise ValueError(

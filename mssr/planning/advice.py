@@ -79,7 +79,9 @@ def _changes(config: Config, ranks: int) -> Iterator[tuple[str, Settings]]:
         yield f"train.zero_stage=3 train.deepspeed={OFFLOADING} rollout.offload_optimizer=false", offloading
     if model.lora is None:
         adapters = {"gradient_checkpointing": True, "lora": LoraConfig()}
-        yield "model.lora.rank=64 model.gradient_checkpointing=true", {"model": adapters}
+        # In 16 bits the merged adapters need the correction, or the configuration is refused.
+        change = {"model": adapters, "algorithm": {"old_logp": "recompute"}}
+        yield "model.lora.rank=64 model.gradient_checkpointing=true algorithm.old_logp=recompute", change
 
 
 def _changed(config: Config, changes: list[tuple[str, Settings]]) -> Config:

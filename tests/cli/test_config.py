@@ -124,10 +124,12 @@ def test_keeping_the_best_needs_problems_to_measure_it_on(refused):
 
 
 def test_an_adapter_merged_in_16_bits_needs_its_correction(refused, load):
-    lora = ["model.lora.rank=8", "model.dtype=bfloat16"]
-    assert "model.lora in bfloat16" in refused(*lora) and "algorithm.old_logp=recompute" in refused(*lora)
-    load(*lora, "algorithm.old_logp=recompute")
+    for dtype in ("model.dtype=bfloat16", "model.dtype=auto"):  # auto may turn out to be a GPU's
+        line = refused("model.lora.rank=8", dtype)
+        assert "model.lora with model.dtype bfloat16" in line and "algorithm.old_logp=recompute" in line
+        load("model.lora.rank=8", dtype, "algorithm.old_logp=recompute")
     load("model.lora.rank=8", "model.dtype=float32")
+    load("model.lora.rank=8", "device=cpu")
 
 
 def test_stopping_at_an_accuracy_needs_problems_to_measure_it_on(refused):

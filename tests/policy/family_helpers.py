@@ -3,7 +3,7 @@
 from functools import cache
 
 import torch
-from policy_helpers import DATA, LOWEST, PICTURE_SIZES, _resized, digit_rows, workspace
+from policy_helpers import DATA, LOWEST, PICTURE_SIZES, _resized, digit_rows, plain_inputs, workspace
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -68,21 +68,9 @@ def never_sampled(model) -> list[int]:
     return [getattr(model.config, name) for name in names if hasattr(model.config, name)]
 
 
-def family_inputs(prompt: Prompt, response: Tensor, model) -> dict:
-    ids = torch.cat([prompt.token_ids, response])[None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if prompt.pixel_values is not None:
-        inputs |= {
-            "pixel_values": prompt.pixel_values.to(model.dtype),
-            "image_grid_thw": prompt.image_grid_thw,
-            "mm_token_type_ids": (ids == model.config.image_token_id).int(),
-        }
-    return inputs
-
-
 def family_distribution(model, prompt: Prompt, response: Tensor) -> Tensor:
     """[R, V] float64 log-probs of every token at each position of the response."""
-    logits = model(**family_inputs(prompt, response, model), use_cache=False).logits[0]
+    logits = model(**plain_inputs(prompt, response, model), use_cache=False).logits[0]
     start = len(prompt.token_ids) - 1
     logits = logits[start : start + len(response)].double()
     forbidden = torch.tensor(never_sampled(model), dtype=torch.int64)

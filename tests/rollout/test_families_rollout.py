@@ -6,13 +6,12 @@ from family_helpers import (
     VISION,
     family_dir,
     family_distribution,
-    family_inputs,
     family_plain,
     family_policy,
     family_prompts,
     never_sampled,
 )
-from policy_helpers import make_engine, random_batch
+from policy_helpers import make_engine, plain_inputs, random_batch
 from rollout_engines import ENDS, LIMIT, hf, vllm
 
 from mssr.policy.families import FAMILIES
@@ -30,7 +29,7 @@ def test_hf_is_plain_greedy_generation(family):
     again = engine.generate([prompts[2]], [0], 0.0)
     assert again.response(0).tolist() == batch.response(2).tolist()
     for row, prompt in enumerate(prompts):
-        inputs = family_inputs(prompt, torch.tensor([], dtype=torch.int64), plain)
+        inputs = plain_inputs(prompt, torch.tensor([], dtype=torch.int64), plain)
         own = plain.generate(
             **inputs,
             do_sample=False,
