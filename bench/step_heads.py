@@ -57,10 +57,19 @@ class LigerHead(FusedLMHead):
         return result(loss, normalizer, nothing, nothing)
 
 
-def require_plain(config: PolicyLossConfig, *, temperature: float, ref_logp=None, rollout_logp=None):
+def require_plain(
+    config: PolicyLossConfig,
+    *,
+    temperature: float,
+    ref_logp=None,
+    rollout_logp=None,
+    vocab_drop_tol: float | None = None,
+):
     """What these heads leave out must not have been asked for."""
     if temperature != 1 or ref_logp is not None or config.kl_coef or config.entropy_coef or config.tis_cap:
         raise ValueError("the heads of bench.step know no temperature, KL, entropy bonus or TIS")
+    if vocab_drop_tol is not None:
+        raise ValueError("the heads of bench.step have exact gradients: no vocab_drop_tol")
 
 
 def result(loss: Tensor, normalizer: float, logp: Tensor, entropy: Tensor) -> PolicyLoss:

@@ -1,4 +1,4 @@
-"""What travels through a step: prompts, and one rollout of each."""
+"""What travels through a step: prompts, and one rollout of each row."""
 
 from dataclasses import dataclass, fields
 
@@ -32,9 +32,9 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class RolloutBatch:
-    """One rank's share of a step: B prompts, one response each, R the longest response.
+    """One rank's share of a step: B responses, R the longest one.
 
-    prompts: B prompts.
+    prompts: the prompt of each response; with several responses a prompt, the same object as often.
     tokens: [B, R] int64 response tokens, end token included, right-padded.
     mask: [B, R] bool, True where a token was sampled.
     logp: [B, R] float32, log-prob of the sampled token when it was sampled, at the sampling temperature; 0 under the padding.
@@ -42,9 +42,9 @@ class RolloutBatch:
     weight_version: [B] int64, steps that the weights were trained for that sampled each; None if nobody sampled.
     masked: [B] bool, left out of the loss; None: all of them count.
     reward, correct: [B] float32 in [0, 1]; correct ignores the format reward.
-    baseline, advantage: [B] float32, from the tracker; None until they are computed.
+    baseline: [B] float32, the tracker's values; None without a tracker. advantage: [B] float32; None until it is computed.
     old_logp: [B, R] float32, the denominator of the policy ratio; None: on-policy, ratio 1.
-    ref_logp: [B, R] float32 under the frozen reference; None without a KL term.
+    ref_logp: [B, R] float32 under what the KL term pulls to (`mssr.policy.reference`); None without a KL term.
     """
 
     prompts: tuple[Prompt, ...]
@@ -83,9 +83,30 @@ class RolloutBatch:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return RolloutBatch(**{name: None if value is None else value[start:end] for name, value in parts.items()})
 
+    def with_rows(self, rows: list[int], others: "RolloutBatch") -> "RolloutBatch":
+        """A copy in which row rows[i] is row i of `others`, a batch with values for the same fields."""
+        longest = max(self.tokens.shape[1], others.tokens.shape[1])
+        prompts = list(self.prompts)
+        for row, prompt in zip(rows, others.prompts, strict=True):
+            prompts[row] = prompt
+        values = {}
+        for field in fields(self):
+            own, new = getattr(self, field.name), getattr(others, field.name)
+            if field.name != "prompts" and own is not None:
+                own, new = _widened(own, longest), _widened(new, longest)
+                values[field.name] = own.index_copy(0, torch.tensor(rows, dtype=torch.int64), new)
+        return RolloutBatch(prompts=tuple(prompts), **values)
+
     def response(self, row: int) -> Tensor:
         """[R_row] int64, the row's tokens without padding."""
         return self.tokens[row, : int(self.mask[row].sum())]
+
+
+def _widened(values: Tensor, length: int) -> Tensor:
+    """[B, R] -> [B, length], what is new 0 (what lies under the padding does not matter); [B] as it is."""
+    if values.dim() == 1:
+        return values
+    return torch.nn.functional.pad(values, (0, length - values.shape[1]))
 
 
 def pad_rows(rows: list[Tensor], length: int, fill: float = 0) -> Tensor:

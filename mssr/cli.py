@@ -14,7 +14,7 @@ import typer
 
 import mssr.environment  # noqa: F401  first: torch and transformers read it when they load
 from mssr.config import Config, load_config
-from mssr.errors import Interrupted, UserError
+from mssr.errors import Diverged, Interrupted, UserError
 
 app = typer.Typer(
     help="Train vision-language models to reason with one rollout per prompt.",
@@ -93,14 +93,16 @@ def digits(
     train: int = 2048,
     val: int = 512,
     test: int = 512,
+    digits: Annotated[int, typer.Option(help="in a picture; 3 and more: a chain of operations")] = 2,
     format: Annotated[str, typer.Option(help="parquet or jsonl")] = "parquet",
 ) -> None:
-    """Pairs of real handwritten digits: their sum, difference, or the larger."""
+    """Real handwritten digits side by side: their sum, difference, the larger, or a chain of these."""
     if format not in ("parquet", "jsonl"):
         raise UserError(f"--format {format}: choose parquet or jsonl")
     from mssr.data.tasks.digits import write_digits
 
-    for split, path in write_digits(out, seed=seed, train=train, val=val, test=test, format=format).items():
+    counts = {"train": train, "val": val, "test": test}
+    for split, path in write_digits(out, seed=seed, digits=digits, format=format, **counts).items():
         print(f"{split:5} {path}")
 
 
@@ -169,12 +171,12 @@ def main() -> None:
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Runs a command; a user's mistake, or a full disk, is one line on stderr and exit code 2."""
+    """Runs a command; a user's mistake, or a full disk, is one line on stderr and exit code 2; a diverged run 3."""
     try:
         command()
     except UserError as error:
         print(f"mssr: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(3 if isinstance(error, Diverged) else 2)
     except Interrupted as interrupted:
         print(f"mssr: {interrupted}", file=sys.stderr)
         sys.exit(interrupted.exit_code)

@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mssr.conflicts import TRACKED, refuse_conflicts
 from mssr.errors import UserError
 from mssr.overrides import apply_override
-from mssr.policy.deepspeed_json import offloads_optimizer, zero_stage_of
+from mssr.policy.deepspeed_json import zero_stage_of
 from mssr.presets import with_preset
 
 DEFAULT_INSTRUCTION = "Think step by step inside <think></think> tags, then give the final answer in \\boxed{}."
@@ -85,7 +86,7 @@ class RewardConfig(Section):
 
 
 class TrackerConfig(Section):
-    """The value tracker, METHOD "Value tracker"."""
+    """See `mssr.algorithms.value_tracker`."""
 
     preset: Literal["default", "reference"] = Field(
         "default", description="default: per-prompt drift, smoothed start; reference: the authors' rules"
@@ -106,8 +107,19 @@ class TrackerConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    name: Literal["mssr", "mvsr"] = Field("mssr", description="mvsr is mssr without entropy shaping")
+    name: Literal["mssr", "mvsr", "spo", "grpo", "rloo", "reinforce_pp"] = Field(
+        "mssr",
+        description="mssr, mvsr, spo: a baseline from the value tracker; grpo, rloo: from a prompt's other responses",
+    )
     tracker: TrackerConfig = TrackerConfig()
+    prompt_sampling: Literal["uniform", "prioritised"] = Field(
+        "uniform", description="prioritised: prompts of uncertain value more often (what spo does by default)"
+    )
+    dynamic_sampling: int = Field(
+        0,
+        ge=0,
+        description="DAPO: rounds of other prompts in place of those whose responses all earned the same; 0: off",
+    )
     entropy_alpha: float = Field(0.4, ge=0, description="shaping strength (arXiv 2506.14758)")
     entropy_kappa: float = Field(2.0, gt=0, description="shaping is at most |A| / kappa")
     entropy_source: Literal["exact", "sampled_token"] = Field(
@@ -116,7 +128,11 @@ class AlgorithmConfig(Section):
     clip_low: float = Field(0.2, gt=0, lt=1)
     clip_high: float = Field(0.3, gt=0)
     dual_clip: float | None = Field(3.0, gt=1, description="bound of the ratio for negative advantages; null: off")
-    kl_coef: float = Field(0.01, ge=0, description="weight of k3(current || frozen reference); 0 loads no reference")
+    kl_coef: float = Field(0.01, ge=0, description="weight of the KL term; 0 loads no reference")
+    kl_to: Literal["reference", "text_only"] = Field(
+        "reference",
+        description="k3(current || frozen reference), or || the policy itself at the step's start, images blank",
+    )
     entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus in the loss")
     old_logp: Literal["rollout", "recompute"] = Field(
         "rollout",
@@ -124,9 +140,22 @@ class AlgorithmConfig(Section):
     )
     tis_cap: float | None = Field(2.0, gt=0, description="cap of the truncated importance weight; null: no correction")
 
+    @property
+    def rescores_responses(self) -> bool:
+        """Whether a prompt's drift is measured by a pass over its previous response."""
+        return self.name in TRACKED and self.tracker.preset == "default" and self.tracker.drift == "prompt"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spo_prioritises(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "spo":
+            return {"prompt_sampling": "prioritised"} | values
+        return values
+
 
 class RolloutConfig(Section):
-    prompts_per_step: int = Field(2048, gt=0, description="prompts of one step over all ranks, one response each")
+    prompts_per_step: int = Field(2048, gt=0, description="prompts of one step over all ranks")
+    responses_per_prompt: int = Field(1, gt=0, description="the group that grpo and rloo compare; one for the others")
     max_response_tokens: int = Field(4096, gt=0)
     temperature: float = Field(1.0, gt=0)
     truncated: Literal["graded", "masked", "failed"] = Field(
@@ -161,10 +190,23 @@ class OptimizerConfig(Section):
     warmup_updates: int = Field(0, ge=0, description="updates of linear warm-up; 0: the full rate from the first one")
 
 
+class BudgetConfig(Section):
+    """Ends a run with the first step that has spent this much: what algorithms are compared at."""
+
+    updates: int | None = Field(None, gt=0, description="optimiser steps")
+    rollouts: int | None = Field(None, gt=0, description="responses, the value tracker's start included")
+    tokens: int | None = Field(None, gt=0, description="tokens of these responses")
+    seconds: float | None = Field(None, gt=0, description="of training; validation does not count")
+
+
 class TrainConfig(Section):
     steps: int = Field(150, gt=0, description="rollout steps")
+    budget: BudgetConfig = BudgetConfig()
     responses_per_update: int = Field(128, gt=0, description="responses of one optimiser step over all ranks")
     micro_batch_tokens: int = Field(16_384, gt=0, description="packed tokens (prompt + response) of a micro-batch")
+    vocab_drop_tol: float | None = Field(
+        None, gt=0, lt=1, description="probability of a token's row that its gradient may leave out; null: exact"
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2, description="ranks share the optimiser's state from 1, gradients from 2, with 3 also the weights"
@@ -243,59 +285,27 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _settings_go_together(self):
-        prompts, responses = self.rollout.prompts_per_step, self.train.responses_per_update
-        if prompts % responses:
-            raise ValueError(
-                f"rollout.prompts_per_step {prompts} is not a multiple of train.responses_per_update {responses}"
-            )
-        self._rollout_settings_go_together()
-        if self.train.keep_best and self.data.val is None:
-            raise ValueError("train.keep_best goes by held-out problems: set data.val")
-        if self.sft.stop_at_accuracy is not None and self.data.val is None:
-            raise ValueError("sft.stop_at_accuracy needs held-out problems: set data.val")
-        if self.algorithm.tracker.preset == "reference" and not self.algorithm.kl_coef:
-            raise ValueError(
-                "algorithm.tracker.preset reference goes by the KL to the reference: set algorithm.kl_coef > 0"
-            )
+        refuse_conflicts(self)
         return self
 
-    def _rollout_settings_go_together(self) -> None:
-        rollout, algorithm = self.rollout, self.algorithm
-        if (rollout.engine == "servers") != bool(rollout.servers):
-            raise ValueError(
-                "rollout.engine servers and rollout.servers [http://host:port, ...] go together; set both or neither"
-            )
-        if rollout.one_step_off and rollout.engine != "servers":
-            raise ValueError("rollout.one_step_off needs GPUs of its own to generate on: set rollout.engine=servers")
-        corrected = algorithm.old_logp == "recompute" and algorithm.tis_cap is not None
-        # Merged into weights of 16 bits, an adapter is rounded; the policy that is trained has it whole.
-        half = self.model.dtype == "bfloat16" or (self.model.dtype == "auto" and self.device != "cpu")
-        for key, used in (
-            ("rollout.one_step_off", rollout.one_step_off),
-            ("rollout.quantization", rollout.quantization),
-            (
-                "model.lora with model.dtype bfloat16 (auto on a GPU)",
-                half and self.model.lora is not None and rollout.engine != "hf",
-            ),
-        ):
-            if used and not corrected:
-                raise ValueError(
-                    f"{key} samples from another policy than the one that is trained: set "
-                    "algorithm.old_logp=recompute and algorithm.tis_cap, which correct for it"
-                )
-        if rollout.offload_optimizer and self.train.zero_stage == 0:
-            raise ValueError("rollout.offload_optimizer moves ZeRO's optimizer: set train.zero_stage=1, 2 or 3")
-        if rollout.offload_optimizer and self.train.deepspeed and offloads_optimizer(self.train.deepspeed):
-            raise ValueError(
-                f"rollout.offload_optimizer, but {self.train.deepspeed} keeps the optimizer on the CPU already; "
-                "set rollout.offload_optimizer=false"
-            )
-        if rollout.quantization and rollout.engine == "hf":
-            raise ValueError("rollout.quantization is vLLM's: set rollout.engine=vllm or servers")
+    @property
+    def responses_per_step(self) -> int:
+        return self.rollout.prompts_per_step * self.rollout.responses_per_prompt
+
+    @property
+    def loads_reference(self) -> bool:
+        """Whether the KL term needs weights of its own: with lora they are the policy's without adapters."""
+        return self.algorithm.kl_coef > 0 and self.algorithm.kl_to == "reference" and self.model.lora is None
 
     @property
     def updates_per_step(self) -> int:
-        return self.rollout.prompts_per_step // self.train.responses_per_update
+        return self.responses_per_step // self.train.responses_per_update
+
+    @property
+    def total_updates(self) -> int:
+        """What a learning rate's schedule runs over; a budget of something else than updates may end the run before."""
+        updates = self.train.steps * self.updates_per_step
+        return min(updates, self.train.budget.updates or updates)
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> Config:

@@ -2,16 +2,14 @@
 
     digits -> a tiny random Qwen2.5-VL -> warm start (`mssr sft`) -> RL (`mssr train`) -> curves, summary
 
-The warm start and RL are the commands `mssr sft` and `mssr train`, a rank a core on a CPU (two at most: the model is
-small); only the tiny model (`mssr.policy.tiny`) is the demo's own.
+The warm start (`mssr.digits_start`) and RL are the commands `mssr sft` and `mssr train`, a rank a core on a CPU (two at
+most: the model is small).
 """
 
 import argparse
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,17 +18,13 @@ import torch
 
 from mssr.cli import run_command  # first: sets up the environment that torch reads
 from mssr.config import Config, load_config
-from mssr.data.files import open_rows
-from mssr.data.tasks.digits import write_digits
+from mssr.digits_start import launch, warm_start, write_problems
 from mssr.errors import UserError
 from mssr.observe.metrics import read_metrics
 from mssr.observe.plots import plot_curves
-from mssr.policy.tiny import write_tiny_model
 from mssr.rollout import engine_name
 
 CONFIG = Path("configs/tiny.yaml")
-PROBLEMS = {"train": 4096, "val": 512, "test": 512}
-CORPUS_ROWS = 1000
 MARKER = "made_by_demo.txt"
 
 
@@ -43,23 +37,20 @@ def demo(seed: int, run_dir: Path, overrides: Sequence[str] = ()) -> dict:
     replace_earlier_demo(run_dir)
 
     print("1/4  digits: 1,797 real scans from scikit-learn, pairs of them as pictures with a question", flush=True)
-    files = write_digits(run_dir / "data", seed=seed, **PROBLEMS)
-    common = [f"seed={seed}", f"data.train={files['train']}", f"data.val={files['val']}", *overrides]
+    files = write_problems(run_dir, seed)
+    ranks = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
 
     print(
         "2/4  warm start: a tiny random Qwen2.5-VL imitates answers until it is right about half of the time",
         flush=True,
     )
-    untrained = run_dir / "untrained"
-    # Its few validations are over before vLLM has started.
-    warm = ["rollout.engine=hf", *common, f"model.path={untrained}", f"run_dir={run_dir / 'sft'}"]
-    write_tiny_model(untrained, corpus(files["train"], load_config(CONFIG, warm)), seed=seed)
-    launch("sft", warm)
+    model = warm_start(run_dir, CONFIG, files, seed, overrides, ranks=ranks)
 
     print("3/4  RL with one rollout per prompt (MSSR)", flush=True)
-    rl = [*common, f"model.path={run_dir / 'sft' / 'model'}", f"run_dir={run_dir}"]
+    data = [f"seed={seed}", f"data.train={files['train']}", f"data.val={files['val']}"]
+    rl = [*data, *overrides, f"model.path={model}", f"run_dir={run_dir}"]
     training = time.monotonic()
-    launch("train", rl)
+    launch("train", CONFIG, rl, ranks=ranks)
     train_seconds = time.monotonic() - training
 
     print("4/4  curves and summary", flush=True)
@@ -67,15 +58,6 @@ def demo(seed: int, run_dir: Path, overrides: Sequence[str] = ()) -> dict:
     summary = summarise(load_config(CONFIG, rl), train_seconds, time.monotonic() - started, curves)
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return summary
-
-
-def launch(command: str, overrides: list[str]) -> None:
-    """`mssr COMMAND configs/tiny.yaml ...`, on one GPU or on up to two cores."""
-    ranks = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run([*torchrun, "-m", "mssr", command, str(CONFIG), *overrides])
-    if done.returncode:
-        raise UserError(f"mssr {command} failed, see above")
 
 
 def replace_earlier_demo(run_dir: Path) -> None:
@@ -92,17 +74,6 @@ def replace_earlier_demo(run_dir: Path) -> None:
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / MARKER).write_text("This folder was written by `make demo`, which replaces it on its next run.\n")
-
-
-def corpus(train_file: Path, config: Config) -> list[str]:
-    """What the tokenizer's merges are learned from: the training problems' texts and the fixed text around them."""
-    rows = open_rows(str(train_file))
-    fixed = ["user\n", "assistant\n", "\n" + config.data.instruction]
-    texts = []
-    for index in range(min(CORPUS_ROWS, len(rows))):
-        row = rows[index]
-        texts += [row["problem"].removeprefix("<image>"), row["solution"], *fixed]
-    return texts
 
 
 def summarise(config: Config, train_seconds: float, total_seconds: float, curves: Path) -> dict:

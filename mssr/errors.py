@@ -10,6 +10,10 @@ class UserError(Exception):
     """
 
 
+class Diverged(UserError):
+    """Training broke the policy, or can make no step any more; the command line exits with 3."""
+
+
 class Interrupted(Exception):
     """A run has saved and ends because a signal asked for it. exit_code: as a shell reports it; the run is not finished."""
 

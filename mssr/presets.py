@@ -27,6 +27,7 @@ PAPER: dict[str, Any] = {
         "clip_high": 0.3,
         "dual_clip": 3.0,
         "kl_coef": 0.01,
+        "kl_to": "reference",
         "entropy_coef": 0.0,
         "old_logp": "recompute",
         "tis_cap": None,
@@ -35,6 +36,7 @@ PAPER: dict[str, Any] = {
     "reward": {"format_weight": 0.0},
     "rollout": {
         "prompts_per_step": 2048,
+        "responses_per_prompt": 1,
         "max_response_tokens": 4096,
         "temperature": 1.0,
         "truncated": "graded",

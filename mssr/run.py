@@ -13,7 +13,7 @@ from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.distributed import World, start_world
 from mssr.errors import UserError
 from mssr.evaluate import Evaluation, evaluate
-from mssr.observe.metrics import MetricsLog
+from mssr.observe.metrics import Metric, MetricsLog
 from mssr.policy.engine import PolicyEngine, resolve_dtype
 from mssr.policy.loading import check_model_path, load_frozen_policy
 from mssr.policy.model import Policy
@@ -108,7 +108,7 @@ class Run:
         except OSError as error:
             raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
 
-    def record(self, step: int, values: dict[str, float]) -> None:
+    def record(self, step: int, values: dict[str, Metric]) -> None:
         if self._metrics is not None:
             self._metrics.write(step, values)
 
@@ -119,15 +119,21 @@ class Run:
             "fingerprint": self.problems.fingerprint,
             "seed": self.config.seed,
             "prompts_per_step": self.config.rollout.prompts_per_step,
+            "responses_per_prompt": self.config.rollout.responses_per_prompt,
         }
 
     def refuse_other_data(self, saved: dict[str, Any]) -> None:
         """Raises:
-        UserError: the checkpoint's run drew other prompts than this one would.
+        UserError: the checkpoint's run drew other prompts than this one would, or does not tell.
         """
+        if "responses_per_prompt" not in saved:
+            raise UserError(
+                "the checkpoint was saved by an earlier version of mssr; resume with that, or set another run_dir"
+            )
         for key, here in (
             ("seed", self.config.seed),
             ("rollout.prompts_per_step", self.config.rollout.prompts_per_step),
+            ("rollout.responses_per_prompt", self.config.rollout.responses_per_prompt),
         ):
             there = saved[key.rpartition(".")[2]]
             if there != here:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from mssr.algorithms.outcomes import Outcomes
 from mssr.batch import RolloutBatch
 from mssr.distributed import World
 from mssr.errors import UserError
@@ -51,3 +52,11 @@ class Shares:
     def own(self, whole: Tensor) -> Tensor:
         """[B] in global order -> this rank's [B_rank]."""
         return whole[self.slots]
+
+    def outcomes(self, batch: RolloutBatch, group: int) -> Outcomes:
+        """What all ranks' responses earned. batch: with rewards, and the tracker's baselines if there are any.
+
+        group: responses a prompt; its slots are side by side.
+        """
+        baseline = None if batch.baseline is None else self.gather(batch.baseline)
+        return Outcomes(self.gather(batch.reward), baseline, self.gather(batch.loss_mask.sum(1)), group)

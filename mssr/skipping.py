@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from mssr.errors import UserError
+from mssr.errors import Diverged
 from mssr.policy.engine import UpdateStats
 from mssr.rollout.gap import GapCheck, describe_large_gap
 
@@ -40,17 +40,17 @@ class SkippedSteps:
 
     def refuse_to_go_on(self, step: int, check: GapCheck, reason: str) -> None:
         """Raises:
-        UserError: more steps in a row than may be, or the next one can be no better: weights are broken already.
+        Diverged: more steps in a row than may be, or the next one can be no better: weights are broken already.
         """
         if not math.isfinite(check.gap.mean):
-            raise UserError(
+            raise Diverged(
                 f"step {step}: rollout and trainer disagree: log-probs became NaN or infinite, in the policy (it diverged: "
                 "lower train.optimizer.lr, go on from the last checkpoint with --resume) or in the sampler (check its "
                 "weight sync)"
             )
         if self._in_a_row > self._limit:
             again = f", after {self._limit} steps that were left out (train.max_skipped_steps)" if self._limit else ""
-            raise UserError(f"step {step}: {reason}{again}")
+            raise Diverged(f"step {step}: {reason}{again}")
 
     def metrics(self) -> dict[str, float]:
         """train/skipped_steps: of the whole run."""

@@ -1,10 +1,15 @@
 """The value tracker in a run: its first rollouts, and how far the policy has moved since each prompt's last visit."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mssr.algorithms.value_tracker import PreviousResponse, ValueTracker, response_drift
+from mssr.algorithms.value_tracker import PreviousResponse, ValueTracker, reference_kl, response_drift
 from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.config import AlgorithmConfig
+from mssr.conflicts import TRACKED
+from mssr.errors import UserError
 from mssr.policy.engine import PolicyEngine, UpdateStats
 from mssr.rewards.grading import settle_truncated
 from mssr.rollout.base import RolloutEngine, noise_streams
@@ -12,16 +17,30 @@ from mssr.run import Run
 from mssr.shares import Shares
 
 
-def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) -> None:
+def refuse_missing_start(algorithm: AlgorithmConfig, saved: dict[str, Any]) -> None:
+    """saved: the tracker's state in a checkpoint.
+
+    Raises:
+        UserError: it knows no prompt, and first rollouts, which only a new run makes, are asked for.
+    """
+    if algorithm.name in TRACKED and algorithm.tracker.n_init and not saved["keys"]:
+        raise UserError(
+            f"algorithm.name {algorithm.name}: the checkpoint's run had no value tracker; resume with its algorithm.name, "
+            "set algorithm.tracker.n_init=0, which starts every prompt at 0.5, or set another run_dir"
+        )
+
+
+def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) -> tuple[int, int]:
     """Answers every training problem `n_init` times with the starting policy; the rewards set each prompt's start.
 
     The last of these responses is also the first one whose drift is measured.
+    Returns how many responses this rank generated, and their tokens.
     """
     config, world = run.config, run.world
-    size, at_once = len(run.problems), config.rollout.prompts_per_step // world.size
+    size, at_once = len(run.problems), config.responses_per_step // world.size  # never 0: updates are shared evenly
     total = size * tracker.config.n_init
     visits = [divmod(visit, size) for visit in range(world.rank, total, world.size)]
-    seen = []
+    seen, tokens = [], 0
     # As often on every rank: ranks that share a sampler ask it together.
     for start in range(0, -(-total // world.size), at_once):
         chosen = visits[start : start + at_once]
@@ -30,6 +49,7 @@ def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) 
         batch, _ = run.judge(rollout.generate(prompts, streams, config.rollout.temperature))
         batch = settle_truncated(batch, config.rollout.truncated)
         kept = previous_responses(batch) if tracker.wants_responses else [None] * len(batch)
+        tokens += int(batch.lengths.sum())
         seen += zip(chosen, batch.keys, batch.reward.tolist(), kept)
     # In the order of the visits, whatever the number of ranks.
     everyone = sorted((row for part in world.gather(seen) for row in part), key=lambda row: row[0])
@@ -37,6 +57,7 @@ def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) 
     tracker.initialise(keys, torch.tensor([reward for _, _, reward, _ in everyone]))
     if tracker.wants_responses:
         tracker.remember(keys, [response for *_, response in everyone])
+    return len(visits), tokens
 
 
 def drift_of_previous_responses(tracker: ValueTracker, engine: PolicyEngine, prompts: list[Prompt]) -> Tensor:
@@ -76,7 +97,7 @@ def track(
     """Tells the tracker what the step saw: all ranks' rewards, in the global order, so that every rank's copy is equal.
 
     reward: [B] of all ranks. drift: [B_rank], from before the updates (per prompt).
-    updates: the step's; their log-probs give the batch's mean drift, their KL is what the reference preset goes by.
+    updates: the step's; their log-probs give the batch's mean drift.
     Returns metrics.
     """
     if tracker.config.drift == "batch":
@@ -86,8 +107,9 @@ def track(
         per_prompt = share.gather(moved)[seen].mean() if seen.any() else torch.zeros(())
     else:
         per_prompt = share.gather(drift)
-    kl = [update.metrics["kl"] for update in updates if update.applied]
-    tracker.observe_kl(sum(kl) / len(kl))
+    if tracker.config.preset == "reference":
+        kl = share.gather(reference_kl(batch.old_logp, batch.ref_logp, batch.mask))
+        tracker.observe_kl(float(kl.mean()))
     rho = tracker.rho(per_prompt)
     keys = share.gather_list(batch.keys)
     tracker.update(keys, reward, rho)

@@ -1,8 +1,10 @@
-"""The training loop: METHOD "One step", top to bottom.
+"""The training loop: one step of the method (arXiv 2512.18215), top to bottom.
 
     weights to the sampler -> prompts -> one rollout each -> rewards -> baseline -> advantages -> updates -> value tracker
 
 One response a prompt: no groups, no critic, no replay. What other rollouts of a prompt would tell, the tracker remembers.
+The algorithms that MSSR is compared with run in the same loop: those with groups sample several responses a prompt and have
+no tracker.
 """
 
 from contextlib import closing, nullcontext
@@ -12,11 +14,12 @@ from mssr.algorithms import make_algorithm
 from mssr.algorithms.value_tracker import ValueTracker
 from mssr.checkpoint import Checkpoints
 from mssr.config import Config
+from mssr.costs import Costs
 from mssr.errors import Interrupted
 from mssr.interruption import Interruptions
 from mssr.observe.progress import TrainProgress
 from mssr.observe.rollouts import save_rollouts
-from mssr.observe.step import step_metrics
+from mssr.observe.step import outcome_metrics, step_metrics
 from mssr.observe.stopwatch import Stopwatch
 from mssr.observe.utilisation import peak_tflops, utilisation, work_of_step
 from mssr.policy.export import save_model
@@ -26,11 +29,11 @@ from mssr.run import Run
 from mssr.sampling import StepRollouts
 from mssr.shares import Shares
 from mssr.skipping import SkippedSteps
-from mssr.tracking import drift_of_previous_responses, initialise_tracker, track
+from mssr.tracking import drift_of_previous_responses, initialise_tracker, refuse_missing_start, track
 
 
 def train(config: Config, *, resume: bool = False) -> None:
-    """Trains `config.model.path` by single-rollout RL; everything it leaves is in `config.run_dir`.
+    """Trains `config.model.path` by RL; everything it leaves is in `config.run_dir`.
 
     resume: go on from the newest checkpoint. On a CPU the resumed run equals an uninterrupted one exactly.
 
@@ -50,24 +53,26 @@ def _train(run: Run, checkpoints: Checkpoints, interruptions: Interruptions, res
     config, world = run.config, run.world
     saved = checkpoints.newest_state(resume=resume)
 
-    share = Shares(config.rollout.prompts_per_step, config.train.responses_per_update, world)
+    share = Shares(config.responses_per_step, config.train.responses_per_update, world)
     engine = run.policy_engine(
         config.train.optimizer,
         temperature=config.rollout.temperature,
-        total_updates=config.train.steps * config.updates_per_step,
+        total_updates=config.total_updates,
     )
-    rollouts = StepRollouts(run, engine, share)
     algorithm = make_algorithm(config.algorithm)
+    tracker = ValueTracker(config.algorithm.tracker)
+    rollouts = StepRollouts(run, engine, share, tracker)
     loss_config = algorithm.loss_config()
     recompute = config.algorithm.old_logp == "recompute"
     peak = peak_tflops(world.device, config.log.peak_tflops)
-    reference = make_reference(config.model, engine) if loss_config.kl_coef else None
-    tracker = ValueTracker(config.algorithm.tracker)
+    reference = make_reference(config.algorithm, config.model, engine)
     skipped = SkippedSteps(config.train.max_skipped_steps, config.rollout.max_gap)
-    remembering = {"tracker": tracker, "lengths": rollouts.lengths, "skipped": skipped}
+    costs = Costs()
+    remembering = {"tracker": tracker, "lengths": rollouts.lengths, "skipped": skipped, "costs": costs}
 
     if saved:
         run.refuse_other_data(saved)
+        refuse_missing_start(config.algorithm, saved["tracker"])
         checkpoints.load_engine(saved, engine)
         for name, part in remembering.items():
             part.load_state_dict(saved[name])
@@ -86,26 +91,34 @@ def _train(run: Run, checkpoints: Checkpoints, interruptions: Interruptions, res
 
     if not saved:
         with rollouts.awake(0) as rollout:
-            run.record(0, run.validate(rollout))
-            initialise_tracker(tracker, run, rollout)
+            values = run.validate(rollout)
+            if algorithm.tracked:
+                clock = Stopwatch(world.device)
+                generated, tokens = initialise_tracker(tracker, run, rollout)
+                costs.spend(world, updates=0, rollouts=generated, tokens=tokens, seconds=clock.total)
+            run.record(0, values | costs.metrics())
+        costs.refuse_no_step(config.train.budget)
         save_and_end_if_asked(0)
     del saved  # the tracker has it now
 
     with TrainProgress(str(config.run_dir), config.train.steps, first_step, enabled=world.is_main) as progress:
         for step in range(first_step, config.train.steps):
+            if costs.reach(config.train.budget):
+                break
             clock = Stopwatch(world.device)
 
-            # One response a prompt, and its reward.
+            # One response a prompt (or a group of them), and its reward.
             sampled = rollouts.take(step, clock)
             batch = sampled.batch
 
             # The baseline is read before the tracker sees these rewards; A is normalised over the whole batch.
-            batch = replace(batch, baseline=tracker.values(batch.keys))
-            reward, baseline = share.gather(batch.reward), share.gather(batch.baseline)
-            batch = replace(batch, advantage=share.own(algorithm.advantages(reward, baseline)))
+            batch = replace(batch, baseline=tracker.values(batch.keys) if algorithm.tracked else None)
+            outcomes = share.outcomes(batch, config.rollout.responses_per_prompt)
+            batch = replace(batch, advantage=share.own(algorithm.advantages(outcomes)))
 
-            with clock("drift") if tracker.wants_responses else nullcontext():
-                drift = drift_of_previous_responses(tracker, engine, batch.prompts)
+            if algorithm.tracked:
+                with clock("drift") if tracker.wants_responses else nullcontext():
+                    drift = drift_of_previous_responses(tracker, engine, batch.prompts)
             with clock("old_logp") if recompute else nullcontext():
                 batch = replace(batch, old_logp=engine.score(batch) if recompute else batch.logp)
             if reference is not None:
@@ -125,12 +138,16 @@ def _train(run: Run, checkpoints: Checkpoints, interruptions: Interruptions, res
             values = step_metrics(batch, updates, check.gap, clock, world) | sampled.metrics(step) | skipped.metrics()
             if check.passed:
                 values |= utilisation(work_of_step(engine.policy, config.model, batch, updates), clock, world, peak)
-            if any(update.applied for update in updates):
-                values |= track(tracker, share, batch, reward, drift, updates)
+            values |= outcome_metrics(outcomes)
+            if algorithm.tracked and any(update.applied for update in updates):
+                values |= track(tracker, share, batch, outcomes.reward, drift, updates)
+            spent = {"rollouts": sampled.rollouts, "tokens": sampled.tokens, "seconds": clock.total}
+            costs.spend(world, updates=len(updates), **spent)
+            values |= costs.metrics()
             if left_out:
                 progress.note(f"step {done}: {left_out}")
 
-            last = done == config.train.steps
+            last = done == config.train.steps or costs.reach(config.train.budget)
             if done % config.eval.every == 0 or last:
                 with rollouts.awake(done) as rollout:
                     values |= run.validate(rollout)

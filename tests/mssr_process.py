@@ -55,7 +55,15 @@ class Ended:
     @property
     def line(self) -> str:
         """The one line a user's mistake is told in."""
-        assert self.code == 2, f"exit {self.code}: {self.err}"
+        return self._line_with(2)
+
+    @property
+    def divergence(self) -> str:
+        """The one line of a run that broke its policy: an exit code of its own, so that whoever starts many can tell."""
+        return self._line_with(3)
+
+    def _line_with(self, code: int) -> str:
+        assert self.code == code, f"exit {self.code}: {self.err}"
         (line,) = self.err.splitlines()
         return line.removeprefix("mssr: ")
 

@@ -1,28 +1,45 @@
 """Algorithms: how rewards become advantages, and which loss the policy takes a step on.
 
-One file an algorithm. `shaping`, `normalise` and `value_tracker` hold the pure functions they are made of.
+One file an algorithm. `shaping`, `normalise`, `groups`, `loss` and `value_tracker` hold the pure functions they are
+made of, `outcomes` what they are given.
 """
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from mssr.algorithms.grpo import GRPO
 from mssr.algorithms.mssr import MSSR
 from mssr.algorithms.mvsr import MVSR
+from mssr.algorithms.outcomes import Outcomes
+from mssr.algorithms.reinforce_pp import ReinforcePP
+from mssr.algorithms.rloo import RLOO
+from mssr.algorithms.spo import SPO
 from mssr.config import AlgorithmConfig
 from mssr.errors import UserError
 from mssr_kernels import PolicyLossConfig
 
 
 class Algorithm(Protocol):
-    def advantages(self, reward: Tensor, baseline: Tensor) -> Tensor:
-        """[B] float32 from reward [B] and baseline [B], the rollout batch of all ranks."""
+    """tracked: its baseline is the value tracker's, so `Outcomes.baseline` must be there."""
+
+    tracked: ClassVar[bool]
+
+    def advantages(self, outcomes: Outcomes) -> Tensor:
+        """[B] float32, one advantage a response, in the order of `outcomes`."""
 
     def loss_config(self) -> PolicyLossConfig:
         """The policy loss of every update of the run."""
 
 
-_ALGORITHMS: dict[str, type[Algorithm]] = {"mssr": MSSR, "mvsr": MVSR}
+_ALGORITHMS: dict[str, type[Algorithm]] = {
+    "mssr": MSSR,
+    "mvsr": MVSR,
+    "spo": SPO,
+    "grpo": GRPO,
+    "rloo": RLOO,
+    "reinforce_pp": ReinforcePP,
+}
 
 
 def make_algorithm(config: AlgorithmConfig) -> Algorithm:

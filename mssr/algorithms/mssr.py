@@ -1,4 +1,4 @@
-"""MSSR: stable single-rollout RL (arXiv 2512.18215). METHOD "One step".
+"""MSSR: stable single-rollout RL (arXiv 2512.18215).
 
     A   = r - v                          one response a prompt, v from the value tracker
     A   = (A - mean) / std               over the rollout batch
@@ -9,10 +9,13 @@ This file holds the first two lines. The third needs every token's entropy, whic
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from mssr.algorithms.loss import policy_loss_config
 from mssr.algorithms.normalise import batch_normalise
+from mssr.algorithms.outcomes import Outcomes
 from mssr.config import AlgorithmConfig
 from mssr_kernels import PolicyLossConfig
 
@@ -20,26 +23,10 @@ from mssr_kernels import PolicyLossConfig
 @dataclass(frozen=True)
 class MSSR:
     config: AlgorithmConfig
+    tracked: ClassVar[bool] = True
 
-    def advantages(self, reward: Tensor, baseline: Tensor) -> Tensor:
-        """[B] float32 from reward [B] and baseline [B], the rollout batch of all ranks.
-
-        The baseline is the tracker's value from *before* it saw these rewards.
-        """
-        return batch_normalise(reward - baseline)
+    def advantages(self, outcomes: Outcomes) -> Tensor:
+        return batch_normalise(outcomes.reward - outcomes.baseline)
 
     def loss_config(self) -> PolicyLossConfig:
-        config = self.config
-        return PolicyLossConfig(
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            dual_clip=config.dual_clip,
-            entropy_alpha=config.entropy_alpha,
-            entropy_kappa=config.entropy_kappa,
-            entropy_source=config.entropy_source,
-            kl_coef=config.kl_coef,
-            entropy_coef=config.entropy_coef,
-            # TIS corrects for recomputed log-probs that differ from the sampler's. With the rollout's own as old
-            # log-probs the ratio is already current / sampler: a second weight would count the mismatch twice.
-            tis_cap=config.tis_cap if config.old_logp == "recompute" else None,
-        )
+        return policy_loss_config(self.config, shaped=True)

@@ -1,4 +1,4 @@
-"""Normalisation of advantages over the rollout batch. METHOD "One step"."""
+"""Normalisation of advantages over the rollout batch (arXiv 2512.18215)."""
 
 import torch
 from torch import Tensor

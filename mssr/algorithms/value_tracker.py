@@ -1,4 +1,4 @@
-"""The value tracker: a baseline for every prompt, learnt from one rollout a visit. METHOD "Value tracker".
+"""The value tracker: a baseline for every prompt, learnt from one rollout a visit.
 
 State of a prompt: Beta(a, b), v = a / (a + b). A visit with reward r: a <- rho*a + r, b <- rho*b + (1 - r).
 rho forgets faster the further the policy has moved since the prompt was last seen (SPO, arXiv 2509.13232).
@@ -18,7 +18,7 @@ from mssr.config import TrackerConfig
 from mssr.errors import UserError
 
 REFERENCE_KL = 0.01  # the authors' threshold: above it their rho drops to rho_min
-KL_WINDOW = 10  # batches in the mean of "recent" KLs; the method's sources give no figure, this one is our choice
+KL_WINDOW = 10  # batches in the mean of recent KLs, in the authors' tracker (its configuration's 20 never reaches it)
 
 Number = float | Tensor
 
@@ -74,6 +74,25 @@ def response_drift(current_logp: Tensor, sampled_logp: Tensor, mask: Tensor) -> 
     return difference.sum(1) / mask.sum(1).clamp(min=1)
 
 
+def reference_kl(old_logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
+    """k3 estimate of KL(policy || reference), mean over a response's own tokens: what the MSSR authors' rho goes by.
+
+    With their bound: a token's k3 is at most 10. The batch's mean over responses is what
+    `ValueTracker.observe_kl` takes (theirs also counts what lies under the padding, which is not a token).
+
+    Args:
+        old_logp: [B, R] float, under the policy before the step's updates.
+        ref_logp: [B, R] float, under the frozen reference.
+        mask: [B, R] bool, True at response tokens. What lies elsewhere does not matter, NaN included.
+
+    Returns:
+        [B] float, nats a token; 0 for a row without tokens.
+    """
+    log_ratio = ref_logp - old_logp
+    k3 = (log_ratio.expm1() - log_ratio).clamp(max=10).masked_fill(~mask, 0.0)
+    return k3.sum(1) / mask.sum(1).clamp(min=1)
+
+
 class PreviousResponse(NamedTuple):
     """What drift is measured on: a prompt's last response.
 
@@ -91,7 +110,7 @@ class ValueTracker:
     A reward never leaks into its own baseline: read `values` for a batch, then `update` with its rewards.
 
         baseline = tracker.values(keys)
-        advantage = algorithm.advantages(reward, baseline)
+        advantage = algorithm.advantages(Outcomes(reward, baseline, lengths, group))
         tracker.update(keys, reward, tracker.rho(drift))
 
     A prompt that was never seen has a = b = N0 / 2, v = 0.5, N0 = 1 / (1 - rho_min). a and b are float64. With several
@@ -135,6 +154,8 @@ class ValueTracker:
     def update(self, keys: Sequence[str], rewards: Tensor, rho: Number) -> None:
         """Counts one visit per row, in order; a key that occurs twice is updated twice.
 
+        Default: the reward is counted as it is. Reference: as 1 above 0.5 and as 0 otherwise.
+
         Args:
             keys: [B].
             rewards: [B] in [0, 1].
@@ -144,6 +165,8 @@ class ValueTracker:
             UserError: a reward is not in [0, 1]; nothing is changed.
         """
         rewards = _checked_rewards(keys, rewards)
+        if self.config.preset == "reference":
+            rewards = [float(reward > 0.5) for reward in rewards]
         rho = torch.as_tensor(rho, dtype=torch.float64).expand(len(keys))
         if not ((rho > 0) & (rho <= 1)).all():  # NaN log-probs arrive here as a NaN drift
             raise ValueError(f"rho must be in (0, 1], got {rho.tolist()}")
@@ -153,8 +176,8 @@ class ValueTracker:
     def rho(self, drift: Tensor | None = None) -> Tensor:
         """float64 forgetting factors for `update`.
 
-        Default preset: `rho_from_drift`. Reference: `reference_rho` of the recent KLs' mean, whatever the drift;
-        rho_min before the first KL (a mean of 0).
+        Default preset: `rho_from_drift`. Reference: `reference_rho` of the recent KLs' mean, whatever the drift; halfway
+        between rho_min and rho_max before the first KL.
 
         Args:
             drift: [B] from `response_drift` (per prompt), or 0-d (the batch's mean). A prompt on its first visit has no
@@ -162,7 +185,9 @@ class ValueTracker:
         """
         config = self.config
         if config.preset == "reference":
-            mean = sum(self._recent_kl) / max(len(self._recent_kl), 1)
+            if not self._recent_kl:
+                return torch.tensor((config.rho_min + config.rho_max) / 2, dtype=torch.float64)
+            mean = sum(self._recent_kl) / len(self._recent_kl)
             return reference_rho(mean, config.rho_min, config.rho_max)
         drift = torch.zeros(()) if drift is None else drift
         return rho_from_drift(drift, config.half_life, config.rho_min, config.rho_max)

@@ -22,6 +22,7 @@ class ProblemDataset:
     """`dataset[i]` is the Prompt of usable row i; `prompt.row` is its index in the source, skipped rows counted.
 
     source: the path or name in messages.
+    keys: [len] content hash of each problem, in the order of the rows: what the value tracker is keyed by.
     bad_rows: rows left out under `data.on_bad_row: skip`.
     fingerprint: sha256 over keys and answers in order; equal for equal problems wherever they are stored.
     """
@@ -36,6 +37,7 @@ class ProblemDataset:
     ) -> None:
         """world: the ranks that open this source together and share the checking; None: this process alone."""
         self.source = source_name or str(path)
+        self.keys: list[str] = []
         self.bad_rows: list[BadRow] = []
         self._encoder = encoder
         self._rows = open_rows(str(path))
@@ -81,7 +83,7 @@ class ProblemDataset:
         return self._encoder.encode(self._rows[row], row, self.source)
 
     def _sort_out(self, checked: list[Checked]) -> str:
-        """Fills `_usable` and `bad_rows`; returns the fingerprint."""
+        """Fills `_usable`, `keys` and `bad_rows`; returns the fingerprint."""
         fingerprint = hashlib.sha256()
         seen: dict[str, tuple[int, str]] = {}  # key -> first row that has it, its answer
         for row, found in enumerate(checked):
@@ -95,6 +97,7 @@ class ProblemDataset:
                 self.bad_rows.append(BadRow(row, self.source, f"{reason}; keep one of them"))
                 continue
             self._usable.append(row)
+            self.keys.append(key)
             fingerprint.update(f"{key} {len(answer)} {answer}\n".encode())
         return fingerprint.hexdigest()
 

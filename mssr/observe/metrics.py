@@ -11,8 +11,11 @@ from mssr.errors import UserError
 FILE_NAME = "metrics.jsonl"
 
 
+Metric = float | list  # a list (a table, a histogram) is for the file alone
+
+
 class MetricsLog:
-    """Appends one JSON object a line: `step`, `time` (unix), then `group/name` floats.
+    """Appends one JSON object a line: `step`, `time` (unix), then `group/name` floats, or lists of finite numbers.
 
     run_dir: where `metrics.jsonl` and, if asked for, `tensorboard/` are.
     resume_at: `position` as the checkpoint saved it; later lines (whole or torn) are dropped. None: a new run.
@@ -32,18 +35,18 @@ class MetricsLog:
         self._file = self.path.open("ab")
         self._board = self._open_board(run_dir) if tensorboard else None
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, Metric]) -> None:
         """Adds a line and flushes it: kill -9 can tear at most the line being written."""
-        values = {key: float(value) for key, value in values.items()}
+        scalars = {key: float(value) for key, value in values.items() if not isinstance(value, list)}
         record = {"step": step, "time": round(time.time(), 3)}
-        record |= {key: finite_or_none(value) for key, value in values.items()}
+        record |= values | {key: finite_or_none(value) for key, value in scalars.items()}
         try:
             self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self.path}: cannot write metrics: {error.strerror}") from error
         if self._board is not None:
-            for key, value in values.items():
+            for key, value in scalars.items():
                 self._board.add_scalar(key, value, step)
 
     @property
@@ -85,7 +88,7 @@ class MetricsLog:
         return SummaryWriter(run_dir / "tensorboard", purge_step=kept[-1]["step"] + 1 if kept else 0)
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Metric]]:
     """The lines of a `metrics.jsonl`, null as NaN. A last line torn by a kill is left out.
 
     Raises:

@@ -2,9 +2,13 @@
 
 import torch
 
+from mssr.algorithms.calibration import calibration
+from mssr.algorithms.groups import zero_variance
+from mssr.algorithms.outcomes import Outcomes
 from mssr.algorithms.shaping import sampled_token_entropy
 from mssr.batch import RolloutBatch
 from mssr.distributed import World
+from mssr.observe.metrics import Metric
 from mssr.observe.stopwatch import Stopwatch
 from mssr.policy.engine import UpdateStats
 from mssr.rollout.gap import LogpGap
@@ -15,17 +19,19 @@ def step_metrics(
 ) -> dict[str, float]:
     """Means over the step's responses, tokens or updates on all ranks; the same on every rank but for the timings.
 
+    Under dynamic sampling of the responses that were kept: train/reward then says little of the policy's own accuracy.
+
     policy/*: over response tokens; entropy is the exact one, entropy_proxy the sampled token's -p log p.
-    rollout/*: over responses. train/grad_norm: over the updates, before clipping.
+    rollout/*: over responses; train/grad_norm: over the updates, before clipping.
     perf/tokens_per_second: prompt and response tokens of all ranks per second of the whole step.
     """
     prompt_tokens = sum(len(prompt.token_ids) for prompt in batch.prompts)
     sums = torch.stack([
         torch.tensor(float(len(batch))), batch.reward.sum(), batch.correct.sum(), batch.mask.sum(),
-        batch.truncated.sum(), batch.baseline.sum(), torch.tensor(float(prompt_tokens)),
+        batch.truncated.sum(), torch.tensor(float(prompt_tokens)),
         sampled_token_entropy(batch.logp)[batch.mask].sum(),
     ])  # fmt: skip
-    count, reward, correct, tokens, truncated, baseline, prompts, proxy = world.sum(sums.double()).tolist()
+    count, reward, correct, tokens, truncated, prompts, proxy = world.sum(sums.double()).tolist()
     metrics = {
         "train/reward": reward / count,
         "train/correct": correct / count,
@@ -36,7 +42,6 @@ def step_metrics(
         "rollout/logp_gap_mean": gap.mean,
         "rollout/logp_gap_p99": gap.p99,
         "rollout/logp_gap_max": gap.max,
-        "tracker/baseline_mean": baseline / count,
     }
     metrics["policy/entropy_proxy"] = proxy / tokens
     metrics |= {f"policy/{name}": _mean([update.metrics[name] for update in updates]) for name in updates[0].metrics}
@@ -44,6 +49,21 @@ def step_metrics(
     most = world.max(torch.tensor(list(clock.memory.values()), dtype=torch.float64)).tolist()
     metrics |= dict(zip(clock.memory, most))
     metrics |= {"perf/step_seconds": clock.total, "perf/tokens_per_second": (tokens + prompts) / clock.total}
+    return metrics
+
+
+def outcome_metrics(outcomes: Outcomes) -> dict[str, Metric]:
+    """How good the baselines were; with groups, how many responses said nothing.
+
+    tracker/baseline_mean; tracker/brier and tracker/bins: see `calibration`. rollout/zero_variance: share of the responses
+    whose prompt's responses all earned the same.
+    """
+    metrics = {}
+    if outcomes.baseline is not None:
+        metrics["tracker/baseline_mean"] = float(outcomes.baseline.double().mean())
+        metrics |= calibration(outcomes.baseline, outcomes.reward)
+    if outcomes.group > 1:
+        metrics["rollout/zero_variance"] = float(zero_variance(outcomes.reward, outcomes.group).double().mean())
     return metrics
 
 

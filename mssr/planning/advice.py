@@ -70,7 +70,7 @@ def _changes(config: Config, ranks: int) -> Iterator[tuple[str, Settings]]:
     for share in (0.4, 0.3):
         if config.rollout.gpu_memory > share and config.rollout.engine != "servers":
             yield f"rollout.gpu_memory={share}", {"rollout": {"gpu_memory": share}}
-    if config.algorithm.kl_coef and model.lora is None and model.reference == "copy":
+    if config.loads_reference and model.reference == "copy":
         if ranks > 1:
             yield "model.reference=sharded", {"model": {"reference": "sharded"}}
         yield "model.reference=cpu", {"model": {"reference": "cpu"}}

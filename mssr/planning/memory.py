@@ -113,7 +113,7 @@ class MemoryPlanner:
 
     def _reference(self, config: Config, parameters: Parameters) -> tuple["_Reference", int]:
         """(on the device, in host memory)"""
-        if not config.algorithm.kl_coef or config.model.lora is not None:
+        if not config.loads_reference:
             return _Reference(0, 0), 0
         size = parameters.total * parameters.itemsize
         if config.model.reference == "copy":

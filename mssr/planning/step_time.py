@@ -51,7 +51,7 @@ def step_time(
     """One step at the workload's mean lengths; None for an architecture whose FLOPs are not known."""
     if not countable(model):
         return None
-    rows = math.ceil(config.rollout.prompts_per_step / machine.gpus)
+    rows = math.ceil(config.responses_per_step / machine.gpus)
     grid = workload.grid(model)
     grids = [grid] if grid else []
     per_row = forward_flops(model, [workload.tokens], workload.response, grids)
@@ -60,10 +60,10 @@ def step_time(
     scored = {
         "old_logp": config.algorithm.old_logp == "recompute",
         "reference": config.algorithm.kl_coef > 0,
-        "drift": config.algorithm.tracker.drift == "prompt" and config.algorithm.tracker.preset == "default",
+        "drift": config.algorithm.rescores_responses,
     }
     seconds |= {phase: one_pass for phase, wanted in scored.items() if wanted}
-    if config.algorithm.kl_coef and config.model.reference == "cpu" and config.model.lora is None:
+    if config.loads_reference and config.model.reference == "cpu":
         parameters = memory.parameters
         seconds["reference"] += parameters.total * parameters.itemsize / GIGA / ASSUMED.pcie
     left_out = {"train_vision": config.model.train_vision, "lora": config.model.lora is not None}

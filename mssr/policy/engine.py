@@ -79,6 +79,7 @@ class PolicyEngine:
         """
         self.world = world
         self._token_budget = train.micro_batch_tokens
+        self._vocab_drop_tol = train.vocab_drop_tol
         self._temperature = temperature
         dtype = resolve_dtype(model.dtype, world)
         if dtype == torch.bfloat16 and train.zero_stage == 0:
@@ -157,7 +158,8 @@ class PolicyEngine:
                 self._temperature,
                 config=config,
                 normalizer=normalizer,
-                **_loss_inputs(batch if rows else IDLE, micro_batch),
+                vocab_drop_tol=self._vocab_drop_tol,
+                **_loss_inputs(batch if rows else IDLE, micro_batch, config),
             )
             if rows:
                 logp[micro_batch.row, micro_batch.column] = out.logp.cpu()
@@ -298,8 +300,12 @@ def mean_metrics(parts: list[PolicyMetrics], world: World) -> dict[str, float]:
     return means | {"ratio_max": float(world.max(torch.stack([part.ratio_max for part in parts]).max()))}
 
 
-def _loss_inputs(batch: RolloutBatch, micro_batch: MicroBatch) -> dict[str, Tensor | None]:
-    """The batch's per-sequence and per-token values in the micro-batch's token order, each [N]."""
+def _loss_inputs(batch: RolloutBatch, micro_batch: MicroBatch, config: PolicyLossConfig) -> dict[str, Tensor | None]:
+    """The batch's per-sequence and per-token values in the micro-batch's token order, each [N].
+
+    The sampler's own log-probs go in for the correction (TIS) alone. Where they do, shaping by the sampled token goes by
+    them; without the correction by old_logp, as its authors' does.
+    """
     row, column = micro_batch.row, micro_batch.column
 
     def tokens(values: Tensor | None) -> Tensor | None:
@@ -309,7 +315,7 @@ def _loss_inputs(batch: RolloutBatch, micro_batch: MicroBatch) -> dict[str, Tens
         "advantage": batch.advantage[row].to(micro_batch.target.device),
         "old_logp": tokens(batch.old_logp),
         "ref_logp": tokens(batch.ref_logp),
-        "rollout_logp": tokens(batch.logp),
+        "rollout_logp": None if config.tis_cap is None else tokens(batch.logp),
     }
 
 

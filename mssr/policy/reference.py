@@ -1,19 +1,20 @@
-"""The frozen start of the policy, for the KL term: where its weights are between the passes that need them.
+"""What the KL term pulls the policy to: the frozen start of it, or what it says itself without seeing the images.
 
-With LoRA nowhere: it is the policy without its adapters. Otherwise `model.reference` says it: copy, whole on every rank's
-device; sharded, a share on every rank, gathered layer by layer in a pass (ZeRO-3); cpu, whole in host memory, and on the
-device for the length of a pass.
+Where the start's weights are between the passes that need them: with LoRA nowhere, it is the policy without its adapters.
+Otherwise `model.reference` says it: copy, whole on every rank's device; sharded, a share on every rank, gathered layer by
+layer in a pass (ZeRO-3); cpu, whole in host memory, and on the device for the length of a pass.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mssr.batch import RolloutBatch
-from mssr.config import ModelConfig
+from mssr.batch import Prompt, RolloutBatch
+from mssr.config import AlgorithmConfig, ModelConfig
 from mssr.distributed import World
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.loading import load_frozen_policy, load_policy, without_training
@@ -24,12 +25,23 @@ from mssr.policy.zero3 import PERSISTENT_NUMEL, load_partitioned_policy
 
 class Reference(Protocol):
     def score(self, engine: PolicyEngine, batch: RolloutBatch) -> Tensor:
-        """[B, R] float32: log-prob of each response token under the start. Called on all ranks, as `engine.score`."""
+        """[B, R] float32: log-prob of each response token. Called on all ranks, as `engine.score`."""
         ...
 
 
-def make_reference(options: ModelConfig, engine: PolicyEngine) -> Reference:
-    """Loads what the placement needs, in the dtype of the engine's policy.
+def make_reference(algorithm: AlgorithmConfig, options: ModelConfig, engine: PolicyEngine) -> Reference | None:
+    """Loads what the KL term needs, in the dtype of the engine's policy; None where the loss has no such term.
+
+    Raises:
+        UserError: as `load_policy`.
+    """
+    if not algorithm.kl_coef:
+        return None
+    return TextOnlyReference() if algorithm.kl_to == "text_only" else frozen_start(options, engine)
+
+
+def frozen_start(options: ModelConfig, engine: PolicyEngine) -> Reference:
+    """The policy as it was before training, where `options.reference` puts it.
 
     Raises:
         UserError: as `load_policy`.
@@ -120,3 +132,21 @@ class AdapterlessReference:
     def score(self, engine: PolicyEngine, batch: RolloutBatch) -> Tensor:
         with without_adapters(engine.policy):
             return engine.score(batch)
+
+
+class TextOnlyReference:
+    """The policy as it is now, its images blank: the text-only KL that arXiv 2512.18215 compares shaping with (and that its
+    authors' code computes but never adds to the loss).
+
+    A blank image is the processor's mean colour (pixels 0 after normalisation) in the same number of tokens, so that every
+    token keeps its position. A prompt without images has a KL of 0 until the first update.
+    """
+
+    def score(self, engine: PolicyEngine, batch: RolloutBatch) -> Tensor:
+        return engine.score(replace(batch, prompts=tuple(_blank(prompt) for prompt in batch.prompts)))
+
+
+def _blank(prompt: Prompt) -> Prompt:
+    if prompt.pixel_values is None:
+        return prompt
+    return replace(prompt, pixel_values=torch.zeros_like(prompt.pixel_values))

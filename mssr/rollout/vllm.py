@@ -151,7 +151,7 @@ def _start(config: Config, dtype: torch.dtype, world: World):
             enforce_eager=not gpu,
             logprobs_mode="processed_logprobs",  # of the distribution drawn from: temperature, forbidden tokens
             generation_config="vllm",  # the model's own would change the distribution
-            enable_prefix_caching=False,  # a prompt is asked once a step; what is not cached cannot be stale
+            enable_prefix_caching=False,  # what is not cached cannot be stale; a group's prompt is computed for each
             mm_processor_cache_gb=0,
             limit_mm_per_prompt={"video": 0},
             disable_log_stats=True,

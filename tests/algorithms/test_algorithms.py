@@ -2,21 +2,118 @@ import pytest
 import torch
 
 from mssr.algorithms import make_algorithm
+from mssr.algorithms.groups import zero_variance
+from mssr.algorithms.outcomes import Outcomes
 from mssr.algorithms.shaping import sampled_token_entropy, shape
 from mssr.config import AlgorithmConfig
 from mssr.errors import UserError
 from mssr_kernels import PolicyLossConfig, linear_policy_loss
 
+TRACKED = ("mssr", "mvsr", "spo")
+UNTRACKED = ("grpo", "rloo", "reinforce_pp")
+NAN = float("nan")
 
-@pytest.mark.parametrize("name", ["mssr", "mvsr"])
-def test_advantages_by_hand(name):
+
+def advantages(name, reward, *, baseline=None, lengths=None, group=1):
+    reward = torch.tensor(reward)
+    lengths = torch.ones(len(reward), dtype=torch.int64) if lengths is None else torch.tensor(lengths)
+    baseline = None if baseline is None else torch.tensor(baseline)
+    result = make_algorithm(AlgorithmConfig(name=name)).advantages(Outcomes(reward, baseline, lengths, group))
+    assert result.dtype == torch.float32 and result.shape == reward.shape
+    return result
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_tracked_advantages_by_hand(name):
     # r - v = (0.5, -0.5, 0.25, -0.25): mean 0, biased variance (0.25 + 0.25 + 0.0625 + 0.0625) / 4 = 0.15625
-    reward = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    baseline = torch.tensor([0.5, 0.5, 0.75, 0.25])
     expected = torch.tensor([0.5, -0.5, 0.25, -0.25]) / 0.15625**0.5
-    advantage = make_algorithm(AlgorithmConfig(name=name)).advantages(reward, baseline)
-    assert advantage.dtype == torch.float32
-    torch.testing.assert_close(advantage, expected)
+    result = advantages(name, [1.0, 0.0, 1.0, 0.0], baseline=[0.5, 0.5, 0.75, 0.25], lengths=[1, 9, 4, 2])
+    torch.testing.assert_close(result, expected)
+
+
+def test_grpo_by_hand():
+    # 1 of 4: mean 1/4, unbiased variance (9/16 + 3/16) / 3 = 1/4; 2 of 4: 1/2 and 4/16 * 4 / 3 = 1/3
+    root3 = 3**0.5
+    expected = torch.tensor([1.5, -0.5, -0.5, -0.5, root3 / 2, -root3 / 2, root3 / 2, -root3 / 2])
+    result = advantages("grpo", [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0], group=4)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=0)
+
+
+def test_grpo_has_the_authors_eps():
+    # rewards d apart: std d / sqrt(2), so A = +-(d / 2) / (d / sqrt(2) + 1e-6); d = 1e-6: 0.5 / (0.7071 + 1)
+    torch.testing.assert_close(advantages("grpo", [0.0, 1e-6], group=2), torch.tensor([-0.2928932, 0.2928932]))
+
+
+def test_rloo_by_hand():
+    # The others' means: 0, 1/3, 1/3, 1/3
+    expected = torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3])
+    torch.testing.assert_close(advantages("rloo", [1.0, 0.0, 0.0, 0.0], group=4), expected)
+    # group 3: 0.5 - 0.25, 0.5 - 0.25, 0 - 0.5; 1 - 0.5, 1 - 0.5, 0 - 1
+    result = advantages("rloo", [0.5, 0.5, 0.0, 1.0, 1.0, 0.0], group=3)
+    torch.testing.assert_close(result, torch.tensor([0.25, 0.25, -0.5, 0.5, 0.5, -1.0]))
+
+
+def test_reinforce_pp_by_hand():
+    # 4 tokens, returns (1, 0, 0, 0): mean 1/4, variance (9/16 + 3/16) / (4 - 1) = 1/4, A = (1.5, -0.5)
+    torch.testing.assert_close(advantages("reinforce_pp", [1.0, 0.0], lengths=[1, 3]), torch.tensor([1.5, -0.5]))
+    # A response without a token counts nowhere: 3 tokens (1, 1, 0), mean 2/3, variance (2/9 + 4/9) / 2 = 1/3
+    root3 = 3**0.5
+    result = advantages("reinforce_pp", [1.0, 0.0, 0.5], lengths=[2, 1, 0])
+    torch.testing.assert_close(result, torch.tensor([root3 / 3, -2 * root3 / 3, -root3 / 6]))
+
+
+def test_reinforce_pp_has_the_authors_eps():
+    # 2 tokens, returns 0 and d: variance d^2 / 2; d = 1e-4: 0.5e-4 / sqrt(0.5e-8 + 1e-8)
+    expected = torch.tensor([-0.4082483, 0.4082483])
+    torch.testing.assert_close(advantages("reinforce_pp", [0.0, 1e-4]), expected)
+
+
+def test_reinforce_pp_is_whitened_over_tokens():
+    generator = torch.Generator().manual_seed(0)
+    reward = torch.rand(64, generator=generator)
+    lengths = torch.randint(1, 50, (64,), generator=generator)
+    tokens = reward.double().repeat_interleave(lengths)
+    expected = ((reward - tokens.mean()) / tokens.std()).float()
+    torch.testing.assert_close(advantages("reinforce_pp", reward.tolist(), lengths=lengths.tolist()), expected)
+
+
+@pytest.mark.parametrize("name", UNTRACKED)
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 1 / 3])
+@pytest.mark.parametrize("group", [2, 3, 7])
+def test_equal_rewards_are_worth_exactly_nothing(name, value, group):
+    result = advantages(name, [value] * (3 * group), lengths=list(range(1, 3 * group + 1)), group=group)
+    assert torch.equal(result, torch.zeros(3 * group))
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_groups_do_not_see_each_other(name):
+    alone = advantages(name, [1.0, 0.0, 0.25], group=3)
+    beside = advantages(name, [0.7, 0.7, 0.7, 1.0, 0.0, 0.25], group=3)
+    assert torch.equal(beside, torch.cat([torch.zeros(3), alone]))
+
+
+@pytest.mark.parametrize("name", UNTRACKED)
+def test_a_nan_reward_stays_visible(name):
+    assert advantages(name, [1.0, NAN, 0.0], group=3).isnan().all()
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+@pytest.mark.parametrize("group", [1, 3])
+def test_groups_must_be_whole_and_more_than_one_response(name, group):
+    with pytest.raises(ValueError, match=f"4 responses in groups of {group}"):
+        advantages(name, [1.0, 0.0, 1.0, 0.0], group=group)
+
+
+def test_zero_variance_by_hand():
+    reward = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.3, 0.3, NAN, NAN])
+    expected = [True, True, True, True, False, False, True, True, False, False]
+    assert zero_variance(reward, 2).tolist() == expected
+    assert zero_variance(torch.tensor([1.0, 1.0, 0.0]), 3).tolist() == [False] * 3
+
+
+@pytest.mark.parametrize("name", TRACKED + UNTRACKED)
+def test_who_has_a_baseline_from_the_tracker(name):
+    assert make_algorithm(AlgorithmConfig(name=name)).tracked is (name in TRACKED)
 
 
 def test_loss_config_of_the_defaults():
@@ -52,8 +149,9 @@ def test_every_setting_reaches_the_loss():
     assert make_algorithm(config).loss_config() == PolicyLossConfig(**EVERYTHING)
 
 
-def test_mvsr_is_mssr_without_shaping():
-    config = AlgorithmConfig(name="mvsr", old_logp="recompute", **EVERYTHING)
+@pytest.mark.parametrize("name", ["mvsr", "spo", *UNTRACKED])
+def test_only_mssr_shapes(name):
+    config = AlgorithmConfig(name=name, old_logp="recompute", **EVERYTHING)
     assert make_algorithm(config).loss_config() == PolicyLossConfig(**EVERYTHING | {"entropy_alpha": 0.0})
 
 
@@ -64,7 +162,7 @@ def test_no_importance_weight_on_top_of_the_rollouts_own_log_probs():
 
 def test_unknown_name_lists_the_known_ones():
     config = AlgorithmConfig().model_copy(update={"name": "ppo"})
-    with pytest.raises(UserError, match="'ppo'.*mssr, mvsr"):
+    with pytest.raises(UserError, match="'ppo'.*mssr, mvsr, spo, grpo, rloo, reinforce_pp"):
         make_algorithm(config)
 
 

@@ -7,6 +7,7 @@ from mssr.algorithms.value_tracker import (
     ValueTracker,
     beta_update,
     beta_value,
+    reference_kl,
     reference_rho,
     response_drift,
     rho_from_drift,
@@ -110,6 +111,15 @@ def test_what_lies_outside_the_mask_does_not_leak_in(stray):
     assert drift.tolist() == [0.25, 0.0]
 
 
+def test_reference_kl_by_hand():
+    old = torch.tensor([[-1.0, -2.0, -1.0], [-1.0, -30.0, -1.0], [NAN, NAN, NAN]])
+    ref = torch.tensor([[-1.0, -1.0, -3.0], [-2.0, -1.0, -42.0], [0.0, 0.0, 0.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
+    # d = 0, 1: (0 + e - 2) / 2; d = -1, 29, -41: (1 / e + 10 + 10) / 3, bounded; no tokens: 0
+    expected = torch.tensor([0.3591409, 6.7892931, 0.0])
+    torch.testing.assert_close(reference_kl(old, ref, mask), expected)
+
+
 # The tracker
 
 
@@ -166,6 +176,15 @@ def test_initialise_in_the_reference_preset_is_exact():
     assert tracker.values(["a", "b", "d"]).tolist() == [0.875, 0.125, 0.5625]
 
 
+def test_the_reference_preset_counts_rewards_as_right_or_wrong():
+    tracker = reference_tracker()
+    tracker.update(["a", "b", "c"], torch.tensor([0.5, 0.51, 1.0]), 0.875)
+    assert tracker.values(["a", "b", "c"]).tolist() == [3.5 / 8, 4.5 / 8, 4.5 / 8]
+    default = ValueTracker(TrackerConfig())
+    default.update(["a"], torch.tensor([0.75]), 0.875)
+    assert default.values(["a"]).item() == 4.25 / 8
+
+
 def test_initialise_replaces_what_was_known():
     tracker = ValueTracker(TrackerConfig())
     for _ in range(2):
@@ -186,7 +205,10 @@ def test_rho_of_the_default_preset():
 
 def test_rho_of_the_reference_preset_follows_the_mean_of_recent_kls():
     tracker = reference_tracker()
-    assert tracker.rho(torch.tensor([5.0])).item() == 0.875  # K = 0 before the first
+    assert tracker.rho(torch.tensor([5.0])).item() == pytest.approx(0.9175)  # halfway before the first
+    tracker.observe_kl(0.0)
+    assert tracker.rho(None).item() == 0.875
+    tracker = reference_tracker()
     tracker.observe_kl(0.002)
     tracker.observe_kl(0.008)
     assert tracker.rho(None).item() == pytest.approx(0.9175)

@@ -1,8 +1,12 @@
 """The configuration: what is read, and the one line for each mistake."""
 
 import pytest
+import torch
 
+from mssr.algorithms import make_algorithm
+from mssr.algorithms.outcomes import Outcomes
 from mssr.config import load_config
+from mssr.conflicts import GROUPED, TRACKED
 from mssr.errors import UserError
 
 MINIMAL = "run_dir: run\nmodel: {path: m}\ndata: {train: t}\n"
@@ -82,7 +86,10 @@ def test_an_unknown_key_of_the_file_is_named_too(refused):
         ("train.steps=1.5", "train.steps"),
         ("train=3", "train: Input should be a valid dictionary"),
         ("train.zero_stage=4", "train.zero_stage: Input should be 0, 1, 2 or 3, got 4"),
-        ("algorithm.name=ppo", "algorithm.name: Input should be 'mssr' or 'mvsr', got 'ppo'"),
+        (
+            "algorithm.name=ppo",
+            "algorithm.name: Input should be 'mssr', 'mvsr', 'spo', 'grpo', 'rloo' or 'reinforce_pp', got 'ppo'",
+        ),
         ("train.optimizer.lr=-1", "train.optimizer.lr"),
         ("train.optimizer.lr=.inf", "train.optimizer.lr"),
         ("train.optimizer.lr=nan", "train.optimizer.lr"),
@@ -179,3 +186,83 @@ def test_rollout_settings_that_do(load):
     assert load(*SERVERS, *CORRECTED, "rollout.one_step_off=true").rollout.one_step_off
     assert load(*CORRECTED, "rollout.quantization=fp8").rollout.quantization == "fp8"
     assert load("rollout.offload_optimizer=true").rollout.offload_optimizer
+
+
+GROUPS = ("algorithm.name=grpo", "rollout.responses_per_prompt=8", "rollout.prompts_per_step=256")
+
+
+@pytest.mark.parametrize(
+    "overrides, said",
+    [
+        (("algorithm.name=grpo",), "set rollout.responses_per_prompt=8"),
+        (("algorithm.name=rloo",), "set rollout.responses_per_prompt=8"),
+        (
+            (*GROUPS, "rollout.responses_per_prompt=3", "rollout.prompts_per_step=100"),
+            "rollout.prompts_per_step 100 x rollout.responses_per_prompt 3 is not a multiple of "
+            "train.responses_per_update 128",
+        ),
+        (("algorithm.dynamic_sampling=2",), "set algorithm.name=grpo or rloo"),
+        (
+            (*GROUPS, *SERVERS, *CORRECTED, "rollout.one_step_off=true", "algorithm.dynamic_sampling=2"),
+            "a step's rewards",
+        ),
+        ((*GROUPS, "algorithm.prompt_sampling=prioritised"), "set algorithm.name=spo, mssr or mvsr"),
+        ((*SERVERS, *CORRECTED, "rollout.one_step_off=true", "algorithm.name=spo"), "what the last step taught"),
+        (("algorithm.tracker.preset=reference", "algorithm.kl_to=text_only"), "algorithm.kl_to=reference"),
+    ],
+)
+def test_what_an_algorithm_goes_by_must_be_there(refused, overrides, said):
+    assert said in refused(*overrides)
+
+
+def test_updates_of_groups_and_budgets(load):
+    config = load(*GROUPS, "train.steps=10")
+    assert (config.responses_per_step, config.updates_per_step, config.total_updates) == (2048, 16, 160)
+    assert load(*GROUPS, "train.steps=10", "train.budget.updates=100").total_updates == 100
+    assert load(*GROUPS, "train.steps=10", "train.budget.updates=999").total_updates == 160
+
+
+def test_spo_prioritises_unless_told_otherwise(load):
+    assert load("algorithm.name=spo").algorithm.prompt_sampling == "prioritised"
+    assert load("algorithm.name=spo", "algorithm.prompt_sampling=uniform").algorithm.prompt_sampling == "uniform"
+    assert load("algorithm.name=mssr").algorithm.prompt_sampling == "uniform"
+
+
+@pytest.mark.parametrize(
+    "overrides, loaded",
+    [
+        ((), True),
+        (("algorithm.kl_coef=0",), False),
+        (("algorithm.kl_to=text_only",), False),
+        (("model.lora.rank=8", "device=cpu"), False),
+    ],
+)
+def test_what_loads_a_frozen_reference(load, overrides, loaded):
+    assert load(*overrides).loads_reference == loaded
+
+
+@pytest.mark.parametrize(
+    "overrides, rescored",
+    [
+        ((), True),
+        (("algorithm.tracker.drift=batch",), False),
+        (("algorithm.tracker.preset=reference",), False),
+        (GROUPS, False),
+        (("algorithm.name=reinforce_pp",), False),
+        (("algorithm.name=spo",), True),
+    ],
+)
+def test_what_rescores_previous_responses(load, overrides, rescored):
+    assert load(*overrides).algorithm.rescores_responses == rescored
+
+
+@pytest.mark.parametrize("name", ["mssr", "mvsr", "spo", "grpo", "rloo", "reinforce_pp"])
+def test_the_rules_know_which_algorithms_have_a_tracker_or_groups(load, name):
+    algorithm = make_algorithm(load(f"algorithm.name={name}", *GROUPS[1:]).algorithm)
+    assert algorithm.tracked == (name in TRACKED)
+    one_response_each = Outcomes(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([3, 4]), group=1)
+    if name in GROUPED:
+        with pytest.raises(ValueError, match="groups of 1"):
+            algorithm.advantages(one_response_each)
+    else:
+        assert algorithm.advantages(one_response_each).isfinite().all()

@@ -9,7 +9,8 @@ import yaml
 from mssr.config import load_config, validate_config
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = [path for path in FILES if "arms" not in yaml.safe_load(path.read_text())]  # the others: tests/study
 RUNS = [
     (path, preset) for path in CONFIGS for preset in ("default", "paper") if preset == "default" or "3b" in path.name
 ]

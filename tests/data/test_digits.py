@@ -26,8 +26,19 @@ def rows_of(file):
 
 
 def scans_of(row):
-    left, right = re.fullmatch(r"(\d{4})_(\d{4})\.png", row["images"][0]["path"]).groups()
-    return int(left), int(right)
+    (image,) = row["images"]
+    assert re.fullmatch(r"\d{4}(_\d{4})+\.png", image["path"])
+    return tuple(int(scan) for scan in image["path"].removesuffix(".png").split("_"))
+
+
+def shows(picture, scan):
+    """Whether the [56, 56] picture is the [8, 8] scan, scaled up."""
+    small = picture.reshape(8, 7, 8, 7).mean((1, 3))
+    return np.corrcoef(small.ravel(), scan.ravel())[0, 1] > 0.95
+
+
+def gray(row):
+    return np.asarray(Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("L"), dtype=float)
 
 
 def test_sizes_and_images(written):
@@ -57,10 +68,8 @@ def test_images_show_the_scans_and_answers_are_theirs(written):
         seen.add(question)
         assert row["answer"] == str(answer) == last_boxed(row["solution"])
         assert row["solution"] == f"<think>{a} {b}</think>\\boxed{{{answer}}}" and well_formed(row["solution"])
-        pixels = np.asarray(Image.open(io.BytesIO(row["images"][0]["bytes"])).convert("L"), dtype=float)
-        for half, scan in ((pixels[:, :56], left), (pixels[:, 56:], right)):
-            small = half.reshape(8, 7, 8, 7).mean((1, 3))
-            assert np.corrcoef(small.ravel(), digits.images[scan].ravel())[0, 1] > 0.95
+        pixels = gray(row)
+        assert shows(pixels[:, :56], digits.images[left]) and shows(pixels[:, 56:], digits.images[right])
     assert len(seen) == 6
 
 
@@ -101,3 +110,77 @@ def test_both_formats_hold_the_same_problems(written, tmp_path, make_dataset):
 def test_more_problems_than_scans_give(tmp_path):
     with pytest.raises(UserError, match=r"^digits: val=1000000 is more than the \d+ problems its scans give$"):
         write_digits(tmp_path, train=1, val=1_000_000)
+
+
+# By hand: a question about digits, what they are, what the solution thinks of them and answers.
+CHAINS = {
+    "Add the first two digits, then the difference of that and the third.": lambda a, b, c: (a + b, abs(a + b - c)),
+    "Add the first two digits, then add the third.": lambda a, b, c: (a + b, a + b + c),
+    "Add the first two digits, then the larger of that and the third.": lambda a, b, c: (a + b, max(a + b, c)),
+    "Take the difference of the first two digits, then the difference of that and the third.": lambda a, b, c: (
+        abs(a - b),
+        abs(abs(a - b) - c),
+    ),
+    "Take the difference of the first two digits, then add the third.": lambda a, b, c: (abs(a - b), abs(a - b) + c),
+    "Take the difference of the first two digits, then the larger of that and the third.": lambda a, b, c: (
+        abs(a - b),
+        max(abs(a - b), c),
+    ),
+    "Take the larger of the first two digits, then the difference of that and the third.": lambda a, b, c: (
+        max(a, b),
+        abs(max(a, b) - c),
+    ),
+    "Take the larger of the first two digits, then add the third.": lambda a, b, c: (max(a, b), max(a, b) + c),
+    "Take the larger of the first two digits, then the larger of that and the third.": lambda a, b, c: (
+        max(a, b),
+        max(a, b, c),
+    ),
+}
+
+
+def test_three_digits_ask_a_chain_of_two_operations(tmp_path):
+    digits = load_digits()
+    rows = rows_of(write_digits(tmp_path, digits=3, **SIZES)["train"])
+    seen = set()
+    for row in rows:
+        scans = scans_of(row)
+        a, b, c = (int(digits.target[scan]) for scan in scans)
+        question = row["problem"].removeprefix("<image>")
+        first, answer = CHAINS[question](a, b, c)
+        seen.add(question)
+        assert row["answer"] == str(answer)
+        assert row["solution"] == f"<think>{a} {b} {c} {first}</think>\\boxed{{{answer}}}"
+        pixels = gray(row)
+        assert pixels.shape == (56, 168)
+        for number, scan in enumerate(scans):
+            assert shows(pixels[:, 56 * number : 56 * (number + 1)], digits.images[scan])
+    assert seen == CHAINS.keys()
+
+
+def test_chains_go_on_to_the_sixth_digit_and_share_no_scan(tmp_path):
+    files = write_digits(tmp_path, digits=6, **SIZES)
+    used = {split: {scan for row in rows_of(files[split]) for scan in scans_of(row)} for split in SIZES}
+    assert not used["train"] & used["val"] and not used["train"] & used["test"] and not used["val"] & used["test"]
+    labels = load_digits().target
+    for row in rows_of(files["val"]):
+        shown = [int(labels[scan]) for scan in scans_of(row)]
+        value, thoughts = shown[0], shown[:]
+        steps = row["problem"].removeprefix("<image>").removesuffix(".").split(", then ")
+        assert [step.rpartition(" ")[2] for step in steps] == ["digits", "third", "fourth", "fifth", "sixth"]
+        for step, digit in zip(steps, shown[1:]):
+            if "add" in step.lower():
+                value += digit
+            elif "difference" in step:
+                value = max(value, digit) - min(value, digit)
+            else:
+                assert "larger" in step
+                value = max(value, digit)
+            thoughts.append(value)
+        numbers = " ".join(map(str, thoughts[:-1]))
+        assert row["solution"] == f"<think>{numbers}</think>\\boxed{{{value}}}" and row["answer"] == str(value)
+
+
+@pytest.mark.parametrize("digits", [1, 7])
+def test_too_few_or_too_many_digits(tmp_path, digits):
+    with pytest.raises(UserError, match=rf"^digits: digits={digits}: a picture shows 2 to 6 of them$"):
+        write_digits(tmp_path, digits=digits)

@@ -1,12 +1,16 @@
-"""The stream of rows: shuffled epochs, no end, no state."""
+"""The rows of each step: shuffled epochs without end or state, or drawn by the value tracker's weights."""
 
 from collections import Counter
-from itertools import chain
+from itertools import chain, permutations
 from math import ceil
 
 import pytest
+import torch
+from scipy.stats import chisquare
 
-from mssr.data.sampler import PromptSampler
+from mssr.algorithms.value_tracker import ValueTracker
+from mssr.config import TrackerConfig
+from mssr.data.sampler import PrioritisedSampler, PromptSampler
 
 
 @pytest.mark.parametrize(("size", "per_step"), [(10, 4), (12, 4), (7, 7), (5, 12), (1, 3), (100, 1)])
@@ -34,3 +38,136 @@ def test_rows_depend_on_seed_and_step_only():
         assert PromptSampler(10, 4, seed=1).rows(step) == wanted[step] == forward.rows(step)
     assert [PromptSampler(10, 4, seed=2).rows(step) for step in range(20)] != wanted
     assert [PromptSampler(10, 4, seed=-1).rows(step) for step in range(20)] != wanted
+
+
+def test_the_stream_is_the_one_that_runs_were_made_with():
+    sampler = PromptSampler(10, 4, seed=0)
+    assert [sampler.rows(step) for step in range(3)] == [[1, 0, 2, 4], [9, 3, 8, 6], [7, 5, 1, 4]]
+
+
+# Drawn by weight
+
+
+def tracker_of(values: list[float]) -> ValueTracker:
+    """A tracker whose value of prompt "0", "1", ... is as given (multiples of 1/20)."""
+    tracker = ValueTracker(TrackerConfig(preset="reference"))
+    keys = [str(row) for row in range(len(values)) for _ in range(20)]
+    tracker.initialise(keys, torch.tensor([float(place < 20 * value) for value in values for place in range(20)]))
+    return tracker
+
+
+def prioritised(values: list[float], per_step: int, seed: int = 0) -> PrioritisedSampler:
+    return PrioritisedSampler([str(row) for row in range(len(values))], tracker_of(values), per_step, seed)
+
+
+VALUES = [0.0, 0.1, 0.5, 0.8, 1.0]
+WEIGHTS = [0.05, 0.35, 0.55, 0.45, 0.05]  # sqrt(0.1 * 0.9) = 0.3, sqrt(0.25) = 0.5, sqrt(0.8 * 0.2) = 0.4
+
+
+def chances_of_pairs(weights: list[float]) -> dict[frozenset, float]:
+    """Of two rows drawn one after the other, without replacement."""
+    total = sum(weights)
+    chances = Counter()
+    for first, second in permutations(range(len(weights)), 2):
+        chances[frozenset((first, second))] += weights[first] / total * weights[second] / (total - weights[first])
+    return chances
+
+
+def test_rows_are_drawn_by_the_uncertainty_of_their_value():
+    steps = 6000
+    sampler = prioritised(VALUES, 2)
+    seen = Counter(frozenset(sampler.rows(step)) for step in range(steps))
+    chances = chances_of_pairs(WEIGHTS)
+    assert set(seen) <= set(chances)
+    pairs = list(chances)
+    assert chisquare([seen[pair] for pair in pairs], [steps * chances[pair] for pair in pairs]).pvalue > 0.01
+
+
+def test_the_order_within_a_step_says_nothing_about_weight():
+    steps = 4000
+    sampler = prioritised(VALUES, 2)
+    first = Counter(sampler.rows(step)[0] for step in range(steps))
+    chances = chances_of_pairs(WEIGHTS)
+    expected = [steps / 2 * sum(chance for pair, chance in chances.items() if row in pair) for row in range(5)]
+    assert chisquare([first[row] for row in range(5)], expected).pvalue > 0.01
+
+
+def test_draws_follow_the_tracker():
+    tracker = tracker_of([0.5] * 400)
+    sampler = PrioritisedSampler([str(row) for row in range(400)], tracker, 100, seed=0)
+    assert sum(row < 200 for row in sampler.rows(7)) > 25
+    settled = [str(row) for row in range(200)]
+    tracker.initialise(settled, torch.ones(200))
+    # 200 of weight 0.05 beside 200 of 0.55: about one in twelve of the first draws
+    assert sum(row < 200 for row in sampler.rows(7)) < 25
+
+
+def test_a_step_of_a_large_set():
+    rows = prioritised([0.5, 0.0] * 2000, 1024).rows(0)
+    assert len(rows) == len(set(rows)) == 1024
+    assert all(isinstance(row, int) for row in rows)
+
+
+def test_prioritised_rows_of_a_set_smaller_than_a_step_are_whole_passes_and_a_rest():
+    rows = prioritised(VALUES, 12).rows(0)
+    assert sorted(rows[:5]) == sorted(rows[5:10]) == list(range(5))
+    assert len(rows) == 12 and len(set(rows[10:])) == 2
+
+
+def test_prioritised_rows_depend_on_seed_step_and_tracker_only():
+    values = [(row % 21) / 20 for row in range(100)]
+    wanted = [prioritised(values, 10).rows(step) for step in range(10)]
+    again = prioritised(values, 10)
+    assert [again.rows(step) for step in (9, 0, 4)] == [wanted[step] for step in (9, 0, 4)]
+    assert [prioritised(values, 10, seed=-1).rows(step) for step in range(10)] != wanted
+    assert len({tuple(rows) for rows in wanted}) == 10
+
+
+def test_a_saved_tracker_draws_the_same():
+    tracker = tracker_of([0.2, 0.5, 0.9] * 20)
+    loaded = ValueTracker(TrackerConfig(preset="reference"))
+    loaded.load_state_dict(tracker.state_dict())
+    keys = [str(row) for row in range(60)]
+    draws = [PrioritisedSampler(keys, each, 20, seed=3).rows(5) for each in (tracker, loaded)]
+    assert draws[0] == draws[1]
+
+
+# Rows in place of others
+
+
+def sampler(size: int, seed: int = 0) -> PromptSampler:
+    return PromptSampler(size, 8, seed)
+
+
+def test_a_refill_repeats_nothing_while_there_are_others():
+    rows = sampler(40).rows(3)
+    first = sampler(40).refill(3, rows, 5, 0)
+    second = sampler(40).refill(3, {*rows, *first}, 27, 1)
+    assert sorted(rows + first + second) == list(range(40))
+
+
+def test_a_refill_beyond_the_set_takes_the_others_first():
+    refill = sampler(10).refill(0, range(7), 16, 0)
+    assert sorted(refill[:3]) == [7, 8, 9]
+    assert sorted(refill[3:13]) == list(range(10))
+    assert len(set(refill[13:])) == 3
+    assert sorted(sampler(4).refill(0, range(4), 4, 0)) == [0, 1, 2, 3]
+    assert sampler(4).refill(0, range(4), 0, 0) == []
+
+
+def test_a_refill_depends_on_seed_step_and_round_only():
+    wanted = sampler(1000).refill(2, [1, 5, 9], 20, 1)
+    used = sampler(1000)
+    for step in range(4):
+        used.rows(step)
+    assert used.refill(2, {9, 5, 1}, 20, 1) == wanted
+    for other in ((3, 1, 0), (2, 2, 0), (2, 1, 1)):
+        step, round, seed = other
+        assert sampler(1000, seed).refill(step, [1, 5, 9], 20, round) != wanted
+
+
+def test_uniform_refills_are_uniform():
+    sampler = PromptSampler(12, 4, seed=0)
+    drawn = Counter(chain(*(sampler.refill(step, [0, 1, 2, 3], 2, 0) for step in range(4000))))
+    assert set(drawn) == set(range(4, 12))
+    assert chisquare([drawn[row] for row in range(4, 12)]).pvalue > 0.01

@@ -29,6 +29,17 @@ def test_what_json_cannot_say_is_null_and_reads_as_nan(tmp_path, value):
     assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["train/reward"])
 
 
+def test_lists_are_for_the_file_alone(tmp_path):
+    log = MetricsLog(tmp_path, tensorboard=True)
+    log.write(1, {"tracker/bins": [[2, 0.5, 1.0]], "tracker/brier": 0.25})
+    log.close()
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (record["tracker/bins"], record["tracker/brier"]) == ([[2, 0.5, 1.0]], 0.25)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert board.Tags()["scalars"] == ["tracker/brier"]
+
+
 def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path):
     log = MetricsLog(tmp_path, tensorboard=False)
     for step in (1, 2):

@@ -1,11 +1,14 @@
 """The KL term's reference: the start of the policy, wherever its weights are kept."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from option_helpers import LORA, make_engine_with, options
+from option_helpers import LORA, disturb, make_engine_with, options
 from policy_helpers import assert_same_weights, model_dir, plain_logp, random_batch, whole_weights
 
-from mssr.policy.reference import make_reference
+from mssr.config import AlgorithmConfig
+from mssr.policy.reference import frozen_start, make_reference
 
 PLACEMENTS = ["copy", "sharded", "cpu"]
 
@@ -19,7 +22,7 @@ def settings(placement: str, tied: bool = False):
 def score_while_training(world, batches, zero_stage, **kind):
     """Twice, with an update before each: (the reference's, the policy's own log-probs) of this rank's rows."""
     engine = make_engine_with(settings(**kind), zero_stage=zero_stage, world=world)
-    reference, batch, found = make_reference(settings(**kind), engine), batches[world.rank], []
+    reference, batch, found = frozen_start(settings(**kind), engine), batches[world.rank], []
     for _ in range(2):
         engine.imitate(batch)
         found.append((reference.score(engine, batch), engine.score(batch)))
@@ -54,7 +57,7 @@ def test_one_rank_and_a_tied_head(world, prompts, placement):
 
 def train(world, batches, zero_stage, placement, scored):
     engine = make_engine_with(settings(placement), zero_stage=zero_stage, world=world)
-    reference = make_reference(settings(placement), engine)
+    reference = frozen_start(settings(placement), engine)
     for _ in range(3):
         engine.imitate(batches[world.rank])
         if scored:
@@ -73,10 +76,49 @@ def test_scoring_leaves_the_training_as_it_was(ranks, prompts, zero_stage):
 
 def test_the_host_keeps_the_weights_after_a_pass_that_failed(world, prompts):
     engine = make_engine_with(settings("cpu"))
-    reference, batch = make_reference(settings("cpu"), engine), random_batch(prompts, [5, 9, 3, 7, 1, 12])
+    reference, batch = frozen_start(settings("cpu"), engine), random_batch(prompts, [5, 9, 3, 7, 1, 12])
     first = reference.score(engine, batch)
     forbidden = random_batch(prompts, [5, 9, 3, 7, 1, 12])
     forbidden.tokens[0, 0] = engine.policy.image_token_id
     with pytest.raises(ValueError, match="image or video pad"):
         reference.score(engine, forbidden)
     assert torch.equal(reference.score(engine, batch), first)
+
+
+TEXT_ONLY = AlgorithmConfig(kl_coef=0.1, kl_to="text_only")
+
+
+def test_text_only_is_the_policy_of_now_before_blank_images(world, prompts):
+    """Oracle: plain transformers with the engine's weights and zeros for pixels."""
+    batch = random_batch(prompts, [5, 9, 3, 7, 1, 12])
+    engine = make_engine_with(settings("copy"))
+    reference = make_reference(TEXT_ONLY, settings("copy"), engine)
+    start = reference.score(engine, batch)
+    engine.imitate(batch)
+    now = reference.score(engine, batch)
+    assert (now - start)[batch.mask].abs().max() > 1e-2
+
+    pictured = torch.tensor([prompt.pixel_values is not None for prompt in batch.prompts])
+    seen = engine.score(batch)
+    assert torch.equal(now[~pictured], seen[~pictured])
+    assert ((now - seen).abs().sum(1)[pictured] > 1e-3).all()
+    blank = replace(batch, prompts=tuple(without_colour(prompt) for prompt in batch.prompts))
+    torch.testing.assert_close(now, plain_logp(engine.policy.model, blank).float(), atol=1e-5, rtol=0)
+    assert all(prompt.pixel_values is None or prompt.pixel_values.any() for prompt in batch.prompts)  # as they were
+
+
+def without_colour(prompt):
+    return prompt if prompt.pixel_values is None else replace(prompt, pixel_values=prompt.pixel_values * 0)
+
+
+def test_text_only_with_adapters_is_the_policy_of_now_too(world, prompts):
+    batch, engine = random_batch(prompts, [5, 9, 3, 7, 1, 12]), make_engine_with(settings("lora"))
+    disturb(engine.policy)
+    now = make_reference(TEXT_ONLY, settings("lora"), engine).score(engine, batch)
+    blank = replace(batch, prompts=tuple(without_colour(prompt) for prompt in batch.prompts))
+    assert torch.equal(now, engine.score(blank))
+    assert (now - frozen_start(settings("lora"), engine).score(engine, blank))[batch.mask].abs().max() > 1e-2
+
+
+def test_no_kl_term_needs_no_reference(world):
+    assert make_reference(AlgorithmConfig(kl_coef=0.0), settings("copy"), make_engine_with(settings("copy"))) is None

@@ -1,5 +1,7 @@
 """How a step's global batch is shared out, and the collectives that put it together again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from policy_helpers import random_batch
@@ -66,6 +68,21 @@ def test_one_rank_gathers_what_it_has():
 def test_an_update_that_ranks_cannot_share():
     with pytest.raises(UserError, match=r"12.*5 ranks"):
         Shares(24, 12, World(0, 5, CPU))
+
+
+def outcomes_of(world, prompts):
+    share = Shares(8, 4, world)
+    whole = random_batch([prompts[slot % 6] for slot in range(8)], [3, 1, 4, 1, 5, 9, 2, 6])
+    own = replace(pick(whole, share.slots), reward=torch.tensor(share.slots) / 8)
+    own = replace(own, masked=torch.tensor([slot in (2, 5) for slot in share.slots]))
+    return share.outcomes(own, 2)
+
+
+def test_outcomes_are_in_the_global_order_and_masked_responses_have_no_tokens(ranks, prompts):
+    for outcomes in (*ranks(outcomes_of, prompts), outcomes_of(World(0, 1, CPU), prompts)):
+        assert outcomes.reward.tolist() == [slot / 8 for slot in range(8)]
+        assert outcomes.lengths.tolist() == [3, 1, 0, 1, 5, 0, 2, 6]
+        assert outcomes.baseline is None and outcomes.group == 2
 
 
 def collectives(world):

@@ -24,7 +24,11 @@ class RunFolder:
         """Lines of metrics.jsonl without what differs between two runs of the same: times, and memory."""
         lines = read_metrics(self.path / "metrics.jsonl")
         return [
-            {key: value for key, value in line.items() if key != "time" and not key.startswith(("perf/", "memory/"))}
+            {
+                key: value
+                for key, value in line.items()
+                if key not in ("time", "cost/seconds") and not key.startswith(("perf/", "memory/"))
+            }
             for line in lines
         ]
 

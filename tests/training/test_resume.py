@@ -6,6 +6,7 @@ import shutil
 import time
 
 import pytest
+import torch
 from mssr_process import Moment
 
 KILLED = -9
@@ -106,6 +107,7 @@ def test_more_steps_go_on_where_the_run_ended(mssr, warm, run, whole):
     [
         ("seed=7", ["seed is 7", "had 0"]),
         ("rollout.prompts_per_step=32", ["rollout.prompts_per_step is 32", "had 16"]),
+        ("rollout.responses_per_prompt=2", ["rollout.responses_per_prompt is 2", "had 1"]),
         ("data.train={val}", ["data.train", "not what the checkpoint was trained on"]),
         ("algorithm.tracker.rho_min=0.5", ["rho_min"]),
     ],
@@ -116,6 +118,16 @@ def test_what_would_be_another_run_is_refused(mssr, warm, whole, override, words
     line = mssr("train", warm, whole.override, "--resume", override).line
     assert all(word in line for word in words), line
     assert snapshot(whole.path) == before
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(mssr, warm, run):
+    mssr("train", warm, run.override, "train.steps=1").check()
+    file = run.path / "checkpoints" / "step_000001" / "state.pt"
+    state = torch.load(file, weights_only=True)
+    del state["costs"], state["responses_per_prompt"]
+    torch.save(state, file)
+    line = mssr("train", warm, run.override, "--resume").line
+    assert "saved by an earlier version of mssr" in line
 
 
 def test_without_resume_an_earlier_run_is_refused_and_kept(mssr, warm, whole):

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mssr.algorithms.value_tracker import ValueTracker
 from mssr.config import load_config
+from mssr.data.dataset import ProblemDataset
 from mssr.data.files import open_rows
 from mssr.data.prompts import PromptEncoder
 from mssr.data.sampler import PromptSampler
@@ -45,7 +47,7 @@ def single_process(monkeypatch):
 def test_a_sync_that_does_nothing_stops_the_step(material, single_process):
     with Run(load_config(material / "config.yaml")) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
-        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world))
+        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
         clock = Stopwatch(run.world.device)
         assert rollouts.take(0, clock).batch.weight_version.tolist() == [0] * 16
         rollouts._rollout.update_weights = lambda policy, version: None
@@ -79,7 +81,7 @@ def test_a_step_finds_its_prompts_prepared(material, single_process, monkeypatch
     encodings, before = Encodings(monkeypatch), set(threading.enumerate())
     with Run(load_config(material / "config.yaml", ["train.steps=5"])) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
-        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world))
+        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
         steps = [PromptSampler(64, 16, run.config.seed).rows(step) for step in range(5)]
         for step, rows in enumerate(steps):
             prompts = rollouts.take(step, Stopwatch(run.world.device)).batch.prompts
@@ -92,11 +94,35 @@ def test_a_step_finds_its_prompts_prepared(material, single_process, monkeypatch
     assert not [thread.name for thread in left if thread.name.startswith("prompts")]
 
 
+def test_dynamic_sampling_prepares_the_next_step_again_after_a_refill(material, single_process, monkeypatch):
+    """What the refill loads ends what was begun ahead. Untrained: all rewards are equal, all prompts are replaced."""
+    asked = []
+    for name in ("load", "begin"):
+        done = getattr(ProblemDataset, name)
+        monkeypatch.setattr(
+            ProblemDataset,
+            name,
+            lambda self, rows, name=name, done=done: asked.append((name, rows := list(rows))) or done(self, rows),
+        )
+    groups = ["algorithm.name=grpo", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4"]
+    config = load_config(material / "config.yaml", [*groups, "algorithm.dynamic_sampling=1", "reward.format_weight=0"])
+    with Run(config) as run:
+        engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
+        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
+        taken = rollouts.take(0, Stopwatch(run.world.device))
+    sampler = PromptSampler(64, 4, run.config.seed)
+    first, second = ([row for row in sampler.rows(step) for _ in range(4)] for step in (0, 1))
+    assert taken.rollouts == 32
+    assert [name for name, _ in asked] == ["load", "begin", "load", "begin"]
+    assert asked[0][1] == first and not set(asked[2][1]) & set(first)
+    assert asked[1][1] == asked[3][1] == second
+
+
 def test_a_row_that_breaks_stops_the_step_that_needs_it(material, single_process, tmp_path):
     write_digits(tmp_path, seed=0, train=64, val=32, test=1, format="jsonl")
     with Run(load_config(material / "config.yaml", [f"data.train={tmp_path / 'train.jsonl'}"])) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
-        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world))
+        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
         clock = Stopwatch(run.world.device)
         row = PromptSampler(64, 16, run.config.seed).rows(1)[3]
         Path(open_rows(str(tmp_path / "train.jsonl"))[row]["images"][0]).unlink()

@@ -4,6 +4,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,13 +18,22 @@ UPDATES, STEPS = 2, 6
 def test_metrics_have_a_line_for_each_step_and_one_from_before(whole):
     lines = whole.metrics
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
-    assert set(lines[0]) == {"step", "val/accuracy", "val/response_tokens", "val/truncated"}
+    costs = {"cost/updates", "cost/rollouts", "cost/response_tokens"}
+    assert set(lines[0]) == {"step", "val/accuracy", "val/response_tokens", "val/truncated", *costs}
     groups = {"train/reward", "train/grad_norm", "train/lr", "rollout/logp_gap_mean", "rollout/response_tokens"}
     groups |= {"policy/entropy", "policy/clip_fraction", "policy/kl", "policy/shaping"}
-    groups |= {"tracker/baseline_mean", "tracker/value_mean", "tracker/rho_mean", "tracker/drift_mean"}
+    groups |= {
+        *costs,
+        "tracker/brier",
+        "tracker/bins",
+        "tracker/baseline_mean",
+        "tracker/value_mean",
+        "tracker/rho_mean",
+        "tracker/drift_mean",
+    }
     for line in lines[1:]:
         assert groups <= set(line)
-        assert all(math.isfinite(value) for value in line.values())
+        assert all(np.isfinite(value).all() for value in line.values())
     assert [line["step"] for line in lines if "val/accuracy" in line] == [0, 3, 6]
 
 
@@ -90,7 +100,8 @@ def test_plot_draws_the_curves(whole, mssr, tmp_path):
 
 def test_steps_with_a_gap_beyond_the_limit_are_left_out_and_end_the_run(mssr, warm, run):
     ended = mssr("train", warm, run.override, "rollout.max_gap=1e-12", "train.max_skipped_steps=2", "eval.every=9")
-    assert "step 3" in ended.line and "rollout.max_gap" in ended.line and "after 2 steps" in ended.line
+    line = ended.divergence
+    assert "step 3" in line and "rollout.max_gap" in line and "after 2 steps" in line
     assert "step 1: left out, rollout and trainer disagree" in ended.out
     assert [line["train/skipped_steps"] for line in run.metrics[1:]] == [1, 2, 3]
     assert all(line["rollout/logp_gap_mean"] > 1e-12 for line in run.metrics[1:])
@@ -115,6 +126,6 @@ def test_a_step_that_is_left_out_changes_nothing(mssr, warm, run):
 
 
 def test_a_policy_that_became_nan_ends_the_run_in_one_line(mssr, warm, run):
-    line = mssr("train", warm, run.override, "train.optimizer.lr=1e30", "train.optimizer.grad_clip=1e30").line
+    line = mssr("train", warm, run.override, "train.optimizer.lr=1e30", "train.optimizer.grad_clip=1e30").divergence
     assert "became NaN" in line and "train.optimizer.lr" in line
     assert run.metrics[-1]["step"] == 2 and math.isnan(run.metrics[-1]["rollout/logp_gap_mean"])
