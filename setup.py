@@ -29,6 +29,8 @@ EXTRAS = {
         "psutil>=6",
         "nvidia-ml-py>=13",
         "scikit-learn>=1.6",  # the demo's handwritten digits
+        "scipy>=1.13",
+        "numpy>=2",
     ],
     "vllm": ["vllm>=0.26,<0.33"],
     "flash": ["flash-attn>=2.8.3,<3"],

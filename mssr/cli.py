@@ -1,4 +1,4 @@
-"""The command line: mssr train | sft | eval | serve | data | plot | export | plan | doctor.
+"""The command line: mssr train | sft | eval | serve | data | plot | study | report | export | plan | doctor.
 
 Heavy imports wait until a command needs them.
 """
@@ -119,6 +119,30 @@ def plot(
     files = [run if run.is_file() else run / "metrics.jsonl" for run in runs]
     labels = [str(file.parent) for file in files]
     print(plot_curves(dict(zip(labels, files)), out or files[0].parent / "curves.png"))
+
+
+@app.command()
+def study(
+    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="arms x seeds; see configs/study_*.yaml")],
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time; default: the file's")] = None,
+) -> None:
+    """Compare algorithms or settings at equal cost: run what is not finished yet, then table and plots."""
+    from mssr.study.study import study as run_study
+
+    table = run_study(study, jobs)
+    written = sorted(path.name for path in table.parent.iterdir() if path.suffix in (".md", ".png"))
+    print(f"{table.read_text()}\n{table.parent}: {', '.join(written)}")
+
+
+@app.command()
+def report(
+    studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="folders of studies, or results.json")],
+    out: Annotated[Path, typer.Option(help="Markdown page to write; its figures go to a folder beside it")],
+) -> None:
+    """Write what studies show: tables, figures, and the verdict on each of their claims."""
+    from mssr.study.report import write_report
+
+    print(write_report(studies, out))
 
 
 @app.command()

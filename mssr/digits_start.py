@@ -21,7 +21,6 @@ from mssr.config import Config, Section, load_config
 from mssr.data.files import open_rows
 from mssr.data.tasks.digits import MOST_DIGITS, write_digits
 from mssr.errors import UserError
-from mssr.policy.tiny import write_tiny_model
 
 CORPUS_ROWS = 1000
 MARKER = "digits_start.json"
@@ -110,6 +109,8 @@ def warm_start(
 
     files: of `write_problems`. log: where `mssr sft` prints; None: as this process does.
     """
+    from mssr.policy.tiny import write_tiny_model  # seconds of imports that a study's file with a mistake does without
+
     overrides = _warm_start_overrides(folder, files, seed, overrides)
     write_tiny_model(
         folder / "untrained",

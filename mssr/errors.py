@@ -15,10 +15,10 @@ class Diverged(UserError):
 
 
 class Interrupted(Exception):
-    """A run has saved and ends because a signal asked for it. exit_code: as a shell reports it; the run is not finished."""
+    """It ends because a signal asked for it, and can go on. exit_code: as a shell reports it."""
 
-    def __init__(self, number: int, step: int) -> None:
-        super().__init__(f"{signal.Signals(number).name}: saved step {step}; go on with --resume")
+    def __init__(self, number: int, what_is_kept: str) -> None:
+        super().__init__(f"{signal.Signals(number).name}: {what_is_kept}")
         self.exit_code = 128 + number
 
 

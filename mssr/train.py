@@ -87,7 +87,7 @@ def _train(run: Run, checkpoints: Checkpoints, interruptions: Interruptions, res
             checkpoints.save(done, engine, state, best=best)
         checkpoints.settle(wait=last or signal > 0)
         if signal:
-            raise Interrupted(signal, done)
+            raise Interrupted(signal, f"saved step {done}; go on with --resume")
 
     if not saved:
         with rollouts.awake(0) as rollout:

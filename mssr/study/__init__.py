@@ -1,0 +1,1 @@
+"""Arms x seeds at equal cost: run, read, compare, report."""

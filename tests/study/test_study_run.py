@@ -1,0 +1,164 @@
+"""`study` with real runs of a tiny model: stopped and gone on with, failures named, wrong files refused."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mssr.errors import UserError
+from mssr.observe.metrics import read_metrics
+from mssr.study.process import Child, diverged, environment, last_line
+from mssr.study.report import write_report
+from mssr.study.results import load_results
+from mssr.study.runner import sole_user
+from mssr.study.study import study
+
+UPDATES = 32  # of 16 steps
+
+
+@pytest.fixture
+def write(material, tmp_path):
+    def write(arms, **keys) -> Path:
+        path = tmp_path / "toy.yaml"
+        spec = {
+            "out": str(tmp_path / "out"),
+            "question": "Which?",
+            "config": str(material / "config.yaml"),
+            "set": {"log.tensorboard": False, "train.async_save": False, "eval.max_problems": 8},
+            "seeds": [5],
+            "match": "updates",
+            "budget": UPDATES,
+            "arms": arms,
+        }
+        path.write_text(yaml.safe_dump(spec | keys, sort_keys=False))
+        return path
+
+    return write
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 120
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+def writers_of(folder):
+    """Processes whose command line names the folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+        except OSError:  # it ended meanwhile
+            continue
+        if any(word.startswith(f"run_dir={folder}".encode()) for word in words):
+            found.append(int(entry.name))
+    return found
+
+
+ARMS = {
+    "wild": {"train.optimizer.lr": 1e30, "train.optimizer.grad_clip": 1e30},
+    "base": {"algorithm.name": "mssr", "train.checkpoint_every": 1},
+}
+CLAIM = {"text": "Care pays.", "higher": "base", "lower": "wild"}
+
+
+def test_a_study_stopped_and_gone_on_with(write, mssr, tmp_path):
+    path = write({**ARMS, "broken": {"data.train": str(tmp_path / "nowhere.parquet")}}, claims=[CLAIM])
+    out = tmp_path / "out"
+    wild, base, broken = (out / "runs" / arm / "seed_5" for arm in ("wild", "base", "broken"))
+
+    # Stopped by a signal in the second run: it saves, every process ends, and the study says how to go on.
+    study = mssr.start("study", path)
+    wait_for((base / "checkpoints" / "step_000002").exists)
+    with pytest.raises(UserError, match="another study, or a run"), sole_user(out):
+        pass
+    os.kill(study.pid, signal.SIGTERM)
+    ended = study.wait()
+    assert ended.code == 128 + signal.SIGTERM
+    assert "SIGTERM: runs were stopped; the same command goes on" in ended.err
+    assert "[1/3] wild seed 5 diverged" in ended.out
+    assert writers_of(out) == []
+    steps = len(read_metrics(base / "metrics.jsonl"))
+    assert not (base / "finished.json").exists() and 2 < steps < 17
+
+    # What is finished by then has its table, and a report.
+    assert load_results(out).missing == ["base seed 5", "broken seed 5"]
+    assert "| wild | 0.0 |" in (out / "table.md").read_text()
+    page = write_report([out], tmp_path / "STUDY.md").read_text()
+    assert "**1 of 3 runs, the others are not finished,**" in page and "no seed has finished in both arms" in page
+
+    # Gone on with: one run ends by its budget; one has diverged, which is a result; one fails, which is named.
+    line = mssr("study", path, "--jobs", "2").line
+    assert "1 of 3 runs failed" in line and "broken seed 5: " in line and "nowhere.parquet" in line
+    finished = json.loads((base / "finished.json").read_text())
+    assert finished["end"] == "budget" and finished["attempts"] == 2
+    assert finished["cpu_seconds"] > 0 and finished["wall_seconds"] > 0
+    assert [record["step"] for record in read_metrics(base / "metrics.jsonl")] == list(range(17))
+    assert json.loads((wild / "finished.json").read_text())["end"] == "diverged"
+    assert not (broken / "finished.json").exists() and "nowhere.parquet" in last_line(broken / "log.txt")
+    results = load_results(out)
+    by_arm = {run.arm: run for run in results.runs}
+    assert by_arm["base"].spent["updates"] == UPDATES and by_arm["base"].spent["rollouts"] == 16 * 16
+    assert by_arm["wild"].collapsed and results.missing == ["broken seed 5"]
+    assert len(json.loads((out / "table.json").read_text())) == 2
+
+    # Without the arm that fails nothing is left to run, and the table is shown.
+    before = {run: (run / "finished.json").stat().st_mtime_ns for run in (base, wild)}
+    shown = mssr("study", write(ARMS, claims=[CLAIM])).check().out
+    assert {run: (run / "finished.json").stat().st_mtime_ns for run in (base, wild)} == before
+    assert "2 runs, 2 of them finished before" in shown and "| base |" in shown and "curves.png" in shown
+    assert (out / "curves.png").is_file() and (out / "arms.png").is_file()
+
+    # Another configuration under an old name would mix two studies.
+    line = mssr("study", write({**ARMS, "base": {"train.optimizer.lr": 2e-3}})).line
+    assert line.startswith("arm base, seed 5: train.optimizer.lr is 0.002, the run in ") and "had 0.001;" in line
+
+
+def test_a_wrong_key_starts_nothing(write, tmp_path):
+    with pytest.raises(UserError, match=r"toy\.yaml: arm bad: .*unknown key train\.stps.*did you mean train\.steps\?"):
+        study(write({"good": {}, "bad": {"train.stps": 3}}))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("step 1\nmssr: no such file\nE1120 torchrun says more\n", "no such file"),
+        ("Traceback\n  File\nValueError: 3\n\n", "ValueError: 3"),
+        ("", "it wrote nothing"),
+    ],
+)
+def test_why_a_run_failed_is_its_errors_line_or_its_last(tmp_path, text, line):
+    (tmp_path / "log.txt").write_text(text)
+    assert last_line(tmp_path / "log.txt") == line
+
+
+def test_gpus_are_shared_out():
+    gpus = ["4", "5", "6", "7"]
+    assert [environment(slot, 2, gpus)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["4,5", "6,7"]
+    assert [environment(slot, 1, gpus[:2])["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "5", "4"]
+
+
+def test_a_run_that_a_killed_study_left_behind_keeps_the_folder(tmp_path):
+    """Two processes must never write one run."""
+    with sole_user(tmp_path / "out") as lock:
+        child = Child(["sleep", "100"], dict(os.environ), tmp_path / "log.txt", lock)
+    with pytest.raises(UserError, match="a run that a killed one left behind"), sole_user(tmp_path / "out"):
+        pass
+    child.stop(signal.SIGKILL)
+    assert child.wait().code == -signal.SIGKILL
+    with sole_user(tmp_path / "out"):
+        pass
+
+
+def test_a_divergence_is_told_by_the_exit_code_also_through_torchrun(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("mssr: step 3: diverged\n[1]:\n  exitcode  : -15 (pid: 8)\nRoot Cause:\n  exitcode  : 3 (pid: 9)\n")
+    assert diverged(1, log) and diverged(3, tmp_path / "absent.txt") and not diverged(0, log)
+    log.write_text("mssr: step 3\n  exitcode  : 2 (pid: 9)\n")
+    assert not diverged(1, log)
