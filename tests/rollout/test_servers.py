@@ -118,13 +118,14 @@ def test_samples_are_reported_with_the_log_probs_they_were_drawn_with(servers, o
 
 
 def test_each_response_is_told_once_as_it_comes_the_long_ones_first(servers, own_policy, many):
-    engine = rollout(own_policy, servers, batch_size=1)
+    """On one server, one at a time: beside another server's, a response begun first may well end later."""
+    engine = rollout(own_policy, servers[:1], batch_size=1)
     engine.update_weights(own_policy, 0)
     told = []
     expected = [float(row == 17) for row in range(len(many))]
     batch = greedy(engine, many, expected_tokens=expected, on_response=lambda row, one: told.append((row, one)))
     assert sorted(row for row, _ in told) == list(range(len(many)))
-    assert 17 in {row for row, _ in told[:2]}  # one of the first two that the two servers got
+    assert told[0][0] == 17
     for row, response in told:
         assert response.tokens.tolist() == batch.response(row).tolist()
     engine.close()
