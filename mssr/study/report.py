@@ -34,6 +34,7 @@ tenth of predicted success, all steps and seeds together, its area the share of 
 ARMS_CAPTION = """\
 *Left: final accuracy, mean and 95 % interval, the seeds below. Middle: paired difference to the first arm; faint where
 the interval contains 0. Right: what a run spent.*"""
+FIGURES = "study"  # folder beside the page
 MARKS = {"holds": "✔", "does not hold": "✘", "not shown either way": "○"}
 
 OF_A_RUN = {"final": "at the end", "best": "best", "auc": "mean over the run"}
@@ -50,13 +51,19 @@ def write_report(studies: Sequence[Path], out: Path) -> Path:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two studies are called {name}: rename one's file; figures are named by it")
-    figures = out.parent / "study"
-    intros = [results.intro.strip() for results in found if results.intro.strip()]
-    sections = [_section(results, figures) for results in found]
-    parts = [TITLE, *intros, HOW_TO_READ, _overview(found), *sections]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n\n".join(part for part in parts if part) + "\n")
+    figures = out.parent / FIGURES
+    for results in found:
+        plot_curves(results, figures / f"{results.name}.png")
+        plot_arms(results, figures / f"{results.name}_arms.png")
+    out.write_text(page(found))
     return out
+
+
+def page(studies: Sequence[StudyResults]) -> str:
+    """The Markdown, which names the figures that `write_report` draws."""
+    intros = [results.intro.strip() for results in studies if results.intro.strip()]
+    parts = [TITLE, *intros, HOW_TO_READ, _overview(studies), *(_section(results) for results in studies)]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _overview(studies: Sequence[StudyResults]) -> str:
@@ -68,7 +75,7 @@ def _overview(studies: Sequence[StudyResults]) -> str:
     counts = ", ".join(f"{word}: {words.count(word)}" for word in MARKS)
     rows = [
         f"| {MARKS[found.word]} | {claim.text} | {found.word}: {_compared(claim)}{found.evidence} "
-        f"| [{results.name}](#{_anchor(results)}), [figure](study/{_figure_of(claim, results)})"
+        f"| [{results.name}](#{_anchor(results)}), [figure]({FIGURES}/{_figure_of(claim, results)})"
         f"{', not finished: preliminary' if results.missing else ''} |"
         for results, claim, found in decided
     ]
@@ -82,17 +89,15 @@ def _figure_of(claim: Claim, results: StudyResults) -> str:
     return f"{results.name}.png" if in_curves else f"{results.name}_arms.png"
 
 
-def _section(results: StudyResults, figures: Path) -> str:
-    curves = plot_curves(results, figures / f"{results.name}.png")
-    arms = plot_arms(results, figures / f"{results.name}_arms.png")
+def _section(results: StudyResults) -> str:
     parts = [
         f"## {results.name}",
         f"**{results.question}**",
         _facts(results),
         results_table(results).rstrip(),
-        f"![{results.name}: curves](study/{curves.name})",
+        f"![{results.name}: curves]({FIGURES}/{results.name}.png)",
         CURVES_CAPTION,
-        f"![{results.name}: arms](study/{arms.name})",
+        f"![{results.name}: arms]({FIGURES}/{results.name}_arms.png)",
         ARMS_CAPTION,
         _settings(results),
     ]

@@ -1,0 +1,38 @@
+"""docs/STUDY.md is what the committed results say: generated, never typed."""
+
+from pathlib import Path
+
+from mssr.study.report import page
+from mssr.study.results import load_results
+from mssr.study.spec import load_study
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+ORDER = ("full", "rates", "boundary", "mode_s")
+RESULTS = [DOCS / "study" / f"study_digits_{name}.json" for name in ORDER]
+
+
+def test_the_page_is_what_the_results_say():
+    assert sorted(RESULTS) == sorted((DOCS / "study").glob("*.json"))
+    assert (DOCS / "STUDY.md").read_text() == page([load_results(path) for path in RESULTS])
+
+
+def test_the_results_are_of_the_shipped_studies():
+    for path in RESULTS:
+        results, spec = load_results(path), load_study(ROOT / "configs" / f"{path.stem}.yaml")
+        here = (spec.question, spec.seeds, spec.match, spec.budget, spec.arms, spec.claims, spec.report_intro)
+        there = (
+            results.question,
+            results.seeds,
+            results.match,
+            results.budget,
+            results.arms,
+            results.claims,
+            results.intro,
+        )
+        assert here == there
+
+
+def test_the_figures_are_there():
+    for path in RESULTS:
+        assert path.with_suffix(".png").is_file() and path.with_name(f"{path.stem}_arms.png").is_file()
