@@ -11,7 +11,6 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mssr.conflicts import TRACKED, refuse_conflicts
@@ -19,6 +18,7 @@ from mssr.errors import UserError
 from mssr.overrides import apply_override
 from mssr.policy.deepspeed_json import zero_stage_of
 from mssr.presets import with_preset
+from mssr.yaml_file import read_keys
 
 DEFAULT_INSTRUCTION = "Think step by step inside <think></think> tags, then give the final answer in \\boxed{}."
 
@@ -312,19 +312,9 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
     """Reads a YAML file, applies `key=value` overrides, validates.
 
     Raises:
-        UserError: file missing or not YAML, unknown key (names the nearest), value of the wrong type or range.
+        UserError: file missing or not YAML, a key twice or unknown (names the nearest), value of the wrong type or range.
     """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable config file: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines at the top level, found {type(values).__name__}")
+    values = read_keys(Path(path), "config")
     for override in overrides:
         apply_override(values, override)
     return validate_config(values, source=str(path))

@@ -9,13 +9,13 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from mssr.digits_start import DigitsSettings
 from mssr.errors import UserError
 from mssr.study.claims import Claim, Part, nearest
 from mssr.study.recorded import Match
+from mssr.yaml_file import read_keys
 
 
 class StudySpec(Part):
@@ -90,17 +90,7 @@ def load_study(path: Path) -> StudySpec:
         UserError: file missing or not YAML, a key twice, unknown (names the nearest), or with a value that cannot be.
     """
     try:
-        values = yaml.load(Path(path).read_text(), _UniqueKeys)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such study file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable study file: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines at the top level, found {type(values).__name__}")
-    try:
-        return StudySpec.model_validate(values)
+        return StudySpec.model_validate(read_keys(Path(path), "study"))
     except ValidationError as error:
         raise UserError(f"{path}: {_in_one_line(error)}") from None
 
@@ -115,14 +105,3 @@ def _in_one_line(error: ValidationError) -> str:
         return f"unknown key {key}; did you mean {nearest(str(first['loc'][-1]), section.model_fields)}?"
     given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
     return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{given}"
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML lets a later key replace an earlier one; of two arms with one name, one would be gone without a word."""
-
-    def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1 and name != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)

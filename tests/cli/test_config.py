@@ -144,7 +144,13 @@ def test_stopping_at_an_accuracy_needs_problems_to_measure_it_on(refused):
 
 
 @pytest.mark.parametrize(
-    "text, words", [("a: [1", "not valid YAML"), ("- 1\n", "expected `key: value`"), ("5", "key: value")]
+    "text, words",
+    [
+        ("a: [1", "not valid YAML"),
+        ("seed: 1\nseed: 2\n", "seed is there twice"),
+        ("- 1\n", "expected `key: value`"),
+        ("5", "key: value"),
+    ],
 )
 def test_a_file_that_is_no_config(refused, text, words):
     assert words in refused(text=text)
