@@ -3,6 +3,7 @@
 from . import reference
 from .api import linear_logprob_entropy, linear_policy_loss
 from .head import FusedLMHead
+from .patch import check_patch, next_token_target, patch, unpatch
 from .plan import Plan, explain
 from .types import LogprobEntropy, PolicyLoss, PolicyLossConfig, PolicyMetrics
 
@@ -13,8 +14,12 @@ __all__ = [
     "PolicyLoss",
     "PolicyLossConfig",
     "PolicyMetrics",
+    "check_patch",
     "explain",
     "linear_logprob_entropy",
     "linear_policy_loss",
+    "next_token_target",
+    "patch",
     "reference",
+    "unpatch",
 ]

@@ -1,0 +1,101 @@
+"""Policy gradients in plain PyTorch, one rollout a prompt: once on the model's logits, once on the patched model.
+
+    python examples/plain_loop.py
+
+The same ten steps either way, each in a process of its own, whose peak memory tells what the logits cost.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+
+STEPS, PROMPTS, PROMPT, RESPONSE, VOCABULARY = 10, 8, 8, 24, 65_536
+
+
+def tiny_model():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, tie_word_embeddings=False, initializer_range=0.3, eos_token_id=None,
+        )
+    )  # fmt: skip
+
+
+def loss_of_logits(model, tokens, target, advantage, old_logp):
+    """The clipped policy loss as everyone writes it: the logits of all positions, and as much again for the softmax."""
+    import torch
+
+    log_p = torch.log_softmax(model(tokens).logits.float(), dim=-1)
+    logp = log_p.gather(2, target.clamp(min=0)[..., None])[..., 0]
+    ratio = torch.exp(logp - (logp.detach() if old_logp is None else old_logp))
+    objective = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    return -objective[target != -100].mean(), logp.detach()
+
+
+def fused_loss(model, tokens, target, advantage, old_logp):
+    """The same from the patched model; the result also has entropies, clipped tokens and sums to log."""
+    from mssr_kernels import PolicyLossConfig
+
+    config = PolicyLossConfig(clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_alpha=0.0)
+    out = model(
+        tokens, target=target, advantage=advantage, old_logp=old_logp, config=config, workspace_bytes=16 << 20
+    )  # fmt: skip
+    return out.loss, out.logp
+
+
+def train(loss_of, patched: bool) -> dict:
+    import torch
+
+    from mssr_kernels import next_token_target, patch
+
+    torch.manual_seed(0)
+    model = tiny_model()
+    if patched:
+        patch(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+    losses, before = [], 0
+    for step in range(STEPS):
+        if step % 2 == 0:  # a rollout for two updates; reward: how many of the response's tokens are even
+            prompts = torch.randint(VOCABULARY, (PROMPTS, PROMPT))
+            tokens = model.generate(prompts, max_new_tokens=RESPONSE, do_sample=True, top_k=0)
+            in_response = torch.arange(tokens.shape[1]).expand_as(tokens) >= PROMPT
+            target = next_token_target(tokens, in_response)
+            reward = (tokens[:, PROMPT:] % 2 == 0).float().mean(dim=1)
+            advantage = (reward - reward.mean())[:, None].expand(target.shape)
+            old_logp = None
+            before = before or peak_mib()
+        loss, logp = loss_of(model, tokens, target, advantage, old_logp)
+        old_logp = logp if old_logp is None else old_logp
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return {"losses": losses, "loss_mib": peak_mib() - before}
+
+
+def peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    runs = {}
+    for kind in ("logits", "patched"):
+        done = subprocess.run([sys.executable, __file__, kind], stdout=subprocess.PIPE, check=True)
+        runs[kind] = json.loads(done.stdout.splitlines()[-1])
+        losses = " ".join(f"{loss:+.4f}" for loss in runs[kind]["losses"])
+        print(f"{kind:8} losses {losses}   memory of the loss {runs[kind]['loss_mib']:5.0f} MiB")
+    apart = max(abs(a - b) for a, b in zip(*(run["losses"] for run in runs.values())))
+    print(f"losses agree to {apart:.1e}; {runs['patched']['loss_mib'] / runs['logits']['loss_mib']:.2f} of the memory")
+    if apart > 1e-4:
+        raise SystemExit("the losses differ")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        main()
+    else:
+        patched = sys.argv[1] == "patched"
+        print(json.dumps(train(fused_loss if patched else loss_of_logits, patched)))

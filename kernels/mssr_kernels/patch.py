@@ -1,0 +1,272 @@
+"""Gives a transformers model the fused head: `model(**inputs, target=target)` returns log-probs instead of logits.
+
+    patch(model)
+    out = model(**inputs, target=next_token_target(input_ids, mask))          # LogprobEntropy, each [B, T]
+    out = model(**inputs, target=target, advantage=advantage, old_logp=old)   # PolicyLoss
+    unpatch(model)
+
+What a family does between its backbone and its logits (soft cap, scale) is measured (`logits_path`); what the fused head
+cannot compute is refused.
+"""
+
+import functools
+import inspect
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from .api import linear_policy_loss
+from .checks import DTYPES
+from .head import FusedLMHead
+from .logits_path import measure
+from .types import LogprobEntropy, PolicyLoss
+
+_HEAD_OWNS = ("hidden", "weight", "target", "bias", "softcap", "group")
+_HEAD_ARGUMENTS = tuple(name for name in inspect.signature(linear_policy_loss).parameters if name not in _HEAD_OWNS)
+_LOGPROB_ARGUMENTS = ("temperature", "ignore_index", "backend", "workspace_bytes")
+_NOT_WITH_TARGET = {
+    "labels": "target takes their place, see next_token_target",
+    "logits_to_keep": "there are no logits; set target to -100 where nothing is to be computed",
+    "output_hidden_states": "hidden states are not returned; call without target for them",
+    "output_attentions": "attentions are not returned; call without target for them",
+    "output_router_logits": "the router's loss would be lost; compute it in a call without target, or switch it off",
+    "softcap": "the model's own is used",
+    "bias": "the head's own is used",
+    "group": "the head is not split over ranks",
+}
+
+
+def patch(model: nn.Module) -> nn.Module:
+    """Gives `model`'s forward the arguments of the fused head, in place; returns `model`.
+
+    model: any transformers model with a backbone (`base_model_prefix`) and an nn.Linear as output embeddings, or a
+    PeftModel around one. Patch it before what wraps its modules or its forward: DDP, fully_shard, deepspeed.initialize,
+    accelerator.prepare, torch.compile. A patched model that is patched again (its head was resized) is measured anew.
+
+    With target ([B, T] int64, aligned with positions, -100 where nothing is to be computed; see `next_token_target`):
+
+        model(**inputs, target=target)                        LogprobEntropy; also temperature, backend, workspace_bytes
+        model(**inputs, target=target, advantage=advantage)   PolicyLoss; also all else of `linear_policy_loss`
+
+    Per-row arguments and results are [B, T] float32. Positions without target are never multiplied with the head. No
+    cache is kept unless use_cache is passed. Without target forward is the model's own, and so is everything else: the
+    parameters, their names and ties, generate, save_pretrained, signature. Deep copies are patched models of their own;
+    a pickled one comes back unpatched.
+
+    Under mixed precision of FSDP2 pass MixedPrecisionPolicy(cast_forward_inputs=False), for the model and for the head:
+    the per-row arguments stay float32.
+
+    Raises:
+        TypeError: there is no backbone, or the head is no plain nn.Linear (quantised, wrapped by LoRA, sharded).
+        ValueError: forward does something between the backbone and the logits that the fused head cannot compute.
+    """
+    given, model = model, _unwrapped(model)
+    if _path_of(model) is not None:
+        unpatch(model)
+    name = type(model).__name__
+    head, backbone = _head_of(model), _backbone_of(model)
+    for module, what in ((model, name), (head, f"the output embeddings of {name}")):
+        if _is_wrapped(module):
+            raise TypeError(f"patch: the forward of {what} is wrapped already: patch first, then wrap or dispatch")
+    scale, softcap = measure(model, backbone, head)
+    stock = type(model).forward
+    path = _Path(
+        head=next(path for path, module in model.named_modules() if module is head),
+        head_class=type(head),
+        scale=scale,
+        softcap=softcap,
+        forward_names=_parameter_names(stock),
+        backbone_names=_parameter_names(type(backbone).forward),
+    )
+
+    def forward(self, *args, target: Tensor | None = None, **kwargs):
+        if target is None:
+            path.refuse_without_target(kwargs)
+            return stock(self, *args, **kwargs)
+        return path.score(self, dict(zip(path.forward_names, args)) | kwargs, target)
+
+    # generate and trainers read the signature. No __wrapped__: accelerate's unwrap_model would go past this function.
+    forward.__signature__, forward.__doc__ = inspect.signature(stock), stock.__doc__
+    forward.mssr_path = path
+    head.__class__ = FusedLMHead
+    # A bound method and not a closure over the model: deepcopy binds it to the copy.
+    model.forward = MethodType(forward, model)
+    return given
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Takes back what `patch` did, in place; returns `model`. Raises ValueError for a model that is not patched."""
+    given, model = model, _unwrapped(model)
+    path = _path_of(model)
+    if path is None:
+        raise ValueError(f"unpatch: {type(model).__name__} is not patched, or its forward was wrapped since")
+    head = path.head_in(model)
+    # A head that was resized is a new nn.Linear, and stays one.
+    if isinstance(head, FusedLMHead):
+        if type(head) is not FusedLMHead:
+            raise ValueError(
+                f"unpatch: {path.head} is {type(head).__name__} by now: unpatch before the model is sharded"
+            )
+        head.__class__ = path.head_class
+    del model.forward
+    return given
+
+
+def next_token_target(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The target of each position, which is the token after it; -100 at the last one.
+
+    tokens   [..., T] int64, input_ids or labels with -100 where there is none
+    mask     None, or [..., T]: nonzero where the *token* counts (a response mask, an attention mask)
+
+    Per-row arguments of the loss go with the position that predicts, too: the response token t's advantage, old_logp and
+    so on belong at t - 1.
+    """
+    if mask is not None:
+        if mask.shape != tokens.shape:
+            raise ValueError(f"mask is {list(mask.shape)} but tokens are {list(tokens.shape)}: shapes must agree")
+        tokens = tokens.masked_fill(~mask.bool(), -100)
+    return torch.cat([tokens[..., 1:], torch.full_like(tokens[..., :1], -100)], dim=-1)
+
+
+@torch.no_grad()
+def check_patch(model: nn.Module, **inputs) -> float:
+    """The largest difference between the log-probs of a patched model and those of its own logits, in nats.
+
+    inputs: what forward takes, with input_ids; a few tokens, for the logits of all of them are made. In eval mode, and
+    on all ranks where the model is sharded. Raises RuntimeError where rounding does not explain the difference: four times
+    the precision of the logits times their size (the model rounds them to its dtype, the fused head does not).
+    """
+    target = next_token_target(inputs["input_ids"], inputs.get("attention_mask"))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        logits, scored = model(**inputs).logits, model(**inputs, target=target)
+    finally:
+        for module in training:
+            module.training = True
+    if not isinstance(scored, LogprobEntropy):
+        raise RuntimeError(f"check_patch: {type(model).__name__} is not patched")
+    kept = target != -100
+    logp = torch.log_softmax(logits[kept].float(), dim=-1).gather(1, target[kept][:, None])[:, 0]
+    difference = float((logp - scored.logp[kept]).abs().max())
+    rounding = 1e-4 + 4 * torch.finfo(logits.dtype).eps * float(logits[kept].abs().max())
+    if not difference <= rounding:
+        raise RuntimeError(
+            f"check_patch: log-probs of {type(model).__name__} are {difference:.2g} off those of its logits, where rounding "
+            f"explains {rounding:.2g}: patch it again if its config changed, else it is not supported"
+        )
+    return difference
+
+
+@dataclass(frozen=True)
+class _Path:
+    """How a model comes from its inputs to log-probs."""
+
+    head: str  # the head's name in the model
+    head_class: type[nn.Linear]  # of the head as it was
+    scale: float  # logits = scale * softcap(head(hidden))
+    softcap: float | None
+    forward_names: tuple[str, ...]  # parameters of the model's own forward
+    backbone_names: tuple[str, ...]
+
+    def head_in(self, model: nn.Module) -> nn.Module:
+        return functools.reduce(getattr, self.head.split("."), model)
+
+    def refuse_without_target(self, kwargs: dict) -> None:
+        """transformers ignores most keywords that it does not know."""
+        for name in _HEAD_ARGUMENTS:
+            if name in kwargs and name not in self.forward_names:
+                raise ValueError(f"{name} is given but no target: pass target, or leave {name} out for logits")
+
+    def score(self, model: nn.Module, kwargs: dict, target: Tensor) -> LogprobEntropy | PolicyLoss:
+        """What the head returns for the hidden states of the backbone, in target's shape."""
+        arguments = {name: kwargs.pop(name) for name in _HEAD_ARGUMENTS if name in kwargs}
+        self._check(model, arguments, kwargs)
+        if "use_cache" in self.backbone_names:
+            kwargs.setdefault("use_cache", False)
+        hidden = _backbone_of(model)(**{name: value for name, value in kwargs.items() if value is not None})[0]
+        if self.scale != 1:
+            arguments["temperature"] = arguments.get("temperature", 1.0) / self.scale
+        result = self.head_in(model)(hidden, target, softcap=self.softcap, **arguments)
+        rows = (field.reshape(target.shape) if isinstance(field, Tensor) and field.ndim else field for field in result)
+        return type(result)(*rows)
+
+    def _check(self, model: nn.Module, arguments: dict, kwargs: dict) -> None:
+        head, name = self.head_in(model), type(model).__name__
+        copies = () if isinstance(head, FusedLMHead) else dict(getattr(head, "modules_to_save", {})).values()
+        if not isinstance(head, FusedLMHead) and not (copies and all(isinstance(c, FusedLMHead) for c in copies)):
+            raise TypeError(
+                f"{self.head} of {name} is {type(head).__name__} by now, which cannot take target: patch the model again "
+                "after resizing its head, and leave the head out of LoRA's target_modules (modules_to_save is fine)"
+            )
+        for given, reason in _NOT_WITH_TARGET.items():
+            value = kwargs.get(given)
+            if isinstance(value, Tensor) or value:
+                raise ValueError(f"{given} cannot be given with target: {reason}")
+            kwargs.pop(given, None)
+        if _routes_aloud(model):
+            raise ValueError(
+                f"config.output_router_logits of {name} is on, and with target the router's loss would be lost: set it to "
+                "False, or train without target"
+            )
+        for given, value in arguments.items():
+            if given not in _LOGPROB_ARGUMENTS and given != "advantage" and arguments.get("advantage") is None:
+                raise ValueError(f"{given} is given but no advantage: it belongs to the policy loss")
+            if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+                raise TypeError(
+                    f"{given} must be float32, got {str(value.dtype).removeprefix('torch.')}: if mixed precision casts the "
+                    "inputs of forward, switch that off (FSDP2: MixedPrecisionPolicy(cast_forward_inputs=False))"
+                )
+        for given, value in kwargs.items():
+            if given in self.forward_names and given not in self.backbone_names and value is not None:
+                raise ValueError(
+                    f"{given} is used by the forward of {name} itself, which a call with target goes past: leave it out"
+                )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _path_of(model: nn.Module) -> _Path | None:
+    return getattr(getattr(vars(model).get("forward"), "__func__", None), "mssr_path", None)
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether the instance has a forward of its own; a patched model that was pickled has its class's in its place."""
+    own = vars(module).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward
+
+
+def _backbone_of(model: nn.Module) -> nn.Module:
+    return getattr(model, model.base_model_prefix)
+
+
+def _head_of(model: nn.Module) -> nn.Linear:
+    """The head, of a model that has all that `patch` needs."""
+    name = type(model).__name__
+    if not isinstance(getattr(model, getattr(model, "base_model_prefix", None) or "", None), nn.Module):
+        raise TypeError(
+            f"patch needs a transformers model with a backbone, got {name}: pass the model itself, before DDP, DeepSpeed or "
+            "torch.compile wraps it"
+        )
+    head = model.get_output_embeddings()
+    plain = type(head) in (nn.Linear, FusedLMHead) and type(head.weight.data) is Tensor and head.weight.dtype in DTYPES
+    if not plain:
+        raise TypeError(
+            f"patch needs an nn.Linear as output embeddings of {name}, got {type(head).__name__}: leave the head out of "
+            "quantisation and of LoRA's target_modules, and patch before the model is sharded"
+        )
+    return head
+
+
+def _parameter_names(function) -> tuple[str, ...]:
+    _, *parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.KEYWORD_ONLY)
+
+
+def _routes_aloud(model: nn.Module) -> bool:
+    config = model.config
+    return any(getattr(c, "output_router_logits", False) for c in (config, getattr(config, "text_config", None)))

@@ -1,0 +1,35 @@
+"""Which versions of the other trainers an integration was made for: it hangs on what they do inside."""
+
+import importlib.metadata
+import re
+
+from mssr.errors import UserError
+
+SUPPORTED = {  # package: the first version, and the first that is not
+    "trl": ("1.15", "1.17"),
+    "verl": ("0.9.1", "0.10"),
+    "openrlhf": ("0.11.2", "0.12"),
+}
+
+
+def require_version(package: str) -> str:
+    """The installed version of `package`.
+
+    Raises:
+        UserError: it is not installed, or not of the versions that its integration was made for.
+    """
+    low, high = SUPPORTED[package]
+    wanted = f"mssr.integrations.{package} needs {package}>={low},<{high}"
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"{wanted}: it is not installed; pip install '{package}>={low},<{high}'") from None
+    if not _release(low) <= _release(version) < _release(high):
+        raise UserError(f"{wanted}, this is {version}; pip install '{package}>={low},<{high}'")
+    return version
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(1, 16, 0) of "1.16.0rc1"."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else (0,)

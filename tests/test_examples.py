@@ -1,0 +1,28 @@
+"""Every example runs as a stranger would run it: as a process, from some other folder, without arguments."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mssr.integrations.versions import SUPPORTED
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+NOT_INSTALLED_HERE = ("verl", "openrlhf")  # they pin versions that do not go with ours
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_runs(example, tmp_path):
+    ended = subprocess.run(
+        [sys.executable, example], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    package = example.stem.split("_")[0]
+    if package in NOT_INSTALLED_HERE and ended.returncode == 2:
+        low, high = SUPPORTED[package]
+        assert f"{package}>={low},<{high}: it is not installed" in ended.stderr
+        return
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.strip()
