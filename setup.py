@@ -35,9 +35,11 @@ EXTRAS = {
     "vllm": ["vllm>=0.26,<0.33"],
     "flash": ["flash-attn>=2.8.3,<3"],
     "liger": ["liger-kernel>=0.8.5,<0.9"],
-    "bench": ["liger-kernel>=0.8.5,<0.9"],
-    "dev": ["pytest>=8", "ruff>=0.12", "build>=1.2", "liger-kernel>=0.8.5,<0.9"],
+    "trl": ["trl>=1.15,<1.17"],
+    "bench": ["liger-kernel>=0.8.5,<0.9", "cut-cross-entropy>=25.1,<26", "trl>=1.15,<1.17"],
+    "dev": ["pytest>=8", "ruff>=0.12", "build>=1.2"],
 }
+EXTRAS["dev"] += EXTRAS["bench"]  # peers are oracles too
 EXTRAS["all"] = [requirement for name in ("train", "vllm", "bench", "dev") for requirement in EXTRAS[name]]
 
 setup(

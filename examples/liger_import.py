@@ -1,0 +1,75 @@
+"""Liger's fused linear GRPO loss replaced by its import line: equal results, memory and time of both.
+
+`train_step` is all there is to it; the rest builds a batch and measures. Needs `pip install liger-kernel` to compare with.
+"""
+
+import resource
+import time
+from multiprocessing import get_context
+
+import torch
+
+from mssr_kernels.liger import LigerFusedLinearGRPOLoss  # was: from liger_kernel.chunked_loss import ...
+
+COMPLETIONS, TOKENS, WIDTH, VOCABULARY = 4, 128, 512, 65536
+
+
+def train_step(loss_class, hidden, weight, batch):
+    grpo = loss_class(beta=0.04, loss_type="dapo", epsilon_high=0.28, compiled=False)
+    loss, (divergence, clipped) = grpo(hidden, weight, **batch)
+    loss.backward()
+    return loss.item(), divergence.item(), clipped.item()
+
+
+def make_batch():
+    torch.manual_seed(0)
+    hidden = torch.randn(COMPLETIONS, TOKENS, WIDTH, requires_grad=True)
+    weight = torch.randn(VOCABULARY, WIDTH).mul_(0.05).requires_grad_()  # in place: no peak before the step's
+    tokens = torch.randint(VOCABULARY, (COMPLETIONS, TOKENS))
+    logp = -11 - torch.rand(COMPLETIONS, TOKENS)
+    return hidden, weight, {
+        "selected_token_ids": tokens,
+        "attention_mask": torch.arange(TOKENS) < torch.tensor([128, 100, 64, 30])[:, None],
+        "advantages": torch.tensor([1.2, -0.7, 0.1, -0.6]),
+        "old_per_token_logps": logp,
+        "ref_per_token_logps": logp + 0.1 * torch.randn(COMPLETIONS, TOKENS),
+    }  # fmt: skip
+
+
+def measure(loss_class, pipe):
+    """Seconds and peak MiB of one step beyond its inputs, and what came out."""
+    hidden, weight, batch = make_batch()
+    before, start = peak_mib(), time.perf_counter()
+    values = train_step(loss_class, hidden, weight, batch)
+    seconds, mib = time.perf_counter() - start, peak_mib() - before
+    pipe.send((seconds, mib, values, hidden.grad.numpy(), weight.grad[::64].numpy()))
+
+
+def peak_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
+
+
+def in_a_process_of_its_own(loss_class):
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=measure, args=(loss_class, sender))
+    process.start()
+    found = receiver.recv()
+    process.join()
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss as Liger
+    except ImportError:
+        raise SystemExit("this comparison needs Liger: pip install 'liger-kernel>=0.8,<0.9'") from None
+    results = {"liger_kernel": in_a_process_of_its_own(Liger)}
+    results["mssr_kernels"] = in_a_process_of_its_own(LigerFusedLinearGRPOLoss)
+    for name, (seconds, mib, (loss, divergence, clipped), *_) in results.items():
+        print(f"{name}: {seconds:.2f} s, {mib:.0f} MiB; loss {loss:.6f}, KL {divergence:.6f}, clipped {clipped:.4f}")
+    theirs, ours = ([torch.from_numpy(grad) for grad in found[3:]] for found in results.values())
+    for name, a, b in zip(("hidden", "weight"), ours, theirs):
+        difference = float((a - b).norm() / b.norm())
+        print(f"gradient by {name}: relative difference {difference:.1e}")
+        assert difference < 1e-4
