@@ -183,8 +183,17 @@ def plan(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    integration: Annotated[
+        str | None, typer.Option(help="Compare our scores with those of: transformers, trl, verl, openrlhf or liger.")
+    ] = None,
+) -> None:
     """What is installed, what will be used, what is missing, and the command that mends it."""
+    if integration is not None:
+        from mssr.integrations.check import check_integration
+
+        print(check_integration(integration))
+        return
     from mssr.doctor import diagnose, print_report
 
     raise typer.Exit(print_report(diagnose()))

@@ -1,0 +1,191 @@
+"""`mssr doctor --integration NAME`: the installed framework and ours score the same tokens of a tiny model.
+
+An integration hangs on what a framework does inside; its version says what to expect, this says whether it is so.
+"""
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from mssr.errors import UserError
+from mssr.integrations.versions import require_version
+from mssr_kernels import check_patch, patch
+
+ALLOWED = 1e-4  # float32 on both sides
+TEMPERATURE = 0.8
+
+
+class Agreement(NamedTuple):
+    """differences: what was compared -> the largest difference, in nats; gradients relative to their largest entry."""
+
+    framework: str
+    differences: dict[str, float]
+
+    def __str__(self) -> str:
+        found = ", ".join(f"{what} {difference:.1e}" for what, difference in self.differences.items())
+        return f"✓ {self.framework}: the largest differences to its own results on a tiny model are {found}"
+
+
+class Scores(NamedTuple):
+    """Of the tokens, [B, T - 1], and the head's gradient by a loss of both, [V, D]."""
+
+    logp: Tensor
+    entropy: Tensor
+    gradient: Tensor
+
+
+def check_integration(name: str) -> Agreement:
+    """Runs the check of one of CHECKS.
+
+    Raises:
+        UserError: there is no such integration, the framework is missing or of another version, or results differ.
+    """
+    if name not in CHECKS:
+        raise UserError(f"--integration {name}: there is none of that name; known: {', '.join(CHECKS)}")
+    found = CHECKS[name]()
+    for what, difference in found.differences.items():
+        if not difference <= ALLOWED:
+            raise UserError(
+                f"{found.framework}: {what} differs by {difference:.1e} from the framework's own (allowed: {ALLOWED:.0e}); "
+                "do not use this integration with this version"
+            )
+    return found
+
+
+def _transformers() -> Agreement:
+    framework = f"transformers {importlib.metadata.version('transformers')}"
+    try:
+        difference = check_patch(patch(_model()), input_ids=_tokens())
+    except RuntimeError as error:
+        raise UserError(f"{framework}: {error}") from None
+    return Agreement(framework, {"log-prob": difference})
+
+
+def _trl() -> Agreement:
+    version = require_version("trl")
+    from trl.trainer.utils import add_fused_lm_head
+
+    from mssr.integrations.trl.fused_head import fuse_head
+
+    def scores(fused: bool) -> Scores:
+        model = _model()
+        add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
+        if fused:
+            fuse_head(model, TEMPERATURE)
+        out = model(input_ids=_tokens(), labels=_tokens(), fused_lm_head=True)
+        return _scores(model, out.log_probs, out.entropy)
+
+    return Agreement(f"trl {version}", _differences(scores(fused=False), scores(fused=True)))
+
+
+def _verl() -> Agreement:
+    from mssr.integrations import verl
+
+    version = verl.install()
+    from verl.models.transformers.monkey_patch import patch_forward_with_backends
+
+    def scores() -> Scores:
+        model = _model()
+        patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
+        out = model(input_ids=_tokens(), temperature=TEMPERATURE, return_dict=True)
+        return _scores(model, out.log_probs[:, :-1], out.entropy[:, :-1])
+
+    return Agreement(f"verl {version}", _with_and_without(scores, verl.uninstall))
+
+
+def _openrlhf() -> Agreement:
+    from mssr.integrations import openrlhf
+
+    version = openrlhf.install()
+    from openrlhf.models import Actor
+
+    def scores() -> Scores:
+        actor = Actor(_model(), temperature=TEMPERATURE)
+        actor.packing_samples = False
+        ones = torch.ones_like(_tokens())
+        logp, out = actor(_tokens(), ones[:, 1:].bool(), attention_mask=ones, return_output=True, return_entropy=True)
+        return _scores(actor.model, logp, out.entropy[:, -logp.shape[1] :])
+
+    return Agreement(f"openrlhf {version}", _with_and_without(scores, openrlhf.uninstall))
+
+
+def _liger() -> Agreement:
+    from mssr_kernels import liger as ours
+
+    try:
+        from liger_kernel import chunked_loss as theirs
+    except ImportError:
+        raise UserError(
+            "liger-kernel is not installed, so there is nothing to compare with (mssr_kernels.liger works without); "
+            "pip install 'liger-kernel>=0.8.1,<0.9'"
+        ) from None
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 32, generator=generator)
+    hidden = torch.randn(4, 16, 32, generator=generator)
+    advantage, mask = torch.randn(4, generator=generator), torch.ones(4, 16)
+    tokens = torch.randint(512, (4, 16), generator=generator)
+
+    def loss(module) -> tuple[Tensor, Tensor]:
+        head = weight.clone().requires_grad_()
+        settings = dict(beta=0.0, use_ref_model=False, compiled=False, temperature=TEMPERATURE)
+        value, _ = module.LigerFusedLinearGRPOLoss(**settings)(hidden, head, tokens, mask, advantage)
+        value.backward()
+        return value.detach(), head.grad
+
+    (value, gradient), (other, other_gradient) = loss(ours), loss(theirs)
+    return Agreement(
+        f"liger-kernel {importlib.metadata.version('liger-kernel')}",
+        {"loss": float((value - other).abs()), "gradient": _relative(gradient, other_gradient)},
+    )
+
+
+CHECKS: dict[str, Callable[[], Agreement]] = {
+    "transformers": _transformers,
+    "trl": _trl,
+    "verl": _verl,
+    "openrlhf": _openrlhf,
+    "liger": _liger,
+}
+
+
+def _model() -> PreTrainedModel:
+    config = Qwen2Config(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Qwen2ForCausalLM(config).eval()
+
+
+def _tokens() -> Tensor:
+    return torch.randint(512, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def _scores(model: PreTrainedModel, logp: Tensor, entropy: Tensor) -> Scores:
+    (logp.mean() - 0.1 * entropy.mean()).backward()
+    return Scores(logp.detach().float(), entropy.detach().float(), model.get_output_embeddings().weight.grad)
+
+
+def _with_and_without(scores: Callable[[], Scores], uninstall: Callable[[], None]) -> dict[str, float]:
+    try:
+        ours = scores()
+    finally:
+        uninstall()
+    return _differences(scores(), ours)
+
+
+def _differences(theirs: Scores, ours: Scores) -> dict[str, float]:
+    return {
+        "log-prob": float((ours.logp - theirs.logp).abs().max()),
+        "entropy": float((ours.entropy - theirs.entropy).abs().max()),
+        "gradient": _relative(ours.gradient, theirs.gradient),
+    }
+
+
+def _relative(value: Tensor, other: Tensor) -> float:
+    return float((value - other).abs().max() / other.abs().max())

@@ -1,0 +1,161 @@
+"""The forward that TRL gives a model, `model(..., labels=labels, fused_lm_head=True)`, computed by our head.
+
+TRL 1.15 and 1.16 score tokens there and nowhere else: the policy, the policy before its updates and the frozen reference.
+"""
+
+import functools
+import types
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl.trainer.utils import FusedCausalLMOutput
+
+from mssr.errors import UserError
+from mssr_kernels import FusedLMHead, PolicyLossConfig, PolicyMetrics
+
+
+class PolicyRows:
+    """What the policy loss of a micro-batch needs besides the model, for a loss that is formed in the forward pass.
+
+    mask                    [B, C] bool, the last C labels' tokens that the loss counts
+    advantage, old_logp, ref_logp, rollout_logp
+                            [B, C] float32; all but the advantage may be None (`mssr_kernels.linear_policy_loss`)
+    normalizer              0-d tensor or number that the sum over the tokens is divided by
+
+    No dataclass, no tuple: FSDP's mixed precision would find the tensors in it and round them to 16 bits.
+    """
+
+    def __init__(
+        self,
+        mask: Tensor,
+        advantage: Tensor,
+        *,
+        old_logp: Tensor | None,
+        ref_logp: Tensor | None,
+        rollout_logp: Tensor | None,
+        normalizer: Tensor | float,
+        config: PolicyLossConfig,
+    ) -> None:
+        self.mask = mask
+        self.tensors = dict(advantage=advantage, old_logp=old_logp, ref_logp=ref_logp, rollout_logp=rollout_logp)
+        self.normalizer = normalizer
+        self.config = config
+
+
+@dataclass
+class PolicyLossOutput(FusedCausalLMOutput):
+    """TRL's output for a call with `PolicyRows`. `loss` alone carries gradient.
+
+    ratio, shaped_advantage: [B, labels - 1] float32, as `log_probs`.
+    metrics: sums over the micro-batch's tokens.
+    """
+
+    ratio: Tensor | None = None
+    shaped_advantage: Tensor | None = None
+    metrics: PolicyMetrics | None = None
+
+
+def fuse_head(model: PreTrainedModel, temperature: float) -> None:
+    """Replaces the scoring forward that TRL gave `model`; every other call goes where it went before.
+
+    The head stays the same module with the same parameters, so that saving, generation, weight sync and optimizers see
+    no difference, and is called as a module: DeepSpeed and FSDP gather its weight then, and nowhere else.
+
+    Raises:
+        UserError: the model's head is not a plain nn.Linear, or its logits are multiplied by a number <= 0.
+    """
+    for linear in _linear_layers(model):
+        linear.__class__ = FusedLMHead
+    settings = _softmax_settings(model.config.get_text_config(), temperature)
+    trl_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` checks its arguments against this signature
+    def forward(self, *args, fused_lm_head: bool = False, policy_rows: PolicyRows | None = None, **kwargs):
+        if not fused_lm_head:
+            return trl_forward(*args, **kwargs)
+        return _score(self, settings, policy_rows, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _score(model, settings, policy_rows, *args, labels: Tensor, **kwargs) -> FusedCausalLMOutput:
+    """labels: [B, L] int64, -100 where nothing is scored. Rows without a label reach no matmul of the head."""
+    outputs = model.base_model(*args, use_cache=False, **kwargs)
+    hidden = outputs.last_hidden_state
+    labels = labels.to(hidden.device)  # a model that is split over devices ends on another one than it begins
+    target = F.pad(labels[:, 1:], (0, 1), value=-100)  # no copy of `hidden`, as cutting off its last row would be
+    head = model.get_output_embeddings()
+    aux_loss = _load_balancing_loss(model.config.get_text_config(), outputs, kwargs)
+    if policy_rows is None:
+        found = head(hidden, target, **settings)
+        logp, entropy = (_as_labels(value, target) for value in (found.logp, found.entropy))
+        return FusedCausalLMOutput(
+            log_probs=logp, entropy=entropy, label_mask=target[:, :-1] != -100, aux_loss=aux_loss
+        )
+
+    def place(value: Tensor) -> Tensor:
+        """[B, C] of the last C labels -> [B, L] of the positions that predict them."""
+        return F.pad(value, (target.shape[1] - value.shape[1] - 1, 1))
+
+    target = target.masked_fill(~place(policy_rows.mask), -100)
+    rows = {name: None if value is None else place(value) for name, value in policy_rows.tensors.items()}
+    found = head(
+        hidden, target, normalizer=policy_rows.normalizer, config=policy_rows.config, **rows, **settings
+    )  # fmt: skip
+    return PolicyLossOutput(
+        loss=found.loss,
+        log_probs=_as_labels(found.logp, target),
+        entropy=_as_labels(found.entropy, target),
+        label_mask=target[:, :-1] != -100,
+        aux_loss=aux_loss,
+        ratio=_as_labels(found.ratio, target),
+        shaped_advantage=_as_labels(found.advantage, target),
+        metrics=found.metrics,
+    )
+
+
+def _as_labels(value: Tensor, target: Tensor) -> Tensor:
+    """[B * L] of the positions -> [B, L - 1] of the labels but the first, as TRL has it."""
+    return value.view(target.shape)[:, :-1]
+
+
+def _linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
+    """The head, and PEFT's trained copy of it where there is one (`modules_to_save`)."""
+    head = model.get_output_embeddings()
+    layers = [] if head is None else [module for module in head.modules() if not list(module.children())]
+    for layer in layers or [head]:
+        if type(layer) not in (nn.Linear, FusedLMHead):
+            raise UserError(
+                f"{type(model).__name__}: the head is {type(layer).__name__}, the fused head replaces nn.Linear only; "
+                "leave it out of quantization, adapters and FSDP units, or use TRL's own trainer"
+            )
+    return layers
+
+
+def _softmax_settings(config: PretrainedConfig, temperature: float) -> dict[str, float | None]:
+    """temperature and softcap of the head for logits that the model multiplies by a number before the softcap.
+
+    Models name that number differently; the names are those that TRL reads. It goes into the other two, exactly:
+    cap * tanh(s x / cap) / T = (cap / s) * tanh(x / (cap / s)) / (T / s).
+    """
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    name = next((name for name in names if getattr(config, name, None) is not None), None)
+    scale = 1.0 if name is None else float(getattr(config, name))
+    if scale <= 0:
+        raise UserError(f"model config: {name} is {scale:g}, the fused head needs a number > 0; use TRL's own trainer")
+    if name == "logits_scaling" and config.model_type != "hyperclovax":  # Granite divides by it
+        scale = 1 / scale
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return {"temperature": temperature / scale, "softcap": None if softcap is None else softcap / scale}
+
+
+def _load_balancing_loss(config: PretrainedConfig, outputs, kwargs: dict) -> Tensor | None:
+    """Of a mixture of experts, where it was asked for."""
+    if not kwargs.get("output_router_logits"):
+        return None
+    return load_balancing_loss_func(
+        outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
+    )

@@ -1,0 +1,193 @@
+"""MSSR in TRL: one generation a prompt, a value tracker for the baseline, entropy-shaped advantages (arXiv 2512.18215).
+
+from mssr.integrations.trl.single_rollout import MSSRConfig, MSSRTrainer
+
+MSSRTrainer(model, reward_funcs=reward, args=MSSRConfig(...), train_dataset=dataset).train()
+"""
+
+import inspect
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from mssr.algorithms.mssr import MSSR
+from mssr.algorithms.outcomes import Outcomes
+from mssr.algorithms.value_tracker import ValueTracker, response_drift
+from mssr.errors import UserError
+from mssr.integrations.trl.fused_head import PolicyLossOutput, PolicyRows
+from mssr.integrations.trl.policy_metrics import policy_metrics
+from mssr.integrations.trl.prompt_key import prompt_key
+from mssr.integrations.trl.single_rollout_config import MSSRConfig
+from mssr.integrations.trl.trainers import FusedGRPOTrainer
+
+__all__ = ["MSSRConfig", "MSSRTrainer"]
+
+TRACKER_FILE = "value_tracker.pt"  # beside the optimizer state in a checkpoint
+
+
+class MSSRTrainer(FusedGRPOTrainer):
+    """TRL's GRPOTrainer with MSSR's advantages and loss; generation, rewards, logging and the loop are TRL's.
+
+        A  = reward - v(prompt), normalised over the generation batch of all ranks
+        A' = A + min(alpha * H, |A| / kappa), token by token, H the policy's exact entropy
+
+    The loss and its gradients are formed in the forward pass (`mssr_kernels.linear_policy_loss`): 6 NDV of matmul work
+    for the head rather than 8. A prompt is known by its column `id`, else by its content. Every rank holds the whole
+    tracker. rho goes by the drift of the last generation batch during its updates; nothing is rescored for it. A
+    response that no reward function scored (None) trains nothing and is no visit.
+
+    Metrics are GRPOTrainer's, but for `frac_reward_zero_std`, which needs a group, and besides:
+    clip_ratio/dual_mean, shaping/mean, tracker/value_mean, tracker/rho, tracker/drift.
+
+    Raises:
+        UserError: arguments that are no MSSRConfig, a reward that is not in [0, 1], a checkpoint without a tracker.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, MSSRConfig):
+            raise UserError(f"MSSRTrainer: args is a {type(self.args).__name__}; pass an MSSRConfig")
+        algorithm = self.args.algorithm()
+        self.algorithm = MSSR(algorithm)
+        self.tracker = ValueTracker(algorithm.tracker)
+        self._moved = torch.zeros(2)  # sum of the responses' drifts since the last generation, and their number
+        self._visit: tuple[list[str], Tensor] | None = None  # keys and rewards [B] of all ranks, of the batch at hand
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.environments is not None and any(row.get("id") is None for row in inputs):
+            raise UserError("MSSRTrainer: prompts made by an environment need a column `id` to be recognised by")
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        total[rewards.isnan().all(dim=1)] = torch.nan
+        self._visit = gather_object([prompt_key(row) for row in inputs]), total.float().cpu()
+        return rewards
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        output = super()._generate_and_score_completions(inputs)
+        keys, reward = self._visit
+        advantage = self._advantages(keys, reward)
+        first = self.accelerator.process_index * len(inputs)
+        output["advantages"] = advantage[first : first + len(inputs)].to(output["advantages"].device)
+
+        logged = self._logs["advantages"]  # TRL has put those of groups of one there
+        for _ in range(min(len(logged), len(advantage))):
+            logged.pop()
+        logged.extend(advantage.tolist())
+        self._metrics[mode].pop("frac_reward_zero_std", None)
+        if mode == "train":
+            self._track(keys, reward)
+        return output
+
+    def _advantages(self, keys: list[str], reward: Tensor) -> Tensor:
+        """[B] of all ranks; 0 for a response without a reward, which no other's normalisation sees."""
+        scored = ~reward.isnan()
+        outcomes = Outcomes(
+            reward=reward[scored],
+            baseline=self.tracker.values(keys)[scored],
+            lengths=torch.ones(int(scored.sum()), dtype=torch.int64),
+            group=1,
+        )
+        advantage = torch.zeros_like(reward)
+        advantage[scored] = self.algorithm.advantages(outcomes)
+        return advantage
+
+    def _track(self, keys: list[str], reward: Tensor) -> None:
+        """Counts the visits, in the order of the ranks, the same on each."""
+        scored = [(key, value) for key, value in zip(keys, reward.tolist()) if value == value]
+        moved = self._moved_on_all_ranks()
+        drift = moved[0] / moved[1].clamp(min=1)
+        rho = self.tracker.rho(drift)
+        values = self.tracker.values([key for key, _ in scored])
+        self.tracker.update([key for key, _ in scored], torch.tensor([value for _, value in scored]), rho)
+        self._moved = torch.zeros(2)
+        for name, value in {"value_mean": values.mean(), "rho": rho, "drift": drift}.items():
+            self._metrics["train"][f"tracker/{name}"].append(float(value))
+
+    def _moved_on_all_ranks(self) -> Tensor:
+        return self.accelerator.reduce(self._moved.to(self.accelerator.device), reduction="sum").cpu()
+
+    def _compute_loss(self, model, inputs):
+        mode = "train" if self.model.training else "eval"
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        call = _PolicyLossCall(model, self._policy_rows(inputs, mask.bool(), mode))
+        given = inspect.signature(super()._get_per_token_logps_and_entropies).parameters  # the model's own inputs
+        logp, _, aux_loss = self._get_per_token_logps_and_entropies(
+            call,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
+            mask.shape[1],
+            compute_aux_loss=self.aux_loss_enabled,
+            **{name: value for name, value in inputs.items() if name in given},
+        )
+        loss = call.output.loss
+        if self.aux_loss_enabled:
+            steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+            loss = loss + self.router_aux_loss_coef * aux_loss / steps
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+        if mode == "train":
+            self._observe_drift(inputs, logp, mask.bool())
+        found = policy_metrics(call.output, mask, self.algorithm.loss_config(), self.accelerator)
+        for name, value in found.items():
+            self._metrics[mode][name].append(value)
+        return loss
+
+    def _policy_rows(self, inputs, mask: Tensor, mode: str) -> PolicyRows:
+        """The normalizer is that of TRL's `dapo`: tokens of an optimiser step of all ranks, whose gradients are averaged."""
+        normalizer = inputs["num_items_in_batch"].clamp(min=1).float() / self.accelerator.num_processes
+        if mode == "train":
+            normalizer = normalizer * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        config = self.algorithm.loss_config()
+        old_logp, rollout_logp = inputs.get("old_per_token_logps"), None
+        if config.tis_cap is not None:  # a token that vLLM could not score is not corrected
+            sampled = inputs["sampling_per_token_logps"]
+            rollout_logp = torch.where(sampled.isnan(), old_logp, sampled)
+        return PolicyRows(
+            mask,
+            inputs["advantages"][:, None].expand(mask.shape).float(),
+            old_logp=old_logp,
+            ref_logp=inputs.get("ref_per_token_logps"),
+            rollout_logp=rollout_logp,
+            normalizer=normalizer,
+            config=config,
+        )
+
+    def _observe_drift(self, inputs, logp: Tensor, mask: Tensor) -> None:
+        sampled = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
+        if sampled is None:  # TRL scores the policy before the updates only where there are several
+            return
+        drift = response_drift(logp, torch.where(sampled.isnan(), logp, sampled), mask)[mask.any(1)]
+        self._moved += torch.tensor([float(drift.sum()), len(drift)])
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        state = {"tracker": self.tracker.state_dict(), "moved": self._moved_on_all_ranks()}
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            torch.save(state, folder / TRACKER_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / TRACKER_FILE
+        if not path.exists():
+            raise UserError(f"{path}: no such file; resume from a checkpoint of MSSRTrainer, or start a new run")
+        state = torch.load(path, weights_only=True)
+        self.tracker.load_state_dict(state["tracker"])
+        self._moved = state["moved"] if self.accelerator.is_main_process else torch.zeros(2)
+
+
+class _PolicyLossCall:
+    """A model as TRL's scoring method calls it, for which it forms the loss of `rows` too."""
+
+    def __init__(self, model, rows: PolicyRows) -> None:
+        self._model, self._rows = model, rows
+        self.output: PolicyLossOutput | None = None
+
+    def __call__(self, **kwargs) -> PolicyLossOutput:
+        self.output = self._model(**kwargs, policy_rows=self._rows)
+        return self.output

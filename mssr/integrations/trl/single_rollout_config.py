@@ -1,0 +1,128 @@
+"""The options of MSSR inside TRL: a GRPOConfig with one generation a prompt."""
+
+from dataclasses import dataclass, field
+
+from pydantic import ValidationError
+from trl import GRPOConfig
+
+from mssr.config import AlgorithmConfig, TrackerConfig
+from mssr.errors import UserError
+
+# What GRPOConfig offers and this objective does not have: the value it must keep, and what there is instead.
+_FIXED = {
+    "num_generations": (1, "a prompt is compared with its own history, not with a group"),
+    "loss_type": ("dapo", "the loss is the mean over the tokens of an optimiser step, which is what dapo divides by"),
+    "importance_sampling_level": ("token", "the ratio is clipped token by token"),
+    "scale_rewards": ("batch", "advantages are normalised over the generation batch"),
+    "multi_objective_aggregation": ("sum_then_normalize", "rewards are summed, then compared with the tracker"),
+    "delta": (None, "dual_clip bounds the ratio of negative advantages"),
+    "top_entropy_quantile": (1.0, "entropy_alpha weights tokens by their entropy"),
+    "use_adaptive_entropy": (False, "entropy_coef is constant"),
+    "off_policy_mask_threshold": (None, "vllm_importance_sampling_mode='token_truncate' corrects the sampler's drift"),
+    "use_bias_correction_kl": (False, "the KL term is plain k3"),
+}
+
+
+@dataclass
+class MSSRConfig(GRPOConfig):
+    """GRPOConfig for MSSR (arXiv 2512.18215). What is not listed here means what it means in TRL.
+
+    epsilon, epsilon_high   the ratio is clipped to [1 - epsilon, 1 + epsilon_high]
+    beta                    weight of the KL term, k3 against the frozen reference
+    entropy_coef            weight of an entropy bonus, the mean over the tokens of an optimiser step
+    entropy_alpha, entropy_kappa, entropy_source, dual_clip
+                            `mssr_kernels.PolicyLossConfig`; alpha 0 trains without shaping
+    tracker_rho_min, tracker_rho_max, tracker_half_life
+                            how fast the value tracker forgets (`mssr.config.TrackerConfig`)
+
+    Rewards, weighted and summed, must be in [0, 1]: the tracker is a Beta distribution.
+
+    Raises:
+        UserError: an option that this objective does not have, or a value out of its range.
+    """
+
+    num_generations: int | None = field(default=1, metadata={"help": "One: the value tracker is the baseline."})
+    scale_rewards: str = field(default="batch", metadata={"help": "Advantages are normalised over the batch."})
+    epsilon_high: float | None = field(default=0.3, metadata={"help": "Upper bound of the ratio, minus 1."})
+    use_bias_correction_kl: bool = field(default=False, metadata={"help": "The KL term is plain k3."})
+    vllm_importance_sampling_mode: str = field(default="token_truncate", metadata={"help": "Only token_truncate."})
+    entropy_alpha: float = field(default=0.4, metadata={"help": "Shaping strength (arXiv 2506.14758)."})
+    entropy_kappa: float = field(default=2.0, metadata={"help": "Shaping is at most |A| / kappa."})
+    entropy_source: str = field(
+        default="exact", metadata={"help": "exact: of the whole distribution; sampled_token: the authors' -p log p."}
+    )
+    dual_clip: float | None = field(default=3.0, metadata={"help": "Bound of the ratio for negative advantages."})
+    tracker_rho_min: float = field(default=0.875, metadata={"help": "Strongest forgetting; N0 = 1 / (1 - rho_min)."})
+    tracker_rho_max: float = field(default=0.96, metadata={"help": "Weakest forgetting."})
+    tracker_half_life: float = field(default=0.06, metadata={"help": "Drift (nats a token) that halves the memory."})
+
+    def __post_init__(self) -> None:
+        for name, (value, instead) in _FIXED.items():
+            if getattr(self, name) != value:
+                raise UserError(f"MSSRConfig.{name} must be {value!r}, got {getattr(self, name)!r}: {instead}")
+        self.num_generations = self._responses_per_rank()
+        generations_eval, self.num_generations_eval = self.num_generations_eval, self.num_generations_eval or 1
+        super().__post_init__()
+        self.num_generations, self.num_generations_eval = 1, generations_eval
+        self._refuse_corrections()
+        self.algorithm()
+
+    def algorithm(self) -> AlgorithmConfig:
+        """The same options as MSSR's own trainer has them.
+
+        Raises:
+            UserError: a value out of its range.
+        """
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        try:
+            return AlgorithmConfig(
+                name="mssr",
+                tracker=TrackerConfig(
+                    n_init=0,
+                    rho_min=self.tracker_rho_min,
+                    rho_max=self.tracker_rho_max,
+                    half_life=self.tracker_half_life,
+                    drift="batch",
+                ),
+                entropy_alpha=self.entropy_alpha,
+                entropy_kappa=self.entropy_kappa,
+                entropy_source=self.entropy_source,
+                clip_low=self.epsilon,
+                clip_high=self.epsilon if self.epsilon_high is None else self.epsilon_high,
+                dual_clip=self.dual_clip,
+                kl_coef=self.beta,
+                entropy_coef=self.entropy_coef,
+                old_logp="recompute" if corrected else "rollout",
+                tis_cap=self.vllm_importance_sampling_clip_max if corrected else None,
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(f"MSSRConfig, {'.'.join(map(str, first['loc'])) or 'tracker'}: {first['msg']}") from None
+
+    def _responses_per_rank(self) -> int:
+        """What GRPOConfig's checks see as the group, which must be two or more and divide the generation batch.
+
+        Raises:
+            UserError: a generation batch of one response a rank, from which nothing is learned about that batch.
+        """
+        if self.generation_batch_size is not None:
+            responses = self.generation_batch_size
+        else:
+            steps = self.steps_per_generation or self.gradient_accumulation_steps
+            responses = self.per_device_train_batch_size * steps
+        if responses < 2:
+            raise UserError(
+                "MSSRConfig.per_device_train_batch_size 1 without gradient accumulation: advantages are normalised over "
+                "the generation batch; set generation_batch_size, over all ranks, to 2 or more"
+            )
+        return responses
+
+    def _refuse_corrections(self) -> None:
+        if not (self.use_vllm and self.vllm_importance_sampling_correction):
+            return
+        mode, low = self.vllm_importance_sampling_mode, self.vllm_importance_sampling_clip_min
+        if mode != "token_truncate" or low is not None:
+            raise UserError(
+                f"MSSRConfig: vllm_importance_sampling_mode {mode!r} with clip_min {low} is not supported; use "
+                "'token_truncate' with vllm_importance_sampling_clip_max alone, or switch the correction off"
+            )

@@ -1,0 +1,91 @@
+"""A rank's part of a run of TRL's trainers on two: under DDP, or under DeepSpeed without a GPU."""
+
+import os
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from trl import GRPOConfig
+from trl_runs import text_rows, trainer
+
+from mssr.integrations.trl.single_rollout import MSSRConfig, MSSRTrainer
+
+IDS = list(range(16))
+REWARDS = {row: None if row == 5 else 37 * row % 11 / 10 for row in IDS}
+
+
+class Recorded(MSSRTrainer):
+    """Keeps the advantages of its own responses."""
+
+    advantages = ()
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        self.advantages = (*self.advantages, output["advantages"])
+        return output
+
+
+def grpo_steps(world, kind, stage: int, model, folder) -> list[dict[str, float]]:
+    """What is logged by a GRPOTrainer of class `kind`; ZeRO's stage, 0 for DDP."""
+    sampling = dict(generation_kwargs=ends_sometimes(3.0), num_generations=4)
+    return _steps(_trained(kind, GRPOConfig, stage, model, folder, beta=0.02, **sampling))
+
+
+def mssr_run(world, stage: int, model, folder):
+    """MSSR on 8 prompts a step over all ranks, nothing sampled: what is logged, the advantages and the tracker."""
+    greedy = ends_sometimes(1.0) | {"do_sample": False}
+    own = _trained(
+        Recorded, MSSRConfig, stage, model, folder, generation_kwargs=greedy, per_device_train_batch_size=8 // world.size,
+        num_iterations=2, beta=0.02,
+    )  # fmt: skip
+    return _steps(own), own.advantages, own.tracker.state_dict()
+
+
+def ends_sometimes(bias: float) -> dict:
+    """Generation under which an untrained model's responses are of different lengths: by a bonus for the end's token."""
+    return {"sequence_bias": [[[2], bias]]}
+
+
+def reward_of_the_prompt(completions, id, **_):
+    return [REWARDS[row] for row in id]
+
+
+def _trained(kind, config, stage: int, model, folder, **options):
+    torch.manual_seed(0)
+    _forget_the_last_run()
+    settings = dict(max_steps=4, max_grad_norm=1.0, per_device_train_batch_size=4) | options
+    if stage:
+        settings |= _deepspeed(stage)
+    own = trainer(kind, config, model, text_rows(16, id=IDS), folder, **settings)
+    if kind is Recorded:
+        own.reward_funcs = [reward_of_the_prompt]
+    own.train()
+    return own
+
+
+def _steps(own) -> list[dict[str, float]]:
+    return [step for step in own.state.log_history if "loss" in step]
+
+
+def _deepspeed(stage: int) -> dict:
+    """accelerate asks for no backend where DeepSpeed has no GPU, and takes each rank for the only one; so it is told."""
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    zero = {
+        "stage": stage,
+        "overlap_comm": False,
+        "stage3_param_persistence_threshold": 10,
+    }  # or nothing is ever sharded
+    automatic = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return dict(
+        deepspeed={"zero_optimization": zero, "zero_force_ds_cpu_optimizer": False} | dict.fromkeys(automatic, "auto"),
+        accelerator_config={"use_configured_state": True},
+        use_cpu=False,
+    )
+
+
+def _forget_the_last_run() -> None:
+    """accelerate and transformers keep the kind of run in their modules."""
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    unset_hf_deepspeed_config()
