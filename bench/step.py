@@ -22,6 +22,7 @@ found by doubling, then halving the interval, each try in a process of its own.
 """
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -56,7 +57,8 @@ OUT_OF_MEMORY = ("out of memory", "allocate memory", "MemoryError", "bad_alloc")
 
 def main():
     arguments = parse_arguments()
-    report = measure(arguments)
+    report = {"command": " ".join(["python -m bench.step", *sys.argv[1:]]), "date": datetime.date.today().isoformat()}
+    report |= measure(arguments)
     print_report(report)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")

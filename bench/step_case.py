@@ -34,7 +34,7 @@ from mssr.policy.loading import apply_options
 from mssr.policy.model import Policy
 from mssr_kernels import PolicyLossConfig
 
-from .kernels import resident_bytes
+from .memory import resident_bytes
 from .step_heads import HEADS
 from .sync_case import GIB, malloc_trim
 

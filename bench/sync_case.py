@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-from .kernels import MIB, resident_bytes
+from .memory import MIB, resident_bytes
 
 GIB = 1 << 30
 TOKENS = 64  # of a prompt, of a response: the sync does not depend on them, vLLM's start does

@@ -1,0 +1,185 @@
+"""Markdown of measured reports: tables, on what they were measured, and in sentences where ours lose."""
+
+import statistics
+from collections.abc import Callable, Iterable
+
+from .losses import SPECIFICATION
+from .reports import EAGER, facts, failed, is_ours, measured, mib, name, seconds
+
+SAME = 1.02  # closer times or sizes are no loss
+LESS_EXACT = 2.0
+SYMBOLS = {"logp": "logp", "entropy": "H", "d_hidden": "dH", "d_weight": "dW"}
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    lines = [header, ["---"] * len(header), *map(list, rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def kernels_case(case: dict) -> str:
+    """All of one case, a provider a line; those that failed with their errors."""
+    columns = ("", "time", "to eager", "extra memory", "to eager", "of roof", "errors", "work")
+    rows = [[title(provider), *case_columns(found)] for provider, found in measured(case).items()]
+    rows += [[title(provider), f"failed: {error}", *[""] * 6] for provider, error in failed(case).items()]
+    words = name(case)
+    return f"**{words[0].upper()}{words[1:]}**, mean entropy {case['mean_entropy']:.2f} nats:\n\n{table(columns, rows)}"
+
+
+def case_columns(found: dict) -> list[str]:
+    errors = ", ".join(f"{SYMBOLS[what]} {error:.0e}" for what, error in found.get("errors", {}).items())
+    return [
+        seconds(found["seconds"]),
+        number(found, "time_ratio"),
+        mib(found["peak_extra_mib"]) if "peak_extra_mib" in found else "",
+        number(found, "memory_ratio"),
+        number(found, "share_of_roof", ".0%"),
+        errors,
+        found["work"],
+    ]
+
+
+def kernels_overview(cases: list[dict]) -> str:
+    """Time and memory to eager's, a case a column."""
+    providers = list(dict.fromkeys(provider for case in cases for provider in case["providers"]))
+    rows = [[title(provider), *(overview_cell(case, provider) for case in cases)] for provider in providers]
+    return "Time and memory to eager's:\n\n" + table(["", *(name(case) for case in cases)], rows)
+
+
+def overview_cell(case: dict, provider: str) -> str:
+    found = case["providers"].get(provider)
+    if found is None:
+        return ""
+    if "error" in found:
+        return "failed"
+    ratios = [number(found, what) for what in ("time_ratio", "memory_ratio") if what in found]
+    return ", ".join(ratios) or seconds(found["seconds"])
+
+
+def provenance(report: dict) -> str:
+    """Command, date, machine, versions, settings, roofs."""
+    settings = ", ".join(f"{setting} {value}" for setting, value in report["settings"].items() if value is not None)
+    return f"`{report['command']}`, {report['date']}, on {facts(report['machine'])}; {settings}{roofs(report)}.\n"
+
+
+def roofs(report: dict) -> str:
+    found = report.get("roofs")
+    if not found:
+        return ""
+    products = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in found["matmul_tflops"].items())
+    return f". Roofs of the same run: a large product {products} TFLOP/s, a copy {found['copy_gb_per_s']:.3g} GB/s"
+
+
+def where_we_lose(cases: list[dict]) -> str:
+    """A line for each of ours: who is faster or smaller, in how many of the cases that both ran; `losses` has them singly."""
+    names = dict.fromkeys(provider for case in cases for provider in measured(case) if is_ours(provider))
+    lines = [
+        f"- **{ours}** {losses(ours, cases) or 'loses to none of the others'}."
+        for ours in names
+        if ours != SPECIFICATION
+    ]
+    intro = f"Where we lose, by more than {SAME - 1:.0%} of time or memory, or {LESS_EXACT:g} times eager's error:"
+    return "\n".join([intro, "", *lines]) + "\n"
+
+
+def losses(provider: str, cases: list[dict]) -> str:
+    """Of errors eager's alone: those of peers are in the tables."""
+    others = list(dict.fromkeys(other for case in cases for other in measured(case) if not is_ours(other)))
+    kinds = (
+        ("is slower than", others, slower, SAME),
+        ("takes more memory than", others, larger, SAME),
+        ("errs more than", [EAGER], less_exact, LESS_EXACT),
+    )
+    found = []
+    for verb, to, factor_of, least in kinds:
+        lost = [words for other in to if (words := lost_to(provider, other, cases, factor_of, least))]
+        if lost:
+            found.append(f"{verb} {', '.join(lost)}")
+    return "; ".join(found)
+
+
+def lost_to(provider: str, other: str, cases: list[dict], factor_of: Callable, least: float) -> str:
+    both = [measured(case) for case in cases if provider in measured(case) and other in measured(case)]
+    factors = [factor for found in both if (factor := factor_of(found[provider], found[other])) is not None]
+    lost = [factor for factor in factors if factor > least]
+    if not lost:
+        return ""
+    work = both[0][other]["work"]
+    other = other if work == both[0][provider]["work"] else f"{other} ({work})"
+    return f"{other} in {len(lost)} of {len(factors)} cases, by up to {max(lost):.3g}x"
+
+
+def slower(ours: dict, other: dict) -> float | None:
+    """Within the turns, where these are known."""
+    if "seconds_all" not in ours:
+        return ours["seconds"] / other["seconds"]
+    return statistics.median(a / b for a, b in zip(ours["seconds_all"], other["seconds_all"]))
+
+
+def larger(ours: dict, other: dict) -> float | None:
+    a, b = ours.get("peak_extra_mib"), other.get("peak_extra_mib")
+    return a / b if a is not None and b else None
+
+
+def less_exact(ours: dict, other: dict) -> float | None:
+    """Of the worst of the errors that both have."""
+    a, b = ours.get("errors", {}), other.get("errors", {})
+    return max((a[what] / b[what] for what in a if b.get(what)), default=None)
+
+
+def step(report: dict) -> str:
+    """`bench.step`: a head a line."""
+    columns = ["", "update", "to eager", "tokens/s", "MFU", "peak memory", "extra", "to eager", "work"]
+    longest = any("longest" in case for case in report["cases"])
+    rows = []
+    for case in report["cases"]:
+        most = [f"{case['longest']['tokens']:,}" if "longest" in case else ""] if longest else []
+        rows.append([title(case["head"]), *step_columns(case), case["work"], *most])
+    return step_title(report) + "\n\n" + table([*columns, *(["longest that fits"] if longest else [])], rows)
+
+
+def step_title(report: dict) -> str:
+    settings = report["settings"]
+    words = f"**An update of {settings['size']}**, {settings['dtype']}"
+    case = next((case for case in report["cases"] if "seconds" in case), None)
+    if case is None:
+        return words + ":"
+    model = f"{case['parameters'] / 1e6:,.0f} M parameters, {case['layers']} layers, vocabulary {case['vocabulary']:,}"
+    return f"{words}: {model}; {settings['tokens']:,} packed tokens, {case['response_tokens']:,} of responses:"
+
+
+def step_columns(case: dict) -> list[str]:
+    if "seconds" not in case:
+        why = f"skipped: {case['skipped']}" if "skipped" in case else f"failed: {case['error']}"
+        return [why, *[""] * 6]
+    low, high = case["seconds_spread"]
+    return [
+        f"{seconds(case['seconds'])} ({seconds(low)} to {seconds(high)})",
+        number(case, "time_ratio"),
+        f"{case['tokens_per_second']:,.0f}",
+        f"{case['mfu']:.1%}",
+        f"{case['peak_gib']:.2f} GiB",
+        f"{case['extra_gib']:.2f} GiB",
+        number(case, "extra_ratio"),
+    ]
+
+
+def scaling(report: dict) -> str:
+    """`bench.scaling`: exponents, a provider a line."""
+    axes = list(dict.fromkeys(case["axis"] for case in report["cases"]))
+    kinds = [(axis, what) for axis in axes for what in ("seconds", "peak_extra_mib")]
+    names = {"seconds": "time", "peak_extra_mib": "memory"}
+    rows = [
+        [title(provider), *(number(slopes.get(axis, {}), what) for axis, what in kinds)]
+        for provider, slopes in report["slopes"].items()
+    ]
+    by = {axis: axis.upper() if len(axis) == 1 else axis for axis in axes}
+    return table(["exponent of", *(f"{names[what]} by {by[axis]}" for axis, what in kinds)], rows)
+
+
+def number(found: dict, what: str, form: str = ".2f") -> str:
+    return format(found[what], form) if found.get(what) is not None else ""
+
+
+def title(provider: str) -> str:
+    return f"**{provider}**" if is_ours(provider) else provider

@@ -1,0 +1,51 @@
+"""Peak extra memory of a job: on CUDA from the allocator, on the CPU the resident set of a process of its own."""
+
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+MIB = 1 << 20
+# For the process of a measurement on the CPU: every large block is mapped when it is needed and given back when it is
+# freed, so that the resident set tells what is held. By default glibc moves the threshold up and keeps what was freed.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
+def peak_extra_bytes(job: Callable[[], None], device: str) -> int:
+    """The most that `job` took at any time beyond what was there before, what it leaves behind included.
+
+    Run it once before: what a first call loads, compiles or caches is not of the job. On the CPU in a process with
+    ENVIRONMENT. Raises RuntimeError where there is no /proc.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        job()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present resident set
+    job()
+    return max(0, resident_bytes("VmHWM") - before)
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS, what this process holds, or VmHWM, the most it held."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: memory can only be measured on Linux")
+
+
+def add_ratios(case: dict, base: str):
+    """memory_ratio of each provider, where it and `base` were measured and `base` took anything."""
+    peak = case["providers"].get(base, {}).get("peak_extra_mib")
+    for found in case["providers"].values():
+        if peak and "peak_extra_mib" in found:
+            found["memory_ratio"] = found["peak_extra_mib"] / peak

@@ -1,0 +1,146 @@
+"""The peers, each through its published package and interface, as that package's own trainer or example calls it."""
+
+import torch
+from torch import Tensor
+
+from .inputs import Inputs
+from .jobs import CONFIG, CROSS_ENTROPY, POLICY, UNSHAPED, Counts, Package, Provider, Rows, Settings, loss_of, sequences
+
+TRL_COLUMNS = 32768  # of the vocabulary at a time, in TRL 1.16's own trainer
+
+
+def torch_cross_entropy(inputs: Inputs, options, reduction: str) -> Tensor:
+    return torch.nn.functional.linear_cross_entropy(
+        inputs.hidden, inputs.weight, inputs.target, options=options, reduction=reduction
+    )
+
+
+def torch_plain(inputs: Inputs, reduction: str) -> Tensor:
+    return torch_cross_entropy(inputs, None, reduction)
+
+
+def torch_chunked(inputs: Inputs, reduction: str) -> Tensor:
+    return torch_cross_entropy(inputs, torch.nn.LinearCrossEntropyOptions(), reduction)
+
+
+def liger_grpo(inputs: Inputs, _: Settings) -> Tensor:
+    """One sequence a chunk is Liger's own default."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(
+        beta=0.0, use_ref_model=False, epsilon_low=CONFIG.clip_low, epsilon_high=CONFIG.clip_high, compiled=True
+    )
+    target, advantage, old_logp = (t.view(sequences(inputs), -1) for t in inputs[2:5])
+    return loss(
+        inputs.hidden.view(*target.shape, -1),
+        inputs.weight,
+        target,
+        torch.ones_like(old_logp),
+        advantage.mean(1),
+        old_per_token_logps=old_logp,
+    )[0]
+
+
+def liger_cross_entropy(inputs: Inputs, reduction: str) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction, softcap=inputs.softcap)
+    return loss(inputs.weight, inputs.hidden, inputs.target)
+
+
+def liger_scaled(inputs: Inputs, _: Settings) -> Rows:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    nll, entropy = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        inputs.hidden, inputs.weight, inputs.target, 1.0, -100, 1, True
+    )
+    return Rows(-nll, entropy)
+
+
+def cut_cross_entropy(**options):
+    def loss(inputs: Inputs, reduction: str) -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(
+            inputs.hidden, inputs.weight, inputs.target, softcap=inputs.softcap, reduction=reduction, **options
+        )
+
+    return loss
+
+
+def quack(inputs: Inputs, _: Settings) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(inputs.hidden, inputs.weight, inputs.target)
+
+
+def verl_kernel(inputs: Inputs, _: Settings) -> Rows:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    return Rows(*linear_cross_entropy(inputs.hidden, inputs.weight, inputs.target, 1.0, "none"))
+
+
+def verl_torch(inputs: Inputs, _: Settings) -> Rows:
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+
+    return Rows(*FusedLinearForPPO()(inputs.hidden, inputs.weight, inputs.target))
+
+
+def trl(inputs: Inputs, _: Settings) -> Rows:
+    from trl.kernels import ChunkedLogProbFunction
+
+    columns = min(TRL_COLUMNS, len(inputs.weight))
+    logp, entropy, *_ = ChunkedLogProbFunction.apply(
+        inputs.hidden, inputs.weight, None, inputs.target, 1.0, columns, inputs.softcap, 1.0, ("entropy",)
+    )
+    return Rows(logp, entropy)
+
+
+def cross_entropy(loss, products: Counts, passes: Counts, **options) -> Provider:
+    """loss: (inputs, reduction) -> the mean, or each row's."""
+    return Provider(
+        CROSS_ENTROPY, lambda inputs, _: loss(inputs, "mean"), lambda inputs, _: Rows(-loss(inputs, "none"), None),
+        products, passes, **options,
+    )  # fmt: skip
+
+
+def log_probs(rows, products: Counts, passes: Counts, **options) -> Provider:
+    return Provider(POLICY, loss_of(rows), rows, products, passes, **options)
+
+
+LIGER = {"package": Package("liger_kernel", "liger-kernel")}
+CCE = {"package": Package("cut_cross_entropy", "cut-cross-entropy")}
+VERL = {"package": Package("verl", "verl"), "softcap": False}
+PEERS = {
+    "liger GRPO": Provider(
+        UNSHAPED, liger_grpo, None, Counts(3, 3, 4), Counts(5, 5, 6), softcap=False, **LIGER,
+        note="no log-probs, and hidden's gradient even where none is asked for",
+    ),
+    "liger scaled CE": log_probs(liger_scaled, Counts(1, 3, 4), Counts(0, 2, 3), softcap=False, **LIGER),
+    "liger CE": cross_entropy(liger_cross_entropy, Counts(1, 2, 3), Counts(2, 4, 5), needs_cuda=True, **LIGER),
+    "trl": log_probs(trl, Counts(1, 3, 4), Counts(2, 6, 7), package=Package("trl", "trl")),
+    "verl": log_probs(
+        verl_kernel, Counts(1, 4, 4), Counts(0, 3, 3), needs_cuda=True, **VERL,
+        note="the head's gradient formed even where it is frozen",
+    ),
+    "verl torch": log_probs(
+        verl_torch, Counts(1, 4, 4), Counts(6, 14, 14), **VERL,
+        note="the head's gradient formed even where it is frozen",
+    ),
+    "torch linear CE": cross_entropy(torch_plain, Counts(1, 2, 3), Counts(3, 8, 9), softcap=False),
+    "torch linear CE chunked": cross_entropy(torch_chunked, Counts(1, 2, 3), Counts(3, 5, 6), softcap=False),
+    "cce": cross_entropy(
+        cut_cross_entropy(), Counts(1, 2, 2), Counts(0, 0, 0), needs_cuda=True, **CCE,
+        note="small gradients filtered out; products it may skip are not counted",
+    ),
+    "cce exact": cross_entropy(
+        cut_cross_entropy(filter_eps=None), Counts(1, 3, 4), Counts(0, 0, 0), needs_cuda=True, **CCE
+    ),
+    "cce torch_compile": cross_entropy(
+        cut_cross_entropy(impl="torch_compile"), Counts(1, 2, 3), Counts(2, 5, 6), **CCE
+    ),
+    "quack CE": Provider(
+        CROSS_ENTROPY, quack, None, Counts(1, 2, 3), Counts(2, 4, 5), package=Package("quack", "quack-kernels"),
+        softcap=False, needs_cuda=True, note="no log-probs",
+    ),
+}  # fmt: skip

@@ -1,0 +1,54 @@
+"""What the machine can do, measured: a large product for each dtype, and a copy; and how near to it a job came."""
+
+import time
+
+import torch
+
+REPEATS = {"cpu": 7, "cuda": 50}
+SIZE = {"cpu": 1536, "cuda": 8192}  # rows and columns of the product: caches do not hold it, and no edge shows
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
+
+
+def measure(device: str, dtypes: list[str]) -> dict:
+    """matmul_tflops by dtype, and copy_gb_per_s, what is read and what is written counted. Medians."""
+    return {
+        "matmul_tflops": {dtype: matmul_tflops(device, getattr(torch, dtype)) for dtype in dtypes},
+        "copy_gb_per_s": copy_gb_per_s(device),
+    }
+
+
+def matmul_tflops(device: str, dtype: torch.dtype) -> float:
+    size = SIZE[device]
+    a, b, out = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
+    return 2 * size**3 / median_seconds(lambda: torch.mm(a, b, out=out), device) / 1e12
+
+
+def copy_gb_per_s(device: str) -> float:
+    source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
+    copy = torch.empty_like(source)
+    return 2 * source.numel() / median_seconds(lambda: copy.copy_(source), device) / 1e9
+
+
+def median_seconds(call, device: str) -> float:
+    for _ in range(3):
+        call()
+    seconds = []
+    for _ in range(REPEATS[device]):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def synchronize(device: str):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def share(flops: float, bytes_: float, seconds: float, dtype: str, roofs: dict) -> float:
+    """The time at the roof, of products or of memory, whichever takes longer, over the time that was taken."""
+    of_products = flops / (roofs["matmul_tflops"][dtype] * 1e12)
+    of_memory = bytes_ / (roofs["copy_gb_per_s"] * 1e9)
+    return max(of_products, of_memory) / seconds

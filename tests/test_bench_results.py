@@ -1,0 +1,270 @@
+"""What is made of measured figures: tables that cannot be typed, pictures, sentences on where we lose, exponents."""
+
+import json
+
+import pytest
+import torch
+
+from bench import markdown, plots, readme, scaling
+from bench.jobs import Settings
+from bench.scaling_parts import on_ranks
+from bench.shapes import Shape
+
+POLICY, CE = "policy loss with entropy", "cross-entropy alone"
+MARKED = "# Title\n\n<!-- bench:{} -->\nold\n<!-- /bench -->\n\nEnd.\n"
+
+
+def found(seconds: float, mib: float, error: float, work: str = POLICY) -> dict:
+    return {
+        "work": work, "seconds": seconds, "seconds_all": [seconds, seconds], "time_ratio": seconds / 0.4,
+        "peak_extra_mib": mib, "memory_ratio": mib / 300, "share_of_roof": 0.1 / seconds,
+        "errors": {"logp": error / 2, "d_weight": error},
+    }  # fmt: skip
+
+
+def kernels_report() -> dict:
+    providers = {
+        "eager": found(0.4, 300, 1e-6),
+        "mssr L": found(0.36, 80, 1.5e-6),
+        "mssr S": found(0.15, 85, 2e-4),
+        "torch linear CE": found(0.3, 300, 1e-6, CE),
+        "quack CE": {"work": CE, "error": "not installed: pip install quack-kernels"},
+    }
+    shape = {"model": None, "n": 512, "d": 256, "v": 32768, "dtype": "float32", "rows": "realistic", "softcap": None}
+    tasks = ("forward", "loss")
+    return {
+        "command": "python -m bench.kernels --quick",
+        "date": "2026-11-21",
+        "machine": {"python": "3.11.7", "torch": "2.13.0", "device": "a CPU, 2 threads"},
+        "settings": {"repeats": 2, "seed": 0},
+        "roofs": {"matmul_tflops": {"float32": 0.14}, "copy_gb_per_s": 9.1},
+        "cases": [{**shape, "task": task, "mean_entropy": 0.43, "providers": providers} for task in tasks],
+    }
+
+
+def step_report() -> dict:
+    head = {"parameters": 79e6, "layers": 4, "vocabulary": 65536, "response_tokens": 1370, "tokens_per_second": 214.0}
+    head |= {"seconds": 9.6, "seconds_spread": [9.0, 10.0], "mfu": 0.56, "peak_gib": 3.0, "extra_gib": 1.5}
+    return {
+        "command": "python -m bench.step --size 65k",
+        "date": "2026-11-21",
+        "settings": {"size": "65k", "tokens": 2048, "dtype": "float32", "limit_gib": None},
+        "machine": {"torch": "2.13.0", "device": "a CPU"},
+        "cases": [
+            {"head": "eager", "work": POLICY, **head, "time_ratio": 1.0, "extra_ratio": 1.0},
+            {"head": "mssr", "work": POLICY, **head, "seconds": 12.0, "extra_gib": 0.9, "longest": {"tokens": 9000}},
+            {"head": "liger", "work": CE, "error": "ImportError: liger"},
+        ],
+    }
+
+
+def scaling_report() -> dict:
+    """Eager grows with N as N^1 in time and memory, ours as N^1 and not at all."""
+    cases = [
+        {
+            "axis": "n", "size": n, "n": n, "d": 64, "v": 1024, "ranks": 1,
+            "providers": {
+                "eager": {"seconds": 1e-3 * n, "peak_extra_mib": 2.0 * n},
+                "mssr L": {"seconds": 5e-4 * n, "peak_extra_mib": 7.0},
+                "mssr S": {"error": "no"},
+            },
+        }
+        for n in (256, 512, 1024, 2048)
+    ]  # fmt: skip
+    machine = {"torch": "2.13.0", "device": "a CPU"}
+    common = {
+        "command": "python -m bench.scaling",
+        "date": "2026-11-21",
+        "machine": machine,
+        "settings": {"repeats": 5},
+    }
+    return common | {"cases": cases, "slopes": scaling.slopes(cases)}
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "README.md").write_text(MARKED.format("kernels"))
+    write(tmp_path, "cpu_2026-11-21", kernels=kernels_report())
+    return tmp_path
+
+
+def write(root, name: str, **reports):
+    folder = root / "bench" / "results" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, report in reports.items():
+        (folder / f"{kind}.json").write_text(json.dumps(report))
+    return folder
+
+
+def cells(text: str, provider: str) -> list[str]:
+    """Of the first line of a table that begins with the provider."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {provider} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_committed_readmes_are_what_the_results_say(capsys):
+    assert readme.main(["--check"]) == 0, capsys.readouterr()
+
+
+def test_a_table_is_written_and_then_checks(root, capsys):
+    assert readme.main(["--check"], root) == 1
+    assert (
+        "README.md: differs from the results" in capsys.readouterr().out and "old" in (root / "README.md").read_text()
+    )
+    assert readme.main([], root) == 0
+    assert readme.main(["--check"], root) == 0
+    text = (root / "README.md").read_text()
+    assert text.startswith("# Title\n\n<!-- bench:kernels -->\n") and text.endswith("<!-- /bench -->\n\nEnd.\n")
+    # The first case with task "loss" in full, the other one in short.
+    assert "Forward and backward, N 512, D 256, V 32,768, float32, realistic rows**, mean entropy 0.43 nats" in text
+    errors = "logp 8e-07, dW 2e-06"
+    assert cells(text, "**mssr L**") == ["**mssr L**", "360 ms", "0.90", "80 MiB", "0.27", "28%", errors, POLICY]
+    assert cells(text, "quack CE")[1] == "failed: not installed: pip install quack-kernels"
+    assert "| **mssr L** | 0.90, 0.27 |" in text and "| quack CE | failed |" in text
+    for fact in ("`python -m bench.kernels --quick`, 2026-11-21, on a CPU, 2 threads", "torch 2.13.0", "float32 0.14"):
+        assert fact in text
+    assert "bench/results/cpu_2026-11-21/README.md" in text  # the page of the folder, also generated:
+    page = (root / "bench/results/cpu_2026-11-21/README.md").read_text()
+    assert page.count("mean entropy") == 2
+
+
+def test_a_figure_that_was_typed_or_measured_anew_is_found(root):
+    readme.main([], root)
+    file = root / "README.md"
+    text = file.read_text()
+    file.write_text(text.replace("360 ms", "260 ms"))
+    assert readme.main(["--check"], root) == 1
+    file.write_text(text)
+    assert readme.main(["--check"], root) == 0
+    report = kernels_report()
+    report["cases"][0]["providers"]["mssr L"]["time_ratio"] = 0.7
+    write(root, "cpu_2026-11-21", kernels=report)
+    assert readme.main(["--check"], root) == 1
+
+
+def test_the_newest_of_each_machine_is_taken(root):
+    write(root, "cpu_2026-11-22", kernels=kernels_report() | {"date": "2026-11-22"})
+    write(root, "h200_2026-10-01", kernels=kernels_report() | {"date": "2026-10-01"})
+    readme.main([], root)
+    text = (root / "README.md").read_text()
+    assert [date in text for date in ("2026-11-21", "2026-11-22", "2026-10-01")] == [False, True, True]
+
+
+def test_step_and_scaling_have_tables(root):
+    folder = write(root, "cpu_2026-11-21", step=step_report(), scaling=scaling_report())
+    (folder / "scaling.png").touch()
+    (root / "README.md").write_text(MARKED.format("step") + MARKED.format("scaling"))
+    assert readme.main([], root) == 0
+    text = (root / "README.md").read_text()
+    assert cells(text, "**mssr**")[1:6] == ["12 s (9 s to 10 s)", "", "214", "56.0%", "3.00 GiB"]
+    assert cells(text, "**mssr**")[-1] == "9,000"
+    assert cells(text, "liger")[1] == "failed: ImportError: liger"
+    assert (
+        "79 M parameters, 4 layers" in text and "**mssr** is slower than eager in 1 of 1 cases, by up to 1.25x" in text
+    )
+    assert cells(text, "**mssr L**") == ["**mssr L**", "1.00", "0.00"]
+    assert "](bench/results/cpu_2026-11-21/scaling.png)" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (MARKED.format("speed"), "<!-- bench:speed -->: unknown; known are kernels, step, scaling"),
+        (MARKED.format("step"), "no step.json in a folder of bench/results"),
+        ("<!-- bench:kernels -->\n", "has no <!-- /bench --> after it"),
+        ("<!-- bench:kernels -->\n" + MARKED.format("kernels"), "has no <!-- /bench --> after it"),
+    ],
+)
+def test_a_marker_that_cannot_be_filled_is_a_mistake(text, says, root, capsys):
+    (root / "README.md").write_text(text)
+    assert readme.main(["--check"], root) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
+def test_results_of_an_older_version_are_refused(root, capsys):
+    report = step_report()
+    del report["command"]
+    write(root, "cpu_2026-11-21", step=report)
+    (root / "README.md").write_text(MARKED.format("step"))
+    assert readme.main([], root) == 2 and "measure again" in capsys.readouterr().err
+
+
+def test_where_we_lose_is_worked_out():
+    text = markdown.where_we_lose(kernels_report()["cases"])
+    ours, sparse = text.splitlines()[2:]
+    # 0.36 / 0.3; 1.5 times eager's error is less than twice.
+    assert ours == f"- **mssr L** is slower than torch linear CE ({CE}) in 2 of 2 cases, by up to 1.2x."
+    assert sparse == "- **mssr S** errs more than eager in 2 of 2 cases, by up to 200x."
+    alone = [{"providers": {"eager": found(0.4, 300, 1e-6), "mssr L": found(0.4, 300, 1e-6)}}]
+    assert markdown.where_we_lose(alone).splitlines()[2] == "- **mssr L** loses to none of the others."
+
+
+def test_pictures(root):
+    folder = write(root, "cpu_2026-11-21", scaling=scaling_report())
+    written = plots.plot_folder(folder)
+    assert [file.name for file in written] == list(readme.PLOTS)
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)
+
+
+def test_bars_say_their_value_and_failures_their_reason():
+    figure = plots.plot_cases(kernels_report(), "time", plots.draw_time)
+    assert len(figure.axes) == 2
+    words = [text.get_text() for text in figure.axes[1].texts]
+    assert words[1] == "0.90×  360 ms" and words[-1] == "failed: not installed: pip install quack-kernels"
+    assert [bar.get_width() for bar in figure.axes[1].patches] == pytest.approx([1, 0.9, 0.375, 0.75])
+    colours = [bar.get_facecolor() for bar in figure.axes[1].patches]
+    assert colours[1] == colours[2] != colours[3] != colours[0]
+
+
+def test_bars_without_eager_are_seconds():
+    report = kernels_report()
+    for case in report["cases"]:
+        case["providers"]["eager"] = {"work": POLICY, "error": "OutOfMemoryError"}
+        for of_provider in case["providers"].values():
+            of_provider.pop("time_ratio", None)
+    axes = plots.plot_cases(report, "time", plots.draw_time).axes[0]
+    assert axes.patches[0].get_width() == 0.36 and "eager did not run" in axes.get_xlabel()
+
+
+def test_a_fast_wrong_provider_shows():
+    report = kernels_report()
+    for of_case in report["cases"]:
+        of_case["providers"] = of_case["providers"] | {
+            "wrong": found(0.01, 1, 0.5),
+            "nan": found(0.01, 1, float("nan")),
+        }
+    axes = plots.plot_cases(report, "accuracy", plots.draw_accuracy).axes[1]
+    heights = dict(zip(("eager", "mssr L", "mssr S", "torch linear CE", "wrong"), axes.collections))
+    assert heights["wrong"].get_offsets()[0].tolist() == [0.01, 0.5]
+    assert any("nan: not finite; quack CE: failed" in text.get_text() for text in axes.texts)
+
+
+def test_no_report_is_a_mistake(tmp_path, capsys):
+    assert plots.main([str(tmp_path)]) == 2
+    assert "neither kernels.json nor scaling.json" in capsys.readouterr().err
+
+
+def test_exponents():
+    assert scaling.exponent([(size, 3 * size**1.5) for size in (10, 20, 40, 80)]) == pytest.approx(1.5)
+    assert scaling.exponent([(1, 4.0), (2, 2.0)]) == pytest.approx(-1)
+    found = scaling_report()["slopes"]
+    assert found["eager"]["n"] == pytest.approx({"seconds": 1.0, "peak_extra_mib": 1.0})
+    assert found["mssr L"]["n"] == pytest.approx({"seconds": 1.0, "peak_extra_mib": 0.0}, abs=1e-9)
+    assert "mssr S" not in found
+
+
+def test_a_shape_is_timed_and_eager_may_fail():
+    settings = Settings("cpu", repeats=2, workspace_mib=1, input_sets=1)
+    found = scaling.time_shape(Shape(None, 16, 16, 512, "float32", "realistic"), settings)
+    assert set(found) == set(scaling.JOBS)
+    assert all(of_job["seconds"] > 0 and len(of_job["seconds_all"]) == 2 for of_job in found.values())
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
+def test_ranks_are_timed_and_each_takes_a_part_of_the_memory():
+    settings = Settings("cpu", repeats=1, workspace_mib=4, input_sets=1)
+    (found,) = on_ranks(2, Shape(None, 64, 256, 16384, "float32", "realistic"), ("mssr L",), settings).values()
+    assert found["seconds"] > 0 and len(found["seconds_all"]) == 1
+    whole = 256 * 16384 * 4 / 2**20  # MiB of dW; half of it lies on each rank
+    assert whole / 2 < found["peak_extra_mib"] < whole + 4
