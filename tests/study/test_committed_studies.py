@@ -8,7 +8,7 @@ from mssr.study.spec import load_study
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-ORDER = ("full", "rates", "boundary", "mode_s")
+ORDER = ("full", "rates", "boundary", "mode_s", "ablation", "sweep", "confirm")
 RESULTS = [DOCS / "study" / f"study_digits_{name}.json" for name in ORDER]
 
 
