@@ -11,7 +11,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, Qwen3MoeConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head
-from trl_runs import gradients, image_rows, micro_batch, text_rows, train, trainer, write_image_model, write_text_model
+from trl_runs import (
+    NO_IMAGES,
+    gradients,
+    image_rows,
+    micro_batch,
+    text_rows,
+    train,
+    trainer,
+    write_image_model,
+    write_text_model,
+)
 
 import mssr.integrations.trl
 from mssr.errors import UserError
@@ -46,7 +56,7 @@ def test_twenty_steps_on_text(text_model, tmp_path):
 
 def test_twenty_steps_on_images(tmp_path):
     model, rows = write_image_model(tmp_path), image_rows()
-    options = dict(max_steps=20, num_generations=4, steps_per_generation=2, entropy_coef=0.01)
+    options = dict(max_steps=20, num_generations=4, steps_per_generation=2, entropy_coef=0.01, **NO_IMAGES)
     stock, ours = (
         train(kind, GRPOConfig, model, rows, tmp_path, **options) for kind in (GRPOTrainer, FusedGRPOTrainer)
     )
@@ -74,6 +84,28 @@ def test_adapters(text_model, tmp_path):
         for kind in (GRPOTrainer, FusedGRPOTrainer)
     )  # fmt: skip
     assert_same_curves(stock, ours, ("loss", "grad_norm", "entropy", "kl"))
+
+
+def test_gradient_checkpointing(text_model, tmp_path):
+    options = dict(max_steps=2, num_generations=4, num_iterations=2, beta=0.02)
+    plain, ours = (
+        train(kind, GRPOConfig, text_model, text_rows(), tmp_path, gradient_checkpointing=checkpointing, **options)
+        for kind, checkpointing in ((GRPOTrainer, False), (FusedGRPOTrainer, True))
+    )
+    assert_same_curves(plain, ours, ("loss", "grad_norm", "entropy", "kl"))
+
+
+def test_autocast(text_model, tmp_path):
+    """To bfloat16, in which the two heads round differently: on the same responses, within its precision."""
+    options = dict(max_steps=2, num_generations=4, num_iterations=2, beta=0.02, bf16=True)
+    stock, ours = (
+        train(kind, GRPOConfig, text_model, text_rows(), tmp_path, **options)
+        for kind in (GRPOTrainer, FusedGRPOTrainer)
+    )
+    for theirs, fused in zip(stock, ours, strict=True):
+        assert fused["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.02)
+        assert fused["entropy"] == pytest.approx(theirs["entropy"], rel=1e-3)
+    assert ours[1]["kl"] == pytest.approx(stock[1]["kl"], rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from two_ranks import Ranks
 
 from mssr.integrations.trl import FusedGRPOTrainer
 
+TIMEOUT = 300  # seconds of a call; the first one imports TRL
 STAGES = pytest.mark.parametrize("stage", [0, 2, 3], ids=["ddp", "zero2", "zero3"])
 
 
@@ -43,7 +44,10 @@ def assert_same_steps(found, wanted, names):
 
 @STAGES
 def test_trls_objective(own_ranks, text_model, tmp_path, stage):
-    stock, ours = (own_ranks(grpo_steps, kind, stage, text_model, tmp_path) for kind in (GRPOTrainer, FusedGRPOTrainer))
+    stock, ours = (
+        own_ranks(grpo_steps, kind, stage, text_model, tmp_path, timeout=TIMEOUT)
+        for kind in (GRPOTrainer, FusedGRPOTrainer)
+    )
     for rank in range(2):
         assert_same_steps(ours[rank], stock[rank], ("loss", "grad_norm", "entropy", "kl", "reward"))
     assert min(step["completions/clipped_ratio"] for step in stock[0]) < 1  # ranks have different numbers of tokens
@@ -53,7 +57,7 @@ def test_trls_objective(own_ranks, text_model, tmp_path, stage):
 @STAGES
 def test_mssr_is_that_of_one_rank_with_all_prompts(own_ranks, one_rank, text_model, tmp_path, stage):
     wanted, advantages, tracker = one_rank
-    found = own_ranks(mssr_run, stage, text_model, tmp_path)
+    found = own_ranks(mssr_run, stage, text_model, tmp_path, timeout=TIMEOUT)
     names = ("loss", "grad_norm", "entropy", "kl", "shaping/mean", "clip_ratio/region_mean")
     for steps, _, _ in found:
         assert_same_steps(steps, wanted, names)

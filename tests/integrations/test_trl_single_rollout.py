@@ -5,10 +5,21 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from torch.nn.functional import log_softmax
 from trl import GRPOConfig
-from trl_runs import gradients, image_rows, micro_batch, text_rows, train, trainer, write_image_model, write_text_model
+from trl_runs import (
+    NO_IMAGES,
+    gradients,
+    image_rows,
+    micro_batch,
+    text_rows,
+    train,
+    trainer,
+    write_image_model,
+    write_text_model,
+)
 
 from mssr.algorithms.mssr import MSSR
 from mssr.algorithms.normalise import batch_normalise
@@ -53,8 +64,14 @@ def eager_loss(model, inputs, config, normalizer):
     return (loss * inputs["completion_mask"] * inputs.get("tool_mask", 1)).sum() / normalizer
 
 
-def test_loss_and_gradients_are_those_of_the_formulas(text_model, tmp_path):
-    own = run(text_model, tmp_path, beta=0.05, dual_clip=1.2, temperature=0.9)
+@pytest.mark.parametrize("head", [None, "frozen", "trained"], ids=["whole", "adapters", "adapters and head"])
+def test_loss_and_gradients_are_those_of_the_formulas(head, text_model, tmp_path):
+    """head: frozen, or a trained copy, of a model with adapters; None without them."""
+    options = dict(beta=0.05, dual_clip=1.2, temperature=0.9)
+    if head is not None:
+        copies = ["lm_head"] if head == "trained" else None
+        options["peft_config"] = LoraConfig(r=4, init_lora_weights=False, modules_to_save=copies)
+    own = run(text_model, tmp_path, **options)
     inputs = micro_batch()
     inputs["tool_mask"] = torch.ones_like(inputs["completion_mask"])
     inputs["tool_mask"][0, 2:4] = 0  # what a tool wrote is not the policy's
@@ -63,7 +80,10 @@ def test_loss_and_gradients_are_those_of_the_formulas(text_model, tmp_path):
     wanted = eager_loss(own.model, inputs, own.args, inputs["num_items_in_batch"])
     wanted.backward()
     assert loss == pytest.approx(wanted.item(), rel=1e-5)
-    for name, parameter in own.model.named_parameters():
+    trained = {name: parameter for name, parameter in own.model.named_parameters() if parameter.requires_grad}
+    assert set(ours) == set(trained)
+    assert sum("lm_head" in name for name in trained) == (head != "frozen")
+    for name, parameter in trained.items():
         assert (ours[name] - parameter.grad).norm() <= 1e-4 * parameter.grad.norm() + 1e-8, name
 
 
@@ -99,7 +119,8 @@ def test_a_run_learns_and_logs_what_trl_logs(text_model, tmp_path):
 
 def test_a_run_with_images(tmp_path):
     model = write_image_model(tmp_path)
-    steps = train(MSSRTrainer, MSSRConfig, model, image_rows(), tmp_path, max_steps=3, steps_per_generation=2)
+    options = dict(max_steps=3, steps_per_generation=2) | NO_IMAGES
+    steps = train(MSSRTrainer, MSSRConfig, model, image_rows(), tmp_path, **options)
     assert all(step["grad_norm"] > 0 for step in steps)
 
 
