@@ -54,6 +54,7 @@ def in_a_process_of_its_own(loss_class):
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(loss_class, sender))
     process.start()
+    sender.close()  # a process that fails ends the wait
     found = receiver.recv()
     process.join()
     return found

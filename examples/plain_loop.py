@@ -2,20 +2,22 @@
 
     python examples/plain_loop.py
 
-The same ten steps either way, each in a process of its own, whose peak memory tells what the logits cost.
+The same four steps either way, each in a process of its own, whose peak memory tells what the logits cost.
 """
 
-import json
 import resource
-import subprocess
-import sys
+from multiprocessing import get_context
 
-STEPS, PROMPTS, PROMPT, RESPONSE, VOCABULARY = 10, 8, 8, 24, 65_536
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from mssr_kernels import PolicyLossConfig, next_token_target, patch
+
+STEPS, PROMPTS, PROMPT, RESPONSE, VOCABULARY = 4, 12, 8, 24, 65_536
+CLIP = PolicyLossConfig(clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_alpha=0.0)
 
 
 def tiny_model():
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
@@ -26,8 +28,6 @@ def tiny_model():
 
 def loss_of_logits(model, tokens, target, advantage, old_logp):
     """The clipped policy loss as everyone writes it: the logits of all positions, and as much again for the softmax."""
-    import torch
-
     log_p = torch.log_softmax(model(tokens).logits.float(), dim=-1)
     logp = log_p.gather(2, target.clamp(min=0)[..., None])[..., 0]
     ratio = torch.exp(logp - (logp.detach() if old_logp is None else old_logp))
@@ -37,24 +37,16 @@ def loss_of_logits(model, tokens, target, advantage, old_logp):
 
 def fused_loss(model, tokens, target, advantage, old_logp):
     """The same from the patched model; the result also has entropies, clipped tokens and sums to log."""
-    from mssr_kernels import PolicyLossConfig
-
-    config = PolicyLossConfig(clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_alpha=0.0)
     out = model(
-        tokens, target=target, advantage=advantage, old_logp=old_logp, config=config, workspace_bytes=16 << 20
+        tokens, target=target, advantage=advantage, old_logp=old_logp, config=CLIP, workspace_bytes=16 << 20
     )  # fmt: skip
     return out.loss, out.logp
 
 
-def train(loss_of, patched: bool) -> dict:
-    import torch
-
-    from mssr_kernels import next_token_target, patch
-
+def train(patched: bool, pipe):
     torch.manual_seed(0)
-    model = tiny_model()
-    if patched:
-        patch(model)
+    model = patch(tiny_model()) if patched else tiny_model()
+    loss_of = fused_loss if patched else loss_of_logits
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     losses, before = [], 0
     for step in range(STEPS):
@@ -73,29 +65,34 @@ def train(loss_of, patched: bool) -> dict:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return {"losses": losses, "loss_mib": peak_mib() - before}
+    pipe.send((losses, peak_mib() - before))
 
 
 def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
+
+
+def in_a_process_of_its_own(patched: bool):
+    context = get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=train, args=(patched, sender))
+    process.start()
+    sender.close()  # a process that fails ends the wait
+    found = receiver.recv()
+    process.join()
+    return found
 
 
 def main() -> None:
-    runs = {}
-    for kind in ("logits", "patched"):
-        done = subprocess.run([sys.executable, __file__, kind], stdout=subprocess.PIPE, check=True)
-        runs[kind] = json.loads(done.stdout.splitlines()[-1])
-        losses = " ".join(f"{loss:+.4f}" for loss in runs[kind]["losses"])
-        print(f"{kind:8} losses {losses}   memory of the loss {runs[kind]['loss_mib']:5.0f} MiB")
-    apart = max(abs(a - b) for a, b in zip(*(run["losses"] for run in runs.values())))
-    print(f"losses agree to {apart:.1e}; {runs['patched']['loss_mib'] / runs['logits']['loss_mib']:.2f} of the memory")
+    runs = {"logits": in_a_process_of_its_own(False), "patched": in_a_process_of_its_own(True)}
+    for kind, (losses, mib) in runs.items():
+        print(f"{kind:8} losses {' '.join(f'{loss:+.4f}' for loss in losses)}   memory of the loss {mib:5.0f} MiB")
+    (theirs, logits_mib), (ours, patched_mib) = runs.values()
+    apart = max(abs(a - b) for a, b in zip(ours, theirs))
+    print(f"losses agree to {apart:.1e}; {patched_mib / logits_mib:.2f} of the memory")
     if apart > 1e-4:
         raise SystemExit("the losses differ")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
-    else:
-        patched = sys.argv[1] == "patched"
-        print(json.dumps(train(fused_loss if patched else loss_of_logits, patched)))
+    main()

@@ -14,7 +14,8 @@ in its advantage, so that a weight >= 0 of a row goes into it. What cannot takes
 Where it differs from Liger, on purpose:
 
 - Log-probs are formed from logits in float32. Liger rounds 16-bit logits, and sums dW in the dtype of the weight.
-- Rows that the mask leaves out are not computed, whatever they hold (NaN and any token included).
+- Rows that the mask leaves out are not computed, whatever they hold (NaN and any token included), nor is the advantage
+  of a completion without tokens looked at.
 - A token outside of the vocabulary raises IndexError in a row that counts. To Liger its logit is 0.
 - A mask other than 0 and 1, and a negative `vllm_is_ratio`, are errors.
 - The loss is good for one backward where `linear_policy_loss` made it; a second one raises RuntimeError.
@@ -176,7 +177,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         batch = _Batch(
             mask.to(dtype),
             counted,
-            advantages.detach().to(dtype)[:, None],
+            advantages.detach().to(dtype).masked_fill(~mask.any(1), 0)[:, None],
             _filled(old_per_token_logps, counted, dtype),
             _filled(ref_logp, counted, dtype),
             _importance(vllm_is_ratio, counted, dtype),

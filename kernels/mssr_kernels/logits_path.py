@@ -2,7 +2,8 @@
 
 It is not looked up. The model's own forward runs once on numbers in the place of its backbone and its head, and what comes
 out tells. Soft cap and scale are recognised however a family writes them (Gemma, Cohere, Granite, Falcon-H1, MiniCPM3);
-anything else is a ValueError.
+anything else is a ValueError, and so is what the forward makes for its backbone (positions, embeddings): a call with target
+goes past it.
 """
 
 import math
@@ -54,9 +55,15 @@ def measure(model: nn.Module, backbone: nn.Module, head: nn.Linear) -> tuple[flo
         return factors[0] * probe[None, :, None].expand(1, rows, head.out_features)
 
     tokens = torch.zeros(1, rows, dtype=torch.int64, device=device)
-    stub = _forward_of(backbone, lambda *_, **__: _OnlyHidden((hidden,)))
+
+    def probe_backbone(*args, **kwargs) -> _OnlyHidden:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        if len(tensors) != 1 or tensors[0] is not tokens:
+            raise ValueError("the backbone is called with other tensors than forward")
+        return _OnlyHidden((hidden,))
+
     try:
-        with stub, _forward_of(head, probe_head), torch.enable_grad():
+        with _forward_of(backbone, probe_backbone), _forward_of(head, probe_head), torch.enable_grad():
             out = type(model).forward(model, input_ids=tokens)
         logits = out[0] if isinstance(out, tuple) else out.logits
         if len(factors) != 1:

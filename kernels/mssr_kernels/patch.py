@@ -26,12 +26,17 @@ from .types import LogprobEntropy, PolicyLoss
 _HEAD_OWNS = ("hidden", "weight", "target", "bias", "softcap", "group")
 _HEAD_ARGUMENTS = tuple(name for name in inspect.signature(linear_policy_loss).parameters if name not in _HEAD_OWNS)
 _LOGPROB_ARGUMENTS = ("temperature", "ignore_index", "backend", "workspace_bytes")
+# What transformers passes on without naming it: lengths of packed sequences, and the form of what the backbone returns.
+_PASSED_ON = (
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "is_causal", "return_dict",
+)  # fmt: skip
 _NOT_WITH_TARGET = {
     "labels": "target takes their place, see next_token_target",
     "logits_to_keep": "there are no logits; set target to -100 where nothing is to be computed",
     "output_hidden_states": "hidden states are not returned; call without target for them",
     "output_attentions": "attentions are not returned; call without target for them",
     "output_router_logits": "the router's loss would be lost; compute it in a call without target, or switch it off",
+    "num_items_in_batch": "pass it as normalizer: the tokens of all micro-batches and ranks, over the number of ranks",
     "softcap": "the model's own is used",
     "bias": "the head's own is used",
     "group": "the head is not split over ranks",
@@ -51,9 +56,11 @@ def patch(model: nn.Module) -> nn.Module:
         model(**inputs, target=target, advantage=advantage)   PolicyLoss; also all else of `linear_policy_loss`
 
     Per-row arguments and results are [B, T] float32. Positions without target are never multiplied with the head. No
-    cache is kept unless use_cache is passed. Without target forward is the model's own, and so is everything else: the
-    parameters, their names and ties, generate, save_pretrained, signature. Deep copies are patched models of their own;
-    a pickled one comes back unpatched.
+    cache is kept unless use_cache is passed. A keyword that neither the head nor the model names is refused, where
+    transformers would ignore it. Without target forward is the model's own, and so is everything else: the parameters,
+    their names and ties, generate, save_pretrained, signature. Deep copies are patched models of their own; a pickled one
+    comes back unpatched. Model and forward refer to each other: `unpatch`, or gc.collect() after the last reference, gives
+    the memory back at once.
 
     Under mixed precision of FSDP2 pass MixedPrecisionPolicy(cast_forward_inputs=False), for the model and for the head:
     the per-row arguments stay float32.
@@ -78,14 +85,14 @@ def patch(model: nn.Module) -> nn.Module:
         scale=scale,
         softcap=softcap,
         forward_names=_parameter_names(stock),
-        backbone_names=_parameter_names(type(backbone).forward),
+        backbone_names=_backbone_names(type(backbone).forward),
     )
 
     def forward(self, *args, target: Tensor | None = None, **kwargs):
         if target is None:
             path.refuse_without_target(kwargs)
             return stock(self, *args, **kwargs)
-        return path.score(self, dict(zip(path.forward_names, args)) | kwargs, target)
+        return path.score(self, path.by_name(args, kwargs), target)
 
     # generate and trainers read the signature. No __wrapped__: accelerate's unwrap_model would go past this function.
     forward.__signature__, forward.__doc__ = inspect.signature(stock), stock.__doc__
@@ -174,18 +181,27 @@ class _Path:
     def head_in(self, model: nn.Module) -> nn.Module:
         return functools.reduce(getattr, self.head.split("."), model)
 
+    def by_name(self, args: tuple, kwargs: dict) -> dict:
+        positional = dict(zip(self.forward_names, args, strict=False))
+        twice = next((name for name in positional if name in kwargs), None)
+        if twice is not None or len(args) > len(self.forward_names):
+            raise TypeError(
+                f"forward got {len(args)} positional arguments" + (f", and {twice} by name as well" if twice else "")
+            )
+        return positional | kwargs
+
     def refuse_without_target(self, kwargs: dict) -> None:
-        """transformers ignores most keywords that it does not know."""
+        """transformers ignores most keywords that it does not know; ignore_index is one that its own loss takes."""
         for name in _HEAD_ARGUMENTS:
-            if name in kwargs and name not in self.forward_names:
+            if name in kwargs and name not in (*self.forward_names, "ignore_index"):
                 raise ValueError(f"{name} is given but no target: pass target, or leave {name} out for logits")
 
     def score(self, model: nn.Module, kwargs: dict, target: Tensor) -> LogprobEntropy | PolicyLoss:
         """What the head returns for the hidden states of the backbone, in target's shape."""
         arguments = {name: kwargs.pop(name) for name in _HEAD_ARGUMENTS if name in kwargs}
         self._check(model, arguments, kwargs)
-        if "use_cache" in self.backbone_names:
-            kwargs.setdefault("use_cache", False)
+        if "use_cache" in self.backbone_names and kwargs.get("use_cache") is None:
+            kwargs["use_cache"] = False
         hidden = _backbone_of(model)(**{name: value for name, value in kwargs.items() if value is not None})[0]
         if self.scale != 1:
             arguments["temperature"] = arguments.get("temperature", 1.0) / self.scale
@@ -220,10 +236,16 @@ class _Path:
                     "inputs of forward, switch that off (FSDP2: MixedPrecisionPolicy(cast_forward_inputs=False))"
                 )
         for given, value in kwargs.items():
-            if given in self.forward_names and given not in self.backbone_names and value is not None:
+            if value is None or given in self.backbone_names or given in _PASSED_ON:
+                continue
+            if given in self.forward_names:
                 raise ValueError(
                     f"{given} is used by the forward of {name} itself, which a call with target goes past: leave it out"
                 )
+            raise TypeError(
+                f"{given} is an argument neither of the head nor of {name}, which would ignore it: leave it out, or correct "
+                f"its name (of the head: {', '.join(_HEAD_ARGUMENTS)})"
+            )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -265,6 +287,14 @@ def _head_of(model: nn.Module) -> nn.Linear:
 def _parameter_names(function) -> tuple[str, ...]:
     _, *parameters = inspect.signature(function).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD or p.kind is p.KEYWORD_ONLY)
+
+
+def _backbone_names(forward) -> tuple[str, ...]:
+    """With use_cache where the backbone does not name it and passes it on (Qwen3-VL, LLaVA), as it does past_key_values."""
+    names = _parameter_names(forward)
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
+    hidden = passes_on and "past_key_values" in names and "use_cache" not in names
+    return (*names, "use_cache") if hidden else names
 
 
 def _routes_aloud(model: nn.Module) -> bool:

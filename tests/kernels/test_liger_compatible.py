@@ -148,6 +148,7 @@ def test_what_the_mask_leaves_out_has_no_influence(kind, level):
         or (name == "vllm_is_ratio" and kind != "vespo")  # vespo sums it over the padding
     }
     poisoned["selected_token_ids"] = arguments["selected_token_ids"].masked_fill(out, -100)
+    poisoned["advantages"] = arguments["advantages"].masked_fill(out.all(1), torch.nan)
     clean, dirty = scores(Ours(**options), arguments), scores(Ours(**options), arguments | poisoned)
     for a, b in zip(clean, dirty):
         assert torch.equal(a, b)

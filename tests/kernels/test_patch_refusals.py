@@ -16,7 +16,7 @@ from mssr_kernels import (
 
 
 class Between(Qwen2ForCausalLM):
-    """A model that does something of its own between hidden states and logits."""
+    """A model that does something of its own before its backbone, or between hidden states and logits."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -29,8 +29,11 @@ class Between(Qwen2ForCausalLM):
     def after(self, logits):
         return logits
 
+    def inputs(self, tokens):
+        return {"input_ids": tokens}
+
     def forward(self, input_ids, extra=None, **kwargs):
-        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        hidden = self.model(**self.inputs(input_ids), **kwargs).last_hidden_state
         return CausalLMOutput(logits=self.after(self.lm_head(self.before(hidden))))
 
 
@@ -67,7 +70,17 @@ def test_any_scale_and_soft_cap_is_followed(methods):
         ({"after": lambda self, z: torch.log_softmax(z, -1)}, "logits are changed after the head"),
         ({"after": lambda self, z: z[..., :90]}, r"logits are \[1, 8, 90\]"),
         ({"after": lambda self, z: z * self.factor}, "parameters are applied to the logits"),
-        ({"after": lambda self, z: z + self.lm_head(self.model(torch.zeros(1, 8))[0])}, "the head is called 2 times"),
+        ({"before": lambda self, h: (self.lm_head(h), h)[1]}, "the head is called 2 times"),
+        ({"after": lambda self, z: z + self.lm_head(self.model(torch.zeros(1, 8))[0])}, "with other tensors"),
+        ({"inputs": lambda self, tokens: {"input_ids": tokens + 1}}, "with other tensors than forward"),
+        (
+            {"inputs": lambda self, tokens: {"input_ids": tokens, "position_ids": torch.zeros_like(tokens)}},
+            "with other tensors than forward",
+        ),
+        (
+            {"inputs": lambda self, tokens: {"inputs_embeds": self.get_input_embeddings()(tokens)}},
+            "with other tensors than forward",
+        ),
         (
             {"after": lambda self, z: z.index_fill(2, torch.tensor([90]), torch.finfo(z.dtype).min)},
             "not by a scale or a soft cap",
@@ -86,7 +99,7 @@ def test_what_is_not_known_is_refused(methods, reason):
 
 
 def test_a_check_notices_a_config_that_changed():
-    model, (tokens, _) = patch(tiny("granite")), batch()
+    model, (tokens, _) = patch(tiny("granite", attention_dropout=0.5)), batch()
     model.train()
     assert check_patch(model, input_ids=tokens) < 1e-4
     assert model.training and model.lm_head.training
@@ -142,6 +155,15 @@ def test_calls_that_are_refused():
     refused("old_logp is given but no advantage", target=target, old_logp=rows)
     refused("labels cannot be given with target: .*next_token_target", target=target, labels=tokens)
     refused("logits_to_keep cannot be given with target", target=target, logits_to_keep=torch.tensor([0]))
+    refused(
+        "num_items_in_batch cannot be given with target: pass it as normalizer", target=target, num_items_in_batch=7
+    )
+    # To transformers these would be nothing: the ratio would be 1, the temperature 1.
+    refused(
+        "old_logps is an argument neither of the head nor of Qwen2.*old_logp", TypeError, target=target, old_logps=rows
+    )
+    refused("temperatur is an argument neither", TypeError, target=target, temperatur=0.5)
+    refused("2 positional|input_ids by name as well", TypeError, target=target, input_ids=tokens)
     refused("output_hidden_states cannot be given", target=target, output_hidden_states=True)
     refused("softcap cannot be given with target: the model's own", target=target, softcap=3.0)
     refused(
