@@ -8,11 +8,15 @@
 Time: the providers take turns on the same inputs, and a ratio is the median of the ratios to eager within a turn. Memory:
 the peak beyond what the inputs take, gradients included; from the allocator on CUDA, of a process for each provider on the
 CPU. Errors: against float64 of the same inputs. Share of roof: the time that the job's products or its memory traffic take at
-the rates measured in the same run, over the time that it took. A provider that fails is listed with its error.
+the rates measured in the same run, over the time that it took; above 100 % where caches served what is counted as traffic,
+or the machine was slower when its roofs were measured. A provider that fails is listed with its error.
 
 Tasks: "loss" is forward and backward with all gradients, "frozen" without the head's, "forward" log-probs and entropy without
 gradients, or the loss from those that hand out nothing else. Every shape is measured in a process of its own, so that a
 provider which takes it down or does not come back costs itself and no other; --out has kernels.json after every case.
+
+--quick has a head far narrower than a model's: products weigh less in it and passes over the logits more, which favours all
+that fuse. Its time ratios are not those of a model's head.
 """
 
 import argparse
@@ -73,7 +77,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="those only; eager always")
-    parser.add_argument("--workspace-mib", type=positive, help="of ours (default 256, with --quick 8)")
+    parser.add_argument(
+        "--workspace-mib", type=positive, help="of ours and, at most, of peers' chunks (default 256, with --quick 8)"
+    )
     parser.add_argument("--vocab-drop-tol", type=float, default=2.0**-8, help="of mode S")
     parser.add_argument("--repeats", type=positive, default=20)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,8 @@
-"""The peers, each through its published package and interface, as that package's own trainer or example calls it."""
+"""The peers, each through its published package and interface, as that package's own trainer or example calls it.
+
+Where a size of what is done at once is an argument, it is what their trainer passes, or less if that is more than the
+workspace that ours get: at a small shape it would be no chunk at all.
+"""
 
 import torch
 from torch import Tensor
@@ -6,7 +10,9 @@ from torch import Tensor
 from .inputs import Inputs
 from .jobs import CONFIG, CROSS_ENTROPY, POLICY, UNSHAPED, Counts, Package, Provider, Rows, Settings, loss_of, sequences
 
-TRL_COLUMNS = 32768  # of the vocabulary at a time, in TRL 1.16's own trainer
+TRL_TOKENS, TRL_COLUMNS = 4096, 32768  # of TRL 1.16: its tile, of which its trainer sets the columns
+VERL_TOKENS = 512  # of verl 0.9: at a time, with the whole vocabulary
+LIGER_TOKENS = 2048  # of Liger 0.8: of its tile, which a chunk of short sequences does not fill
 
 
 def torch_cross_entropy(inputs: Inputs, options, reduction: str) -> Tensor:
@@ -23,13 +29,18 @@ def torch_chunked(inputs: Inputs, reduction: str) -> Tensor:
     return torch_cross_entropy(inputs, torch.nn.LinearCrossEntropyOptions(), reduction)
 
 
+def liger_sequences(inputs: Inputs) -> int:
+    """As many in a chunk as fill its tile. One, its default, took a third longer at 8 sequences of 64 tokens."""
+    return max(1, LIGER_TOKENS * sequences(inputs) // len(inputs.target))
+
+
 def liger_grpo(inputs: Inputs, _: Settings) -> Tensor:
-    """One sequence a chunk is Liger's own default."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     loss = LigerFusedLinearGRPOLoss(
-        beta=0.0, use_ref_model=False, epsilon_low=CONFIG.clip_low, epsilon_high=CONFIG.clip_high, compiled=True
-    )
+        beta=0.0, use_ref_model=False, epsilon_low=CONFIG.clip_low, epsilon_high=CONFIG.clip_high, compiled=True,
+        chunk_size=liger_sequences(inputs),
+    )  # fmt: skip
     target, advantage, old_logp = (t.view(sequences(inputs), -1) for t in inputs[2:5])
     return loss(
         inputs.hidden.view(*target.shape, -1),
@@ -80,16 +91,27 @@ def verl_kernel(inputs: Inputs, _: Settings) -> Rows:
     return Rows(*linear_cross_entropy(inputs.hidden, inputs.weight, inputs.target, 1.0, "none"))
 
 
-def verl_torch(inputs: Inputs, _: Settings) -> Rows:
+def verl_tokens(inputs: Inputs, settings: Settings) -> int:
+    row_bytes = len(inputs.weight) * inputs.weight.itemsize
+    return max(1, min(VERL_TOKENS, settings.workspace_bytes // row_bytes))
+
+
+def verl_torch(inputs: Inputs, settings: Settings) -> Rows:
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
 
-    return Rows(*FusedLinearForPPO()(inputs.hidden, inputs.weight, inputs.target))
+    chunked = FusedLinearForPPO(chunk_size=verl_tokens(inputs, settings))
+    return Rows(*chunked(inputs.hidden, inputs.weight, inputs.target))
 
 
-def trl(inputs: Inputs, _: Settings) -> Rows:
+def trl_columns(inputs: Inputs, settings: Settings) -> int:
+    column_bytes = min(TRL_TOKENS, len(inputs.hidden)) * inputs.hidden.itemsize
+    return max(1, min(TRL_COLUMNS, len(inputs.weight), settings.workspace_bytes // column_bytes))
+
+
+def trl(inputs: Inputs, settings: Settings) -> Rows:
     from trl.kernels import ChunkedLogProbFunction
 
-    columns = min(TRL_COLUMNS, len(inputs.weight))
+    columns = trl_columns(inputs, settings)
     logp, entropy, *_ = ChunkedLogProbFunction.apply(
         inputs.hidden, inputs.weight, None, inputs.target, 1.0, columns, inputs.softcap, 1.0, ("entropy",)
     )
@@ -116,7 +138,10 @@ PEERS = {
         UNSHAPED, liger_grpo, None, Counts(3, 3, 4), Counts(5, 5, 6), softcap=False, **LIGER,
         note="no log-probs, and hidden's gradient even where none is asked for",
     ),
-    "liger scaled CE": log_probs(liger_scaled, Counts(1, 3, 4), Counts(0, 2, 3), softcap=False, **LIGER),
+    "liger scaled CE": log_probs(
+        liger_scaled, Counts(1, 4, 4), Counts(0, 3, 3), softcap=False, **LIGER,
+        note="the head's gradient formed even where it is frozen; off Hopper always 512 tokens at a time",
+    ),
     "liger CE": cross_entropy(liger_cross_entropy, Counts(1, 2, 3), Counts(2, 4, 5), needs_cuda=True, **LIGER),
     "trl": log_probs(trl, Counts(1, 3, 4), Counts(2, 6, 7), package=Package("trl", "trl")),
     "verl": log_probs(

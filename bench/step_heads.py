@@ -24,11 +24,10 @@ class EagerHead(FusedLMHead):
         if advantage is None:
             return super().forward(hidden, target, **rest)
         require_plain(config, **rest)
-        logits = F.linear(hidden, self.weight, self._column_bias().clamp(min=LOWEST))
-        log_p = torch.log_softmax(logits.float(), dim=1)
+        log_p = torch.log_softmax(F.linear(hidden, self.weight, self._column_bias().clamp(min=LOWEST)).float(), dim=1)
         logp = log_p.gather(1, target[:, None])[:, 0]
         with torch.no_grad():
-            entropy = -(log_p.exp() * log_p).sum(1)
+            entropy = -log_p.exp().mul_(log_p).sum(1)
         inputs = Inputs(hidden, self.weight, target, advantage, old_logp, 0.0)
         shaped = entropy if config.entropy_alpha else torch.zeros_like(entropy)
         loss = clipped_loss(logp, shaped, inputs) * (len(target) / normalizer)

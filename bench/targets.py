@@ -6,6 +6,8 @@ from .roofs import share
 
 GIB = 1 << 30
 TARGET_MODEL = "qwen2.5-vl-7b"
+# Those that hold dW in float32 until it is handed out (QuACK: of more than one chunk, 4,096 tokens).
+SUMMED_IN_FLOAT32 = ("mssr L", "mssr S", "mssr chunked L", "trl", "quack CE")
 
 
 class Target(NamedTuple):
@@ -52,8 +54,8 @@ def with_rates(case: dict, roofs: dict | None) -> dict:
             result["share_of_roof"] = share(result["flops"], result["bytes"], result["seconds"], case["dtype"], roofs)
         if case["task"] == "loss":
             weight_bytes = 2  # bf16, handed out
-            if name in ("mssr L", "mssr S", "mssr chunked L"):
-                weight_bytes += 4  # and float32, accumulated
+            if name in SUMMED_IN_FLOAT32:
+                weight_bytes += 4
             result["beyond_dw_gib"] = result["peak_extra_mib"] / 1024 - case["v"] * case["d"] / GIB * weight_bytes
     return case
 

@@ -83,8 +83,8 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert loss["providers"]["eager"]["flops"] == 3 * forward["providers"]["eager"]["flops"] == 6 * 64 * 32 * 2048
     sparse = loss["providers"]["mssr S"]
     assert 0 < sparse["f"] < 1 and sparse["flops"] < loss["providers"]["eager"]["flops"]
-    # Eager holds logits and log-probs and more of the same size; the other none but its gradients.
-    assert loss["providers"]["eager"]["peak_extra_mib"] > 3 * 64 * 2048 * 4 / 2**20
+    # At its leanest eager holds two of the size of the logits at a time.
+    assert loss["providers"]["eager"]["peak_extra_mib"] > 2 * 64 * 2048 * 4 / 2**20
 
     printed = capsys.readouterr().out
     assert "verl torch: took its process down" in printed and "torch linear CE" in printed

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench import markdown, plots, readme, scaling
+from bench import losses, markdown, plots, readme, scaling
 from bench.jobs import Settings
 from bench.scaling_parts import on_ranks
 from bench.shapes import Shape
@@ -191,13 +191,32 @@ def test_results_of_an_older_version_are_refused(root, capsys):
 
 
 def test_where_we_lose_is_worked_out():
-    text = markdown.where_we_lose(kernels_report()["cases"])
+    text = losses.where_we_lose(kernels_report()["cases"])
     ours, sparse = text.splitlines()[2:]
     # 0.36 / 0.3; 1.5 times eager's error is less than twice.
     assert ours == f"- **mssr L** is slower than torch linear CE ({CE}) in 2 of 2 cases, by up to 1.2x."
     assert sparse == "- **mssr S** errs more than eager in 2 of 2 cases, by up to 200x."
+    noted = kernels_report()["cases"]
+    for case in noted:
+        case["providers"]["trl"] = found(0.1, 300, 1e-6, f"{POLICY}; products made again")
+    assert "slower than trl in 2 of 2 cases" in losses.where_we_lose(noted).replace(f"torch linear CE ({CE})", "")
+    noted[0]["providers"]["mssr L"]["errors"]["logp"] = float("nan")
+    assert "errs more than eager in 2 of 2 cases, by up to infx" in losses.where_we_lose(noted).splitlines()[2]
     alone = [{"providers": {"eager": found(0.4, 300, 1e-6), "mssr L": found(0.4, 300, 1e-6)}}]
-    assert markdown.where_we_lose(alone).splitlines()[2] == "- **mssr L** loses to none of the others."
+    assert losses.where_we_lose(alone).splitlines()[2] == "- **mssr L** loses to none of the others."
+
+
+def test_what_the_figures_do_not_say_is_said(root):
+    cases = kernels_report()["cases"]
+    assert "D 256 is far narrower than a model's head" in markdown.caveats(cases) and "100 %" not in markdown.caveats(
+        cases
+    )
+    cases[1]["providers"]["eager"]["share_of_roof"] = 1.01
+    assert "above 100 %" in markdown.caveats(cases)
+    assert markdown.caveats([case | {"d": 3584} for case in kernels_report()["cases"]]) == ""
+    readme.main([], root)
+    for file in ("README.md", "bench/results/cpu_2026-11-21/README.md"):
+        assert "- D 256 is far narrower" in (root / file).read_text()
 
 
 def test_pictures(root):
