@@ -41,6 +41,7 @@ from .shapes import MODELS, Shape
 # The first run compiles, and some packages try out dozens of configurations: seconds until it counts as not done.
 SILENCE = {"cpu": 600, "cuda": 120}
 REFERENCE = "mssr reference"  # at the heads of large models its float32 products take longer than all others together
+SLOW = "torch linear CE chunked"  # on a CPU a fifth of the time of --quick
 MEMORY_PROCESSES = 2  # at one time; they do not disturb each other's figures
 
 
@@ -107,7 +108,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     arguments.workspace_mib = arguments.workspace_mib or (8 if arguments.quick else 256)
     if arguments.providers is None:
         large = arguments.quick or arguments.model
-        arguments.providers = [name for name in PROVIDERS if name != REFERENCE or not large]
+        left_out = {REFERENCE} if large else set()
+        left_out |= {SLOW} if arguments.quick else set()
+        arguments.providers = [name for name in PROVIDERS if name not in left_out]
     return arguments
 
 
@@ -148,7 +151,7 @@ class Run:
             "settings": self.settings._asdict(),
             "roofs": {},
             "cases": [],
-            "not_run": [],
+            "not_run": [f"{SLOW}: left out of --quick"] if arguments.quick and SLOW not in self.names else [],
         }
 
     def everything(self):

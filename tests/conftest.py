@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 
 import pytest
+import torch
 from mssr_process import Launcher
 from two_ranks import two_ranks
 
@@ -45,3 +46,12 @@ def ranks(tmp_path_factory):
     # Where `policy_helpers` keeps its models: the ranks, which only read, must look where this process writes.
     os.environ.setdefault("MSSR_TEST_POLICY_WORKSPACE", str(tmp_path_factory.mktemp("policy")))
     return two_ranks()
+
+
+@pytest.fixture
+def compiled_anew():
+    """For what compiles in processes of its own when it is not tested: nothing that other tests compiled is there."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=False):
+        yield
+    torch._dynamo.reset()

@@ -14,6 +14,7 @@ from bench.providers import CONFIG, PROVIDERS, eager_rows
 from bench.shapes import MODELS, Shape
 from mssr_kernels import reference
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 CPU = Settings("cpu", repeats=2, workspace_mib=1)
 SHAPE = Shape(None, 64, 32, 2048, "float32", "realistic")
 ON_CPU = [

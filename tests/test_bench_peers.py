@@ -12,6 +12,7 @@ from bench.jobs import POLICY, Settings
 from bench.providers import PROVIDERS
 from bench.shapes import Shape
 
+pytestmark = pytest.mark.usefixtures("compiled_anew")
 SHAPE = Shape(None, 64, 32, 2048, "float32", "realistic")
 PRODUCT = 2 * SHAPE.n * SHAPE.d * SHAPE.v
 # Those of a CPU that compile no products.
