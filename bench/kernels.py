@@ -1,7 +1,7 @@
 """The policy loss fused with the head against eager PyTorch and what else does the job: time, memory, accuracy.
 
     python -m bench.kernels --quick [--out FOLDER]      two CPU cores, under 5 minutes
-    python -m bench.kernels --full [--out FOLDER]       a GPU: the heads of Qwen2.5-VL 3B and 7B, under 9 minutes
+    python -m bench.kernels --full [--out FOLDER]       a GPU: the heads of Qwen2.5-VL 3B and 7B, stops after 8.5 minutes
     python -m bench.kernels --model llama-3.1-8b gemma-2-9b --n 4096 --rows peaked flat --task loss frozen
     python -m bench.kernels --n 2048 --d 1024 --v 65536
 

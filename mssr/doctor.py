@@ -7,7 +7,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from mssr.release import release
 
 INSTALL_VLLM = "python -m mssr.install_vllm"  # knows which build, and what the CPU build needs besides
 
@@ -48,11 +49,11 @@ class Requirement:
 
     def supports(self, version: str) -> bool:
         if self.supported is not None:
-            low, high = map(_release, self.supported)
-            return low <= _release(version) < high
-        tested = _release(self.tested)
+            low, high = map(release, self.supported)
+            return low <= release(version) < high
+        tested = release(self.tested)
         same = 1 if tested[0] else 2
-        return _release(version)[:same] == tested[:same]
+        return release(version)[:same] == tested[:same]
 
 
 REQUIREMENTS = (
@@ -301,9 +302,3 @@ def _memory_bytes() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     return physical if text == "max" else min(physical, int(text))
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """(2, 13, 0) of "2.13.0+cpu" or "2.13.0rc1"."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, match[0].split("."))) if match else (0,)

@@ -1,9 +1,9 @@
 """Which versions of the other trainers an integration was made for: it hangs on what they do inside."""
 
 import importlib.metadata
-import re
 
 from mssr.errors import UserError
+from mssr.release import release
 
 SUPPORTED = {  # package: the first version, and the first that is not
     "trl": ("1.15", "1.17"),
@@ -24,12 +24,6 @@ def require_version(package: str) -> str:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"{wanted}: it is not installed; pip install '{package}>={low},<{high}'") from None
-    if not _release(low) <= _release(version) < _release(high):
+    if not release(low) <= release(version) < release(high):
         raise UserError(f"{wanted}, this is {version}; pip install '{package}>={low},<{high}'")
     return version
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """(1, 16, 0) of "1.16.0rc1"."""
-    match = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, match[0].split("."))) if match else (0,)
