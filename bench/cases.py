@@ -3,11 +3,11 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
-from . import accuracy, inputs, memory, work
+from . import accuracy, inputs, memory, steal, work
 from .inputs import Inputs
 from .jobs import Provider, Rows, Settings
 from .providers import EAGER, PROVIDERS
@@ -23,7 +23,7 @@ def measure(
     names: list[str],
     settings: Settings,
     tell: Callable[[str], None] = lambda name: None,
-) -> Iterator[dict]:
+) -> list[dict]:
     """A case for each task: `python -m bench.kernels` says what is in it. Memory on CUDA alone, shares of a roof not yet.
 
     tell: called with a provider's name before it runs, and with "" when others do. A provider that raises when it is checked
@@ -35,16 +35,14 @@ def measure(
         task: [name for name in names if task in PROVIDERS[name].tasks and _is_wanted(name, settings)] for task in tasks
     }
     errors, failed = check(shape, here, sets[0], settings, tell)
+    running = {task: [name for name in here[task] if (task, name) not in failed] for task in tasks}
+    found, measured = timed(shape, running, sets, settings, tell), []
     for task in tasks:
-        running = [name for name in here[task] if (task, name) not in failed]
-        found = timed(shape, task, running, sets, settings, tell)
-        for name in running:
-            found[name]["errors"] = errors[task, name]
-        for name in here[task]:
-            if (task, name) in failed:
-                found[name] = {"error": failed[task, name]}
-        providers = {name: {"work": PROVIDERS[name].work} | found[name] for name in here[task]}
-        yield {**shape._asdict(), "task": task, "mean_entropy": sets[0].mean_entropy, "providers": providers}
+        results = {name: result | {"errors": errors[task, name]} for name, result in found[task].items()}
+        results |= {name: {"error": why} for (of, name), why in failed.items() if of == task}
+        providers = {name: {"work": PROVIDERS[name].work} | results[name] for name in here[task]}
+        measured.append({**shape._asdict(), "task": task, "mean_entropy": sets[0].mean_entropy, "providers": providers})
+    return measured
 
 
 def _is_wanted(name: str, settings: Settings) -> bool:
@@ -109,31 +107,39 @@ def errors_of(tensors: Inputs, name: str, task: str, exact: accuracy.Exact, sett
 
 
 def timed(
-    shape: Shape, task: str, names: list[str], sets: list[Inputs], settings: Settings, tell: Callable[[str], None]
-) -> dict[str, dict]:
-    """Everybody runs once in a turn, and a ratio is the median of the ratios within a turn: what slows the machine down
-    slows all of them. Each turn takes the next set of inputs, in another order: nobody always follows the same one."""
-    sets = [for_task(tensors, task) for tensors in sets]
-    seconds = {name: [] for name in names}
+    shape: Shape, names: dict[str, list[str]], sets: list[Inputs], settings: Settings, tell: Callable[[str], None]
+) -> dict[str, dict[str, dict]]:
+    """task -> provider -> what was measured. names: the providers of each task.
+
+    Everybody runs once in a turn, and a ratio is the median of the ratios within a turn: what slows the machine down slows
+    all of them. Each turn takes the next set of inputs, in another order: nobody always follows the same one. Every turn has
+    all tasks, so that each is measured over the whole time and none in a bad minute alone."""
+    count, sets = len(sets), {task: [for_task(tensors, task) for tensors in sets] for task in names}
+    seconds = {task: {name: [] for name in names[task]} for task in names}
+    spoilt = {task: dict.fromkeys(names[task], 0) for task in names}
     gc.collect()
     gc.freeze()  # what is there already is not looked through again between turns
     gc.disable()
     try:
-        for turn in range(-len(sets), settings.repeats):  # those below 0 are the warm-up
-            gc.collect()
-            tensors = sets[turn % len(sets)]
-            for name in order(names, turn):
-                tell(name)
-                taken = seconds_of(tensors, name, task, settings)
-                if turn >= 0:
-                    seconds[name].append(taken)
+        for turn in range(-count, settings.repeats):  # those below 0 are the warm-up
+            for task in names:
+                gc.collect()
+                tensors = sets[task][turn % count]
+                for name in order(names[task], turn):
+                    tell(name)
+                    taken, is_spoilt = time_of(tensors, name, task, settings)
+                    if turn >= 0:
+                        seconds[task][name].append(taken)
+                        spoilt[task][name] += is_spoilt
     finally:
         gc.enable()
         gc.unfreeze()
-    found = {}
-    for name in names:
-        tell(name)
-        found[name] = result(shape, task, name, seconds, sets[0], settings)
+    found = {task: {} for task in names}
+    for task in names:
+        for name in names[task]:
+            tell(name)
+            figures = result(shape, task, name, seconds[task], sets[task][0], settings)
+            found[task][name] = {"spoilt": spoilt[task][name]} | figures
     return found
 
 
@@ -144,13 +150,22 @@ def order(names: list[str], turn: int) -> list[str]:
     return rotated[::-1] if rounds % 2 else rotated
 
 
+def time_of(tensors: Inputs, name: str, task: str, settings: Settings) -> tuple[float, bool]:
+    """Seconds, and whether the host spoilt them. A GPU does its work meanwhile."""
+    if settings.device == "cuda":
+        return seconds_of(tensors, name, task, settings), False
+    return steal.least_disturbed(lambda: seconds_of(tensors, name, task, settings))
+
+
 def seconds_of(tensors: Inputs, name: str, task: str, settings: Settings) -> float:
     tensors.hidden.grad = tensors.weight.grad = None
     synchronize(settings.device)
     start = time.perf_counter()
     run(tensors, name, task, settings)
     synchronize(settings.device)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    tensors.hidden.grad = tensors.weight.grad = None  # not in the way of the other tasks
+    return seconds
 
 
 def result(
@@ -176,7 +191,7 @@ def result(
 
 
 def peak_extra_mib(shape: Shape, task: str, name: str, settings: Settings) -> float:
-    """On the CPU: of a process of its own, with `memory.ENVIRONMENT`."""
+    """On the CPU: of a process of its own, with `heap.give_back`."""
     tensors = for_task(make(shape, settings, settings.seed), task)
     run(tensors, name, task, settings)
     tensors.hidden.grad = tensors.weight.grad = None

@@ -24,7 +24,7 @@ from scipy import stats
 
 from mssr.errors import UserError
 
-from .reports import EAGER, is_ours, key, load_kernels, measured, name
+from .reports import EAGER, is_ours, key, load_kernels, measured, name, spoilt
 
 SLOWER = 1.10
 SIGNIFICANT = 0.01
@@ -92,6 +92,8 @@ def compare(before: dict, after: dict) -> Comparison:
         raise UserError("the two reports have no case in common (model, N, D, V, dtype, rows, task, softcap)")
     notes = differences("machines or versions differ, which moves ratios, too", before["machine"], after["machine"])
     notes += differences("settings differ", before["settings"], after["settings"])
+    for report, label in ((before, "A"), (after, "B")):
+        notes += [f"{label}: {why}"] if (why := spoilt(report["cases"])) else []
     flagged, cases = [], []
     for here, there, label in ((old, new, "A"), (new, old, "B")):
         notes += [f"only in {label}: {name(here[case])}" for case in here if case not in there]

@@ -25,7 +25,7 @@ def measure(model: str, n: str, rows: str, *names: str) -> dict:
     from .providers import EAGER
 
     shape = shapes.of_model(model, int(n), "bfloat16", rows)
-    found = list(cases.measure(shape, ["loss", "forward"], [EAGER, *names], Settings("cuda")))
+    found = cases.measure(shape, ["loss", "forward"], [EAGER, *names], Settings("cuda"))
     for case in found:
         memory.add_ratios(case, EAGER)
     return {"cases": found}

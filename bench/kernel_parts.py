@@ -6,6 +6,7 @@ python -m bench.kernel_parts roofs | cases | memory, with the request as JSON on
 import json
 import sys
 
+from . import heap
 from .jobs import Settings
 from .shapes import Shape
 
@@ -30,6 +31,8 @@ def cases(shape: dict, tasks: list[str], names: list[str], settings: dict):
     """Whoever starts as {"running": NAME}, every case as {"case": ...}."""
     from .cases import measure
 
+    heap.keep()
+
     for case in measure(Shape(**shape), tasks, names, Settings(**settings), lambda name: say(running=name)):
         say(case=case)
 
@@ -38,6 +41,7 @@ def memory(shape: dict, tasks: list[str], name: str, settings: dict):
     """{"task", "peak_extra_mib"} of each task."""
     from .cases import peak_extra_mib
 
+    heap.give_back()
     for task in tasks:
         say(task=task, peak_extra_mib=peak_extra_mib(Shape(**shape), task, name, Settings(**settings)))
 

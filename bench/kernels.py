@@ -5,7 +5,8 @@
     python -m bench.kernels --model llama-3.1-8b gemma-2-9b --n 4096 --rows peaked flat --task loss frozen
     python -m bench.kernels --n 2048 --d 1024 --v 65536
 
-Time: the providers take turns on the same inputs, and a ratio is the median of the ratios to eager within a turn. Memory:
+Time: the providers take turns on the same inputs, and a ratio is the median of the ratios to eager within a turn. On a CPU
+freed memory stays with the process, and a run from which the host took the processors is made again (`bench.steal`). Memory:
 the peak beyond what the inputs take, gradients included; from the allocator on CUDA, of a process for each provider on the
 CPU. Errors: against float64 of the same inputs. Share of roof: the time that the job's products or its memory traffic take at
 the rates measured in the same run, over the time that it took; above 100 % where caches served what is counted as traffic,
@@ -32,9 +33,9 @@ import torch
 
 from . import inputs, memory, shapes
 from .jobs import TASKS, Settings
-from .memory import ENVIRONMENT
 from .processes import Died, OutOfTime, events
 from .providers import EAGER, PROVIDERS
+from .reports import KERNELS
 from .roofs import share
 from .shapes import MODELS, Shape
 
@@ -87,7 +88,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, help="stop after them, and say what was not run (default 8.5 with --full)"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write kernels.json there")
+    parser.add_argument("--out", type=Path, metavar="WHERE", help="write kernels.json there, or FILE.json")
     arguments = parser.parse_args(words)
     given = (arguments.model, arguments.n, arguments.d, arguments.v)
     if (arguments.quick or arguments.full) and any(given):
@@ -141,7 +142,7 @@ class Run:
         self.settings = Settings(
             arguments.device, arguments.repeats, arguments.seed, arguments.workspace_mib, arguments.vocab_drop_tol
         )
-        self.path = arguments.out and arguments.out / "kernels.json"
+        self.path = arguments.out and (arguments.out if arguments.out.suffix == ".json" else arguments.out / KERNELS)
         self.dtypes = arguments.dtype
         self.report = {
             "command": " ".join(["python -m bench.kernels", *sys.argv[1:]]),
@@ -212,7 +213,7 @@ class Run:
                 "settings": self.settings._asdict(),
             }
             try:
-                for event in self.part("memory", request, ENVIRONMENT) if tasks else ():
+                for event in self.part("memory", request) if tasks else ():
                     tasks[event["task"]]["providers"][name]["peak_extra_mib"] = event["peak_extra_mib"]
             except Died as error:
                 self.report["not_run"].append(f"memory of {name}, {shape}: {error}")
@@ -222,9 +223,9 @@ class Run:
         for case in cases:
             memory.add_ratios(case, EAGER)
 
-    def part(self, kind: str, request: dict, environment: dict | None = None):
+    def part(self, kind: str, request: dict):
         silence = SILENCE[self.settings.device]
-        return events("bench.kernel_parts", kind, request, self.ends, silence, environment or {})
+        return events("bench.kernel_parts", kind, request, self.ends, silence)
 
     def save(self):
         self.report["seconds"] = time.monotonic() - self.start

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from .reports import facts, failed, is_ours, measured, mib, name, seconds
+from .reports import facts, failed, is_ours, measured, mib, name, seconds, spoilt
 
 NARROW = 1024  # narrower heads are no model's that is measured here
 SYMBOLS = {"logp": "logp", "entropy": "H", "d_hidden": "dH", "d_weight": "dW"}
@@ -80,6 +80,8 @@ def caveats(cases: list[dict]) -> str:
             "- A share of roof above 100 %: caches served what is counted as traffic to memory, or the machine was slower "
             "when its roofs were measured.\n"
         )
+    if why := spoilt(cases):
+        lines.append(f"- {why}.\n")
     return "".join(lines)
 
 

@@ -1,23 +1,21 @@
 """Peak extra memory of a job: on CUDA from the allocator, on the CPU the resident set of a process of its own."""
 
-import ctypes
 import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from . import heap
+
 MIB = 1 << 20
-# For the process of a measurement on the CPU: every large block is mapped when it is needed and given back when it is
-# freed, so that the resident set tells what is held. By default glibc moves the threshold up and keeps what was freed.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def peak_extra_bytes(job: Callable[[], None], device: str) -> int:
     """The most that `job` took at any time beyond what was there before, what it leaves behind included.
 
-    Run it once before: what a first call loads, compiles or caches is not of the job. On the CPU in a process with
-    ENVIRONMENT. Raises RuntimeError where there is no /proc.
+    Run it once before: what a first call loads, compiles or caches is not of the job. On the CPU in a process of
+    `heap.give_back`. Raises RuntimeError where there is no /proc.
     """
     gc.collect()
     if device == "cuda":
@@ -27,7 +25,7 @@ def peak_extra_bytes(job: Callable[[], None], device: str) -> int:
         job()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
+    heap.trim()
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present resident set
     job()

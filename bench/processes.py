@@ -24,7 +24,7 @@ class OutOfTime(Died):
     """The time for the whole was up."""
 
 
-def events(module: str, kind: str, request: dict, ends: float, silence: float, environment: dict) -> Iterator[dict]:
+def events(module: str, kind: str, request: dict, ends: float, silence: float) -> Iterator[dict]:
     """Each object that `python -m MODULE KIND`, given `request` on standard input, prints on a line of its own.
 
     ends: of the time, by time.monotonic(); silence: seconds between two of them. Whoever stops listening ends the process.
@@ -34,7 +34,7 @@ def events(module: str, kind: str, request: dict, ends: float, silence: float, e
         Died: it crashed, ended with an error, or was silent for too long.
     """
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | environment
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", module, kind], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,

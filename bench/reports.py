@@ -67,6 +67,14 @@ def failed(case: dict) -> dict[str, str]:
     return {provider: found["error"] for provider, found in case["providers"].items() if "error" in found}
 
 
+def spoilt(cases: list[dict]) -> str:
+    """A sentence on the times that the host spoilt (`bench.steal`); "" where there is none."""
+    results = [found for case in cases for found in measured(case).values() if "seconds_all" in found]
+    count = sum(found.get("spoilt", 0) for found in results)
+    runs = sum(len(found["seconds_all"]) for found in results)
+    return f"{count} of {runs} times are of runs during which the host gave the processors to others" if count else ""
+
+
 def facts(machine: dict) -> str:
     """The device first, then versions."""
     rest = (f"{fact} {value}" for fact, value in machine.items() if fact != "device")

@@ -22,10 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import cases, machine
+from . import machine
 from .jobs import Settings
 from .reports import EAGER, SCALING
-from .scaling_parts import memory_of_points, on_ranks
+from .scaling_parts import memory_of_points, on_ranks, times_of_shapes
 from .shapes import Shape
 
 AXES = ("n", "v", "d")
@@ -85,7 +85,7 @@ def measure(arguments: argparse.Namespace) -> dict:
     base = Shape(None, arguments.n, arguments.d, arguments.v, arguments.dtype, "realistic")
     points = {(axis, size): base._replace(**{axis: size}) for axis in AXES for size in sizes(getattr(base, axis))}
     shapes = list(dict.fromkeys(points.values()))  # the base is on every axis and measured once
-    found = {shape: time_shape(shape, settings) for shape in shapes}
+    found = dict(zip(shapes, times_of_shapes(shapes, JOBS, settings)))
     if arguments.device == "cpu":
         add_memory(found, settings)
     report_cases = [as_case(axis, size, shape, 1, found[shape]) for (axis, size), shape in points.items()]
@@ -115,32 +115,6 @@ def as_case(axis: str, size: int, shape: Shape, ranks: int, providers: dict) -> 
         "ranks": ranks,
         "providers": providers,
     }
-
-
-def time_shape(shape: Shape, settings: Settings) -> dict[str, dict]:
-    """Each job's seconds; on CUDA its memory, too. One that fails has its error."""
-    tensors, found = cases.make(shape, settings, settings.seed), {}
-    for task in ("loss", "forward"):
-        jobs = {provider: name for name, (provider, of) in JOBS.items() if of == task}
-        failed = {provider: why for provider in jobs if (why := why_not(tensors, provider, task, settings))}
-        running = [provider for provider in jobs if provider not in failed]
-        timed = cases.timed(shape, task, running, [tensors], settings, lambda _: None)
-        for provider, name in jobs.items():
-            of_job = timed.get(provider, {"error": failed.get(provider)})
-            found[name] = {key: of_job[key] for key in (*MEASURES, "seconds_all", "error") if key in of_job}
-    cases.release(settings.device)
-    return found
-
-
-def why_not(tensors, provider: str, task: str, settings: Settings) -> str | None:
-    """The error of a first run, as of eager where its logits do not fit."""
-    try:
-        cases.run(cases.for_task(tensors, task), provider, task, settings)
-    except Exception as error:
-        return cases.reason(error)
-    finally:
-        cases.release(settings.device)
-    return None
 
 
 def add_memory(found: dict[Shape, dict], settings: Settings):

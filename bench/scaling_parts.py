@@ -1,6 +1,5 @@
-"""What `bench.scaling` measures in processes of their own: memory, and ranks with a part of the vocabulary each."""
+"""What `bench.scaling` measures in processes of their own: times, memory, and ranks with a part of the vocabulary each."""
 
-import ctypes
 import gc
 import json
 import multiprocessing
@@ -16,13 +15,20 @@ import torch.distributed as dist
 
 from mssr_kernels import linear_logprob_entropy, linear_policy_loss
 
-from . import cases, memory
+from . import cases, heap, memory
 from .inputs import Inputs
 from .jobs import CONFIG, Settings, clipped_loss
 from .shapes import Shape
 
-Point = tuple[Shape, dict[str, tuple[str, str]]]  # and the name, provider and task of each job
-MALLOPT = {-3: 131072, -1: 131072}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: as memory.ENVIRONMENT, but from now on
+Jobs = dict[str, tuple[str, str]]  # the name, provider and task of each
+Point = tuple[Shape, Jobs]
+OF_A_JOB = ("seconds", "seconds_all", "spoilt", "peak_extra_mib", "error")
+
+
+def times_of_shapes(shapes: list[Shape], jobs: Jobs, settings: Settings) -> list[dict[str, dict]]:
+    """Each job's seconds for each shape; on CUDA its memory, too. One that fails has its error."""
+    (found,) = in_processes(1, _times_of_shapes, shapes, jobs, settings)
+    return found
 
 
 def memory_of_points(points: list[Point], settings: Settings) -> list[dict[str, float]]:
@@ -72,8 +78,41 @@ def _write(rank: int, count: int, folder: str, measure: Callable, arguments: tup
     Path(folder, f"{rank}.json").write_text(json.dumps(measure(rank, count, folder, *arguments)))
 
 
+def _times_of_shapes(
+    rank: int, count: int, folder: str, shapes: list[Shape], jobs: Jobs, settings: Settings
+) -> list[dict]:
+    heap.keep()
+    return [_time_shape(shape, jobs, settings) for shape in shapes]
+
+
+def _time_shape(shape: Shape, jobs: Jobs, settings: Settings) -> dict[str, dict]:
+    tensors, found = cases.make(shape, settings, settings.seed), {}
+    failed = {job: why for job in jobs.values() if (why := _why_not(tensors, *job, settings))}
+    running = {task: [] for _, task in jobs.values()}
+    for provider, task in jobs.values():
+        if (provider, task) not in failed:
+            running[task].append(provider)
+    timed = cases.timed(shape, running, [tensors], settings, lambda _: None)
+    for name, (provider, task) in jobs.items():
+        of_job = timed[task].get(provider, {"error": failed.get((provider, task))})
+        found[name] = {key: of_job[key] for key in OF_A_JOB if key in of_job}
+    cases.release(settings.device)
+    return found
+
+
+def _why_not(tensors: Inputs, provider: str, task: str, settings: Settings) -> str | None:
+    """The error of a first run, as of eager where its logits do not fit."""
+    try:
+        cases.run(cases.for_task(tensors, task), provider, task, settings)
+    except Exception as error:
+        return cases.reason(error)
+    finally:
+        cases.release(settings.device)
+    return None
+
+
 def _memory_of_points(rank: int, count: int, folder: str, points: list[Point], settings: Settings) -> list[dict]:
-    _give_large_blocks_back()
+    heap.give_back()
     return [
         {name: cases.peak_extra_mib(shape, task, provider, settings) for name, (provider, task) in jobs.items()}
         for shape, jobs in points
@@ -86,8 +125,10 @@ def _be_rank(rank: int, count: int, folder: str, shape: Shape, names: tuple[str,
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     whole = cases.make(shape, settings, settings.seed)
     tensors = whole._replace(weight=whole.weight.detach().chunk(count)[rank].clone().requires_grad_())
+    heap.keep()
     seconds = _seconds(tensors, names, settings)
-    _give_large_blocks_back()
+    heap.give_back()
+    heap.trim()
     mib = {name: _peak_extra_mib(tensors, name, settings) for name in names}
     dist.barrier()
     dist.destroy_process_group()
@@ -128,10 +169,3 @@ def _run(tensors: Inputs, name: str, settings: Settings):
     else:
         with torch.no_grad():
             linear_logprob_entropy(*tensors[:3], **options)
-
-
-def _give_large_blocks_back():
-    libc = ctypes.CDLL(None)
-    for parameter, value in MALLOPT.items():
-        if not libc.mallopt(parameter, value):
-            raise RuntimeError("mallopt refuses: memory can only be measured with glibc")

@@ -34,9 +34,10 @@ from mssr.policy.loading import apply_options
 from mssr.policy.model import Policy
 from mssr_kernels import PolicyLossConfig
 
+from . import heap
 from .memory import resident_bytes
 from .step_heads import HEADS
-from .sync_case import GIB, malloc_trim
+from .sync_case import GIB
 
 SEQUENCES = 8  # of a micro-batch, their lengths as 1 : 2 : ... : 8
 LEAST_TOKENS = 256
@@ -247,7 +248,7 @@ def start_of_memory(world: World) -> int:
     if world.device.type == "cuda":
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
-    malloc_trim()  # what was freed before must not pass for memory that is there anyway
+    heap.trim()  # what was freed before must not pass for memory that is there anyway
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present resident set
     return resident_bytes("VmRSS")
 

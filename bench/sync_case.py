@@ -3,7 +3,6 @@
 RANK=0 WORLD_SIZE=1 ... python -m bench.sync_case '{"size": "tiny", "mode": "zero0", ...}'
 """
 
-import ctypes
 import gc
 import json
 import statistics
@@ -17,6 +16,7 @@ from unittest.mock import patch
 
 import torch
 
+from . import heap
 from .memory import MIB, resident_bytes
 
 GIB = 1 << 30
@@ -150,7 +150,7 @@ def peak_extra(call: Callable[[], None], world) -> int:
         torch.cuda.synchronize()
         # What the allocator took from the device in the call it still has; what did not go through it shows here too.
         return max(torch.cuda.max_memory_allocated() - allocated, free - torch.cuda.mem_get_info()[0])
-    malloc_trim()  # what was freed before must not pass for memory that is there anyway
+    heap.trim()  # what was freed before must not pass for memory that is there anyway
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present resident set
     before = resident_bytes("VmRSS")
     call()
@@ -169,23 +169,19 @@ def giving_back_what_is_freed():
     def trimming_weights(policy, bucket_bytes: int):
         for pair in named_weights(policy, bucket_bytes):
             yield pair
-            malloc_trim()
+            heap.trim()
 
     @contextmanager
     def trimming_gathered(parameters):
         with gathered(parameters):
             yield
-        malloc_trim()
+        heap.trim()
 
     with (
         patch.object(weight_sync, "named_weights", trimming_weights),
         patch.object(weights, "gathered", trimming_gathered),
     ):
         yield
-
-
-def malloc_trim():
-    ctypes.CDLL(None).malloc_trim(0)
 
 
 def synchronize(world):

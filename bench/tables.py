@@ -5,6 +5,7 @@ from rich.table import Table
 
 from .jobs import POLICY
 from .losses import sentences
+from .reports import spoilt
 
 COLUMNS = ("ms", "spread", "to eager", "MiB", "to eager", "of roof", "logp", "H", "dH", "dW")
 ERRORS = ("logp", "entropy", "d_hidden", "d_weight")
@@ -25,6 +26,8 @@ def show(report: dict, console: Console | None = None):
         console.print("Where ours lose:" if lost else "No provider was faster or smaller than ours in any case.")
     for sentence in lost:
         console.print(f"  {sentence}")
+    if why := spoilt(report["cases"]):
+        console.print(f"{why}.")
     for line in report["not_run"]:
         console.print(f"not run: {line}")
     console.print(f"{report['seconds']:.0f} s")

@@ -196,7 +196,7 @@ def test_a_process_that_does_not_come_back():
     request = {"shape": SHAPE._asdict(), "tasks": ["loss"], "names": ["eager"], "settings": CPU._asdict()}
 
     def listen(ends, silence):
-        return list(processes.events("bench.kernel_parts", "cases", request, ends, silence, {}))
+        return list(processes.events("bench.kernel_parts", "cases", request, ends, silence))
 
     with pytest.raises(processes.OutOfTime, match="out of time"):
         listen(time.monotonic() + 0.2, 60)

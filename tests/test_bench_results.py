@@ -7,7 +7,7 @@ import torch
 
 from bench import losses, markdown, plots, readme, scaling
 from bench.jobs import Settings
-from bench.scaling_parts import on_ranks
+from bench.scaling_parts import on_ranks, times_of_shapes
 from bench.shapes import Shape
 
 POLICY, CE = "policy loss with entropy", "cross-entropy alone"
@@ -273,10 +273,11 @@ def test_exponents():
     assert "mssr S" not in found
 
 
-def test_a_shape_is_timed_and_eager_may_fail():
+def test_a_shape_is_timed_and_one_may_fail():
     settings = Settings("cpu", repeats=2, workspace_mib=1, input_sets=1)
-    found = scaling.time_shape(Shape(None, 16, 16, 512, "float32", "realistic"), settings)
-    assert set(found) == set(scaling.JOBS)
+    jobs = scaling.JOBS | {"fails": ("quack CE", "loss")}
+    (found,) = times_of_shapes([Shape(None, 16, 16, 512, "float32", "realistic")], jobs, settings)
+    assert set(found) == set(jobs) and "Error" in found.pop("fails")["error"]
     assert all(of_job["seconds"] > 0 and len(of_job["seconds_all"]) == 2 for of_job in found.values())
 
 
