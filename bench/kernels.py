@@ -16,14 +16,15 @@ Tasks: "loss" is forward and backward with all gradients, "frozen" without the h
 gradients, or the loss from those that hand out nothing else. Every shape is measured in a process of its own, so that a
 provider which takes it down or does not come back costs itself and no other; --out has kernels.json after every case.
 
---quick has a head far narrower than a model's: products weigh less in it and passes over the logits more, which favours all
-that fuse. Its time ratios are not those of a model's head.
+--quick has a head far narrower than a model's: passes over the logits weigh more in it, and chunks of few rows make products
+slower. Its time ratios are not those of a model's head.
 """
 
 import argparse
 import datetime
 import itertools
 import json
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +84,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--workspace-mib", type=positive, help="of ours and, at most, of peers' chunks (default 256, with --quick 8)"
     )
     parser.add_argument("--vocab-drop-tol", type=float, default=2.0**-8, help="of mode S")
-    parser.add_argument("--repeats", type=positive, default=20)
+    parser.add_argument("--repeats", type=positive, help="turns (default 20, with --quick 32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--minutes", type=float, help="stop after them, and say what was not run (default 8.5 with --full)"
@@ -107,6 +108,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error("a model's head has D, V and softcap: drop --d, --v and --softcap")
     # With --quick smaller than the logits, as it is with a real head.
     arguments.workspace_mib = arguments.workspace_mib or (8 if arguments.quick else 256)
+    arguments.repeats = arguments.repeats or (32 if arguments.quick else 20)
     if arguments.providers is None:
         large = arguments.quick or arguments.model
         left_out = {REFERENCE} if large else set()
@@ -145,7 +147,7 @@ class Run:
         self.path = arguments.out and (arguments.out if arguments.out.suffix == ".json" else arguments.out / KERNELS)
         self.dtypes = arguments.dtype
         self.report = {
-            "command": " ".join(["python -m bench.kernels", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", "bench.kernels", *sys.argv[1:]]),
             "date": datetime.date.today().isoformat(),
             "seconds": 0.0,
             "machine": {},

@@ -72,8 +72,8 @@ def caveats(cases: list[dict]) -> str:
     lines = []
     if narrow := sorted({case["d"] for case in cases if case["d"] < NARROW}):
         lines.append(
-            f"- D {', '.join(map(str, narrow))} is far narrower than a model's head: products weigh less and passes over "
-            "the logits more, which favours all that fuse. At a model's head times are closer to eager's.\n"
+            f"- D {', '.join(map(str, narrow))} is far narrower than a model's head: passes over the logits weigh more "
+            "beside products, and few rows at a time make these slower. At a model's head times are closer to eager's.\n"
         )
     if any(found.get("share_of_roof", 0) > 1 for case in cases for found in measured(case).values()):
         lines.append(

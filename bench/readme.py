@@ -2,9 +2,10 @@
 
     python -m bench.readme [--check]
 
-Between `<!-- bench:NAME -->` and `<!-- /bench -->` in README.md and kernels/README.md stands what is generated: `kernels`,
-`step` or `scaling`, of the newest folder below bench/results that has such a report, for each machine. Folders are named
-<machine>_<date>. Those with a kernels.json also get a README.md of their own: every case, and the plots that are there.
+Between `<!-- bench:NAME -->` and `<!-- /bench -->` in README.md and kernels/README.md stands what is generated of NAME.json,
+a report of kernels (`kernels`, or `kernels_` and what of), `step` or `scaling`: of the newest folder below bench/results
+that has it, for each machine. Folders are named <machine>_<date>. Those with a report of kernels also get a README.md of
+their own: every case, and the plots that are there.
 --check writes nothing and exits with 1 if a file is not what would be written; 2 is a mistake.
 """
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from mssr.errors import UserError
 
 from . import losses, markdown
-from .reports import KERNELS, SCALING, STEP, load, load_kernels, name
+from .reports import KERNELS, SCALING, load, load_kernels, name
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = ("README.md", "kernels/README.md")
@@ -25,6 +26,7 @@ RESULTS = "bench/results"
 PLOTS = ("time.png", "memory.png", "roof.png", "accuracy.png", "scaling.png")
 OPEN, CLOSE = re.compile(r"<!-- bench:([\w-]+) -->\n"), "<!-- /bench -->"
 MAIN_TASK = "loss"
+ALL_KERNELS = "kernels*.json"
 
 
 def main(words: list[str] | None = None, root: Path = ROOT) -> int:
@@ -52,7 +54,7 @@ def generated(root: Path) -> dict[Path, str]:
     """
     files = [root / file for file in READMES if (root / file).exists()]
     found = {file: rewritten(file.read_text(), file, root) for file in files}
-    for report in sorted((root / RESULTS).glob(f"*/{KERNELS}")):
+    for report in sorted((root / RESULTS).glob(f"*/{ALL_KERNELS}")):
         found[report.parent / "README.md"] = page(report.parent)
     return found
 
@@ -74,33 +76,33 @@ def rewritten(text: str, file: Path, root: Path) -> str:
     return "".join([*pieces, text[at:]])
 
 
-def block(kind: str, file: Path, root: Path) -> str:
-    kinds = {"kernels": (KERNELS, kernels), "step": (STEP, step), "scaling": (SCALING, scaling)}
-    if kind not in kinds:
-        raise UserError(f"{file.name}: <!-- bench:{kind} -->: unknown; known are {', '.join(kinds)}")
-    report, write = kinds[kind]
-    folders = newest(root / RESULTS, report)
-    if not folders:
-        raise UserError(f"{file.name}: <!-- bench:{kind} -->: no {report} in a folder of {RESULTS}; measure one")
-    links = {folder: os.path.relpath(folder, file.parent) for folder in folders}
-    return "\n" + "\n".join(write(folder, link) for folder, link in links.items()) + "\n"
+def block(marker: str, file: Path, root: Path) -> str:
+    kinds = {"kernels": kernels, "step": step, "scaling": scaling}
+    write = kinds.get(marker.partition("_")[0])
+    if write is None:
+        raise UserError(f"{file.name}: <!-- bench:{marker} -->: unknown; known are {', '.join(kinds)}")
+    reports = newest(root / RESULTS, f"{marker}.json")
+    if not reports:
+        raise UserError(f"{file.name}: <!-- bench:{marker} -->: no {marker}.json in a folder of {RESULTS}; measure one")
+    links = {report: os.path.relpath(report.parent, file.parent) for report in reports}
+    return "\n" + "\n".join(write(report, link) for report, link in links.items()) + "\n"
 
 
-def newest(results: Path, report: str) -> list[Path]:
-    """For each machine its newest folder with such a report."""
-    folders = {}
-    for found in sorted(results.glob(f"*_*/{report}")):
-        machine, _, _ = found.parent.name.rpartition("_")
-        folders[machine] = found.parent  # dates sort as their names do
-    return list(folders.values())
+def newest(results: Path, name: str) -> list[Path]:
+    """For each machine the report of that name in its newest folder with one."""
+    reports = {}
+    for report in sorted(results.glob(f"*_*/{name}")):
+        machine, _, _ = report.parent.name.rpartition("_")
+        reports[machine] = report  # dates sort as their names do
+    return list(reports.values())
 
 
-def kernels(folder: Path, link: str) -> str:
-    """The first case of the main task in full, the others in short."""
-    report = load_kernels(folder)
+def kernels(file: Path, link: str) -> str:
+    """The first case of the main task in full, the others in short. link: to the folder."""
+    report = load_kernels(file)
     cases = report["cases"]
     if not cases:
-        raise UserError(f"{folder.name}/{KERNELS}: no case was measured; measure again")
+        raise UserError(f"{file.parent.name}/{file.name}: no case was measured; measure again")
     main_case = next((case for case in cases if case["task"] == MAIN_TASK), cases[0])
     others = [case for case in cases if case is not main_case]
     parts = [markdown.kernels_case(main_case), *([markdown.kernels_overview(others)] if others else [])]
@@ -109,14 +111,16 @@ def kernels(folder: Path, link: str) -> str:
         markdown.caveats(cases),
         f"{markdown.provenance(report)}[Every case, with plots]({link}/README.md).\n",
     ]
-    return "\n".join([*parts, *plots(folder, link, PLOTS[:1])])
+    return "\n".join([*parts, *(plots(file.parent, link, PLOTS[:1]) if file.name == KERNELS else [])])
 
 
-def step(folder: Path, link: str) -> str:
-    report = load(folder, STEP)
+def step(file: Path, link: str) -> str:
+    report = load(file)
     missing = [key for key in ("command", "date") if key not in report]
     if missing:
-        raise UserError(f"{folder.name}/{STEP}: no `{missing[0]}`, so it is of an older version; measure again")
+        raise UserError(
+            f"{file.parent.name}/{file.name}: no `{missing[0]}`, so it is of an older version; measure again"
+        )
     return "\n".join([markdown.step(report), losses.where_we_lose([step_as_case(report)]), markdown.provenance(report)])
 
 
@@ -131,9 +135,11 @@ def step_as_case(report: dict) -> dict:
     return {"providers": providers}
 
 
-def scaling(folder: Path, link: str) -> str:
-    report = load(folder, SCALING)
-    return "\n".join([markdown.scaling(report), markdown.provenance(report), *plots(folder, link, ("scaling.png",))])
+def scaling(file: Path, link: str) -> str:
+    report = load(file)
+    return "\n".join(
+        [markdown.scaling(report), markdown.provenance(report), *plots(file.parent, link, ("scaling.png",))]
+    )
 
 
 def plots(folder: Path, link: str, names: tuple[str, ...]) -> list[str]:
@@ -141,16 +147,18 @@ def plots(folder: Path, link: str, names: tuple[str, ...]) -> list[str]:
 
 
 def page(folder: Path) -> str:
-    """The folder's README: every case of its kernels.json."""
-    report = load_kernels(folder)
+    """The folder's README: every case of its reports of kernels."""
     parts = ["# " + folder.name.replace("_", ", ") + "\n", "Generated by `python -m bench.readme`.\n"]
-    parts += [markdown.provenance(report), *map(markdown.kernels_case, report["cases"])]
-    parts += [losses.where_we_lose(report["cases"]), markdown.caveats(report["cases"]), "Singly:\n"]
-    parts += ["\n".join(f"- {sentence}" for sentence in losses.sentences(report, name)) + "\n"]
-    parts += ["\n".join(f"- not run: {line}" for line in report.get("not_run", [])) + "\n"]
+    for file in sorted(folder.glob(ALL_KERNELS)):
+        report = load_kernels(file)
+        parts += [markdown.provenance(report), *map(markdown.kernels_case, report["cases"])]
+        parts += [losses.where_we_lose(report["cases"]), markdown.caveats(report["cases"]), "Singly:\n"]
+        parts += ["\n".join(f"- {sentence}" for sentence in losses.sentences(report, name)) + "\n"]
+        parts += ["\n".join(f"- not run: {line}" for line in report.get("not_run", [])) + "\n"]
+        parts += plots(folder, ".", PLOTS[:4]) if file.name == KERNELS else []
     if (folder / SCALING).exists():
-        parts.append(scaling(folder, "."))
-    return "\n".join([*parts, *plots(folder, ".", PLOTS[:4])])
+        parts.append(scaling(folder / SCALING, "."))
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mssr.errors import UserError
 
-KERNELS, STEP, SCALING = "kernels.json", "step.json", "scaling.json"
+KERNELS, SCALING = "kernels.json", "scaling.json"
 CASE_KEYS = ("model", "n", "d", "v", "dtype", "rows", "task", "softcap")
 TASKS = {"loss": "forward and backward", "frozen": "forward and backward, frozen head", "forward": "forward alone"}
 EAGER = "eager"  # what all others are measured against

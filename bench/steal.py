@@ -4,14 +4,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+STAT = Path("/proc/stat")
 SPOILT = 0.05  # of a run's time, over all processors; the system counts in hundredths of a second
 ATTEMPTS = 3
 
 
 def stolen_seconds() -> float:
     """Since the machine was started; 0 where the system does not tell."""
-    stat = Path("/proc/stat")
-    fields = stat.read_text().split(maxsplit=9) if stat.exists() else ()
+    fields = STAT.read_text().split(maxsplit=9) if STAT.exists() else ()
     return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else 0.0
 
 

@@ -150,6 +150,19 @@ def test_the_newest_of_each_machine_is_taken(root):
     assert [date in text for date in ("2026-11-21", "2026-11-22", "2026-10-01")] == [False, True, True]
 
 
+def test_reports_of_kernels_have_names_of_their_own(root):
+    wide = kernels_report()
+    for case in wide["cases"]:
+        case |= {"d": 1024, "v": 65536}
+    folder = write(root, "cpu_2026-11-21", kernels_wide=wide)
+    (folder / "time.png").touch()  # of kernels.json
+    (root / "README.md").write_text(MARKED.format("kernels_wide"))
+    assert readme.main([], root) == 0
+    text, page = (root / "README.md").read_text(), (folder / "README.md").read_text()
+    assert "V 65,536" in text and "V 32,768" not in text and "time.png" not in text
+    assert "V 65,536" in page and "V 32,768" in page and page.count("time.png") == 1
+
+
 def test_step_and_scaling_have_tables(root):
     folder = write(root, "cpu_2026-11-21", step=step_report(), scaling=scaling_report())
     (folder / "scaling.png").touch()
