@@ -4,7 +4,7 @@
 
 Eager, and ours in modes L, S and G, forward and backward; both forward alone. Each axis has four points, 1/2 to 4 times the
 base shape, and an exponent, fitted in log-log: 1 is growth in proportion, 0 none. The workspace is small enough that no
-point's logits fit into it. On a CPU the whole takes under 4 minutes on 2 cores.
+point's logits fit into it. On a CPU the whole takes about 4 minutes on 2 cores.
 
 Ranks, on a CPU alone: gloo, one thread a rank, `group=` of our functions; of time and memory the rank with the most counts.
 The same thread count for one rank and for two, so that time by rank would be -1 at best.
