@@ -178,6 +178,7 @@ def longest(attempt: Callable[[int], dict], start: int) -> dict:
     def fits(tokens: int) -> bool:
         found = attempt(tokens)
         tried[tokens] = found.get("error", "fits")
+        print(f"{tokens} tokens: {tried[tokens]}", file=sys.stderr)
         if "error" in found and not any(words in found["output"] for words in OUT_OF_MEMORY):
             raise RuntimeError(f"{tokens} tokens: {found['error']}")
         return "error" not in found

@@ -138,3 +138,14 @@ def parameters_of(config) -> int:
 def parameters_of_tiny() -> int:
     tokenizer = train_tokenizer(["digit"], 300)
     return parameters_of(sync_case.model_config(sync_case.SIZES["tiny"], tokenizer, "float32"))
+
+
+def test_the_longest_that_fits_is_found():
+    def attempt(tokens):
+        return {} if tokens <= 5000 else {"error": "exit code 1", "output": "[enforce fail] cannot allocate memory"}
+
+    found = step.longest(attempt, 512)
+    assert 5000 * 15 / 16 < found["tokens"] <= 5000 and found["tried"][8192] == "exit code 1"
+    assert step.longest(lambda tokens: attempt(10**6), 512)["tokens"] < 512
+    broken = step.longest(lambda tokens: {"error": "exit code 1", "output": "KeyError: 'head'"}, 512)
+    assert broken["error"] == "512 tokens: exit code 1"
