@@ -12,6 +12,7 @@ from .backends import Backend
 
 BACKENDS = ("reference", "chunked", "triton")
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # once: torch 2.11 cannot trace the look-up
 
 
 class Rule(NamedTuple):
@@ -64,7 +65,7 @@ def resolve(
             raise TypeError(
                 "backend 'triton' takes float32, bfloat16 or float16: use 'chunked' or 'reference' for float64"
             )
-        if not triton_is_installed():
+        if not TRITON_IS_INSTALLED:
             raise ValueError("backend 'triton' needs the package triton: pip install triton, or use 'chunked'")
     return backend
 
@@ -72,11 +73,7 @@ def resolve(
 def triton_runs_on(device: torch.device) -> bool:
     """On Ampere and later. A device that is not here, as in a plan, is taken for one of these."""
     here = device.type == "cuda" and torch.cuda.is_available()
-    return triton_is_installed() and (not here or torch.cuda.get_device_capability(device) >= (8, 0))
-
-
-def triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return TRITON_IS_INSTALLED and (not here or torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def backend_named(name: str) -> Backend:
