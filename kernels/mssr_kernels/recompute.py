@@ -13,6 +13,8 @@ from .backends import Backend, fitting
 from .inputs import HeadInputs
 from .statistics import RowStatistics, UpstreamGradient, row_gradient
 
+SLAB_MULTIPLE = 256  # columns: whole tiles of every backend, where there are so many
+
 
 def gradients(
     head: HeadInputs,
@@ -44,11 +46,13 @@ def gradients(
     column_bytes = backend.slab_bytes_per_column(head, matmul, count)
     if rounds_weight and wanted[1]:
         column_bytes += weight.shape[1] * dtype.itemsize  # a slab of dW before it is rounded
-    width = min(weight.shape[0], fitting(head, column_bytes, matmul.buffer_bytes, "one column of logits"))
+    width = fitting(head, column_bytes, matmul.buffer_bytes, "one column of logits")
+    width = min(weight.shape[0], width - width % SLAB_MULTIPLE or width)
 
     temperature = head.row_temperature(rows)
     gradient = row_gradient(head.local_target(rows), statistics, upstream, temperature, head.softcap)
-    h = hidden[rows].to(matmul.operand_dtype)
+    padded_h = matmul.with_padding(hidden[rows].to(matmul.operand_dtype))
+    h = padded_h[:count]
     dh = torch.zeros(count, hidden.shape[1], dtype=dtype, device=device) if wanted[0] else None
     slab_gradient = backend.slab_gradient(head, matmul, h, gradient, temperature, width)
     unrounded = None
@@ -61,7 +65,7 @@ def gradients(
             matmul.add_hidden_grad(dz, out=dh, columns=columns)
         if wanted[1]:
             slab = d_weight[columns] if unrounded is None else unrounded[: len(dz)]
-            matmul.add_weight_grad(dz, h, out=slab, beta=0)
+            matmul.add_weight_grad(dz, padded_h, out=slab, beta=0)
             if unrounded is not None:
                 d_weight[columns] = slab if size is None else slab.mul_(size)
         if wanted[2]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .backends import Backend, fitting
 from .inputs import HeadInputs
-from .matmul import HeadMatmul
+from .matmul import HeadMatmul, padded
 from .statistics import FLOOR, Partial, RowGradient, merge
 from .torch_softmax import block_columns, finish_logits_, row_stride, to_gradient_, to_weights_
 from .torch_tiles import TorchTiles
@@ -57,14 +57,14 @@ def _slab_gradient(
             if head.bias is not None:
                 block.clamp_(min=FLOOR)
             to_gradient_(block.exp_(), gradient.max[None], gradient.target - start, gradient, scratch, tile=len(block))
-        return z.to(matmul.operand_dtype)
+        return matmul.narrow(z)
 
     return slab_gradient
 
 
 def _slab_bytes_per_column(head: HeadInputs, matmul: HeadMatmul, rows: int) -> int:
     size = head.compute_dtype.itemsize
-    return rows * (2 * size + (matmul.operand_dtype.itemsize if matmul.mixed else 0))
+    return rows * 2 * size + (padded(rows) * matmul.operand_dtype.itemsize if matmul.mixed else 0)
 
 
 def _bias(head: HeadInputs, columns: slice) -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .inputs import HeadInputs
-from .matmul import HeadMatmul
+from .matmul import HeadMatmul, padded
 from .statistics import Partial, RowGradient, RowStatistics, merge
 from .torch_softmax import TILE, block_columns, finish_logits_, row_stride, to_gradient_, to_weights_
 
@@ -39,7 +39,7 @@ class TorchTiles:
         operands = matmul.operand_dtype.itemsize if matmul.mixed else 0
         per_row = vocab * (size + operands) + 6 * size * -(-vocab // TILE) + 2 * size * TILE
         gathered = head.workspace_bytes // GATHERED_SHARE if sparse else 0
-        return per_row, head.workspace_bytes // 8 + gathered + matmul.buffer_bytes
+        return per_row, head.workspace_bytes // 8 + gathered + matmul.buffer_bytes + vocab * operands * padded(1)
 
     def fill(self, h: Tensor, target: Tensor, temperature: Tensor | float) -> Partial:
         """Make the weights of h [C, D] and return the sums of each row. temperature: [C] or a number."""
@@ -73,7 +73,7 @@ class TorchTiles:
                 block = result[first : first + len(block)].copy_(moved)
                 maximum = maximum.index_select(1, rows)
             to_gradient_(block, maximum, gradient.target - first, gradient, self._scratch)
-        return result.to(self.matmul.operand_dtype), rows
+        return self.matmul.narrow(result), rows
 
     def _blocks(self) -> Iterator[tuple[int, slice, Tensor]]:
         """(first column, its tiles, [columns, C]) block by block."""
@@ -124,4 +124,4 @@ class TorchTiles:
             dz = self.weights[piece].index_select(1, rows)
             maximum = self.max[piece // TILE].index_select(1, rows)
             to_gradient_(dz, maximum, label - first, gradient, self._scratch, tile=1)
-            yield piece, dz.to(self.matmul.operand_dtype)
+            yield piece, self.matmul.narrow(dz)

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from .backends import Backend
 from .inputs import HeadInputs
-from .matmul import HeadMatmul
+from .matmul import HeadMatmul, padded
 from .statistics import Partial, RowGradient
 from .triton_forward import statistics
-from .triton_matmul import padded
 from .triton_slab import slab_gradient
 from .triton_tiles import TritonTiles
 from .triton_tuning import VOCABULARY_PARTS

@@ -164,7 +164,7 @@ def tile_config(weight: Tensor, bias: Tensor | None, softcap: float | None) -> T
             "the triton backend needs a CUDA device (or TRITON_INTERPRET=1 for tests): "
             f"weight is on {device}; backend='chunked' runs there"
         )
-    return config(capability, weight.dtype, weight.shape[1], plain_logits=bias is None and softcap is None)
+    return config(capability, weight.dtype, weight.shape[1], bias is not None, softcap is not None)
 
 
 def operands(h: Tensor, weight: Tensor, tiles: TileConfig) -> dict:
@@ -201,11 +201,6 @@ def transposed_target(matrix: Tensor, tiles: TileConfig) -> Tensor | TensorDescr
     if not tiles.tma or matrix.stride(0) * matrix.itemsize % 16 or matrix.data_ptr() % 16:
         return matrix
     return TensorDescriptor.from_tensor(matrix, [tiles.block_vocab // 4, tiles.block_rows])
-
-
-def padded(rows: int) -> int:
-    """Length of a line of a vocabulary-major matrix for so many rows: vectors and TMA want multiples of 16 elements."""
-    return -(-rows // 16) * 16
 
 
 def row_temperature(temperature: Tensor | float) -> dict:

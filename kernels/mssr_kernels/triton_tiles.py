@@ -20,11 +20,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .inputs import HeadInputs
-from .matmul import HeadMatmul
+from .matmul import ALIGNED, HeadMatmul, padded
 from .statistics import Partial, RowGradient, RowStatistics
 from .triton_forward import Store, statistics
 from .triton_gradient import gradient_arguments, logit_gradient
-from .triton_matmul import EXACT, INTERPRETED, LOG_FLOOR, on, padded, tile_config
+from .triton_matmul import EXACT, INTERPRETED, LOG_FLOOR, on, tile_config
 from .triton_tuning import VOCABULARY_PARTS, tiles_per_part
 
 # A block of the passes; its columns divide the vocabulary tile of every table entry. The interpreter's time goes by programs.
@@ -316,7 +316,8 @@ class TritonTiles:
         """dL/dx of those columns and rows, piece by piece: columns [n] and [n, k] in the operand dtype."""
         # A piece comes with the rows of the weight and their float32 gradient that its products gather and make.
         column_bytes = 2 * 4 * (self.head.weight.shape[1] + self.weights.shape[1])
-        step = max(1, min(PIECE_COLUMNS, self.head.workspace_bytes // GATHERED_SHARE // column_bytes))
+        step = min(PIECE_COLUMNS, self.head.workspace_bytes // GATHERED_SHARE // column_bytes)
+        step = max(1, step - step % ALIGNED or step)
         for piece in columns.split(step):
             dz = self._buffer.new_empty(len(piece), padded(len(rows)))[:, : len(rows)]
             self._gradient(piece, rows, gradient, dz)

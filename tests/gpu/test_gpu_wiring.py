@@ -79,6 +79,22 @@ def test_weight_gradient(matmul, rows):
         assert whole[len(dz_) :].isnan().all()
 
 
+@pytest.mark.parametrize("rows", [64, 128, 129, 761])
+@pytest.mark.parametrize("terms", [10241, 10247, 28339])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_no_term_of_a_sum_is_lost(terms, rows, dtype):
+    """cuBLAS of CUDA 13.0 alone loses the last of 10,241."""
+    matmul = HeadMatmul(random(terms, 2048).to(dtype), torch.float32, 1 << 20)
+    dz = padded(terms, rows, dtype, torch.nan).copy_(random(terms, rows))
+    d_hidden = torch.empty(rows, 2048, device=DEVICE)
+    matmul.add_hidden_grad(dz, out=d_hidden, beta=0)
+    assert close(d_hidden, dz.double().T @ matmul.weight.double())
+    h, d_weight = random(terms, 256).to(dtype), torch.empty(rows, 256, device=DEVICE)
+    for dz_ in (padded(rows, terms, dtype, torch.nan).copy_(dz.T), dz.T.contiguous()):
+        matmul.add_weight_grad(dz_, h, out=d_weight, beta=0)
+        assert close(d_weight, dz.double().T @ h.double())
+
+
 OUT_OF_RANGE = """
 import torch
 from mssr_kernels import linear_logprob_entropy

@@ -46,20 +46,22 @@ class Case(NamedTuple):
 
 
 def matmul_cases():
-    """The forward and the slab: plain head, then everything at once; storing or not; aligned for TMA or not."""
+    """The forward and the slab: plain head, with a bias, then everything at once; storing or not; aligned for TMA or not."""
     half, single = torch.bfloat16, torch.float32
-    for capability, dtype, d, everything in (
-        ((9, 0), half, 3584, False),
-        ((9, 0), half, 3584, True),
-        ((9, 0), half, 3585, True),
-        ((9, 0), single, 3584, True),
-        ((8, 0), torch.float16, 3584, False),
-        ((8, 0), half, 3584, True),
-        ((8, 0), half, 3585, True),
-        ((8, 0), single, 3584, False),
-        ((8, 0), single, 3584, True),
+    for capability, dtype, d, options in (
+        ((9, 0), half, 3584, "plain"),
+        ((9, 0), half, 3584, "bias"),
+        ((9, 0), half, 3584, "everything"),
+        ((9, 0), half, 3585, "everything"),
+        ((9, 0), single, 3584, "everything"),
+        ((8, 0), torch.float16, 3584, "plain"),
+        ((8, 0), half, 3584, "everything"),
+        ((8, 0), half, 3585, "everything"),
+        ((8, 0), single, 3584, "plain"),
+        ((8, 0), single, 3584, "everything"),
     ):
-        tiles = config(capability, dtype, d, plain_logits=not everything)
+        everything = options == "everything"
+        tiles = config(capability, dtype, d, bias=options != "plain", softcap=everything)
         constants = dict(
             BLOCK_ROWS=tiles.block_rows,
             BLOCK_VOCAB=tiles.block_vocab,
@@ -67,13 +69,15 @@ def matmul_cases():
             GROUP_ROWS=tiles.group_rows,
             TMA=tiles.tma,
             STORE_TMA=tiles.tma,
-            ROW_TEMPERATURE=everything,
+            ROW_TEMPERATURE=options != "plain",
         )
         if not everything:
-            constants.update(bias=None, softcap=None)
+            constants.update(softcap=None)
+        if options == "plain":
+            constants.update(bias=None)
         unstored = dict(weights=None, tile_maximum=None, tile_total=None, store_stride=0, STORE_TMA=False)
         gradient = {} if everything else dict(slope=None, cap_scale=None)
-        head = f"sm_{capability[0]}0 {TYPE_NAMES[dtype]} D={d} {'everything' if everything else 'plain'}"
+        head = f"sm_{capability[0]}0 {TYPE_NAMES[dtype]} D={d} {options}"
         for name, kernel, more in (
             ("forward", triton_forward.forward_kernel, unstored),
             ("forward storing", triton_forward.forward_kernel, {}),

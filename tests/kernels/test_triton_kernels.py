@@ -9,7 +9,7 @@ import torch
 
 from mssr_kernels import triton_tuning
 from mssr_kernels.inputs import HeadInputs
-from mssr_kernels.matmul import HeadMatmul
+from mssr_kernels.matmul import HeadMatmul, padded
 from mssr_kernels.statistics import UpstreamGradient, row_gradient, row_statistics
 from mssr_kernels.torch_tiles import TorchTiles
 
@@ -143,7 +143,7 @@ def test_bits_do_not_depend_on_the_batch_or_on_storing(dtype):
 
 def new_store(rows, vocab, dtype):
     tiles = -(-vocab // triton_tuning.INTERPRETER.block_vocab)
-    weights = torch.full((vocab, triton_matmul.padded(rows)), torch.nan, dtype=dtype)[:, :rows]
+    weights = torch.full((vocab, padded(rows)), torch.nan, dtype=dtype)[:, :rows]
     return triton_forward.Store(weights, *torch.full((2, tiles, rows), torch.nan))
 
 
@@ -203,7 +203,7 @@ def test_slab_gradient(dtype, softcap, masked, slope):
         total = total + (upstream.lse.double() * z.logsumexp(1)).sum()
     wanted = torch.autograd.grad(total, x)[0].T
     for columns in (slice(0, 1000), slice(300, 700), slice(640, None)):
-        out = torch.full((len(range(1000)[columns]), triton_matmul.padded(37)), torch.nan)[:, :37]
+        out = torch.full((len(range(1000)[columns]), padded(37)), torch.nan)[:, :37]
         triton_slab.slab_gradient(h, weight, bias, columns, gradient, temperature, softcap, out)
         torch.testing.assert_close(out.double(), wanted[columns], atol=2e-6, rtol=2e-5)
 
@@ -339,7 +339,8 @@ def test_a_cpu_is_refused_without_the_interpreter(monkeypatch):
 def test_the_table_knows_nothing_of_the_number_of_rows():
     half = torch.bfloat16
     assert triton_tuning.config((9, 0), half, 3584) == triton_tuning.SM90_WIDE
-    assert triton_tuning.config((9, 0), half, 3584, plain_logits=False) == triton_tuning.SM90
+    assert triton_tuning.config((9, 0), half, 3584, bias=True) == triton_tuning.SM90_BIAS
+    assert triton_tuning.config((9, 0), half, 3584, bias=True, softcap=True) == triton_tuning.SM90_SOFTCAP
     assert triton_tuning.config((9, 0), half, 37) == triton_tuning.UNALIGNED
     assert triton_tuning.config((8, 6), half, 3584) == triton_tuning.config((12, 0), half, 3584) == triton_tuning.SM80
     assert triton_tuning.config((9, 0), torch.float32, 3584) == triton_tuning.FLOAT32
