@@ -11,6 +11,9 @@ N = 37
 WORKSPACE = 64 << 20
 # Of the rounding of the results, the same for both, the last digit is luck.
 LUCK = 1.05
+# Where all probabilities of a row are equal, so are their errors, which do not average out: whether ours or eager's is larger
+# is the value's luck. At most they add up: half a digit of bf16 for dL/dlogits, half for the result.
+SAME_ROUNDING = 2.0**-8
 
 
 def peaked(hidden, weight, target):
@@ -44,16 +47,17 @@ def last_column(hidden, weight, target):
 
 
 KINDS = [peaked, flat, all_equal, all_negative, plus_minus_80, last_column]
+EQUAL = (flat, all_equal, plus_minus_80)
 
 
-def check(inputs, backend, **head):
+def check(inputs, backend, rounding=0.0, **head):
     coefficients = random(3, N)
     loss = oracle.weighted(coefficients)
     exact, eager = (function(loss, *inputs, **head) for function in (oracle.differentiate, oracle.eager))
     found = score(coefficients, *inputs, backend=backend, workspace_bytes=WORKSPACE, **head)
     assert all(value.isfinite().all() for value in found[0])
     assert all(gradient is None or gradient.isfinite().all() for gradient in found[1])
-    oracle.assert_no_less_exact(found, eager, exact, LUCK)
+    oracle.assert_no_less_exact(found, eager, exact, LUCK, rounding)
 
     config, rows = PolicyLossConfig(entropy_coef=0.1), dict(advantage=random(N))
     loss = oracle.policy(config, 5.0, **rows)
@@ -62,7 +66,7 @@ def check(inputs, backend, **head):
         rows, *inputs, backend=backend, config=config, normalizer=5.0, workspace_bytes=WORKSPACE, **head
     )
     values = [result.logp, result.entropy, exact[0][2]]
-    oracle.assert_no_less_exact((values, gradients), eager, exact, LUCK)
+    oracle.assert_no_less_exact((values, gradients), eager, exact, LUCK, rounding)
     kept = inputs[2] != -100
     assert (result.ratio[kept] == 1).all()  # on-policy
     return found
@@ -75,7 +79,7 @@ def test_distributions(kind, backend):
     ignored = hidden.isnan().any(1)
     hidden, weight = kind(hidden, weight, target)
     hidden[ignored] = torch.nan
-    check((hidden.bfloat16(), weight, target), backend)
+    check((hidden.bfloat16(), weight, target), backend, SAME_ROUNDING if kind in EQUAL else 0.0)
 
 
 OPTIONS = ["temperature", "temperatures", "softcap", "bias", "masked", "all"]
