@@ -1,13 +1,17 @@
-# make demo    fresh machine -> environment, tiny Qwen2.5-VL, RL on real handwritten digits, a plot
-# make test    the same environment -> the whole test suite
-# make gpu     the same environment, on a GPU -> what only runs there: tests, speed and memory of kernels and updates, the weight sync
+# make demo       fresh machine -> environment, tiny Qwen2.5-VL, RL on real handwritten digits, a plot
+# make test       the same environment -> the tests, in eight minutes on 2 cores; JOBS=4 takes more cores, ARGS goes to pytest
+# make test-all   these and the slow ones
+# make gpu        the same environment, on a GPU -> what only runs there: tests, speed and memory of kernels and updates, the weight sync
 PYTHON ?= python3
 SEED ?= 0
 RUN_DIR ?= runs/demo
+JOBS ?= 2
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST = $(BIN)/python -m pytest -q -n $(JOBS)
 
-.PHONY: venv demo test gpu lint clean
+.PHONY: venv demo test test-all gpu lint clean
 
 venv: $(VENV)/.installed
 
@@ -25,7 +29,10 @@ demo: venv
 	$(BIN)/python -m mssr.demo --seed $(SEED) --run-dir $(RUN_DIR)
 
 test: venv
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: venv
+	$(PYTEST) $(ARGS)
 
 # Liger is there to be compared with; without it the rest is measured all the same.
 gpu: venv

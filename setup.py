@@ -37,7 +37,14 @@ EXTRAS = {
     "liger": ["liger-kernel>=0.8.5,<0.9"],
     "trl": ["trl>=1.15,<1.17"],
     "bench": ["liger-kernel>=0.8.5,<0.9", "cut-cross-entropy>=25.1,<26", "trl>=1.15,<1.17"],
-    "dev": ["pytest>=8", "ruff>=0.12", "build>=1.2"],
+    "dev": [
+        "pytest>=8.1",
+        "pytest-random-order>=1.1",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.12",
+        "build>=1.2",
+    ],
 }
 EXTRAS["dev"] += EXTRAS["bench"]  # peers are oracles too
 EXTRAS["all"] = [requirement for name in ("train", "vllm", "bench", "dev") for requirement in EXTRAS[name]]

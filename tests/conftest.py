@@ -1,5 +1,6 @@
 """What every test session sets before torch is imported, and `mssr` commands on tiny real material."""
 
+import gc
 import os
 
 # Read by OpenMP when it loads: with one thread a process, tests that start ranks do not fight over the cores.
@@ -13,8 +14,16 @@ os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
 
 import pytest
 import torch
+from failures import pytest_terminal_summary  # noqa: F401
+from families import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401
 from mssr_process import Launcher
 from two_ranks import two_ranks
+
+
+def pytest_collection_finish():
+    """Collections, which DeepSpeed asks for by the dozen, need not look at what is imported by now: half a second each."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

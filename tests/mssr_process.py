@@ -12,11 +12,11 @@ import gc
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -74,8 +74,10 @@ class Started:
         self._launcher = launcher
         self._name = name
 
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+    def until(self, condition: Callable[[], object]) -> None:
+        """Returns once the condition holds, which a process that has ended makes no more."""
+        while not condition():
+            assert not ends_within(self.pid, 0.01), self.wait()
 
     def wait(self) -> Ended:
         code = self._launcher.request(wait=self.pid)
@@ -159,15 +161,17 @@ def serve() -> None:
 
 
 def wait(pid: int) -> int | None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.01)
+    if ends_within(pid, TIMEOUT_S):
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     return None
+
+
+def ends_within(pid: int, seconds: float) -> bool:
+    """Returns as soon as the process has ended, or False after so many seconds."""
+    with os.fdopen(os.pidfd_open(pid)) as process:
+        return bool(select.select([process], [], [], seconds)[0])
 
 
 def become(arguments: list[str], at: dict | None, env: dict[str, str], name: str) -> None:
@@ -223,6 +227,7 @@ def reach(moment: Moment) -> None:
 if __name__ == "__main__":
     import mssr.environment  # first, as in mssr.cli  # isort: skip
     import deepspeed.ops
+    import deepspeed.runtime.zero.muon.muon_optimizer
     import torch
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 

@@ -1,7 +1,7 @@
 """Two real gloo ranks in processes of their own. One that hangs or dies fails the call, not the session."""
 
 import atexit
-import multiprocessing
+import gc
 import os
 import pickle
 import socket
@@ -12,8 +12,8 @@ from functools import cache
 from multiprocessing.connection import wait
 
 import torch
+from forked import forkserver
 
-import mssr.policy.engine  # noqa: F401  the slow imports, before the clock of a call runs
 from mssr.distributed import start_world
 
 START_TIMEOUT = 300  # seconds to import everything
@@ -57,13 +57,13 @@ class Ranks:
         return [results[rank] for rank in range(self.size)]
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forkserver()
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
         for rank in range(self.size):
             pipe, child = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, child), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.size, port, child, dict(os.environ)), daemon=True)
             process.start()
             child.close()
             self._processes.append(process)
@@ -83,12 +83,15 @@ def two_ranks() -> Ranks:
     return Ranks(2)
 
 
-def _serve(rank: int, size: int, port: int, pipe) -> None:
+def _serve(rank: int, size: int, port: int, pipe, environment: dict[str, str]) -> None:
+    os.environ.clear()  # of whoever started the server that this process was forked from
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         DS_ACCELERATOR="cpu",
     )  # fmt: skip
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
     world = start_world("cpu")
     pipe.send_bytes(pickle.dumps(("ready", None)))
     while True:

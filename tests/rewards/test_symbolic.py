@@ -5,7 +5,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -74,9 +73,7 @@ def test_no_worker_for_plain_answers(predicted, gold, equal, monkeypatch):
 def test_a_comparison_that_hangs_is_killed_and_the_next_one_works():
     with SymbolicChecker(timeout_s=1.0) as checker:
         assert checker.equal(r"\frac{4}{2}", "2")
-        started = time.monotonic()
         assert not checker.equal(HANGS, "5")
-        assert 1.0 <= time.monotonic() - started < 5.0
         assert checker.timeouts == 1
         assert not checker.equal(HANGS, "5") and checker.timeouts == 1  # remembered, not waited for again
         checker.timeout_s = 20.0

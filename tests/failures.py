@@ -1,0 +1,37 @@
+"""The last ten lines of a failing run: which test, what was expected, and the command that runs it again."""
+
+import os
+import shlex
+import sys
+
+import pytest
+
+LINES, WIDTH = 4, 150  # of what the test says
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # after all that others have to say
+def pytest_terminal_summary(terminalreporter):
+    yield
+    reports = [report for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])]
+    if not reports:
+        return
+    terminalreporter.write_sep("=", f"{len(reports)} failed, the first one", red=True)
+    terminalreporter.write_line(reports[0].nodeid, red=True)
+    for line in said(reports[0]):
+        terminalreporter.write_line("    " + line)
+    terminalreporter.write_line("again: " + command(reports[0].nodeid))
+    if len(reports) > 1:
+        terminalreporter.write_line(f"all {len(reports)} again: {command('--last-failed')}")
+
+
+def said(report) -> list[str]:
+    """What pytest makes of the assertion, or the error; of what is no exception (a worker that died) the end."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    lines = [
+        line.strip()[:WIDTH] for line in (crash.message if crash else str(report.longrepr)).splitlines() if line.strip()
+    ]
+    return lines[:LINES] if crash else lines[-LINES:]
+
+
+def command(what: str) -> str:
+    return f"{os.path.relpath(sys.executable)} -m pytest {shlex.quote(what)}"
