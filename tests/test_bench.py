@@ -36,6 +36,7 @@ def test_tolerance(tmp_path):
         assert result["recommended"] <= -1
 
 
+@pytest.mark.slow("16 s: two ranks that start vLLM")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="on a GPU `make gpu` measures it")
 def test_sync_of_weights(capsys):
     settings = "--sizes tiny --modes zero2 --ranks 2 --repeats 2 --device cpu"
@@ -72,6 +73,7 @@ def test_sync_beside_its_target():
     assert targets.beside_targets([], {"skipped": "no vLLM"})[-1]["measured"] == "skipped: no vLLM"
 
 
+@pytest.mark.slow("12 s: updates with three heads, one in a process of its own")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="on a GPU `make gpu` measures it")
 def test_step_with_each_head(capsys):
     """The trainer's head in a process of its own, as the command runs it; the others here."""

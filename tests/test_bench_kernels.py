@@ -31,6 +31,7 @@ ON_CPU = [
 ON_CPU += ["torch linear CE", "torch linear CE chunked"]
 
 
+@pytest.mark.slow("20 s: the command, with a process for each provider")
 def test_report(tmp_path, monkeypatch, capsys):
     """The whole command, with a package that takes its process down and one that is not there or not for this device."""
     package = tmp_path / "verl" / "utils" / "experimental"
@@ -91,6 +92,7 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert "verl torch: took its process down" in printed and "torch linear CE" in printed
 
 
+@pytest.mark.slow("13 s: every task of every provider")
 def test_everybody_is_right_and_whoever_cannot_is_listed():
     """Every task of every provider that runs on a CPU and compiles nothing large, with and without a softcap."""
     for softcap, tasks in ((None, TASKS), (30.0, ("loss",))):

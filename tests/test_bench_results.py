@@ -286,6 +286,7 @@ def test_exponents():
     assert "mssr S" not in found
 
 
+@pytest.mark.slow("6 s: processes of bench.scaling")
 def test_a_shape_is_timed_and_one_may_fail():
     settings = Settings("cpu", repeats=2, workspace_mib=1, input_sets=1)
     jobs = scaling.JOBS | {"fails": ("quack CE", "loss")}
@@ -294,6 +295,7 @@ def test_a_shape_is_timed_and_one_may_fail():
     assert all(of_job["seconds"] > 0 and len(of_job["seconds_all"]) == 2 for of_job in found.values())
 
 
+@pytest.mark.slow("5 s: two ranks of bench.scaling")
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
 def test_ranks_are_timed_and_each_takes_a_part_of_the_memory():
     settings = Settings("cpu", repeats=1, workspace_mib=4, input_sets=1)

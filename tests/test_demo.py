@@ -27,6 +27,7 @@ def finished(tmp_path_factory):
     return run_dir, done.stdout
 
 
+@pytest.mark.slow("30 s for all that look at it: the README's first command, cut short")
 def test_the_summary_has_what_it_promises_and_its_files_exist(finished):
     run_dir, _ = finished
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -40,6 +41,7 @@ def test_the_summary_has_what_it_promises_and_its_files_exist(finished):
         assert picture.width > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
 
 
+@pytest.mark.slow("30 s for all that look at it: the README's first command, cut short")
 def test_it_prints_accuracy_before_and_after_and_where_to_look(finished):
     run_dir, printed = finished
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -47,6 +49,7 @@ def test_it_prints_accuracy_before_and_after_and_where_to_look(finished):
     assert summary["curves"] in printed and summary["rollouts"] in printed
 
 
+@pytest.mark.slow("30 s for all that look at it: the README's first command, cut short")
 def test_rollouts_are_saved_with_their_images(finished):
     run_dir, _ = finished
     folder = run_dir / "rollouts" / "step_000002"

@@ -88,6 +88,7 @@ def test_nothing_else_is_removed(tmp_path, config_file):
     assert (tmp_path / "data" / "thesis.txt").exists()
 
 
+@pytest.mark.slow("6 s: a command that fails in a process of its own")
 def test_a_failed_warm_start_says_where_to_look_and_is_not_finished(tmp_path, config_file):
     folder = tmp_path / "start"
     with pytest.raises(UserError, match=r"mssr sft failed, see .*sft\.log"):

@@ -13,6 +13,7 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 NOT_INSTALLED_HERE = ("verl", "openrlhf")  # they pin versions that do not go with ours
 
 
+@pytest.mark.slow("5 to 10 s each, most of it imports; test_readme and tests/integrations call what they call")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_runs(example, tmp_path):
     ended = subprocess.run(

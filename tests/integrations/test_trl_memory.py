@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow("27 s: a head large enough for memory to be its logits")
 def test_peak_memory_of_the_loss_is_at_most_three_tenths_of_trls():
     """V 65536, 2048 scored tokens and no prompt, which TRL scores too on a CPU."""
     command = [sys.executable, Path(__file__).with_name("trl_memory.py"), "--d", "64"]

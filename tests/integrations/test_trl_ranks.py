@@ -13,6 +13,7 @@ from two_ranks import Ranks
 from mssr.integrations.trl import FusedGRPOTrainer
 
 TIMEOUT = 300  # seconds of a call; the first one imports TRL
+pytestmark = pytest.mark.slow("18 s: two ranks that import TRL")
 STAGES = pytest.mark.parametrize("stage", [0, 2, 3], ids=["ddp", "zero2", "zero3"])
 
 

@@ -251,8 +251,14 @@ def test_float32_is_as_exact_as_eager():
             assert ours <= 2 * theirs + 1e-6
 
 
+REAL = pytest.mark.slow("6 to 9 s each under the interpreter: a real vocabulary, a real number of rows")
+REAL_SIZES = [(8192, 1000, 12), (129, 32007, 12), (5, 152064, 8)]
+
+
 @pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("n,v,d", [(8192, 1000, 12), (129, 32007, 12), (5, 152064, 8)])
+@pytest.mark.parametrize(
+    "n,v,d", [(300, 1000, 12), (70, 33930, 8), *(pytest.param(*s, marks=REAL) for s in REAL_SIZES)]
+)
 def test_many_rows_and_columns(backend, n, v, d):
     hidden, weight, target, arguments = problem(n=n, v=v, d=d)
     target[-1] = v - 1

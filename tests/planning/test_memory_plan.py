@@ -56,7 +56,11 @@ def predicted(case: Case, path: str) -> list[Memory]:
     return memories
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICKEST = "with a reference"
+OTHERS = pytest.mark.slow("10 to 19 s each: real training in a process whose memory is measured")
+
+
+@pytest.mark.parametrize("name", [QUICKEST, *(pytest.param(name, marks=OTHERS) for name in CASES if name != QUICKEST)])
 def test_prediction_is_within_15_percent_of_what_training_takes(name, path):
     case = CASES[name]
     expected = max(memory.total(phase) for memory in predicted(case, path) for phase in TRAINING)

@@ -12,11 +12,11 @@ import resource
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+from forked import forkserver
 from PIL import Image
 from policy_helpers import ALONE, digit_rows, method_loss, plain_distribution, processors, prompts, random_batch
 from transformers import AutoModelForImageTextToText
@@ -164,10 +164,11 @@ def shares_of_eight(path: str) -> tuple[dict[str, tuple[int, int]], float]:
 
 
 def in_a_process(function, *args):
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=forkserver()) as pool:
         return pool.submit(function, *args).result(timeout=150)
 
 
+@pytest.mark.slow("47 s: DeepSpeed cuts the real 3B and 7B into eight shares")
 @by_size
 def test_a_rank_of_eight_holds_an_eighth_under_zero_3(size):
     shares, peak = in_a_process(shares_of_eight, load(size).model.path)
@@ -339,6 +340,7 @@ def wide_step() -> dict:
     }  # fmt: skip
 
 
+@pytest.mark.slow("30 s: a real layer and a real vision block")
 def test_a_step_at_the_width_of_7b():
     step = in_a_process(wide_step)
     assert step["width"] == (3584, 18_944)

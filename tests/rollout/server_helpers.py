@@ -4,19 +4,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+import torch
 import yaml
-from mssr_process import free_port
-from policy_helpers import ALONE, model_dir, processors
+from mssr_process import ends_within, free_port
+from policy_helpers import ALONE, model_dir, plain_logp, plain_model, processors
 
 from mssr.config import RolloutConfig
+from mssr.rollout.hf import HFRollout
 from mssr.rollout.servers import ServerRollout
 
-START_S = 300  # to import vLLM twice on busy cores
 ENDS = list(range(100, 130))  # of 300 tokens: some responses end, others are cut
 PROMPT_TOKENS, RESPONSE_TOKENS = 244, 12
 
@@ -38,10 +38,8 @@ class Server:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
     def wait(self) -> "Server":
-        deadline = time.monotonic() + START_S
         while not self._healthy():
-            assert self._process.poll() is None and time.monotonic() < deadline, self._log.read_text()
-            time.sleep(0.1)
+            assert not ends_within(self._process.pid, 0.1), self._log.read_text()
         return self
 
     def ask(self, path: str) -> str:
@@ -87,3 +85,43 @@ def rollout(policy, servers: list, *, world=ALONE, ends=ENDS, **settings) -> Ser
     tokenizer, _ = processors()
     ends = sorted({tokenizer.eos_token_id, *ends})
     return ServerRollout(RolloutConfig(**defaults | settings), policy, ends, tokenizer.pad_token_id, world)
+
+
+def change_weights(policy, seed: int) -> None:
+    """Every weight by up to a fifth: the language model's and the vision tower's, matrices, norms and biases."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.parameters():
+        parameter.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
+        parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+
+
+def greedy_oracle(policy, prompts):
+    """What transformers' own generation gives."""
+    tokenizer, _ = processors()
+    ends = sorted({tokenizer.eos_token_id, *ENDS})
+    config = RolloutConfig(max_response_tokens=RESPONSE_TOKENS)
+    engine = HFRollout(policy, ends, tokenizer.pad_token_id, config, ALONE.device)
+    engine.update_weights(policy, 0)
+    return engine.generate(prompts, [0] * len(prompts), 0.0)
+
+
+def greedy(engine, prompts, **settings):
+    return engine.generate(prompts, [0] * len(prompts), 0.0, **settings)
+
+
+def assert_same_responses(found, expected):
+    assert len(found) == len(expected)
+    assert [found.response(row).tolist() for row in range(len(found))] == [
+        expected.response(row).tolist() for row in range(len(expected))
+    ]
+    assert torch.equal(found.truncated, expected.truncated)
+    torch.testing.assert_close(found.logp, expected.logp, atol=1e-4, rtol=0)
+
+
+def assert_samples_from(batch, policy, temperature=1.0):
+    """The log-probs are those of plain transformers with the policy's weights."""
+    plain = plain_model(model_dir())
+    plain.load_state_dict(policy.model.state_dict())
+    with torch.no_grad():
+        expected = plain_logp(plain, batch, temperature)
+    torch.testing.assert_close(batch.logp.double(), expected, atol=1e-4, rtol=0)

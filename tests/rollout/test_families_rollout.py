@@ -43,7 +43,12 @@ def test_hf_is_plain_greedy_generation(family):
         torch.testing.assert_close(batch.logp[row, : len(response)].double(), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3"])
+WITH_TOWER = pytest.mark.slow("12 to 15 s each; vLLM with a tower is in test_contract, with Qwen2.5-VL's")
+
+
+@pytest.mark.parametrize(
+    "family", [*(pytest.param(name, marks=WITH_TOWER) for name in ("qwen2_vl", "qwen3_vl")), "qwen3"]
+)
 def test_vllm_is_the_policy_after_every_sync(world, family):
     prompts = list(family_prompts(family))
     policy_engine = make_engine(path=family_dir(family), lr=1e-2)

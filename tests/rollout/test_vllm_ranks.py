@@ -13,6 +13,9 @@ from mssr.config import AlgorithmConfig
 from mssr.rollout.base import noise_streams
 from mssr.rollout.gap import measure_gap
 
+pytestmark = pytest.mark.slow(
+    "10 to 20 s each: vLLM on two ranks; test_freshness has the sync, test_weights the shares"
+)
 STEPS = 20
 
 

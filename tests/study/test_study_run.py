@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -40,13 +39,6 @@ def write(material, tmp_path):
     return write
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 120
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert condition()
-
-
 def writers_of(folder):
     """Processes whose command line names the folder."""
     found = []
@@ -67,6 +59,7 @@ ARMS = {
 CLAIM = {"text": "Care pays.", "higher": "base", "lower": "wild"}
 
 
+@pytest.mark.slow("22 s: a dozen processes; the parts of it are tested on their own")
 def test_a_study_stopped_and_gone_on_with(write, mssr, tmp_path):
     path = write({**ARMS, "broken": {"data.train": str(tmp_path / "nowhere.parquet")}}, claims=[CLAIM])
     out = tmp_path / "out"
@@ -74,7 +67,7 @@ def test_a_study_stopped_and_gone_on_with(write, mssr, tmp_path):
 
     # Stopped by a signal in the second run: it saves, every process ends, and the study says how to go on.
     study = mssr.start("study", path)
-    wait_for((base / "checkpoints" / "step_000002").exists)
+    study.until((base / "checkpoints" / "step_000002").exists)
     with pytest.raises(UserError, match="another study, or a run"), sole_user(out):
         pass
     os.kill(study.pid, signal.SIGTERM)

@@ -37,6 +37,7 @@ def test_a_rank_that_cannot_write_does_not_leave_the_other_waiting(mssr, warm, r
     assert not any(name.startswith("step_") for name in run.checkpoints)
 
 
+@pytest.mark.slow("10 s: a real small disk under torchrun and two ranks")
 def test_a_small_disk(warm, tmp_path):
     """A real one of 12 MB (a checkpoint takes 4.4) under two ranks: refused on all of them before writing."""
     disk, rescued = tmp_path / "disk", tmp_path / "rescued"

@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import time
 
 import pytest
 import torch
@@ -45,7 +44,10 @@ def test_killed_with_every_state_there_is(mssr, warm, run, everything, whole_wit
     run.assert_same_as(whole_with_everything)
 
 
-@pytest.mark.parametrize("number", range(20))
+MORE = pytest.mark.slow("2 s each: more moments")
+
+
+@pytest.mark.parametrize("number", [*range(2), *(pytest.param(number, marks=MORE) for number in range(2, 20))])
 def test_killed_at_any_moment(mssr, warm, run, whole, number):
     """kill -9 at a random file operation in the folder of a run that saves at every step."""
     often = ["train.checkpoint_every=1", "train.async_save=" + ("true" if number % 2 else "false")]
@@ -56,17 +58,11 @@ def test_killed_at_any_moment(mssr, warm, run, whole, number):
     run.assert_same_as(whole)
 
 
-def test_killed_from_outside(mssr, warm, run, whole):
-    """As `kill -9` comes: whenever."""
-    started = mssr.start("train", warm, run.override)
-    deadline = time.monotonic() + 60
+def test_a_line_of_metrics_that_a_kill_tore(mssr, warm, run, whole):
+    killed = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/step_000004"))
+    assert killed.code == KILLED
     metrics = run.path / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    started.kill()
-    assert started.wait().code == KILLED
-    torn = metrics.read_bytes() + b'{"step": 4, "ti'
-    metrics.write_bytes(torn)
+    metrics.write_bytes(metrics.read_bytes() + b'{"step": 4, "ti')
     mssr("train", warm, run.override, "--resume").check()
     run.assert_same_as(whole)
 

@@ -10,6 +10,9 @@ sys.path[:0] = [str(Path(__file__).parents[1] / folder) for folder in ("policy",
 
 from server_helpers import Server  # noqa: E402
 
+pytestmark = pytest.mark.slow(
+    "47 s: a vLLM server of its own; test_servers has the engine, test_algorithms_run the loop"
+)
 STEPS = 5
 ONE_STEP_OFF = ["rollout.one_step_off=true", "rollout.max_gap=9"]  # at this rate the policy moves far in a step
 

@@ -118,6 +118,7 @@ def test_a_step_that_is_left_out_changes_nothing(mssr, warm, run):
     mssr("train", warm, run.override, *settings).check()
     state = torch.load(run.path / "checkpoints" / "step_000002" / "state.pt", weights_only=True)
     assert state["engine"]["updates"] == 0
+    assert set(state["tracker"]["beta"].sum(1).tolist()) == {8.0}  # N0: of no prompt was anything forgotten or seen
     start = load_file(Path(yaml.safe_load(warm.read_text())["model"]["path"]) / "model.safetensors")
     assert all(torch.equal(weight, start[name]) for name, weight in run.weights.items())
     assert (

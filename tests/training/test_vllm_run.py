@@ -42,6 +42,7 @@ def test_nothing_but_the_progress_is_printed(whole_with_vllm):
     assert all(line.startswith("step ") for line in whole_with_vllm.ended.out.splitlines() if line)
 
 
+@pytest.mark.slow("9 s: a command that starts vLLM for one step")
 def test_the_responses_of_a_group_are_drawn_apart(mssr, warm, run):
     """vLLM is asked the same prompt four times in one call, with one seed for the call."""
     groups = ("algorithm.name=grpo", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4")
@@ -55,6 +56,7 @@ def test_the_responses_of_a_group_are_drawn_apart(mssr, warm, run):
     assert run.metrics[1]["rollout/logp_gap_max"] < 1e-4
 
 
+@pytest.mark.slow("20 s: two commands that start vLLM")
 def test_a_killed_run_goes_on_as_if_it_had_not_been(mssr, warm, run, settings, whole_with_vllm):
     """Sampling noise and the order of requests included."""
     first = mssr("train", warm, run.override, *settings, at=Moment("os.mkdir", "rollouts/step_000005"))
