@@ -33,6 +33,19 @@ def test_a_difference_is_an_error(name, monkeypatch):
         check.check_integration(name)
 
 
+@pytest.mark.parametrize("name", ["transformers", "trl"])
+def test_a_result_that_is_no_number_is_no_agreement(name, monkeypatch):
+    right = FusedLMHead.forward
+
+    def wrong(self, hidden, target=None, *args, **kwargs):
+        found = right(self, hidden, target, *args, **kwargs)
+        return found if target is None else found._replace(logp=found.logp * torch.nan)
+
+    monkeypatch.setattr(FusedLMHead, "forward", wrong)
+    with pytest.raises(UserError, match="log-prob.* (differs by nan|are nan off)"):
+        check.check_integration(name)
+
+
 def test_a_name_that_is_none():
     with pytest.raises(UserError, match="--integration tlr: there is none of that name; known: transformers, trl,"):
         check.check_integration("tlr")

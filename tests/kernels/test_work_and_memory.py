@@ -194,11 +194,17 @@ def mixed_operands(monkeypatch):
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("function", ["policy_loss", "logp and entropy", "entropy alone", "entropy and zero logp"])
 def test_small_gradients_survive_16_bit_operands(function, backend, mixed_operands):
-    """A row's coefficient is about 1 / normalizer, 1e-9 here: zero in fp16, unless it is scaled around the matmul."""
+    """A row's coefficient is about 1 / normalizer, 1e-9 here: zero in fp16, unless it is scaled around the matmul.
+
+    Rows, columns and width are no multiples of 8, and the last row's label is the last column.
+    """
     tiny, loss_scale = 1e-9, 2.0**20
+    rows, columns, width = N - 3, V - 5, D - 3
     hidden, weight, target = (t.detach() for t in leaves())
-    operands = [t.half().requires_grad_() for t in (hidden, weight, torch.randn(V))]
-    advantage = torch.randn(N)
+    hidden, weight, target = hidden[:rows, :width], weight[:columns, :width], target[:rows].clamp(max=columns - 1)
+    target[-1] = columns - 1
+    operands = [t.half().contiguous().requires_grad_() for t in (hidden, weight, torch.randn(columns))]
+    advantage = torch.randn(rows)
     advantage[:20] = 0
     grads = {}
     for name in ("reference", backend):

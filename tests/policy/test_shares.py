@@ -73,7 +73,8 @@ def test_an_update_that_ranks_cannot_share():
 def outcomes_of(world, prompts):
     share = Shares(8, 4, world)
     whole = random_batch([prompts[slot % 6] for slot in range(8)], [3, 1, 4, 1, 5, 9, 2, 6])
-    own = replace(pick(whole, share.slots), reward=torch.tensor(share.slots) / 8)
+    slots = torch.tensor(share.slots)
+    own = replace(pick(whole, share.slots), reward=slots / 8, baseline=slots / 16)
     own = replace(own, masked=torch.tensor([slot in (2, 5) for slot in share.slots]))
     return share.outcomes(own, 2)
 
@@ -82,7 +83,7 @@ def test_outcomes_are_in_the_global_order_and_masked_responses_have_no_tokens(ra
     for outcomes in (*ranks(outcomes_of, prompts), outcomes_of(World(0, 1, CPU), prompts)):
         assert outcomes.reward.tolist() == [slot / 8 for slot in range(8)]
         assert outcomes.lengths.tolist() == [3, 1, 0, 1, 5, 0, 2, 6]
-        assert outcomes.baseline is None and outcomes.group == 2
+        assert outcomes.baseline.tolist() == [slot / 16 for slot in range(8)] and outcomes.group == 2
 
 
 def collectives(world):

@@ -51,6 +51,16 @@ def test_every_response_is_graded_whether_told_before_or_not(grader, told):
     assert texts == TEXTS
 
 
+def test_each_response_is_graded_by_its_own_prompts_answer(grader):
+    """Told out of order, one not at all."""
+    prompts = [replace(prompt(row), answer=answer) for row, answer in enumerate(["4", "5", "6", "9"])]
+    grading = grader.begin(prompts)
+    for row in (3, 1):
+        grading(row, response(TEXTS[row]))
+    batch, _ = grading.finish(BATCH)
+    assert batch.correct.tolist() == [1, 1, 0, 0]
+
+
 def test_grading_goes_on_while_others_generate(grader):
     """The first response's reward is there before the second response is."""
     graded = threading.Event()

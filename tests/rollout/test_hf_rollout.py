@@ -39,6 +39,13 @@ def rollout(policy, *, max_response_tokens=12, batch_size=64, ends=EXTRA_ENDS):
     return engine
 
 
+@pytest.mark.parametrize("own, ends", [([5, 7], [5, 7]), (9, [9]), (None, [])])
+def test_a_response_ends_at_any_end_token_of_the_model_or_of_the_tokenizer(policy, monkeypatch, own, ends):
+    tokenizer, _ = processors()
+    monkeypatch.setattr(policy.model.generation_config, "eos_token_id", own)
+    assert end_token_ids(policy, tokenizer) == sorted({*ends, tokenizer.eos_token_id})
+
+
 def pads(model) -> list[int]:
     return [model.config.image_token_id, model.config.video_token_id]
 

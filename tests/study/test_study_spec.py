@@ -65,6 +65,12 @@ def test_arms_times_seeds_seed_by_seed(write):
     assert (runs[0].config.train.steps, runs[1].config.train.steps) == (8, 2)  # 2 and 8 updates a step
 
 
+def test_what_an_arm_sets_stands_above_what_all_set(write):
+    arms = {"mssr": {"train.optimizer.lr": 2e-5}, "grpo": {"algorithm.name": "grpo", "rollout.responses_per_prompt": 4}}
+    first, second, *_ = planned(write(arms=arms, set={"train.optimizer.lr": 1e-5}))
+    assert (first.config.train.optimizer.lr, second.config.train.optimizer.lr) == (2e-5, 1e-5)
+
+
 def test_the_command_line_makes_the_configuration_that_was_checked(write, tmp_path):
     path = write(set={"train.optimizer.betas": [0.9, 1e-4], "data.instruction": "Box it: 'yes', \\boxed{x} # or no"})
     for run in planned(path):

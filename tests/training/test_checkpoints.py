@@ -1,9 +1,15 @@
 """When a run saves, and what it keeps."""
 
 import json
+from contextlib import closing
 
 import pytest
+import torch
 from mssr_process import Moment
+
+from mssr.checkpoint import Checkpoints
+from mssr.config import TrainConfig
+from mssr.distributed import World
 
 
 def test_the_best_validation_is_kept_besides_the_newest(mssr, warm, run):
@@ -44,6 +50,17 @@ def test_by_the_age_of_the_last_one(mssr, warm, run):
     settings = ["train.checkpoint_minutes=1e-6", "train.checkpoint_every=100", "train.keep_checkpoints=9"]
     mssr("train", warm, run.override, *settings, "train.steps=3").check()
     assert run.checkpoints == ["step_000001", "step_000002", "step_000003"]
+
+
+def test_minutes_are_minutes(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("mssr.checkpoint.time.monotonic", lambda: now)
+    world = World(0, 1, torch.device("cpu"))
+    with closing(Checkpoints(tmp_path, world, TrainConfig(checkpoint_minutes=10, checkpoint_every=100))) as checkpoints:
+        now += 599
+        assert not checkpoints.due(7)
+        now += 1
+        assert checkpoints.due(7) and checkpoints.due(100)
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])

@@ -1,6 +1,7 @@
 """What a step takes: a batch of the right weights, or the run stops; prompts that were prepared beside the last step."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from mssr.observe.stopwatch import Stopwatch
 from mssr.run import Run
 from mssr.sampling import StepRollouts, refuse_other_weights
 from mssr.shares import Shares
+from mssr.tracking import initialise_tracker
 
 
 def test_responses_of_the_right_weights_pass():
@@ -53,6 +55,50 @@ def test_a_sync_that_does_nothing_stops_the_step(material, single_process):
         rollouts._rollout.update_weights = lambda policy, version: None
         with pytest.raises(UserError, match="step 2: 16 responses were sampled from the weights of step 0, not 1"):
             rollouts.take(1, clock)
+
+
+class Recorded:
+    """A rollout engine's noise streams, call by call."""
+
+    def __init__(self, monkeypatch, engine) -> None:
+        self.streams: list[list[int]] = []
+        generate = engine.generate
+
+        def recorded(prompts, streams, *args, **kwargs):
+            self.streams.append(list(streams))
+            return generate(prompts, streams, *args, **kwargs)
+
+        monkeypatch.setattr(engine, "generate", recorded)
+
+
+def test_no_two_responses_of_two_steps_share_their_noise(material, single_process, monkeypatch):
+    with Run(load_config(material / "config.yaml")) as run:
+        engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
+        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
+        recorded, clock = Recorded(monkeypatch, rollouts._rollout), Stopwatch(run.world.device)
+        for step in (0, 1):
+            rollouts.take(step, clock)
+    assert len({stream for streams in recorded.streams for stream in streams}) == 32
+
+
+def test_first_rollouts_are_drawn_apart_and_judged_like_others(material, single_process, monkeypatch):
+    """Two of each prompt, all cut short; what is cut has failed, whatever its reward: (0 + 1/2) / (2 + 1)."""
+    settings = ["algorithm.tracker.n_init=2", "rollout.truncated=failed", "rollout.max_response_tokens=1"]
+    with Run(load_config(material / "config.yaml", settings)) as run:
+        engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
+        tracker, rollout = ValueTracker(run.config.algorithm.tracker), run.rollout_engine(engine.policy)
+        rollout.update_weights(engine.policy, 0)
+        recorded, judge = Recorded(monkeypatch, rollout), run.judge
+
+        def judged(batch):
+            batch, texts = judge(batch)
+            return replace(batch, reward=torch.ones(len(batch))), texts
+
+        monkeypatch.setattr(run, "judge", judged)
+        assert initialise_tracker(tracker, run, rollout) == (128, 128)
+        keys = [prompt.key for prompt in run.problems.load(range(64))]
+    assert len({stream for streams in recorded.streams for stream in streams}) == 128
+    assert tracker.values(keys).tolist() == pytest.approx([1 / 6] * 64)
 
 
 class Encodings:

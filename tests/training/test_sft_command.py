@@ -2,9 +2,13 @@
 
 import json
 
+import torch
 from transformers import AutoModelForImageTextToText
 
+from mssr.batch import Prompt
+from mssr.data.prompts import load_processors
 from mssr.observe.metrics import read_metrics
+from mssr.sft import demonstrations
 
 
 def test_it_learns_the_solutions(warm):
@@ -12,6 +16,19 @@ def test_it_learns_the_solutions(warm):
     assert lines[0]["sft/loss"] > 5 > 1 > lines[-1]["sft/loss"]  # log of the vocabulary at first
     assert lines[0]["sft/lr"] == 3e-3  # from the first step
     AutoModelForImageTextToText.from_pretrained(warm.parent / "sft" / "model")
+
+
+def test_a_demonstration_is_the_solution_with_its_end_and_no_padding(material):
+    tokenizer, _ = load_processors(str(material / "untrained"))
+    solutions = ["\\boxed{12}", "3"]
+    prompts = [
+        Prompt(str(row), row, "?", "?", text, torch.tensor([1]), None, None, ()) for row, text in enumerate(solutions)
+    ]
+    batch = demonstrations(prompts, tokenizer, "here")
+    for row, text in enumerate(solutions):
+        *words, end = batch.tokens[row][batch.mask[row]].tolist()
+        assert tokenizer.decode(words) == text and end == tokenizer.eos_token_id
+    assert batch.mask[0].all() and not batch.truncated.any()
 
 
 def test_it_stops_at_the_accuracy_asked_for(mssr, warm, tmp_path):

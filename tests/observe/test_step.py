@@ -1,0 +1,57 @@
+"""A step's line in the metrics, against numbers worked by hand."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mssr.algorithms.outcomes import Outcomes
+from mssr.batch import Prompt, RolloutBatch
+from mssr.distributed import World
+from mssr.observe.step import outcome_metrics, step_metrics
+from mssr.policy.engine import UpdateStats
+from mssr.rollout.gap import LogpGap
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def prompt(tokens):
+    return Prompt("key", 0, "", "", None, torch.zeros(tokens, dtype=torch.int64), None, None, ())
+
+
+def test_means_over_responses_tokens_and_updates():
+    """Responses of 3 tokens and of 1 after prompts of 10 and 6; the shorter one was cut and is wrong."""
+    batch = RolloutBatch(
+        prompts=(prompt(10), prompt(6)),
+        tokens=torch.zeros(2, 3, dtype=torch.int64),
+        mask=torch.tensor([[True, True, True], [True, False, False]]),
+        logp=torch.tensor([[0.5, 0.5, 1.0], [0.25, 0.1, 0.1]]).log(),  # those under the padding do not count
+        truncated=torch.tensor([False, True]),
+        reward=torch.tensor([1.0, 0.5]),
+        correct=torch.tensor([1.0, 0.0]),
+    )
+    updates = [
+        UpdateStats({"entropy": value}, torch.zeros(1, 3), norm, lr) for value, norm, lr in [(2, 1, 3), (4, 5, 7)]
+    ]
+    clock = SimpleNamespace(seconds={"generate": 1.5}, memory={"memory/generate_rss_gib": 2.0}, total=4.0)
+    found = step_metrics(batch, updates, LogpGap(0.1, 0.2, 0.3), clock, ALONE)
+    assert found == pytest.approx({
+        "train/reward": 0.75, "train/correct": 0.5, "train/grad_norm": 3, "train/lr": 7,
+        "rollout/response_tokens": 2, "rollout/truncated": 0.5,
+        "rollout/logp_gap_mean": 0.1, "rollout/logp_gap_p99": 0.2, "rollout/logp_gap_max": 0.3,
+        "policy/entropy": 3, "policy/entropy_proxy": (0.34657 + 0.34657 + 0 + 0.34657) / 4,
+        "perf/generate_seconds": 1.5, "perf/step_seconds": 4, "perf/tokens_per_second": (16 + 4) / 4,
+        "memory/generate_rss_gib": 2,
+    }, rel=1e-4)  # fmt: skip
+
+
+def test_groups_whose_responses_all_earned_the_same():
+    outcomes = Outcomes(torch.tensor([1.0, 1, 0, 1, 0, 0, 1, 0]), None, torch.ones(8), 2)
+    assert outcome_metrics(outcomes) == {"rollout/zero_variance": 0.5}
+
+
+def test_baselines_and_what_they_foretold():
+    outcomes = Outcomes(torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.2]), torch.ones(2), 1)
+    found = outcome_metrics(outcomes)
+    assert found["tracker/baseline_mean"] == pytest.approx(0.35)
+    assert found["tracker/brier"] == pytest.approx((0.25 + 0.04) / 2)
