@@ -1,0 +1,179 @@
+"""Does `make test` notice small mistakes? Each fault is made in a copy of the checkout, and the tests run there.
+
+    python -m tests.mutants               every fault, and the table in tests/mutants/README.md
+    python -m tests.mutants NAME...       these faults, or all of a file in faults/
+    options: --jobs 2 (copies side by side), --list
+
+First run the tests that the fault names; only if these pass, all of `make test`. Ends with 1 if a fault is not noticed, or if
+the tests fail without one.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from .faults import HERE, ROOT, Fault, all_faults
+
+LIMIT = 900  # seconds of one run of tests: a fault may hang it
+TABLE = HERE / "README.md"
+WORDS = """# Mutants
+
+Does `make test` notice small mistakes? `faults/*.toml` lists {count} of them, over all packages. `python -m tests.mutants`
+makes each in a copy of the checkout, runs the tests that ought to notice and, if these pass, all of `make test`, and writes
+this table. `python -m tests.mutants NAME` does so for one fault or one file of faults. Seconds are those until the first
+failure, imports included, two faults side by side.
+
+A fault replaces a text that stands once in its file; `tests/mutants/test_faults.py` says when code moved away from one.
+"""
+
+
+class Found(NamedTuple):
+    by: str | None  # the first test that failed; None: none did
+    named: bool  # among the tests that the fault names
+    seconds: float
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    faults = chosen(arguments.names)
+    if arguments.list:
+        for fault in faults:
+            print(f"{fault.group:<26} {fault.name:<42} {fault.fault}")
+        return
+    with tempfile.TemporaryDirectory(prefix="mutants_") as folder:
+        copies = [copy_checkout(Path(folder) / str(number)) for number in range(arguments.jobs)]
+        if failing := without_fault(copies[0], faults):
+            sys.exit(f"without any fault {failing} fails: nothing can be said")
+        found = try_all(faults, copies)
+    if not arguments.names:
+        write_table(faults, found)
+        print(f"written: {TABLE.relative_to(ROOT)}")
+    missed = [fault.name for fault in faults if found[fault.name].by is None]
+    print(
+        f"{len(faults) - len(missed)} of {len(faults)} faults are noticed"
+        + "".join(f"\n  not noticed: {m}" for m in missed)
+    )
+    sys.exit(bool(missed))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a fault, or a file of faults without its ending")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--list", action="store_true", help="show them and end")
+    return parser.parse_args()
+
+
+def chosen(names: Sequence[str]) -> list[Fault]:
+    faults = all_faults()
+    if unknown := set(names) - faults.keys() - {fault.group for fault in faults.values()}:
+        sys.exit(f"no such fault, nor a file of faults: {', '.join(sorted(unknown))}; see --list")
+    return [fault for fault in faults.values() if not names or {fault.name, fault.group} & set(names)]
+
+
+def copy_checkout(folder: Path) -> Path:
+    """What git would take: no environment, no runs, and no compiled files of an earlier text."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def without_fault(copy: Path, faults: Sequence[Fault]) -> str | None:
+    """The first of the named tests that fails as things are."""
+    files = list(dict.fromkeys(test for fault in faults for test in fault.tests))
+    print(f"{len(files)} files of tests without a fault ...", flush=True)
+    return first_failure(copy, files, jobs=2)
+
+
+def try_all(faults: Sequence[Fault], copies: Sequence[Path]) -> dict[str, Found]:
+    free: SimpleQueue[Path] = SimpleQueue()
+    for copy in copies:
+        free.put(copy)
+
+    def attempt(fault: Fault) -> Found:
+        copy = free.get()
+        try:
+            found = noticed(fault, copy)
+        finally:
+            free.put(copy)
+        by = found.by or "NOT NOTICED"
+        print(
+            f"{fault.name:<42} {found.seconds:6.1f} s  {by}{'' if found.named else ' (not among its tests)'}",
+            flush=True,
+        )
+        return found
+
+    with ThreadPoolExecutor(len(copies)) as pool:
+        return dict(zip((fault.name for fault in faults), pool.map(attempt, faults)))
+
+
+def noticed(fault: Fault, copy: Path) -> Found:
+    began = time.monotonic()
+    with made(fault, copy):
+        by, named = first_failure(copy, fault.tests), True
+        if by is None:
+            by, named = first_failure(copy, ["tests"]), False
+    return Found(by, named, time.monotonic() - began)
+
+
+@contextmanager
+def made(fault: Fault, copy: Path):
+    file = copy / fault.file
+    text = file.read_text()
+    file.write_text(fault.applied(copy))
+    try:
+        yield
+    finally:
+        file.write_text(text)
+
+
+def first_failure(copy: Path, tests: Sequence[str], jobs: int = 0) -> str | None:
+    """The tests of `make test` among these, until one fails: that one. A run that hangs has failed, too."""
+    paths = [str(copy), str(copy / "kernels")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
+    with tempfile.TemporaryDirectory(dir=copy.parent) as temporary:
+        options = ["-q", "-x", "-rfE", "-m", "not slow", "-p", "no:cacheprovider", f"--basetemp={temporary}/tests"]
+        command = [sys.executable, "-m", "pytest", *options, *(["-n", str(jobs)] if jobs else []), *tests]
+        try:
+            run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            return f"a run over {LIMIT} s"
+    if run.returncode in (0, 5):  # 5: none of them is in `make test`
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
+    return failed[1] if failed else f"exit code {run.returncode}: {(run.stdout + run.stderr).strip()[-200:]}"
+
+
+def write_table(faults: Sequence[Fault], found: dict[str, Found]) -> None:
+    lines = [WORDS.format(count=len(faults))]
+    for group in dict.fromkeys(fault.group for fault in faults):
+        lines += [
+            f"\n## {group.replace('_', ' ')}\n",
+            "| mutant | what is wrong | noticed by | s |",
+            "|---|---|---|---|",
+        ]
+        for fault in faults:
+            if fault.group == group:
+                by, _, seconds = found[fault.name]
+                by = "**nothing**" if by is None else f"`{by}`".replace("|", "\\|")
+                lines.append(f"| {fault.name} | {fault.fault} | {by} | {seconds:.0f} |")
+    TABLE.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
