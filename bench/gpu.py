@@ -280,14 +280,9 @@ def why_no_trainer() -> str | None:
 def why_no_sync() -> str | None:
     if why := why_no_trainer():
         return why
-    from mssr.rollout.vllm_adapter import installed_version, is_cpu_build, is_supported
+    from mssr.rollout.vllm_adapter import why_unusable
 
-    version = installed_version()
-    if version is None:
-        return "vLLM is not installed"
-    if is_cpu_build():
-        return f"this vLLM {version} is its CPU build"
-    return None if is_supported(version) else f"vLLM {version} is not supported"
+    return why_unusable("cuda")
 
 
 def show_steps(size: str, cases: list[dict]):

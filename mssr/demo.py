@@ -19,6 +19,7 @@ import torch
 from mssr.cli import run_command  # first: sets up the environment that torch reads
 from mssr.config import Config, load_config
 from mssr.digits_start import launch, warm_start, write_problems
+from mssr.distributed import device_type
 from mssr.errors import UserError
 from mssr.observe.metrics import read_metrics
 from mssr.observe.plots import plot_curves
@@ -87,7 +88,7 @@ def summarise(config: Config, train_seconds: float, total_seconds: float, curves
         "total_seconds": round(total_seconds, 1),
         "seed": config.seed,
         "algorithm": config.algorithm.name,
-        "rollout_engine": engine_name(config.rollout.engine),
+        "rollout_engine": engine_name(config.rollout.engine, device_type(config.device)),
         "steps": records[-1]["step"],
         "curves": str(curves),
         "metrics": str(config.run_dir / "metrics.jsonl"),

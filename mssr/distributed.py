@@ -58,6 +58,11 @@ class World:
             dist.barrier()
 
 
+def device_type(device: str) -> str:
+    """Return what the setting `device` stands for here, "cpu" or "cuda"."""
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
 def start_world(device: str = "auto") -> World:
     """Joins the launcher's process group (`torchrun`, `deepspeed`), or starts a group of one.
 
@@ -68,7 +73,7 @@ def start_world(device: str = "auto") -> World:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda, but torch sees no GPU; run `mssr doctor`, or set device=cpu")
-    use_gpu = device != "cpu" and torch.cuda.is_available()
+    use_gpu = device_type(device) == "cuda"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if use_gpu:

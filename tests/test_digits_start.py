@@ -88,10 +88,18 @@ def test_nothing_else_is_removed(tmp_path, config_file):
     assert (tmp_path / "data" / "thesis.txt").exists()
 
 
+def test_a_start_cut_short_is_not_finished(tmp_path, config_file):
+    (tmp_path / MARKER).write_text(json.dumps({"finished": False}))
+    (tmp_path / "sft.log").mkdir()  # where the command's output goes: it cannot start
+    with pytest.raises(IsADirectoryError):
+        digits_start(tmp_path, config_file, 0, SHORT, SMALL)
+    assert (tmp_path / "untrained" / "config.json").is_file()
+    assert json.loads((tmp_path / MARKER).read_text())["finished"] is False
+
+
 @pytest.mark.slow("6 s: a command that fails in a process of its own")
-def test_a_failed_warm_start_says_where_to_look_and_is_not_finished(tmp_path, config_file):
+def test_a_failed_warm_start_says_where_to_look(tmp_path, config_file):
     folder = tmp_path / "start"
     with pytest.raises(UserError, match=r"mssr sft failed, see .*sft\.log"):
         digits_start(folder, config_file, 0, [*SHORT, "data.max_prompt_tokens=1"], SMALL)
     assert "max_prompt_tokens" in (folder / "sft.log").read_text()
-    assert json.loads((folder / MARKER).read_text())["finished"] is False

@@ -37,7 +37,7 @@ def test_a_machine_with_everything_has_no_findings():
 
 
 def test_the_report_says_what_will_be_used():
-    _, text = show(check())
+    _, text = show(check({"vllm": "0.32.0+cpu"}))
     lines = {line[:14].strip(): line[14:].strip() for line in text.splitlines()}
     assert lines["loss kernels"].startswith("chunked")
     assert lines["rollout engine"].startswith("vllm")
@@ -130,7 +130,17 @@ def test_without_a_gpu_a_cpu_torch_is_fine_and_nothing_is_imported():
     def never(code):
         raise AssertionError(code)
 
-    assert check({"torch": "2.13.0+cpu"}, probe=never).findings == ()
+    assert check({"torch": "2.13.0+cpu", "vllm": "0.32.0+cpu"}, probe=never).findings == ()
+
+
+def test_a_vllm_for_another_device_will_not_be_used():
+    report = check({"vllm": "0.32.0+cpu"}, gpus=[H200])
+    (finding,) = report.findings
+    assert finding.problem == "vllm 0.32.0+cpu is built for the CPU, here is NVIDIA H200"
+    assert finding.fix == "python -m mssr.install_vllm"
+    assert report.exit_code == 0
+    assert report.facts["rollout engine"].endswith("since vllm 0.32.0+cpu is built for the CPU")
+    assert check().facts["rollout engine"].endswith("since vllm 0.32.0 is built for CUDA")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from mssr.rollout.vllm_adapter import installed_version, is_supported
+from mssr.rollout.vllm_adapter import why_unusable
 
 if TYPE_CHECKING:  # a vLLM server imports its transport from here, and would wait seconds for the trainer's libraries
     from mssr.config import Config
@@ -16,7 +16,7 @@ def make_rollout_engine(config: "Config", policy: "Policy", tokenizer, world: "W
     from mssr.rollout.hf import HFRollout, end_token_ids
 
     ends, pad = end_token_ids(policy, tokenizer), tokenizer.pad_token_id
-    match engine_name(config.rollout.engine):
+    match engine_name(config.rollout.engine, world.device.type):
         case "vllm":
             from mssr.rollout.vllm import VLLMRollout
 
@@ -27,15 +27,12 @@ def make_rollout_engine(config: "Config", policy: "Policy", tokenizer, world: "W
             return ServerRollout(config.rollout, policy, ends, pad, world)
         case "hf":
             if config.rollout.engine == "auto" and world.is_main:
-                version = installed_version()
-                why = "vLLM is not installed" if version is None else f"vLLM {version} is not supported"
-                print(f"mssr: rollout.engine auto: hf, because {why}; see `mssr doctor`", flush=True)
+                print(f"mssr: rollout.engine auto: hf, because {why_unusable(world.device.type)}", flush=True)
             return HFRollout(policy, ends, pad, config.rollout, world.device)
 
 
-def engine_name(setting: str) -> str:
-    """What `rollout.engine` comes to here."""
+def engine_name(setting: str, device: str) -> str:
+    """Return the engine that `rollout.engine` stands for on this device ("cpu", "cuda")."""
     if setting != "auto":
         return setting
-    version = installed_version()
-    return "vllm" if version is not None and is_supported(version) else "hf"
+    return "hf" if why_unusable(device) else "vllm"

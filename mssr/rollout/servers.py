@@ -48,7 +48,7 @@ class ServerRollout:
         Raises:
             UserError: no usable vLLM here (its weight transfer is needed), or an address that is none.
         """
-        require_server_vllm()
+        require_server_vllm(world.device.type)
         self._config = config
         self._world = world
         self._ends, self._pad = ends, pad

