@@ -8,8 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
-# The interpreter's products are numpy's. Those of OpenBLAS for Haswell and Zen round a row differently where it stands
-# elsewhere in the matrix; these do not, and run on every x86-64 with AVX.
+# Triton's interpreter multiplies with numpy. OpenBLAS' kernels for Haswell and Zen round a row differently when it stands
+# elsewhere in the matrix, which tests of bitwise equality see; those for Sandy Bridge do not, and run wherever there is AVX.
 os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
 
 import pytest
@@ -21,7 +21,7 @@ from two_ranks import two_ranks
 
 
 def pytest_collection_finish():
-    """Collections, which DeepSpeed asks for by the dozen, need not look at what is imported by now: half a second each."""
+    """Exempt what is imported by now from garbage collection: DeepSpeed collects dozens of times, half a second each."""
     gc.collect()
     gc.freeze()
 

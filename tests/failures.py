@@ -1,4 +1,4 @@
-"""The last ten lines of a failing run: which test, what was expected, and the command that runs it again."""
+"""End a failing run with the first test that failed, what it expected, and the command that runs it again."""
 
 import os
 import shlex
@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-LINES, WIDTH = 4, 150  # of what the test says
+LINES, WIDTH = 4, 150  # at most, of a failure's message
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # after all that others have to say
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # the outermost wrapper writes last
 def pytest_terminal_summary(terminalreporter):
     yield
     reports = [report for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])]
@@ -25,7 +25,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def said(report) -> list[str]:
-    """What pytest makes of the assertion, or the error; of what is no exception (a worker that died) the end."""
+    """Return the first lines of the exception's message. Without one (a worker died), the report's last lines."""
     crash = getattr(report.longrepr, "reprcrash", None)
     lines = [
         line.strip()[:WIDTH] for line in (crash.message if crash else str(report.longrepr)).splitlines() if line.strip()

@@ -1,17 +1,17 @@
-"""Which tests share a process when several run side by side: those that start the same things.
+"""Distribute tests over pytest's workers: tests that share an expensive process run on the same worker.
 
-A family stays on one worker, so that what a session starts once (the server of commands, two ranks, vLLM) is started by
-one of them. Every other file is a family of its own. Families that take long come first.
+A family runs on one worker, which starts the shared process once (the server that forks commands, two ranks, vLLM). Every
+other file is a family of its own. The longest families start first.
 """
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# By where tests are; the order is that in which they start.
+# By the tests' paths, in the order in which they start.
 FAMILIES = {
-    "runs": ("tests/training/", "tests/cli/", "tests/study/test_study_run.py"),  # `mssr` commands
+    "runs": ("tests/training/", "tests/cli/", "tests/study/test_study_run.py"),  # they run `mssr` commands
     "vllm": ("tests/rollout/",),
-    "ranks": ("tests/policy/",),  # and models of several architectures
+    "ranks": ("tests/policy/",),  # two gloo ranks
 }
 
 
@@ -27,7 +27,7 @@ class FamilyScheduling(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    config.option.loadscopereorder = False  # not by the number of tests, which says little of their time
+    config.option.loadscopereorder = False  # else the largest number of tests goes first
     return FamilyScheduling(config, log)
 
 

@@ -1,4 +1,4 @@
-"""Processes that begin with the slow imports done: a server imports once and forks for each."""
+"""Start processes that have the slow imports done: a server imports them once and forks for each process."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ from multiprocessing.context import ForkServerContext
 
 @cache
 def forkserver() -> ForkServerContext:
-    """A context for processes that need nothing of this one's but what they are given."""
+    """Return a multiprocessing context. Its processes inherit nothing from this one but their arguments."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mssr.environment", "mssr.train", "deepspeed.runtime.zero.muon.muon_optimizer"])

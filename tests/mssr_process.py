@@ -75,7 +75,7 @@ class Started:
         self._name = name
 
     def until(self, condition: Callable[[], object]) -> None:
-        """Returns once the condition holds, which a process that has ended makes no more."""
+        """Wait until the condition holds. Fails if the process ends first."""
         while not condition():
             assert not ends_within(self.pid, 0.01), self.wait()
 
@@ -169,7 +169,7 @@ def wait(pid: int) -> int | None:
 
 
 def ends_within(pid: int, seconds: float) -> bool:
-    """Returns as soon as the process has ended, or False after so many seconds."""
+    """Wait for the process to end, at most so long. Returns whether it has."""
     with os.fdopen(os.pidfd_open(pid)) as process:
         return bool(select.select([process], [], [], seconds)[0])
 

@@ -84,7 +84,7 @@ def two_ranks() -> Ranks:
 
 
 def _serve(rank: int, size: int, port: int, pipe, environment: dict[str, str]) -> None:
-    os.environ.clear()  # of whoever started the server that this process was forked from
+    os.environ.clear()  # the fork server's
     os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),

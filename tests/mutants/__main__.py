@@ -1,11 +1,11 @@
-"""Does `make test` notice small mistakes? Each fault is made in a copy of the checkout, and the tests run there.
+"""Check that `make test` notices small mistakes: make each one in a copy of the checkout and run the tests there.
 
-    python -m tests.mutants               every fault, and the table in tests/mutants/README.md
+    python -m tests.mutants               every fault; writes the table tests/mutants/README.md
     python -m tests.mutants NAME...       these faults, or all of a file in faults/
     options: --jobs 2 (copies side by side), --list
 
-First run the tests that the fault names; only if these pass, all of `make test`. Ends with 1 if a fault is not noticed, or if
-the tests fail without one.
+The tests that the fault names run first; only if they pass, all of `make test`. The exit code is 1 if a fault goes unnoticed,
+or if tests fail without one.
 """
 
 import argparse
@@ -25,21 +25,21 @@ from typing import NamedTuple
 
 from .faults import HERE, ROOT, Fault, all_faults
 
-LIMIT = 900  # seconds of one run of tests: a fault may hang it
+LIMIT = 900  # seconds per run of tests: a fault can make it hang
 TABLE = HERE / "README.md"
 WORDS = """# Mutants
 
 Does `make test` notice small mistakes? `faults/*.toml` lists {count} of them, over all packages. `python -m tests.mutants`
-makes each in a copy of the checkout, runs the tests that ought to notice and, if these pass, all of `make test`, and writes
-this table. `python -m tests.mutants NAME` does so for one fault or one file of faults. Seconds are those until the first
-failure, imports included, two faults side by side.
+makes each one in a copy of the checkout, runs the tests that should notice it, then, if these pass, all of `make test`, and
+writes this table. `python -m tests.mutants NAME` tries one fault, or one file of faults. "s" is seconds until the first
+failing test, imports included, with two faults side by side on two cores.
 
-A fault replaces a text that stands once in its file; `tests/mutants/test_faults.py` says when code moved away from one.
+A fault replaces text that occurs once in its file; `tests/mutants/test_faults.py` fails when the code has moved away from it.
 """
 
 
 class Found(NamedTuple):
-    by: str | None  # the first test that failed; None: none did
+    by: str | None  # the first test that failed, if any
     named: bool  # among the tests that the fault names
     seconds: float
 
@@ -54,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mutants_") as folder:
         copies = [copy_checkout(Path(folder) / str(number)) for number in range(arguments.jobs)]
         if failing := without_fault(copies[0], faults):
-            sys.exit(f"without any fault {failing} fails: nothing can be said")
+            sys.exit(f"{failing} fails without any fault: fix that first")
         found = try_all(faults, copies)
     if not arguments.names:
         write_table(faults, found)
@@ -83,7 +83,7 @@ def chosen(names: Sequence[str]) -> list[Fault]:
 
 
 def copy_checkout(folder: Path) -> Path:
-    """What git would take: no environment, no runs, and no compiled files of an earlier text."""
+    """Copy what git would take: no environment, no runs, no bytecode of another version of the file."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
@@ -94,7 +94,7 @@ def copy_checkout(folder: Path) -> Path:
 
 
 def without_fault(copy: Path, faults: Sequence[Fault]) -> str | None:
-    """The first of the named tests that fails as things are."""
+    """Return the first of the named tests that fails without any fault."""
     files = list(dict.fromkeys(test for fault in faults for test in fault.tests))
     print(f"{len(files)} files of tests without a fault ...", flush=True)
     return first_failure(copy, files, jobs=2)
@@ -127,7 +127,10 @@ def noticed(fault: Fault, copy: Path) -> Found:
     with made(fault, copy):
         by, named = first_failure(copy, fault.tests), True
         if by is None:
-            by, named = first_failure(copy, ["tests", "--ignore=tests/mutants"]), False  # those see every fault
+            by, named = (
+                first_failure(copy, ["tests", "--ignore=tests/mutants"]),
+                False,
+            )  # which would notice every fault
     return Found(by, named, time.monotonic() - began)
 
 
@@ -143,7 +146,7 @@ def made(fault: Fault, copy: Path):
 
 
 def first_failure(copy: Path, tests: Sequence[str], jobs: int = 0) -> str | None:
-    """The tests of `make test` among these, until one fails: that one. A run that hangs has failed, too."""
+    """Run those of these tests that are in `make test`. Returns the first one that fails; a hang counts as a failure."""
     paths = [str(copy), str(copy / "kernels")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryDirectory(dir=copy.parent) as temporary:

@@ -1,4 +1,4 @@
-"""The table of faults: small mistakes, each a replacement of text in one source file, by the file that lists them."""
+"""Read `faults/*.toml`: small mistakes, each a replacement of text in one source file."""
 
 import tomllib
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ ROOT = HERE.parents[1]
 @dataclass(frozen=True)
 class Fault:
     name: str
-    fault: str  # one line: what is wrong with it
+    fault: str  # one line: what is wrong
     file: str  # relative to the checkout, like the tests
     old: str  # occurs once in the file
     new: str
-    tests: tuple[str, ...]  # files whose tests must notice, the likeliest first
+    tests: tuple[str, ...]  # files whose tests must fail, the likeliest first
     group: str
 
     def applied(self, root: Path) -> str:
-        """The file's text with the fault.
+        """Return the text of the file with the fault in it.
 
         Raises:
-            ValueError: the text to be replaced is not there, or more than once.
+            ValueError: the text to replace does not occur exactly once.
         """
         text = (root / self.file).read_text()
         if (count := text.count(self.old)) != 1:
@@ -33,10 +33,10 @@ class Fault:
 
 
 def all_faults() -> dict[str, Fault]:
-    """By name, in the order of the files.
+    """Return the faults by name, in the order of the files.
 
     Raises:
-        ValueError: a name is there twice.
+        ValueError: two faults have the same name.
     """
     faults: dict[str, Fault] = {}
     for file in sorted((HERE / "faults").glob("*.toml")):

@@ -1,4 +1,4 @@
-"""The table of faults fits the code: `python -m tests.mutants` tries what the tests make of them."""
+"""Every fault still fits the code. Whether tests notice it, `python -m tests.mutants` checks."""
 
 import sys
 from pathlib import Path
