@@ -1,5 +1,6 @@
 """Settings that libraries read when they are imported: so this module is imported before any of them."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -19,3 +20,5 @@ for name, value in DEFAULTS.items():
     os.environ.setdefault(name, value)
 if not any(Path(driver).exists() for driver in _GPU_DRIVERS):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed otherwise warns that it found no GPU
+    # A torch built for CUDA otherwise warns of the same where there is a CUDA toolkit.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
