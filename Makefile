@@ -1,12 +1,14 @@
 # make demo       fresh machine -> environment, tiny Qwen2.5-VL, RL on real handwritten digits, a plot
-# make test       the same environment -> the tests, in eight minutes on 2 cores; JOBS=4 takes more cores, ARGS goes to pytest
-# make test-all   these and the slow ones
+# make test       the same environment -> the tests; JOBS=4 takes more cores, ARGS goes to pytest
+# make test-all   the same environment -> all tests, slow ones included
+# make venv       the environment alone; VLLM=--cuda on a login node without a GPU
 # make gpu        the same environment, on a GPU -> what only runs there: tests, speed and memory of kernels and updates, the weight sync
 PYTHON ?= python3
 SEED ?= 0
 RUN_DIR ?= runs/demo
 JOBS ?= 2
 ARGS ?=
+VLLM ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST = $(BIN)/python -m pytest -q -n $(JOBS)
@@ -22,7 +24,7 @@ $(VENV)/.installed: setup.py constraints.txt mssr/install_vllm.py
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[train,dev]'
-	$(BIN)/python -m mssr.install_vllm
+	$(BIN)/python -m mssr.install_vllm $(VLLM)
 	@touch $@
 
 demo: venv

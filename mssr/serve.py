@@ -9,7 +9,14 @@ from pathlib import Path
 
 from mssr.config import Config
 from mssr.errors import UserError
-from mssr.rollout.vllm_adapter import ENVIRONMENT, is_cpu_build, require_server_vllm, server_flags
+from mssr.rollout.vllm_adapter import (
+    ENVIRONMENT,
+    installed_version,
+    is_cpu_build,
+    require_server_vllm,
+    server_flags,
+    why_unusable,
+)
 from mssr.vllm_server import GLOO_TRANSFER
 
 _SERVER = ["-W", "ignore::DeprecationWarning", "-m", "mssr.vllm_server"]  # it uses vLLM's older entry, which says so
@@ -21,6 +28,8 @@ def serve(config: Config, host: str, port: int) -> None:
     Raises:
         UserError: vLLM cannot be used here, the port is taken, or the model is no model.
     """
+    if why := why_unusable(config.device):
+        raise UserError(why)
     require_server_vllm(config.device)
     path = Path(config.model.path)
     if path.exists() and not (path / "config.json").is_file():
@@ -33,7 +42,7 @@ def serve(config: Config, host: str, port: int) -> None:
 
 def arguments(config: Config, host: str, port: int) -> list[str]:
     """Of vLLM's server."""
-    rollout, cpu = config.rollout, is_cpu_build()
+    rollout, cpu = config.rollout, is_cpu_build(installed_version())
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "float32" if cpu else "bfloat16"
@@ -70,7 +79,7 @@ def arguments(config: Config, host: str, port: int) -> list[str]:
 def _environment() -> dict[str, str]:
     environment = ENVIRONMENT | os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # weight transfer and cache resets
     # With 0 the CPU build runs its worker in the engine's process, which is one import of everything less.
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if is_cpu_build() else "1"
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if is_cpu_build(installed_version()) else "1"
     return environment
 
 

@@ -24,6 +24,15 @@ class FamilyScheduling(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         return family(nodeid)
 
+    def remove_node(self, node):
+        """A test that crashed its worker does not run again on the next worker, and the next."""
+        crashed = super().remove_node(node)
+        if crashed is not None:
+            for units in (self.workqueue, *self.assigned_work.values()):
+                if crashed in units.get(family(crashed), {}):
+                    units[family(crashed)][crashed] = True  # done
+        return crashed
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):

@@ -11,6 +11,7 @@ import atexit
 import gc
 import json
 import os
+import random
 import resource
 import select
 import signal
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -77,7 +79,7 @@ class Started:
     def until(self, condition: Callable[[], object]) -> None:
         """Wait until the condition holds. Fails if the process ends first."""
         while not condition():
-            assert not ends_within(self.pid, 0.01), self.wait()
+            assert not ends_within(self.pid, 0.01) or condition(), self.wait()
 
     def wait(self) -> Ended:
         code = self._launcher.request(wait=self.pid)
@@ -138,9 +140,12 @@ class Launcher:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """Return a port below those that the system gives to connections, so that it stays free until a server has started."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def serve() -> None:

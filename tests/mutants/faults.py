@@ -6,6 +6,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+TABLE = HERE / "README.md"
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,15 @@ def all_faults() -> dict[str, Fault]:
                 raise ValueError(f"{fault.name} is in {faults[fault.name].group}.toml and in {file.name}")
             faults[fault.name] = fault
     return faults
+
+
+def table() -> dict[str, str]:
+    """Return the rows of the table of results, tests/mutants/README.md, by fault."""
+    lines = TABLE.read_text().splitlines() if TABLE.is_file() else []
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith("| mutant |")]
+    return {row.split(" | ")[0].removeprefix("| "): row for row in rows}
+
+
+def escaped(text: str) -> str:
+    """Return the text as it stands in a cell."""
+    return text.replace("|", "\\|")

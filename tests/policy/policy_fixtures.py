@@ -13,12 +13,12 @@ from mssr.policy.loading import load_policy
 @pytest.fixture(scope="module")
 def world():
     """A process group of one; the launcher's variables that it sets are gone again afterwards."""
-    before = dict(os.environ)
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
-    yield start_world("cpu")
-    os.environ.clear()
-    os.environ.update(before)
+    with pytest.MonkeyPatch.context() as patch:
+        launched = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        for name, value in launched.items():
+            patch.setenv(name, value)
+        yield start_world("cpu")
 
 
 @pytest.fixture(scope="session")

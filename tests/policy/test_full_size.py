@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import forkserver
+from forked import forkserver, take_environment
 from PIL import Image
 from policy_helpers import ALONE, digit_rows, method_loss, plain_distribution, processors, prompts, random_batch
 from transformers import AutoModelForImageTextToText
@@ -164,7 +164,7 @@ def shares_of_eight(path: str) -> tuple[dict[str, tuple[int, int]], float]:
 
 
 def in_a_process(function, *args):
-    with ProcessPoolExecutor(1, mp_context=forkserver()) as pool:
+    with ProcessPoolExecutor(1, forkserver(), take_environment, (dict(os.environ),)) as pool:
         return pool.submit(function, *args).result(timeout=150)
 
 

@@ -65,10 +65,7 @@ def train(world, batches, zero_stage, placement, scored):
     return whole_weights(engine)
 
 
-OTHERS = pytest.mark.slow("1 to 2 s each; ZeRO-3 has the most hooks")
-
-
-@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=OTHERS), pytest.param(2, marks=OTHERS), 3])
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_scoring_leaves_the_training_as_it_was(ranks, prompts, zero_stage):
     """Adapters that were switched off must be trained on: ZeRO's hooks are on their parameters."""
     batches = [random_batch(prompts, [5, 9, 3, 7, 1, 12]), random_batch(prompts[2:3], [2])]

@@ -37,6 +37,12 @@ class Server:
         with self._log.open("w") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
 
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.kill()
+
     def wait(self) -> "Server":
         while not self._healthy():
             assert not ends_within(self._process.pid, 0.1), self._log.read_text()

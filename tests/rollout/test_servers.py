@@ -32,9 +32,8 @@ from mssr.serve import serve
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"))
-    yield [server.wait()]
-    server.kill()
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        yield [server.wait()]
 
 
 def test_every_sync_brings_all_weights_and_leaves_nothing_of_the_old_ones(servers, own_policy, many):

@@ -8,7 +8,7 @@ from server_helpers import Server, assert_same_responses, change_weights, greedy
 
 from mssr.errors import UserError
 
-pytestmark = pytest.mark.slow("60 s: two servers; test_servers has all but their number")
+pytestmark = pytest.mark.slow("60 s: two real servers; test_servers has one, test_server_failover fakes")
 
 
 @pytest.fixture(scope="module")

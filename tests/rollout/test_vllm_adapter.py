@@ -40,7 +40,7 @@ def test_a_missing_vllm_is_told_with_the_way_to_install_it(monkeypatch):
 def test_a_build_for_another_device_is_refused(version, device, built, monkeypatch):
     monkeypatch.setattr(vllm_adapter, "installed_version", lambda: version)
     assert why_unusable(device) == (
-        f"vLLM {version} is built for {built}, device is {device}; run `python -m mssr.install_vllm`"
+        f"vLLM {version} is built for {built}, device is {device}; run `python -m mssr.install_vllm` for another build"
     )
     assert why_unusable("auto") is None and why_unusable(built) is None
 

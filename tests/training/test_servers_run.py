@@ -19,9 +19,8 @@ ONE_STEP_OFF = ["rollout.one_step_off=true", "rollout.max_gap=9"]  # at this rat
 
 @pytest.fixture(scope="module")
 def server(warm, tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("server"), config=warm)
-    yield server.wait()
-    server.kill()
+    with Server(tmp_path_factory.mktemp("server"), config=warm) as server:
+        yield server.wait()
 
 
 def trained(mssr, warm, server, folder, *overrides):
