@@ -1,6 +1,7 @@
 """What every rollout engine promises (`RolloutEngine`): both engines, the same tests, real vLLM included."""
 
 import random
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -15,7 +16,7 @@ STREAMS = noise_streams(0, "train", 0, list(range(24)))
 
 
 @pytest.fixture(scope="module", params=["hf", "vllm"])
-def name(request):
+def name(request, world):
     return request.param
 
 
@@ -32,6 +33,22 @@ def sampled(engine, prompts):
 
 def responses(batch):
     return [batch.response(row).tolist() for row in range(len(batch))]
+
+
+def test_prompts_with_other_images_of_the_same_size_are_answered_as_theirs(engine, plain, prompts):
+    """Two prompts that differ in the picture alone, one call, greedy."""
+    first = prompts[1]
+    second = replace(first, key="another", pixel_values=-first.pixel_values)
+    batch = engine.generate([first, second], [0, 0], 0.0)
+    own, others = (
+        [plain_distribution(plain, prompt, batch.response(row)) for row, prompt in enumerate(order)]
+        for order in ([first, second], [second, first])
+    )
+    for row in range(2):
+        response = batch.response(row)
+        assert response.tolist() == own[row].argmax(1).tolist()
+        assert (own[row] - others[row]).gather(1, response[:, None]).abs().max() > 0.1  # the picture matters
+        torch.testing.assert_close(batch.logp[row, : len(response)].double(), own[row].amax(1), atol=1e-5, rtol=0)
 
 
 def test_shapes_masks_and_padding(sampled, prompts):
@@ -139,7 +156,7 @@ def test_the_order_of_work_is_not_the_order_of_the_batch(engine, prompts):
     assert responses(batch) == responses(engine.generate(list(prompts) * 4, STREAMS, 0.0))
 
 
-def test_the_longest_response_is_begun_first(policy, prompts, monkeypatch):
+def test_the_longest_response_is_begun_first(world, policy, prompts, monkeypatch):
     engine = engine_of("vllm", policy)
     begun, add = [], engine._llm.llm_engine.add_request
 

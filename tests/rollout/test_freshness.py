@@ -7,6 +7,7 @@ import torch
 from policy_helpers import ALONE, make_engine, model_dir, random_batch
 from rollout_engines import vllm
 
+import mssr.policy.weights as weights
 import mssr.rollout.weight_sync as weight_sync
 from mssr.errors import UserError
 from mssr.rollout.gap import GapCheck
@@ -20,10 +21,10 @@ LIMIT = 1e-3  # nats; an exact sync is within 1e-5
 class Step:
     """The policy, its sampler after one sync and one use, and an update that the sampler has not seen."""
 
-    def __init__(self, prompts, *, tied=False):
+    def __init__(self, prompts, *, tied=False, zero_stage=0, **settings):
         self.prompts = list(prompts)
-        self.trainer = make_engine(path=model_dir(tied), lr=2e-2)
-        self.sampler = vllm(model_dir(tied))
+        self.trainer = make_engine(path=model_dir(tied), lr=2e-2, zero_stage=zero_stage)
+        self.sampler = vllm(model_dir(tied), **settings)
         self.sampler.update_weights(self.trainer.policy, 0)
         self.sampler.generate(self.prompts, list(range(6)), 1.0)  # vLLM has seen the images now
         self.trainer.imitate(random_batch(self.prompts, [5, 9, 3, 7, 1, 12]))
@@ -43,6 +44,21 @@ def step(request, world, prompts):
 
 def test_a_whole_sync_leaves_no_gap(step):
     step.sampler.update_weights(step.trainer.policy, 1)
+    step.check_gap()
+
+
+def test_a_sync_of_zero_3_in_many_buckets(world, prompts, monkeypatch):
+    """Of parameters that are whole only while their bucket is gathered; vLLM merges q, k and v from different buckets."""
+    step = Step(prompts, zero_stage=3, sync_gib=4e-5)
+    limit, buckets, gathered = 4e-5 * 2**29, [], weights.gathered
+
+    def noting(parameters):
+        buckets.append([parameter.ds_numel * parameter.element_size() for parameter in parameters])
+        return gathered(parameters)
+
+    monkeypatch.setattr(weights, "gathered", noting)
+    step.sampler.update_weights(step.trainer.policy, 1)
+    assert len(buckets) > 10 and all(sum(bucket) <= limit or len(bucket) == 1 for bucket in buckets)
     step.check_gap()
 
 

@@ -1,4 +1,4 @@
-"""What a step takes: a batch of the right weights, or the run stops; prompts that were prepared beside the last step."""
+"""What a step takes: a batch of the right weights, or the run stops; prompts and responses prepared beside the last step."""
 
 import threading
 from dataclasses import replace
@@ -17,6 +17,7 @@ from mssr.data.sampler import PromptSampler
 from mssr.data.tasks.digits import write_digits
 from mssr.errors import BadRow, UserError
 from mssr.observe.stopwatch import Stopwatch
+from mssr.rollout.base import Response, collect, noise_streams
 from mssr.run import Run
 from mssr.sampling import StepRollouts, refuse_other_weights
 from mssr.shares import Shares
@@ -99,6 +100,91 @@ def test_first_rollouts_are_drawn_apart_and_judged_like_others(material, single_
         keys = [prompt.key for prompt in run.problems.load(range(64))]
     assert len({stream for streams in recorded.streams for stream in streams}) == 128
     assert tracker.values(keys).tolist() == pytest.approx([1 / 6] * 64)
+
+
+def test_the_responses_of_a_group_answer_one_prompt(material, single_process):
+    groups = ["algorithm.name=grpo", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4"]
+    with Run(load_config(material / "config.yaml", groups)) as run:
+        engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
+        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
+        taken = rollouts.take(0, Stopwatch(run.world.device)).batch
+    rows = PromptSampler(64, 4, run.config.seed).rows(0)
+    assert [prompt.row for prompt in taken.prompts] == [row for row in rows for _ in range(4)]
+
+
+class Beside:
+    """A rollout engine of one-token responses that logs what it is asked for.
+
+    A call in another thread ends when the test releases `may_end`.
+    """
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, int]] = []  # "sync", "generate" or "end" (of generating), and the weights' version
+        self.asked: list[tuple[list[int], list[int]]] = []  # rows and noise streams of each call
+        self.may_end = threading.Semaphore(0)
+        self._main = threading.get_ident()
+
+    def update_weights(self, policy, version):
+        self.log.append(("sync", version))
+        self._version = version
+
+    def generate(self, prompts, streams, temperature, *, expected_tokens, on_response):
+        version = self._version
+        self.log.append(("generate", version))
+        self.asked.append(([prompt.row for prompt in prompts], streams))
+        if threading.get_ident() != self._main:
+            assert self.may_end.acquire(timeout=10), "the step waited for the next step's responses"
+        responses = [Response(torch.tensor([5]), torch.tensor([-1.0]), False, version) for _ in prompts]
+        for row, response in enumerate(responses):
+            on_response(row, response)
+        self.log.append(("end", version))
+        return collect(prompts, responses, pad=0)
+
+    def release(self):
+        pass
+
+
+@pytest.fixture
+def one_step_off(material, single_process, monkeypatch):
+    """The rollouts of a run of three steps, one step off, and their engine."""
+    settings = ["rollout.engine=servers", "rollout.servers=[http://127.0.0.1:9]", "rollout.one_step_off=true"]
+    beside = Beside()
+    monkeypatch.setattr(Run, "rollout_engine", lambda run, policy: beside)
+    config = load_config(material / "config.yaml", [*settings, "algorithm.old_logp=recompute", "train.steps=3"])
+    with Run(config) as run:
+        engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
+        yield StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker)), beside
+        beside.may_end.release()  # what a test left under way
+
+
+def test_one_step_off_each_step_trains_while_the_next_one_is_sampled(one_step_off):
+    rollouts, engine = one_step_off
+    clock, taken = Stopwatch(torch.device("cpu")), []
+    for step in range(3):
+        if step > 0:
+            engine.may_end.release()  # only now: the last `take` returned while these responses were on their way
+        taken.append(rollouts.take(step, clock))
+    assert [one.batch.weight_version.unique().tolist() for one in taken] == [[0], [0], [1]]
+    assert [one.metrics(step)["rollout/staleness"] for step, one in enumerate(taken)] == [0, 1, 1]
+    assert engine.log == [
+        ("sync", 0), ("generate", 0), ("end", 0),
+        ("generate", 0), ("end", 0),
+        ("sync", 1), ("generate", 1), ("end", 1),  # and nothing after the last step
+    ]  # fmt: skip
+    rows = [PromptSampler(64, 16, 0).rows(step) for step in range(3)]
+    assert engine.asked == [(rows[step], noise_streams(0, "train", step, list(range(16)))) for step in range(3)]
+    assert [[prompt.row for prompt in one.batch.prompts] for one in taken] == rows
+
+
+def test_one_step_off_others_who_sample_wait_for_the_responses_on_their_way(one_step_off):
+    """Validation, for one."""
+    rollouts, engine = one_step_off
+    rollouts.take(0, Stopwatch(torch.device("cpu")))
+    end = threading.Timer(0.05, engine.may_end.release)  # should this be too early, the test sees less, but passes
+    end.start()
+    with rollouts.awake(1):
+        assert engine.log == [("sync", 0), ("generate", 0), ("end", 0), ("generate", 0), ("end", 0), ("sync", 1)]
+    end.join()
 
 
 class Encodings:
