@@ -1,5 +1,6 @@
 """The study's runner with short commands in place of training: what it records of a run, repeats, and ends."""
 
+import concurrent.futures
 import json
 import os
 import signal
@@ -27,10 +28,14 @@ if other:
     os.wait()
     sys.exit(143)
 """
+# A run that hangs: it only notes in the second pipe that it was asked to end.
 DEAF = """
 import signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
 open(sys.argv[1], "w").close()
+asked = signal.sigtimedwait([signal.SIGTERM], 30)
+with open(sys.argv[2], "w") as pipe:
+    pipe.write("asked" if asked else "not asked")
 signal.sigtimedwait([signal.SIGINT], 30)
 """
 
@@ -144,22 +149,30 @@ def test_a_signal_lets_every_rank_save_and_the_run_can_go_on(plan, run, tmp_path
 
 
 def test_a_run_that_does_not_end_in_time_is_killed(plan, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner_module, "GRACE_S", 0.0)
-    pipe = tmp_path / "pipe"
+    pipe, second = tmp_path / "pipe", tmp_path / "second"
     os.mkfifo(pipe)
-    quick, deaf = plan("quick"), plan("deaf")
+    os.mkfifo(second)
+    asked = []
+
+    def wait(futures, timeout=None, **options):
+        """The time of grace is over once the run was asked to end."""
+        if timeout is not None:
+            asked.append(second.read_text())
+            timeout = 0
+        return concurrent.futures.wait(futures, timeout, **options)
 
     def stop(_):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(runner_module, "wait", wait)
+    quick, deaf = plan("quick"), plan("deaf")
+    commands = [
+        (quick, ["timeout", "30", "cat", str(pipe)]),
+        (deaf, [sys.executable, "-S", "-c", DEAF, str(pipe), str(second)]),
+    ]
     with pytest.raises(KeyboardInterrupt):
-        run(
-            [
-                (quick, ["timeout", "30", "cat", str(pipe)]),
-                (deaf, [sys.executable, "-S", "-c", DEAF, str(pipe)]),
-            ],
-            on_end=stop,
-        )
+        run(commands, on_end=stop)
+    assert asked == ["asked"]
     assert [attempt["code"] for attempt in attempts(deaf)] == [-signal.SIGKILL]
     assert finished(deaf) is None
 
