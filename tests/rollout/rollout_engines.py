@@ -1,6 +1,5 @@
 """The rollout engines as the tests make them, around the tiny model of `policy_helpers`."""
 
-import os
 from functools import cache
 
 import torch
@@ -10,6 +9,7 @@ from mssr.policy.loading import load_policy
 from mssr.policy.model import Policy
 from mssr.rollout.hf import HFRollout
 from mssr.rollout.vllm import VLLMRollout
+from mssr.rollout.vllm_adapter import require_vllm
 
 # Of 300 tokens: some responses of untrained weights end, others are cut.
 ENDS = list(range(100, 130))
@@ -22,9 +22,24 @@ def hf(policy: Policy, limit: int = LIMIT, ends=ENDS, batch_size: int = 64) -> H
 
 
 @cache
+def small_cache() -> None:
+    """128 MiB for keys and values: vLLM's own setting is in whole GiB, and engines stay until the session ends."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    whole = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls, config):
+        whole(cls, config)
+        config.cache_config.kv_cache_memory_bytes = 128 * 2**20
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
+@cache
 def vllm(path: str, limit: int = LIMIT, world=ALONE, **settings) -> VLLMRollout:
     """Started once for each kind: that takes seconds, and an engine forgets with every sync."""
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    require_vllm("cpu")  # before vLLM is imported
+    small_cache()
     config = run_config(path, engine="vllm", max_response_tokens=limit, **settings)
     return VLLMRollout(config, load_policy(path, torch.float32), ENDS, processors()[0].pad_token_id, world)
 
