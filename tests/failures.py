@@ -30,7 +30,9 @@ def said(report) -> list[str]:
     lines = [
         line.strip()[:WIDTH] for line in (crash.message if crash else str(report.longrepr)).splitlines() if line.strip()
     ]
-    if any(line.startswith("Traceback") for line in lines):  # what a command printed: its error is at the end
+    if any(
+        "Traceback (most recent call last)" in line for line in lines
+    ):  # what a command printed: its error is at the end
         return [*lines[:1], *lines[1 - LINES :]]
     return lines[:LINES] if crash else lines[-LINES:]
 

@@ -8,7 +8,10 @@ from server_helpers import Server, assert_same_responses, change_weights, greedy
 
 from mssr.errors import UserError
 
-pytestmark = pytest.mark.slow("60 s: two real servers; test_servers has one, test_server_failover fakes")
+pytestmark = [
+    pytest.mark.slow("60 s: two real servers; test_servers has one, test_server_failover fakes"),
+    pytest.mark.random_order(disabled=True),  # the last two kill the servers
+]
 
 
 @pytest.fixture(scope="module")
