@@ -28,7 +28,7 @@ def serve(config: Config, host: str, port: int) -> None:
     Raises:
         UserError: vLLM cannot be used here, the port is taken, or the model is no model.
     """
-    if why := why_unusable(config.device):
+    if why := why_unusable(config.device):  # before the next line, which would advise rollout.engine=hf
         raise UserError(why)
     require_server_vllm(config.device)
     path = Path(config.model.path)
