@@ -18,17 +18,17 @@ PYTEST = $(BIN)/python -m pytest -q -n $(JOBS)
 venv: $(VENV)/.installed
 
 # torch first and alone: what follows then keeps that build.
-$(VENV)/.installed: setup.py constraints.txt mssr/install_vllm.py
+$(VENV)/.installed: setup.py mssr/versions.py constraints.txt mssr/rollout/vllm/install.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"MSSR needs Python 3.11 or newer, this is {v[0]}.{v[1]}; try: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[train,dev]'
-	$(BIN)/python -m mssr.install_vllm $(VLLM)
+	$(BIN)/python -m mssr.rollout.vllm.install $(VLLM)
 	@touch $@
 
 demo: venv
-	$(BIN)/python -m mssr.demo --seed $(SEED) --run-dir $(RUN_DIR)
+	$(BIN)/python -m examples.digits.demo --seed $(SEED) --run-dir $(RUN_DIR)
 
 test: venv
 	$(PYTEST) -m "not slow" $(ARGS)

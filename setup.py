@@ -5,40 +5,27 @@ nothing else. `pip install -e '.[train]'` adds the trainer's libraries; constrai
 """
 
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mssr/__init__.py").read_text())[1]
+requirement = runpy.run_path(str(HERE / "mssr/versions.py"))["requirement"]
 
+TRAIN = """transformers deepspeed datasets math-verify peft pydantic typer rich tensorboard matplotlib pyyaml packaging
+pillow psutil nvidia-ml-py scipy numpy"""
 EXTRAS = {
-    "train": [
-        "transformers>=5.16.1,<5.20",
-        "deepspeed>=0.19.8,<0.20",
-        "datasets>=4",
-        "math-verify>=0.9,<0.10",
-        "peft>=0.20",
-        "pydantic>=2.11,<3",
-        "typer>=0.16",
-        "rich>=13.9",
-        "tensorboard>=2.19",
-        "matplotlib>=3.10",
-        "pyyaml>=6",
-        "packaging>=24",
-        "pillow>=11",
-        "psutil>=6",
-        "nvidia-ml-py>=13",
-        "scikit-learn>=1.6",  # the demo's handwritten digits
-        "scipy>=1.13",
-        "numpy>=2",
-    ],
-    "vllm": ["vllm>=0.26,<0.33"],
-    "flash": ["flash-attn>=2.8.3,<3"],
-    "liger": ["liger-kernel>=0.8.5,<0.9"],
-    "trl": ["trl>=1.15,<1.17"],
-    "bench": ["liger-kernel>=0.8.5,<0.9", "cut-cross-entropy>=25.1,<26", "trl>=1.15,<1.17"],
+    "train": [requirement(package) for package in TRAIN.split()],
+    "vllm": [requirement("vllm")],
+    "flash": [requirement("flash-attn")],
+    "liger": [requirement("liger-kernel")],
+    "trl": [requirement("trl")],
+    "bench": [requirement(package) for package in ("liger-kernel", "cut-cross-entropy", "trl")],
     "dev": [
+        "import-linter>=2",
+        "scikit-learn>=1.6",  # the demo's handwritten digits
         "pytest>=8.1",
         "pytest-random-order>=1.1",
         "pytest-timeout>=2.3",
@@ -60,7 +47,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mssr", "mssr.*"]) + find_packages("kernels"),
     package_dir={"mssr_kernels": "kernels/mssr_kernels"},
-    install_requires=["torch>=2.11,<2.15", "triton>=3.6,<3.10; platform_system == 'Linux'"],
+    install_requires=[requirement("torch"), f"{requirement('triton')}; platform_system == 'Linux'"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mssr = mssr.cli:main"]},
 )

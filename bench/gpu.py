@@ -280,7 +280,7 @@ def why_no_trainer() -> str | None:
 def why_no_sync() -> str | None:
     if why := why_no_trainer():
         return why
-    from mssr.rollout.vllm_adapter import why_unusable
+    from mssr.rollout.vllm.adapter import why_unusable
 
     return why_unusable("cuda")
 

@@ -24,7 +24,6 @@ from transformers import PretrainedConfig, Qwen2_5_VLConfig
 from mssr.batch import Prompt, RolloutBatch, pad_rows
 from mssr.config import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mssr.distributed import World, start_world
-from mssr.observe.stopwatch import Stopwatch
 from mssr.observe.utilisation import peak_tflops, utilisation, work_of_step
 from mssr.policy.architectures import model_config
 from mssr.policy.attention import SDPA
@@ -32,6 +31,7 @@ from mssr.policy.engine import PolicyEngine
 from mssr.policy.families import family_of
 from mssr.policy.loading import apply_options
 from mssr.policy.model import Policy
+from mssr.stopwatch import Stopwatch
 from mssr_kernels import PolicyLossConfig
 
 from . import heap

@@ -61,7 +61,7 @@ def measure(world, case: dict) -> dict:
     """case: size, mode, device, dtype, sync_gib, repeats, per_parameter, and a folder for the model, empty at first."""
     from mssr.policy.weights import weight_shapes
     from mssr.rollout import weight_sync
-    from mssr.rollout.vllm import VLLMRollout
+    from mssr.rollout.vllm.engine import VLLMRollout
 
     if world.is_main:
         write_model(case)
@@ -76,7 +76,7 @@ def measure(world, case: dict) -> dict:
         rollout.update_weights(policy, 0)
 
     def one_by_one():
-        with patch("mssr.rollout.vllm.sync_weights", sync_one_by_one):
+        with patch("mssr.rollout.vllm.engine.sync_weights", sync_one_by_one):
             rollout.update_weights(policy, 0)
 
     def gather():
@@ -256,7 +256,7 @@ def write_model(case: dict):
     """Config, a small tokenizer and the image processor; weights for a DeepSpeed engine only, which reads them."""
     from transformers import Qwen2VLImageProcessorPil
 
-    from mssr.policy.tiny import train_tokenizer
+    from examples.digits.tiny_model import train_tokenizer
 
     tokenizer = train_tokenizer(["Which digit is larger?"], 300)
     tokenizer.save_pretrained(case["folder"])

@@ -12,8 +12,8 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from examples.digits.tiny_model import write_tiny_model
 from mssr.integrations.trl import FusedGRPOTrainer
-from mssr.policy.tiny import write_tiny_model
 
 
 def reward(completions, **_) -> list[float]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PrinterCallback
 
+from examples.digits.tiny_model import write_tiny_model
 from mssr.integrations.trl.single_rollout import MSSRConfig, MSSRTrainer
-from mssr.policy.tiny import write_tiny_model
 
 
 def reward(completions, **_) -> list[float]:

@@ -1,4 +1,4 @@
-"""The command line: mssr train | sft | eval | serve | data | plot | study | report | export | plan | doctor.
+"""The command line: mssr train | sft | eval | serve | plot | export | plan | doctor.
 
 Heavy imports wait until a command needs them.
 """
@@ -22,8 +22,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-data_app = typer.Typer(help="Write the generated datasets.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file; see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override keys of the file")]
@@ -37,7 +35,7 @@ def train(
 ) -> None:
     """Train by single-rollout RL. Several ranks: torchrun --nproc-per-node N -m mssr train ..."""
     settings = _load(config, overrides)
-    from mssr.train import train
+    from mssr.training.loop import train
 
     train(settings, resume=resume)
 
@@ -46,7 +44,7 @@ def train(
 def sft(config: ConfigFile, overrides: Overrides = None) -> None:
     """Warm start: imitate the `solution` of each row, then write run_dir/model."""
     settings = _load(config, overrides)
-    from mssr.sft import sft
+    from mssr.training.sft import sft
 
     validation = sft(settings)
     if "val/accuracy" in validation:
@@ -59,7 +57,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     settings = _load(config, overrides)
     if settings.data.val is None:
         raise UserError(f"{config}: data.val is not set; name the problems to evaluate on")
-    from mssr.run import Run
+    from mssr.training.run import Run
 
     with Run(settings) as run:
         policy = run.frozen_policy()
@@ -81,29 +79,9 @@ def serve(
 ) -> None:
     """Start a vLLM server for `rollout.engine: servers`; one a GPU, or a tensor-parallel group of them."""
     settings = _load(config, overrides)
-    from mssr.serve import serve
+    from mssr.rollout.servers.serve import serve
 
     serve(settings, host, port)
-
-
-@data_app.command()
-def digits(
-    out: Annotated[Path, typer.Argument(help="folder for train, val and test")],
-    seed: int = 0,
-    train: int = 2048,
-    val: int = 512,
-    test: int = 512,
-    digits: Annotated[int, typer.Option(help="in a picture; 3 and more: a chain of operations")] = 2,
-    format: Annotated[str, typer.Option(help="parquet or jsonl")] = "parquet",
-) -> None:
-    """Real handwritten digits side by side: their sum, difference, the larger, or a chain of these."""
-    if format not in ("parquet", "jsonl"):
-        raise UserError(f"--format {format}: choose parquet or jsonl")
-    from mssr.data.tasks.digits import write_digits
-
-    counts = {"train": train, "val": val, "test": test}
-    for split, path in write_digits(out, seed=seed, digits=digits, format=format, **counts).items():
-        print(f"{split:5} {path}")
 
 
 @app.command()
@@ -122,30 +100,6 @@ def plot(
 
 
 @app.command()
-def study(
-    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="arms x seeds; see configs/study_*.yaml")],
-    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time; default: the file's")] = None,
-) -> None:
-    """Compare algorithms or settings at equal cost: run what is not finished yet, then table and plots."""
-    from mssr.study.study import study as run_study
-
-    table = run_study(study, jobs)
-    written = sorted(path.name for path in table.parent.iterdir() if path.suffix in (".md", ".png"))
-    print(f"{table.read_text()}\n{table.parent}: {', '.join(written)}")
-
-
-@app.command()
-def report(
-    studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="folders of studies, or results.json")],
-    out: Annotated[Path, typer.Option(help="Markdown page to write; its figures go to a folder beside it")],
-) -> None:
-    """Write what studies show: tables, figures, and the verdict on each of their claims."""
-    from mssr.study.report import write_report
-
-    print(write_report(studies, out))
-
-
-@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a training run")],
     out: Annotated[Path, typer.Option(help="folder to write; must not be there yet")],
@@ -156,7 +110,7 @@ def export(
     """Write a checkpoint as a Hugging Face directory."""
     if dtype not in (None, "bfloat16", "float32"):
         raise UserError(f"--dtype {dtype}: choose bfloat16 or float32")
-    from mssr.export import export
+    from mssr.training.export import export
 
     print(f"step {export(run, out, step=step, adapter=adapter, dtype=dtype)} {out}")
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mssr.config.resolve import device_type
 from mssr.errors import UserError
 
 # How long a rank may wait for the others: while rank 0 writes a model, or samples longer. One that has died ends the job
@@ -56,11 +57,6 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
-
-
-def device_type(device: str) -> str:
-    """Return what the setting `device` stands for here, "cpu" or "cuda"."""
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def start_world(device: str = "auto") -> World:

@@ -19,28 +19,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mssr.release import release
-from mssr.rollout.vllm_adapter import installed_version, is_cpu_build
+from mssr.versions import TESTED, is_cpu_build, is_supported, vllm_version
 
-INSTALL_VLLM = "python -m mssr.install_vllm"  # knows which build, and what the CPU build needs besides
+INSTALL_VLLM = "python -m mssr.rollout.vllm.install"  # picks the build, and what the CPU build needs besides
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """A package the trainer uses, or can use.
-
-    tested: the version of constraints.txt.
-    extra: of setup.py, what installs it ("": the base installation).
-    supported: versions from the first up to, not including, the second; None: those with the tested one's major
-        version (before 1.0: major and minor).
-    """
+    """A package that the trainer uses or can use. extra: of setup.py, what installs it ("": the base installation)."""
 
     name: str
-    tested: str
     purpose: str
     extra: str = "train"
     needed: bool = True
-    supported: tuple[str, str] | None = None
+
+    @property
+    def tested(self) -> str:
+        return TESTED[self.name]
 
     @property
     def install(self) -> str:
@@ -48,34 +43,25 @@ class Requirement:
             return INSTALL_VLLM
         return f"pip install -e '.[{self.extra}]'" if self.extra else "pip install -e ."
 
-    def supports(self, version: str) -> bool:
-        if self.supported is not None:
-            low, high = map(release, self.supported)
-            return low <= release(version) < high
-        tested = release(self.tested)
-        same = 1 if tested[0] else 2
-        return release(version)[:same] == tested[:same]
-
 
 REQUIREMENTS = (
-    Requirement("torch", "2.13.0", "everything", extra="", supported=("2.11", "2.15")),
-    Requirement("triton", "3.7.1", "GPU kernels", extra="", supported=("3.6", "3.10")),
-    Requirement("transformers", "5.19.0", "models", supported=("5.16.1", "5.20")),
-    Requirement("deepspeed", "0.19.8", "training engine"),
-    Requirement("datasets", "5.2.0", "data from the hub"),
-    Requirement("math-verify", "0.9.0", "answer checking"),
-    Requirement("peft", "0.21.2", "LoRA", needed=False),
-    Requirement("pydantic", "2.14.3", "configuration"),
-    Requirement("typer", "0.29.2", "command line"),
-    Requirement("rich", "15.0.0", "display"),
-    Requirement("tensorboard", "2.21.0", "metrics"),
-    Requirement("matplotlib", "3.11.2", "curves"),
-    Requirement("nvidia-ml-py", "13.615.71", "GPU readings"),
-    Requirement("vllm", "0.32.0", "fast rollouts", extra="vllm", needed=False, supported=("0.26", "0.33")),
-    Requirement("flash-attn", "2.8.3", "attention", extra="flash", needed=False),
-    Requirement("liger-kernel", "0.8.5", "norms, SwiGLU; benchmarks", extra="liger", needed=False),
+    Requirement("torch", "everything", extra=""),
+    Requirement("triton", "GPU kernels", extra=""),
+    Requirement("transformers", "models"),
+    Requirement("deepspeed", "training engine"),
+    Requirement("datasets", "data from the hub"),
+    Requirement("math-verify", "answer checking"),
+    Requirement("peft", "LoRA", needed=False),
+    Requirement("pydantic", "configuration"),
+    Requirement("typer", "command line"),
+    Requirement("rich", "display"),
+    Requirement("tensorboard", "metrics"),
+    Requirement("matplotlib", "curves"),
+    Requirement("nvidia-ml-py", "GPU readings"),
+    Requirement("vllm", "fast rollouts", extra="vllm", needed=False),
+    Requirement("flash-attn", "attention", extra="flash", needed=False),
+    Requirement("liger-kernel", "norms, SwiGLU; benchmarks", extra="liger", needed=False),
 )
-TESTED = {requirement.name: requirement.tested for requirement in REQUIREMENTS}
 
 # The registry's builds of these are for CUDA: beside a CPU torch they fail on import, and transformers with them.
 BREAKABLE = ("torchvision", "torchaudio")
@@ -90,7 +76,7 @@ class Package:
     def state(self) -> str:
         if self.version is None:
             return "missing"
-        return "ok" if self.requirement.supports(self.version) else "untested"
+        return "ok" if is_supported(self.requirement.name, self.version) else "untested"
 
 
 @dataclass(frozen=True)
@@ -269,7 +255,7 @@ def _installed() -> dict[str, str]:
     for name in (*TESTED, *BREAKABLE):
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    if vllm := installed_version():  # its CPU build has another name
+    if vllm := vllm_version():  # its CPU build has another name
         versions["vllm"] = vllm
     return versions
 

@@ -11,7 +11,9 @@ def forkserver() -> ForkServerContext:
     """Return a multiprocessing context. Its processes have the environment of the server's start: see `take_environment`."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mssr.environment", "mssr.train", "deepspeed.runtime.zero.muon.muon_optimizer"])
+    context.set_forkserver_preload(
+        ["mssr.environment", "mssr.training.loop", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    )
     return context
 
 

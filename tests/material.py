@@ -4,9 +4,9 @@ from pathlib import Path
 
 import yaml
 
+from examples.digits.problems import write_digits
+from examples.digits.tiny_model import write_tiny_model
 from mssr.data.files import open_rows
-from mssr.data.tasks.digits import write_digits
-from mssr.policy.tiny import write_tiny_model
 
 INSTRUCTION = "Box the answer."
 

@@ -5,6 +5,7 @@ exits as `python -m mssr` would. `at` makes something happen at an exact moment 
 file operations to audit hooks, and the first one that matches kills the process or fills its disk.
 
     mssr("train", config, at=Moment("os.rename", "step_000004", "kill"))
+    mssr("-m", "bench.study", "run", study)
 """
 
 import atexit
@@ -13,6 +14,7 @@ import json
 import os
 import random
 import resource
+import runpy
 import select
 import signal
 import socket
@@ -25,6 +27,7 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 120  # a hang fails the test
 
 
@@ -99,6 +102,7 @@ class Launcher:
     def __enter__(self) -> "Launcher":
         # One thread: a process that has started OpenMP's threads must not fork.
         env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         self._server = subprocess.Popen(
             [sys.executable, __file__, str(self.model)],
             stdin=subprocess.PIPE,
@@ -184,7 +188,7 @@ def become(arguments: list[str], at: dict | None, env: dict[str, str], name: str
         os.dup2(os.open(f"{name}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(env)
-    sys.argv = ["mssr", *arguments]
+    sys.argv = arguments[1:] if arguments[0] == "-m" else ["mssr", *arguments]
     if at:
         sys.addaudithook(hook(Moment(**at)))
 
@@ -230,16 +234,11 @@ def reach(moment: Moment) -> None:
 
 
 if __name__ == "__main__":
-    import mssr.environment  # first, as in mssr.cli  # isort: skip
     import deepspeed.ops
     import deepspeed.runtime.zero.muon.muon_optimizer
     import torch
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
-    import mssr.observe.plots
-    import mssr.sft
-    import mssr.train  # noqa: F401
-    from mssr.cli import main
     from mssr.data.prompts import load_processors
     from mssr.policy.loading import load_policy
 
@@ -248,4 +247,4 @@ if __name__ == "__main__":
     load_processors(sys.argv[1])
     gc.freeze()  # the children's collectors leave the shared pages alone
     serve()
-    end(main)
+    end(lambda: runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True))

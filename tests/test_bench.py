@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from bench import step, step_case, sync, sync_case, targets
-from mssr.policy.tiny import train_tokenizer
+from examples.digits.tiny_model import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--n", "64", "--d", "32", "--v", "2048", "--device", "cpu"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from examples.digits.demo import MARKER, replace_earlier_demo, summarise
 from mssr.config import validate_config
-from mssr.demo import MARKER, replace_earlier_demo, summarise
 from mssr.errors import UserError
 
 CHECKOUT = Path(__file__).parent.parent
@@ -22,7 +22,7 @@ SHORT = [
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("demo") / "run"
-    command = [sys.executable, "-m", "mssr.demo", "--seed", "3", "--run-dir", str(run_dir), *SHORT]
+    command = [sys.executable, "-m", "examples.digits.demo", "--seed", "3", "--run-dir", str(run_dir), *SHORT]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return run_dir, done.stdout

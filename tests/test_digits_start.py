@@ -5,9 +5,9 @@ import json
 import pytest
 import yaml
 
+from examples.digits.start import MARKER, DigitsSettings, digits_start
 from mssr.config import load_config
 from mssr.data.files import open_rows
-from mssr.digits_start import MARKER, DigitsSettings, digits_start
 from mssr.errors import UserError
 
 SMALL = DigitsSettings(digits=3, train=24, val=8, test=4, hidden=64, layers=1, vision_layers=1)

@@ -5,7 +5,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from mssr.doctor import TESTED, Gpu, Probe, diagnose, print_report
+from mssr.doctor import Gpu, Probe, diagnose, print_report
+from mssr.versions import TESTED
 
 H200 = Gpu("NVIDIA H200", 139.8, "9.0", "580.95")
 
@@ -69,7 +70,7 @@ def test_without_a_vllm_it_knows_it_will_use_hf(vllm):
 
 
 @pytest.mark.parametrize(
-    "name, command", [("vllm", "python -m mssr.install_vllm"), ("flash-attn", "pip install -e '.[flash]'")]
+    "name, command", [("vllm", "python -m mssr.rollout.vllm.install"), ("flash-attn", "pip install -e '.[flash]'")]
 )
 def test_an_optional_package_is_only_offered(name, command):
     report = check({name: None})
@@ -147,13 +148,13 @@ def test_without_a_gpu_a_cpu_torch_is_fine_and_nothing_is_imported():
 def test_a_vllm_for_another_device_is_found_and_will_not_be_used(version, gpus, problem):
     report = check({"vllm": version}, gpus=gpus)
     (finding,) = report.findings
-    assert (finding.problem, finding.fix) == (problem, "python -m mssr.install_vllm")
+    assert (finding.problem, finding.fix) == (problem, "python -m mssr.rollout.vllm.install")
     assert report.exit_code == 0
     assert report.facts["rollout engine"] == "hf (transformers generate)"
 
 
 @pytest.mark.parametrize(
-    "vllm, fix", [(None, "pip uninstall torchvision torchaudio"), ("0.32.0+cpu", "python -m mssr.install_vllm")]
+    "vllm, fix", [(None, "pip uninstall torchvision torchaudio"), ("0.32.0+cpu", "python -m mssr.rollout.vllm.install")]
 )
 def test_a_torchvision_that_breaks_imports_is_found(vllm, fix):
     def probe(code):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mssr.integrations.versions import SUPPORTED
+from mssr.versions import SUPPORTED
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 NOT_INSTALLED_HERE = ("verl", "openrlhf")  # they pin versions that do not go with ours

@@ -9,12 +9,11 @@ Above the pure functions, below the state. The functions are plain arithmetic: f
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from mssr.config import TrackerConfig
 from mssr.errors import UserError
 
 REFERENCE_KL = 0.01  # the authors' threshold: above it their rho drops to rho_min
@@ -104,20 +103,30 @@ class PreviousResponse(NamedTuple):
     logp: Tensor
 
 
+class TrackerSettings(Protocol):
+    """The settings of `algorithm.tracker` (`mssr.config.TrackerConfig`), which describes them."""
+
+    preset: str
+    rho_min: float
+    rho_max: float
+    half_life: float
+    drift: str
+
+
 class ValueTracker:
     """Beta(a, b) of every prompt, by content hash: rows may be added, removed or reordered between runs.
 
     A reward never leaks into its own baseline: read `values` for a batch, then `update` with its rewards.
 
         baseline = tracker.values(keys)
-        advantage = algorithm.advantages(Outcomes(reward, baseline, lengths, group))
+        advantage = single_rollout(Outcomes(reward, baseline, lengths, group))
         tracker.update(keys, reward, tracker.rho(drift))
 
     A prompt that was never seen has a = b = N0 / 2, v = 0.5, N0 = 1 / (1 - rho_min). a and b are float64. With several
     ranks, each holds the whole tracker and updates it with the batch of all ranks, so that all stay equal.
     """
 
-    def __init__(self, config: TrackerConfig) -> None:
+    def __init__(self, config: TrackerSettings) -> None:
         self.config = config
         self.n0 = 1 / (1 - config.rho_min)
         self._beta: dict[str, tuple[float, float]] = {}

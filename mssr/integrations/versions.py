@@ -3,13 +3,7 @@
 import importlib.metadata
 
 from mssr.errors import UserError
-from mssr.release import release
-
-SUPPORTED = {  # package: the first version, and the first that is not
-    "trl": ("1.15", "1.17"),
-    "verl": ("0.9.1", "0.10"),
-    "openrlhf": ("0.11.2", "0.12"),
-}
+from mssr.versions import is_supported, requirement
 
 
 def require_version(package: str) -> str:
@@ -18,12 +12,11 @@ def require_version(package: str) -> str:
     Raises:
         UserError: it is not installed, or not of the versions that its integration was made for.
     """
-    low, high = SUPPORTED[package]
-    wanted = f"mssr.integrations.{package} needs {package}>={low},<{high}"
+    wanted = f"mssr.integrations.{package} needs {requirement(package)}"
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"{wanted}: it is not installed; pip install '{package}>={low},<{high}'") from None
-    if not release(low) <= release(version) < release(high):
-        raise UserError(f"{wanted}, this is {version}; pip install '{package}>={low},<{high}'")
+        raise UserError(f"{wanted}: it is not installed; pip install '{requirement(package)}'") from None
+    if not is_supported(package, version):
+        raise UserError(f"{wanted}, this is {version}; pip install '{requirement(package)}'")
     return version

@@ -1,11 +1,7 @@
-"""NVIDIA GPUs: what the common ones can do, by the name that the driver gives them; and what one of them holds now."""
+"""NVIDIA GPUs: memory, speed and links of the common models, by the name that the driver gives."""
 
 import re
-import warnings
 from dataclasses import dataclass
-from functools import cache
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -52,32 +48,3 @@ def known_gpu(name: str) -> Gpu | None:
     """The GPU that the driver, or torch, calls by this name; None for one that is not in the table, a MIG slice too."""
     name = name.removeprefix("NVIDIA ").strip()
     return next((gpu for gpu in GPUS if re.fullmatch(gpu.pattern, name)), None)
-
-
-def used_device_bytes(index: int) -> int | None:
-    """Memory in use on the device by everybody, vLLM and other processes included; None where NVML cannot tell, said once.
-
-    index: torch's, among the visible devices.
-    """
-    handle = _nvml_handle(index)
-    if handle is None:
-        return None
-    import pynvml
-
-    return pynvml.nvmlDeviceGetMemoryInfo(handle).used
-
-
-@cache
-def _nvml_handle(index: int):
-    try:
-        import pynvml
-        import torch
-
-        pynvml.nvmlInit()
-        uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"  # CUDA_VISIBLE_DEVICES renumbers
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        pynvml.nvmlDeviceGetMemoryInfo(handle)
-    except Exception as error:  # no package, no driver, no permission: NVML has an error class for each
-        warnings.warn(f"no memory/device_used_gib: NVML cannot be read ({type(error).__name__}: {error})", stacklevel=2)
-        return None
-    return handle

@@ -2,16 +2,15 @@
 
 import torch
 
+from mssr.algorithms.advantages import Outcomes, zero_variance
 from mssr.algorithms.calibration import calibration
-from mssr.algorithms.groups import zero_variance
-from mssr.algorithms.outcomes import Outcomes
 from mssr.algorithms.shaping import sampled_token_entropy
 from mssr.batch import RolloutBatch
 from mssr.distributed import World
 from mssr.observe.metrics import Metric
-from mssr.observe.stopwatch import Stopwatch
 from mssr.policy.engine import UpdateStats
 from mssr.rollout.gap import LogpGap
+from mssr.stopwatch import Stopwatch
 
 
 def step_metrics(

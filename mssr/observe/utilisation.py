@@ -10,9 +10,9 @@ from mssr.config import ModelConfig
 from mssr.distributed import World
 from mssr.observe.flops import Flops, countable, forward_flops
 from mssr.observe.gpu import known_gpu
-from mssr.observe.stopwatch import Stopwatch
 from mssr.policy.engine import UpdateStats
 from mssr.policy.model import Policy
+from mssr.stopwatch import Stopwatch
 
 TERA = 1e12
 SCORING_PHASES = ("drift", "old_logp", "reference")

@@ -9,11 +9,12 @@ import torch
 from transformers import PretrainedConfig
 
 from mssr.config import Config
-from mssr.observe.gpu import GIB
+from mssr.config.resolve import dtype_name
 from mssr.planning.trace import MicroBatchShape, Trace, planned_policy, trace
 from mssr.planning.zero import FP32, Parameters, TrainerState, Zero, offloaded, trainer_state
 from mssr.policy.deepspeed_settings import deepspeed_settings
 from mssr.policy.weights import BUCKET_BYTES
+from mssr.stopwatch import GIB
 
 CONTEXT_BYTES = int(1.5 * GIB)  # an assumption: CUDA context, cuBLAS workspaces, NCCL's buffers
 
@@ -171,11 +172,7 @@ def vllm_weight_bytes(config: Config, parameters: Parameters) -> int:
 
 
 def plan_dtype(config: Config, machine: Machine) -> torch.dtype:
-    """As the engine resolves model.dtype."""
-    name = config.model.dtype
-    if name == "auto":
-        name = "bfloat16" if machine.device == "cuda" else "float32"
-    return getattr(torch, name)
+    return getattr(torch, dtype_name(config.model.dtype, machine.device))
 
 
 def _saved_copy(config: Config, parameters: Parameters, ranks: int) -> int:

@@ -6,12 +6,13 @@ from transformers import PretrainedConfig
 
 from mssr.config import Config
 from mssr.errors import UserError
-from mssr.observe.gpu import GIB, GPUS, Gpu
+from mssr.observe.gpu import GPUS, Gpu
 from mssr.planning.advice import Advice, advise
 from mssr.planning.memory import Machine, Memory, MemoryPlanner
 from mssr.planning.step_time import StepTime, step_time
 from mssr.planning.workload import Workload
 from mssr.policy.architectures import model_config
+from mssr.stopwatch import GIB
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from mssr.observe.gpu import GIB
 from mssr.planning.plan import RunPlan
+from mssr.stopwatch import GIB
 
 PHASES = ("generate", "scoring", "forward_backward", "optimizer")
 

@@ -6,8 +6,8 @@ import torch
 from pydantic import ValidationError
 
 from mssr.config import OptimizerConfig, TrainConfig
+from mssr.config.deepspeed_json import ZERO, read_deepspeed_json
 from mssr.errors import UserError
-from mssr.policy.deepspeed_json import ZERO, read_deepspeed_json
 from mssr.policy.zero3 import PERSISTENT_NUMEL
 
 

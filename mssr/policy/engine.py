@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mssr.batch import Prompt, RolloutBatch
 from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
+from mssr.config.resolve import dtype_name
 from mssr.distributed import World
 from mssr.errors import UserError
-from mssr.observe.stopwatch import Stopwatch
 from mssr.policy.deepspeed_settings import deepspeed_settings
 from mssr.policy.loading import load_policy
 from mssr.policy.model import Policy
@@ -19,6 +19,7 @@ from mssr.policy.optimizer import make_optimizer
 from mssr.policy.packing import MicroBatch, pack, plan_micro_batches
 from mssr.policy.pieces import SavedPieces, load_pieces, own_pieces, save_pieces, shapes, torch_optimizer
 from mssr.policy.zero3 import load_partitioned_policy
+from mssr.stopwatch import Stopwatch
 from mssr_kernels import PolicyLossConfig, PolicyMetrics
 
 IGNORED = -100
@@ -81,7 +82,7 @@ class PolicyEngine:
         self._token_budget = train.micro_batch_tokens
         self._vocab_drop_tol = train.vocab_drop_tol
         self._temperature = temperature
-        dtype = resolve_dtype(model.dtype, world)
+        dtype = getattr(torch, dtype_name(model.dtype, world.device.type))
         if dtype == torch.bfloat16 and train.zero_stage == 0:
             raise UserError(
                 "train.zero_stage 0 with bfloat16 (model.dtype) is an optimizer of DeepSpeed's that checkpoints cannot read; "
@@ -268,13 +269,6 @@ class PolicyEngine:
             plan = self._own_plan(batch, at_least)
             agreed = int(self.world.max(torch.tensor(len(plan))))
         return plan
-
-
-def resolve_dtype(name: str, world: World) -> torch.dtype:
-    """The parameters' dtype; "auto" is bfloat16 on a GPU (fp32 master weights in the optimiser), float32 on a CPU."""
-    if name == "auto":
-        name = "bfloat16" if world.device.type == "cuda" else "float32"
-    return getattr(torch, name)
 
 
 def _deepspeed_engine(

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from mssr.rollout.vllm_adapter import why_unusable
+from mssr.config.resolve import engine_name, why_no_vllm
 
 if TYPE_CHECKING:  # a vLLM server imports its transport from here, and would wait seconds for the trainer's libraries
     from mssr.config import Config
@@ -18,21 +18,14 @@ def make_rollout_engine(config: "Config", policy: "Policy", tokenizer, world: "W
     ends, pad = end_token_ids(policy, tokenizer), tokenizer.pad_token_id
     match engine_name(config.rollout.engine, world.device.type):
         case "vllm":
-            from mssr.rollout.vllm import VLLMRollout
+            from mssr.rollout.vllm.engine import VLLMRollout
 
             return VLLMRollout(config, policy, ends, pad, world)
         case "servers":
-            from mssr.rollout.servers import ServerRollout
+            from mssr.rollout.servers.rollout import ServerRollout
 
             return ServerRollout(config.rollout, policy, ends, pad, world)
         case "hf":
             if config.rollout.engine == "auto" and world.is_main:
-                print(f"mssr: rollout.engine auto: hf, because {why_unusable(world.device.type)}", flush=True)
+                print(f"mssr: rollout.engine auto: hf, because {why_no_vllm(world.device.type)}", flush=True)
             return HFRollout(policy, ends, pad, config.rollout, world.device)
-
-
-def engine_name(setting: str, device: str) -> str:
-    """Return the engine that `rollout.engine` stands for on this device ("cpu", "cuda")."""
-    if setting != "auto":
-        return setting
-    return "hf" if why_unusable(device) else "vllm"

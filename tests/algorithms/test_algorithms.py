@@ -1,12 +1,10 @@
 import pytest
 import torch
 
-from mssr.algorithms import make_algorithm
-from mssr.algorithms.groups import zero_variance
-from mssr.algorithms.outcomes import Outcomes
+from mssr.algorithms.advantages import ALGORITHMS, Outcomes, zero_variance
 from mssr.algorithms.shaping import sampled_token_entropy, shape
 from mssr.config import AlgorithmConfig
-from mssr.errors import UserError
+from mssr.config.resolve import policy_loss
 from mssr_kernels import PolicyLossConfig, linear_policy_loss
 
 TRACKED = ("mssr", "mvsr", "spo")
@@ -18,7 +16,7 @@ def advantages(name, reward, *, baseline=None, lengths=None, group=1):
     reward = torch.tensor(reward)
     lengths = torch.ones(len(reward), dtype=torch.int64) if lengths is None else torch.tensor(lengths)
     baseline = None if baseline is None else torch.tensor(baseline)
-    result = make_algorithm(AlgorithmConfig(name=name)).advantages(Outcomes(reward, baseline, lengths, group))
+    result = ALGORITHMS[name].advantages(Outcomes(reward, baseline, lengths, group))
     assert result.dtype == torch.float32 and result.shape == reward.shape
     return result
 
@@ -113,11 +111,11 @@ def test_zero_variance_by_hand():
 
 @pytest.mark.parametrize("name", TRACKED + UNTRACKED)
 def test_who_has_a_baseline_from_the_tracker(name):
-    assert make_algorithm(AlgorithmConfig(name=name)).tracked is (name in TRACKED)
+    assert ALGORITHMS[name].tracked is (name in TRACKED)
 
 
 def test_loss_config_of_the_defaults():
-    assert make_algorithm(AlgorithmConfig()).loss_config() == PolicyLossConfig(
+    assert policy_loss(AlgorithmConfig()) == PolicyLossConfig(
         clip_low=0.2,
         clip_high=0.3,
         dual_clip=3.0,
@@ -146,24 +144,18 @@ EVERYTHING = dict(
 
 def test_every_setting_reaches_the_loss():
     config = AlgorithmConfig(old_logp="recompute", **EVERYTHING)
-    assert make_algorithm(config).loss_config() == PolicyLossConfig(**EVERYTHING)
+    assert policy_loss(config) == PolicyLossConfig(**EVERYTHING)
 
 
 @pytest.mark.parametrize("name", ["mvsr", "spo", *UNTRACKED])
 def test_only_mssr_shapes(name):
     config = AlgorithmConfig(name=name, old_logp="recompute", **EVERYTHING)
-    assert make_algorithm(config).loss_config() == PolicyLossConfig(**EVERYTHING | {"entropy_alpha": 0.0})
+    assert policy_loss(config) == PolicyLossConfig(**EVERYTHING | {"entropy_alpha": 0.0})
 
 
 def test_no_importance_weight_on_top_of_the_rollouts_own_log_probs():
-    assert make_algorithm(AlgorithmConfig(old_logp="rollout", tis_cap=2.0)).loss_config().tis_cap is None
-    assert make_algorithm(AlgorithmConfig(old_logp="recompute", tis_cap=2.0)).loss_config().tis_cap == 2.0
-
-
-def test_unknown_name_lists_the_known_ones():
-    config = AlgorithmConfig().model_copy(update={"name": "ppo"})
-    with pytest.raises(UserError, match="'ppo'.*mssr, mvsr, spo, grpo, rloo, reinforce_pp"):
-        make_algorithm(config)
+    assert policy_loss(AlgorithmConfig(old_logp="rollout", tis_cap=2.0)).tis_cap is None
+    assert policy_loss(AlgorithmConfig(old_logp="recompute", tis_cap=2.0)).tis_cap == 2.0
 
 
 @pytest.mark.parametrize("name, source", [("mssr", "exact"), ("mssr", "sampled_token"), ("mvsr", "exact")])
@@ -176,7 +168,7 @@ def test_the_fused_loss_shapes_advantages_as_shape_does(name, source):
     log_p = (hidden @ weight.T).log_softmax(1)
     logp = log_p.gather(1, target[:, None])[:, 0]
 
-    loss = linear_policy_loss(hidden, weight, target, advantage, logp, config=make_algorithm(config).loss_config())
+    loss = linear_policy_loss(hidden, weight, target, advantage, logp, config=policy_loss(config))
 
     entropy = -(log_p.exp() * log_p).sum(1) if source == "exact" else sampled_token_entropy(logp)
     expected = shape(advantage, entropy, 0.4, 2.0) if name == "mssr" else advantage

@@ -25,12 +25,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mssr.algorithms import make_algorithm
-from mssr.algorithms.outcomes import Outcomes
+from mssr.algorithms.advantages import ALGORITHMS, Outcomes
 from mssr.algorithms.shaping import sampled_token_entropy, shape
 from mssr.algorithms.value_tracker import ValueTracker, reference_kl
 from mssr.batch import pad_rows
 from mssr.config import AlgorithmConfig, TrackerConfig
+from mssr.config.resolve import policy_loss
 from mssr_kernels import reference
 
 RECORDED = json.loads((Path(__file__).parent / "authors_recorded.json").read_text())
@@ -64,9 +64,9 @@ def test_tracker_advantages_and_shaping_of_a_run():
 
         baseline = tracker.values(keys)
         close(baseline, step["baseline"])
-        algorithm = make_algorithm(THEIRS.model_copy(update={"name": "mssr" if step["shaped"] else "mvsr"}))
-        loss = algorithm.loss_config()
-        advantage = algorithm.advantages(Outcomes(reward, baseline, lengths, group=1))
+        name = "mssr" if step["shaped"] else "mvsr"
+        loss = policy_loss(THEIRS.model_copy(update={"name": name}))
+        advantage = ALGORITHMS[name].advantages(Outcomes(reward, baseline, lengths, group=1))
         shaped = shape(advantage[:, None], sampled_token_entropy(old), loss.entropy_alpha, loss.entropy_kappa)
         if (reward - baseline).unique().numel() == 1:
             assert not shaped[mask].any()
@@ -111,7 +111,7 @@ def loss_of(recorded, rows, kl_coef):
         advantage,
         old,
         ref_logp=ref,
-        config=make_algorithm(config).loss_config(),
+        config=policy_loss(config),
     )
     return loss, logit
 
@@ -141,4 +141,4 @@ def test_advantages_without_a_tracker(name):
     recorded = RECORDED["groups"]
     reward, lengths = torch.tensor(recorded["reward"]), torch.tensor(recorded["lengths"], dtype=torch.int64)
     outcomes = Outcomes(reward, None, lengths, recorded["group"])
-    close(make_algorithm(THEIRS.model_copy(update={"name": name})).advantages(outcomes), recorded[name])
+    close(ALGORITHMS[name].advantages(outcomes), recorded[name])

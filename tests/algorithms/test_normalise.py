@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mssr.algorithms.normalise import batch_normalise
+from mssr.algorithms.advantages import batch_normalise
 
 
 def test_by_hand_with_the_biased_variance():

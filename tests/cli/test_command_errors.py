@@ -96,13 +96,13 @@ def test_eval_without_problems(mssr, config):
     assert "data.val is not set" in mssr("eval", config, "data.val=null").line
 
 
-def test_digits_in_an_unknown_format(mssr, tmp_path):
-    assert mssr("data", "digits", tmp_path / "out", "--format", "csv").line == "--format csv: choose parquet or jsonl"
-
-
 def test_digits_are_written_where_the_command_says(mssr, tmp_path):
     shown = (
-        mssr("data", "digits", tmp_path, "--train", "3", "--val", "2", "--test", "1", "--format", "jsonl").check().out
+        mssr(
+            "-m", "examples.digits.problems", tmp_path, "--train", "3", "--val", "2", "--test", "1", "--format", "jsonl"
+        )
+        .check()
+        .out
     )
     assert [len((tmp_path / f"{split}.jsonl").read_text().splitlines()) for split in ("train", "val", "test")] == [
         3,

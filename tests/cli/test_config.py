@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from mssr.algorithms import make_algorithm
-from mssr.algorithms.outcomes import Outcomes
+from mssr.algorithms.advantages import ALGORITHMS, Outcomes
 from mssr.config import load_config
-from mssr.conflicts import GROUPED, TRACKED
 from mssr.errors import UserError
 
 MINIMAL = "run_dir: run\nmodel: {path: m}\ndata: {train: t}\n"
@@ -263,11 +261,12 @@ def test_what_rescores_previous_responses(load, overrides, rescored):
 
 
 @pytest.mark.parametrize("name", ["mssr", "mvsr", "spo", "grpo", "rloo", "reinforce_pp"])
-def test_the_rules_know_which_algorithms_have_a_tracker_or_groups(load, name):
-    algorithm = make_algorithm(load(f"algorithm.name={name}", *GROUPS[1:]).algorithm)
-    assert algorithm.tracked == (name in TRACKED)
+def test_the_table_says_which_algorithms_need_a_tracker_or_groups(load, name):
+    load(f"algorithm.name={name}", *GROUPS[1:])
+    algorithm = ALGORITHMS[name]
+    assert algorithm.tracked == (name in ("mssr", "mvsr", "spo"))
     one_response_each = Outcomes(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([3, 4]), group=1)
-    if name in GROUPED:
+    if algorithm.grouped:
         with pytest.raises(ValueError, match="groups of 1"):
             algorithm.advantages(one_response_each)
     else:

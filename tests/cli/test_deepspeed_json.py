@@ -5,8 +5,8 @@ import json
 import pytest
 
 from mssr.config import validate_config
+from mssr.config.deepspeed_json import read_deepspeed_json
 from mssr.errors import UserError
-from mssr.policy.deepspeed_json import read_deepspeed_json
 
 
 @pytest.fixture

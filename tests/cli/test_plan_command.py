@@ -6,9 +6,9 @@ import pytest
 
 from mssr.config import load_config
 from mssr.errors import UserError
-from mssr.observe.gpu import GIB
 from mssr.planning.plan import plan_run
 from mssr.policy.architectures import model_config
+from mssr.stopwatch import GIB
 
 MODEL = "Qwen/Qwen2.5-VL-7B-Instruct"
 

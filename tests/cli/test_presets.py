@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from mssr.config import Config, load_config, validate_config
+from mssr.config.presets import PAPER
 from mssr.errors import UserError
-from mssr.presets import PAPER
 
 MINIMAL = {"run_dir": "run", "model": {"path": "m"}, "data": {"train": "t"}}
 

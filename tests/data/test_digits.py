@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mssr.data.tasks.digits import split_scans, write_digits
+from examples.digits.problems import split_scans, write_digits
 from mssr.errors import UserError
 from mssr.rewards.extract import last_boxed, well_formed
 

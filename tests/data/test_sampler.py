@@ -8,9 +8,10 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from mssr.algorithms.prompt_sampling import PrioritisedSampler
 from mssr.algorithms.value_tracker import ValueTracker
 from mssr.config import TrackerConfig
-from mssr.data.sampler import PrioritisedSampler, PromptSampler
+from mssr.data.sampler import PromptSampler
 
 
 @pytest.mark.parametrize(("size", "per_step"), [(10, 4), (12, 4), (7, 7), (5, 12), (1, 3), (100, 1)])

@@ -20,7 +20,7 @@ from mssr.distributed import start_world  # noqa: E402
 from mssr.policy.engine import PolicyEngine  # noqa: E402
 from mssr.rollout.base import noise_streams  # noqa: E402
 from mssr.rollout.gap import measure_gap  # noqa: E402
-from mssr.rollout.vllm import VLLMRollout  # noqa: E402
+from mssr.rollout.vllm.engine import VLLMRollout  # noqa: E402
 
 MEAN_GAP = 0.05  # nats, bfloat16 on both sides
 

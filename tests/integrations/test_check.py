@@ -7,7 +7,8 @@ import torch
 
 from mssr.errors import UserError
 from mssr.integrations import check
-from mssr.integrations.versions import SUPPORTED, require_version
+from mssr.integrations.versions import require_version
+from mssr.versions import SUPPORTED
 from mssr_kernels import FusedLMHead
 
 

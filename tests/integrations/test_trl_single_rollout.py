@@ -21,8 +21,8 @@ from trl_runs import (
     write_text_model,
 )
 
-from mssr.algorithms.mssr import MSSR
-from mssr.algorithms.normalise import batch_normalise
+from mssr.algorithms.advantages import batch_normalise
+from mssr.config.resolve import policy_loss
 from mssr.errors import UserError
 from mssr.integrations.trl.prompt_key import prompt_key
 from mssr.integrations.trl.single_rollout import MSSRConfig, MSSRTrainer
@@ -92,7 +92,7 @@ def test_the_samplers_drift_is_corrected_by_truncated_weights(text_model, tmp_pa
     corrected = dict(use_vllm=True, vllm_importance_sampling_clip_max=1.2)
     algorithm = MSSRConfig(str(tmp_path), use_cpu=True, bf16=False, beta=0.05, **corrected).algorithm()
     own = run(text_model, tmp_path, beta=0.05)
-    own.algorithm = MSSR(algorithm)  # without vLLM itself
+    own.loss = policy_loss(algorithm)  # without vLLM itself
     inputs = micro_batch()
     inputs["sampling_per_token_logps"] = inputs["old_per_token_logps"] + 0.3 * torch.randn(4, 6)
     inputs["sampling_per_token_logps"][0, 1] = torch.nan

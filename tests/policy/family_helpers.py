@@ -7,12 +7,12 @@ from policy_helpers import DATA, LOWEST, PICTURE_SIZES, _resized, digit_rows, pl
 from torch import Tensor
 from transformers import AutoConfig
 
+from examples.digits.tiny_model import write_tiny_model
 from mssr.batch import Prompt, RolloutBatch, pad_rows
 from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.policy.families import FAMILIES, family_of
 from mssr.policy.loading import load_policy
 from mssr.policy.model import Policy
-from mssr.policy.tiny import write_tiny_model
 
 VISION = [name for name, family in FAMILIES.items() if family.has_vision]
 

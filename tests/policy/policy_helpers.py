@@ -17,16 +17,16 @@ from PIL import Image
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from examples.digits.problems import write_digits
+from examples.digits.tiny_model import write_tiny_model
 from mssr.batch import Prompt, RolloutBatch, pad_rows
-from mssr.checkpoint import Checkpoints
 from mssr.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, validate_config
 from mssr.data.files import open_rows
 from mssr.data.prompts import PromptEncoder, load_processors
-from mssr.data.tasks.digits import write_digits
 from mssr.distributed import World
 from mssr.policy.engine import PolicyEngine
-from mssr.policy.tiny import write_tiny_model
 from mssr.policy.weights import named_weights
+from mssr.training.checkpoint import Checkpoints
 
 WORKSPACE = "MSSR_TEST_POLICY_WORKSPACE"  # environment variable
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))

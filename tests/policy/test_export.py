@@ -12,12 +12,12 @@ from policy_helpers import ALONE, model_dir, plain_logp, plain_model, processors
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from mssr.checkpoint import Checkpoints
 from mssr.cli import app
 from mssr.config import TrainConfig
 from mssr.data.prompts import load_processors
 from mssr.errors import UserError
 from mssr.policy.export import save_model
+from mssr.training.checkpoint import Checkpoints
 
 KINDS = {"plain": {}, "frozen tower": {"train_vision": False}, "lora": {"lora": LORA}}
 

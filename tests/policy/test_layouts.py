@@ -8,9 +8,9 @@ import torch
 from policy_helpers import assert_same_weights, load_engine, make_engine, model_dir, near_batch, save_engine
 from test_engine_ranks import CONFIG
 
-from mssr.checkpoint import read_weights
 from mssr.errors import UserError
 from mssr.policy.pieces import VALUES, SavedPieces
+from mssr.training.checkpoint import read_weights
 
 OFFLOADED = str(Path(__file__).parents[2] / "configs" / "deepspeed" / "zero3_offload.json")
 LAYOUTS = [(1, 0), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (2, OFFLOADED)]  # (ranks, ZeRO stage or JSON)

@@ -8,7 +8,7 @@ from policy_helpers import random_batch
 
 from mssr.distributed import World
 from mssr.errors import UserError
-from mssr.shares import Shares
+from mssr.training.shares import Shares
 
 CPU = torch.device("cpu")
 

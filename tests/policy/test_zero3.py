@@ -26,14 +26,14 @@ from safetensors.torch import load_file
 from test_engine_ranks import CONFIG, global_batches, train
 
 from mssr.algorithms.value_tracker import ValueTracker
-from mssr.checkpoint import Checkpoints
 from mssr.config import RolloutConfig, TrackerConfig, TrainConfig
 from mssr.errors import UserError
 from mssr.policy.export import save_model
 from mssr.policy.loading import load_frozen_policy
 from mssr.rollout.base import noise_streams
 from mssr.rollout.hf import HFRollout, end_token_ids
-from mssr.tracking import drift_of_previous_responses, previous_responses
+from mssr.training.checkpoint import Checkpoints
+from mssr.training.tracking import drift_of_previous_responses, previous_responses
 
 SHARES = {"zero_stage": 3, "budget": 100}
 

@@ -8,8 +8,8 @@ from policy_helpers import ALONE, model_dir, processors, run_config
 from mssr.policy.loading import load_policy
 from mssr.policy.model import Policy
 from mssr.rollout.hf import HFRollout
-from mssr.rollout.vllm import VLLMRollout
-from mssr.rollout.vllm_adapter import require_vllm
+from mssr.rollout.vllm.adapter import require_vllm
+from mssr.rollout.vllm.engine import VLLMRollout
 
 # Of 300 tokens: some responses of untrained weights end, others are cut.
 ENDS = list(range(100, 130))

@@ -15,7 +15,7 @@ from policy_helpers import ALONE, model_dir, plain_logp, plain_model, processors
 
 from mssr.config import RolloutConfig
 from mssr.rollout.hf import HFRollout
-from mssr.rollout.servers import ServerRollout
+from mssr.rollout.servers.rollout import ServerRollout
 
 ENDS = list(range(100, 130))  # of 300 tokens: some responses end, others are cut
 PROMPT_TOKENS, RESPONSE_TOKENS = 244, 12

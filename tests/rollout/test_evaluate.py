@@ -10,7 +10,7 @@ from rollout_engines import hf
 from mssr.config import EvalConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.data.prompts import PromptEncoder
-from mssr.evaluate import evaluate
+from mssr.evaluation.evaluate import evaluate
 from mssr.policy.loading import load_policy
 
 LIMIT = 6

@@ -11,7 +11,7 @@ import mssr.policy.weights as weights
 import mssr.rollout.weight_sync as weight_sync
 from mssr.errors import UserError
 from mssr.rollout.gap import GapCheck
-from mssr.skipping import SkippedSteps
+from mssr.training.skipping import SkippedSteps
 from mssr_kernels import PolicyLossConfig
 
 CONFIG = PolicyLossConfig()

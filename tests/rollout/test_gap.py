@@ -10,7 +10,7 @@ from mssr.batch import RolloutBatch
 from mssr.errors import UserError
 from mssr.policy.engine import UpdateStats
 from mssr.rollout.gap import GapCheck, LogpGap, measure_gap
-from mssr.skipping import SkippedSteps
+from mssr.training.skipping import SkippedSteps
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 TRAINER = torch.tensor([[-1.0, -2.0, 7.0], [-3.0, 0.0, 0.0]])

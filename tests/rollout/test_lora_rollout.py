@@ -8,8 +8,8 @@ from mssr.config import RolloutConfig
 from mssr.policy.export import save_model
 from mssr.rollout.base import collect
 from mssr.rollout.hf import HFRollout
-from mssr.rollout.vllm_adapter import pixels_as_given, without_chatter
-from mssr.rollout.vllm_requests import engine_input, response, sampling
+from mssr.rollout.vllm.adapter import pixels_as_given, without_chatter
+from mssr.rollout.vllm.requests import engine_input, response, sampling
 from mssr.rollout.weight_sync import sync_weights
 
 ALIVE = []  # a vLLM that is collected takes the process group of everybody else with it

@@ -13,7 +13,7 @@ import pytest
 import torch
 from server_helpers import rollout
 
-import mssr.rollout.servers as servers_module
+import mssr.rollout.servers.rollout as servers_module
 from mssr.batch import Prompt
 from mssr.errors import UserError
 

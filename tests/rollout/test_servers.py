@@ -26,8 +26,8 @@ from server_helpers import (
 from mssr.config import validate_config
 from mssr.errors import UserError
 from mssr.policy.loading import load_policy
-from mssr.rollout.server_weights import PolicySource
-from mssr.serve import serve
+from mssr.rollout.servers.serve import serve
+from mssr.rollout.servers.weights import PolicySource
 
 
 @pytest.fixture(scope="module")

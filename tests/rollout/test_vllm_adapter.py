@@ -4,32 +4,34 @@ import pytest
 from policy_helpers import ALONE, processors, run_config
 
 import mssr.rollout as rollout
+from mssr.config import resolve
+from mssr.config.resolve import engine_name, why_no_vllm
 from mssr.errors import UserError
-from mssr.rollout import vllm_adapter
-from mssr.rollout.vllm import VLLMRollout
-from mssr.rollout.vllm_adapter import is_supported, require_vllm, why_unusable
+from mssr.rollout.vllm.adapter import require_vllm
+from mssr.rollout.vllm.engine import VLLMRollout
+from mssr.versions import is_supported, vllm_version
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.27.1", "0.31.0", "0.32.0", "0.32.0+cpu", "0.32.1rc1"])
 def test_supported_versions(version):
-    assert is_supported(version)
+    assert is_supported("vllm", version)
 
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.33.0", "1.0.0", "0.9.2", "unknown"])
 def test_other_versions_are_refused_in_one_line(version, monkeypatch):
-    monkeypatch.setattr(vllm_adapter, "installed_version", lambda: version)
+    monkeypatch.setattr(resolve, "vllm_version", lambda: version)
     with pytest.raises(UserError) as caught:
         require_vllm("cuda")
     line = str(caught.value)
     assert line == (
-        f"rollout.engine: vLLM {version} is not supported (0.26 to 0.32 are); "
+        f"rollout.engine: vLLM {version} is not supported (>=0.26, <0.33 is); "
         "pip install vllm==0.32.0, or set rollout.engine=hf"
     )
 
 
 def test_a_missing_vllm_is_told_with_the_way_to_install_it(monkeypatch):
-    monkeypatch.setattr(vllm_adapter, "installed_version", lambda: None)
-    with pytest.raises(UserError, match="vLLM is not installed; run `python -m mssr.install_vllm`"):
+    monkeypatch.setattr(resolve, "vllm_version", lambda: None)
+    with pytest.raises(UserError, match="vLLM is not installed; run `python -m mssr.rollout.vllm.install`"):
         require_vllm("cpu")
 
 
@@ -38,16 +40,17 @@ def test_a_missing_vllm_is_told_with_the_way_to_install_it(monkeypatch):
     [("0.32.0", "cpu", "cuda"), ("0.32.0+cpu", "cuda", "cpu"), ("0.32.1.dev3+g1f2e.cpu", "cuda", "cpu")],
 )
 def test_a_build_for_another_device_is_refused(version, device, built, monkeypatch):
-    monkeypatch.setattr(vllm_adapter, "installed_version", lambda: version)
-    assert why_unusable(device) == (
-        f"vLLM {version} is built for {built}, device is {device}; run `python -m mssr.install_vllm` for another build"
+    monkeypatch.setattr(resolve, "vllm_version", lambda: version)
+    assert why_no_vllm(device) == (
+        f"vLLM {version} is built for {built}, device is {device}; "
+        "run `python -m mssr.rollout.vllm.install` for another build"
     )
-    assert why_unusable("auto") is None and why_unusable(built) is None
+    assert why_no_vllm("auto") is None and why_no_vllm(built) is None
 
 
 def test_this_environment_has_one():
     """The suite runs real vLLM: without it these tests fail, they are not skipped."""
-    assert is_supported(vllm_adapter.installed_version())
+    assert is_supported("vllm", vllm_version())
     require_vllm("cpu")
 
 
@@ -62,14 +65,14 @@ def test_this_environment_has_one():
     ],
 )
 def test_auto_takes_vllm_where_it_can(version, device, engine, monkeypatch):
-    monkeypatch.setattr(vllm_adapter, "installed_version", lambda: version)
-    assert rollout.engine_name("auto", device) == engine
+    monkeypatch.setattr(resolve, "vllm_version", lambda: version)
+    assert engine_name("auto", device) == engine
 
 
 @pytest.mark.parametrize("setting", ["vllm", "servers", "hf"])
 def test_what_is_asked_for_is_not_replaced(setting, monkeypatch):
-    monkeypatch.setattr(vllm_adapter, "installed_version", lambda: None)
-    assert rollout.engine_name(setting, "cpu") == setting
+    monkeypatch.setattr(resolve, "vllm_version", lambda: None)
+    assert engine_name(setting, "cpu") == setting
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,7 @@ def test_what_is_asked_for_is_not_replaced(setting, monkeypatch):
     ],
 )
 def test_where_auto_is_not_vllm_it_says_why_once(policy, version, said, monkeypatch, capsys):
-    monkeypatch.setattr(vllm_adapter, "installed_version", lambda: version)
+    monkeypatch.setattr(resolve, "vllm_version", lambda: version)
     engine = rollout.make_rollout_engine(run_config(engine="auto"), policy, processors()[0], ALONE)
     assert engine.name == "hf"
     out = capsys.readouterr().out

@@ -8,8 +8,8 @@ from policy_helpers import make_engine, model_dir
 from rollout_engines import vllm
 from two_ranks import Ranks
 
-from mssr.algorithms import make_algorithm
 from mssr.config import AlgorithmConfig
+from mssr.config.resolve import policy_loss
 from mssr.rollout.base import noise_streams
 from mssr.rollout.gap import measure_gap
 
@@ -25,7 +25,7 @@ def gaps_of_training(world, prompts, path, zero_stage, tensor_parallel=1, steps=
     engine = make_engine(path=path, world=world, zero_stage=zero_stage, lr=3e-3, total_updates=steps)
     # A quarter of the model: the weights come in several buckets, and q, k, v of a layer in different ones.
     sampler = vllm(path, world=world, tensor_parallel=tensor_parallel, sync_gib=1e-4)
-    loss = make_algorithm(AlgorithmConfig(kl_coef=0.0)).loss_config()
+    loss = policy_loss(AlgorithmConfig(kl_coef=0.0))
     mine = list(prompts)[world.rank :: world.size] * 2
     first, gaps = None, []
     for step in range(steps + 1):

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from mssr.study.claims import Claim
-from mssr.study.results import StudyResults, read_run
+from bench.study.claims import Claim
+from bench.study.results import StudyResults, read_run
 
 MACHINE = {"python": "3.12.0", "torch": "2.12.0", "processor": "Abacus 1", "cores": "2"}
 
@@ -59,7 +59,7 @@ def study_results(
         seeds=list(range(max(map(len, arms.values())))),
         thresholds=list(thresholds),
         claims=[Claim(**claim) for claim in claims],
-        command="mssr study configs/toy_study.yaml",
+        command="python -m bench.study run configs/toy_study.yaml",
         jobs=2,
         machines=[MACHINE],
         elapsed_seconds=4000.0,

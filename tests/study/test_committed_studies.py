@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from mssr.study.report import page
-from mssr.study.results import load_results
-from mssr.study.spec import load_study
+from bench.study.report import page
+from bench.study.results import load_results
+from bench.study.spec import load_study
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

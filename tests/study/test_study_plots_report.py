@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from study_runs import study_results
 
+from bench.study.plots import plot_arms, plot_curves
+from bench.study.report import write_report
+from bench.study.results import write_results
 from mssr.observe.plots import COLOURS
-from mssr.study.plots import plot_arms, plot_curves
-from mssr.study.report import write_report
-from mssr.study.results import write_results
 
 CLAIMS = [
     {"text": "New ends higher.", "higher": "new", "lower": "base"},
@@ -80,7 +80,7 @@ def test_diverged_runs_single_seeds_and_zeros_are_drawn_without_a_warning(tmp_pa
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
-    """A folder as `mssr study` leaves it, one run of it not finished, and another study's committed copy."""
+    """A folder as `python -m bench.study run` leaves it, one run of it not finished, and another study's committed copy."""
     folder = tmp_path_factory.mktemp("studies")
     changes = {"intro": "Read me *first*.", "missing": ["new seed 3"]}
     first = toy(folder / "a", claims=CLAIMS).model_copy(update=changes)
@@ -94,14 +94,17 @@ def studies(tmp_path_factory):
 def page(studies, mssr):
     """As the command writes it."""
     out = studies[0].parent / "docs" / "STUDY.md"
-    assert mssr("report", *studies, "--out", out).check().out.split() == [str(out)]
+    assert mssr("-m", "bench.study", "report", *studies, "--out", out).check().out.split() == [str(out)]
     return out
 
 
 def test_the_page_has_every_claim_with_its_figure_and_its_numbers(page):
     text = page.read_text()
     assert text.index("Read me *first*.") < text.index("## toy") < text.index("## other")
-    assert "`mssr study configs/toy_study.yaml`" in text and "Abacus 1, 2 cores; python 3.12.0, torch 2.12.0" in text
+    assert (
+        "`python -m bench.study run configs/toy_study.yaml`" in text
+        and "Abacus 1, 2 cores; python 3.12.0, torch 2.12.0" in text
+    )
     assert "6 runs in 1 h 07 min, 2 at a time, 2 min of CPU time" in text
     assert "Matched by updates: 16 optimiser updates a run." in text
     lines = [line for line in text.splitlines() if line.startswith(("| ✔", "| ✘", "| ○"))]
@@ -131,6 +134,8 @@ def test_the_same_results_make_the_same_page_and_figures(studies, page, tmp_path
 
 def test_results_that_are_not_there_or_of_one_name_are_refused_in_one_line(studies, mssr, tmp_path):
     out = tmp_path / "STUDY.md"
-    assert "no such results; run the study first" in mssr("report", tmp_path, "--out", out).line
-    assert "two studies are called toy" in mssr("report", studies[0], studies[0], "--out", out).line
+    assert "no such results; run the study first" in mssr("-m", "bench.study", "report", tmp_path, "--out", out).line
+    assert (
+        "two studies are called toy" in mssr("-m", "bench.study", "report", studies[0], studies[0], "--out", out).line
+    )
     assert not out.exists()

@@ -3,11 +3,11 @@
 import pytest
 from study_runs import study_results, write_run
 
+from bench.study.curves import band
+from bench.study.results import load_results, mean_over, read_run, write_results
+from bench.study.summary import summarise
+from bench.study.table import results_table
 from mssr.errors import UserError
-from mssr.study.curves import band
-from mssr.study.results import load_results, mean_over, read_run, write_results
-from mssr.study.summary import summarise
-from mssr.study.table import results_table
 
 
 def read(folder, accuracies, *, match="updates", budget=16.0, thresholds=(), **more):

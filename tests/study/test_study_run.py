@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench.study.process import Child, diverged, environment, last_line
+from bench.study.report import write_report
+from bench.study.results import load_results
+from bench.study.runner import sole_user
+from bench.study.study import study
 from mssr.errors import UserError
 from mssr.observe.metrics import read_metrics
-from mssr.study.process import Child, diverged, environment, last_line
-from mssr.study.report import write_report
-from mssr.study.results import load_results
-from mssr.study.runner import sole_user
-from mssr.study.study import study
 
 UPDATES = 32  # of 16 steps
 
@@ -66,7 +66,7 @@ def test_a_study_stopped_and_gone_on_with(write, mssr, tmp_path):
     wild, base, broken = (out / "runs" / arm / "seed_5" for arm in ("wild", "base", "broken"))
 
     # Stopped by a signal in the second run: it saves, every process ends, and the study says how to go on.
-    study = mssr.start("study", path)
+    study = mssr.start("-m", "bench.study", "run", path)
     study.until((base / "checkpoints" / "step_000002").exists)
     with pytest.raises(UserError, match="another study, or a run"), sole_user(out):
         pass
@@ -86,7 +86,7 @@ def test_a_study_stopped_and_gone_on_with(write, mssr, tmp_path):
     assert "**1 of 3 runs, the others are not finished,**" in page and "no seed has finished in both arms" in page
 
     # Gone on with: one run ends by its budget; one has diverged, which is a result; one fails, which is named.
-    line = mssr("study", path, "--jobs", "2").line
+    line = mssr("-m", "bench.study", "run", path, "--jobs", "2").line
     assert "1 of 3 runs failed" in line and "broken seed 5: " in line and "nowhere.parquet" in line
     finished = json.loads((base / "finished.json").read_text())
     assert finished["end"] == "budget" and finished["attempts"] == 2
@@ -102,13 +102,13 @@ def test_a_study_stopped_and_gone_on_with(write, mssr, tmp_path):
 
     # Without the arm that fails nothing is left to run, and the table is shown.
     before = {run: (run / "finished.json").stat().st_mtime_ns for run in (base, wild)}
-    shown = mssr("study", write(ARMS, claims=[CLAIM])).check().out
+    shown = mssr("-m", "bench.study", "run", write(ARMS, claims=[CLAIM])).check().out
     assert {run: (run / "finished.json").stat().st_mtime_ns for run in (base, wild)} == before
     assert "2 runs, 2 of them finished before" in shown and "| base |" in shown and "curves.png" in shown
     assert (out / "curves.png").is_file() and (out / "arms.png").is_file()
 
     # Another configuration under an old name would mix two studies.
-    line = mssr("study", write({**ARMS, "base": {"train.optimizer.lr": 2e-3}})).line
+    line = mssr("-m", "bench.study", "run", write({**ARMS, "base": {"train.optimizer.lr": 2e-3}})).line
     assert line.startswith("arm base, seed 5: train.optimizer.lr is 0.002, the run in ") and "had 0.001;" in line
 
 

@@ -9,11 +9,11 @@ import sys
 import pytest
 import yaml
 
+from bench.study import runner as runner_module
+from bench.study.grid import PlannedRun
+from bench.study.runner import Runner, signals_raise, sole_user, still_to_run
 from mssr.config import validate_config
 from mssr.errors import Interrupted, UserError
-from mssr.study import runner as runner_module
-from mssr.study.grid import PlannedRun
-from mssr.study.runner import Runner, signals_raise, sole_user, still_to_run
 
 # A run on two ranks that, like training, ends by SIGTERM after saving. It opens the pipe when both wait for the signal.
 RANKS = """

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench.study.grid import expand
+from bench.study.spec import load_study
 from mssr.config import load_config
 from mssr.errors import UserError
-from mssr.study.grid import expand
-from mssr.study.spec import load_study
 
 ROOT = Path(__file__).parents[2]
 RUN = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mssr.study.statistics import mean_interval, paired_difference, share_p_value
+from bench.study.statistics import mean_interval, paired_difference, share_p_value
 
 
 def test_a_t_interval_worked_by_hand():

@@ -4,8 +4,8 @@ import pytest
 from pydantic import ValidationError
 from study_runs import study_results
 
-from mssr.study.claims import Claim
-from mssr.study.verdicts import verdict
+from bench.study.claims import Claim
+from bench.study.verdicts import verdict
 
 
 def decide(folder, arms, *, budget=16.0, ends=None, thresholds=(), **claim):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from mssr_process import Moment
 
-from mssr.checkpoint import Checkpoints
 from mssr.config import TrainConfig
 from mssr.distributed import World
+from mssr.training.checkpoint import Checkpoints
 
 
 def test_the_best_validation_is_kept_besides_the_newest(mssr, warm, run):
@@ -54,7 +54,7 @@ def test_by_the_age_of_the_last_one(mssr, warm, run):
 
 def test_minutes_are_minutes(tmp_path, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr("mssr.checkpoint.time.monotonic", lambda: now)
+    monkeypatch.setattr("mssr.training.checkpoint.time.monotonic", lambda: now)
     world = World(0, 1, torch.device("cpu"))
     with closing(Checkpoints(tmp_path, world, TrainConfig(checkpoint_minutes=10, checkpoint_every=100))) as checkpoints:
         now += 599

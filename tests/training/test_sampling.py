@@ -8,20 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from examples.digits.problems import write_digits
 from mssr.algorithms.value_tracker import ValueTracker
 from mssr.config import load_config
 from mssr.data.dataset import ProblemDataset
 from mssr.data.files import open_rows
 from mssr.data.prompts import PromptEncoder
 from mssr.data.sampler import PromptSampler
-from mssr.data.tasks.digits import write_digits
 from mssr.errors import BadRow, UserError
-from mssr.observe.stopwatch import Stopwatch
 from mssr.rollout.base import Response, collect, noise_streams
-from mssr.run import Run
-from mssr.sampling import StepRollouts, refuse_other_weights
-from mssr.shares import Shares
-from mssr.tracking import initialise_tracker
+from mssr.stopwatch import Stopwatch
+from mssr.training.rollout_phase import StepRollouts, refuse_other_weights
+from mssr.training.run import Run
+from mssr.training.shares import Shares
+from mssr.training.tracking import initialise_tracker
 
 
 def test_responses_of_the_right_weights_pass():

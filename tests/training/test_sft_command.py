@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 from mssr.batch import Prompt
 from mssr.data.prompts import load_processors
 from mssr.observe.metrics import read_metrics
-from mssr.sft import demonstrations
+from mssr.training.sft import demonstrations
 
 
 def test_it_learns_the_solutions(warm):

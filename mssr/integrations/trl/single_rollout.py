@@ -13,9 +13,9 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mssr.algorithms.mssr import MSSR
-from mssr.algorithms.outcomes import Outcomes
+from mssr.algorithms.advantages import Outcomes, single_rollout
 from mssr.algorithms.value_tracker import ValueTracker, response_drift
+from mssr.config.resolve import policy_loss
 from mssr.errors import UserError
 from mssr.integrations.trl.fused_head import PolicyLossOutput, PolicyRows
 from mssr.integrations.trl.policy_metrics import policy_metrics
@@ -51,7 +51,7 @@ class MSSRTrainer(FusedGRPOTrainer):
         if not isinstance(self.args, MSSRConfig):
             raise UserError(f"MSSRTrainer: args is a {type(self.args).__name__}; pass an MSSRConfig")
         algorithm = self.args.algorithm()
-        self.algorithm = MSSR(algorithm)
+        self.loss = policy_loss(algorithm)
         self.tracker = ValueTracker(algorithm.tracker)
         self._moved = torch.zeros(2)  # sum of the responses' drifts since the last generation, and their number
         self._visit: tuple[list[str], Tensor] | None = None  # keys and rewards [B] of all ranks, of the batch at hand
@@ -92,7 +92,7 @@ class MSSRTrainer(FusedGRPOTrainer):
             group=1,
         )
         advantage = torch.zeros_like(reward)
-        advantage[scored] = self.algorithm.advantages(outcomes)
+        advantage[scored] = single_rollout(outcomes)
         return advantage
 
     def _track(self, keys: list[str], reward: Tensor) -> None:
@@ -130,7 +130,7 @@ class MSSRTrainer(FusedGRPOTrainer):
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         if mode == "train":
             self._observe_drift(inputs, logp, mask.bool())
-        found = policy_metrics(call.output, mask, self.algorithm.loss_config(), self.accelerator)
+        found = policy_metrics(call.output, mask, self.loss, self.accelerator)
         for name, value in found.items():
             self._metrics[mode][name].append(value)
         return loss
@@ -140,7 +140,7 @@ class MSSRTrainer(FusedGRPOTrainer):
         normalizer = inputs["num_items_in_batch"].clamp(min=1).float() / self.accelerator.num_processes
         if mode == "train":
             normalizer = normalizer * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        config = self.algorithm.loss_config()
+        config = self.loss
         old_logp, rollout_logp = inputs.get("old_per_token_logps"), None
         if config.tis_cap is not None:  # a token that vLLM could not score is not corrected
             sampled = inputs["sampling_per_token_logps"]

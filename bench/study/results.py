@@ -1,0 +1,192 @@
+"""What a study's runs came to: one typed object, `results.json`, that tables, plots and the report are made from."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, ValidationError
+
+from bench.study.claims import Claim, Part
+from bench.study.curves import Curves, read_curves
+from bench.study.process import write_whole
+from bench.study.recorded import ACCURACY, BINS, COSTS, SERIES, Match
+from mssr.errors import UserError
+from mssr.observe.metrics import FILE_NAME, read_metrics
+
+RESULTS = "results.json"
+KEPT_OF_BEST = 0.8  # a run that ends below this share of its best validation has collapsed
+LAST_SHARE = 0.1  # of a run's steps: what the end of a series is the mean of
+
+
+class Reached(Part):
+    """The first validation at or above a threshold, and what the run had spent by then."""
+
+    threshold: float
+    spent: dict[Match, float]
+
+
+class RunResult(Part):
+    """One run.
+
+    end: by its budget, or because it diverged: from there on its accuracy counts as 0, for it leaves no policy to use.
+    start, final, best: validation accuracies. auc: the accuracy's mean over what the runs are matched by, from 0 on.
+    collapsed: diverged, or final below 80 % of its best. Ending a little below the start is no collapse: it learnt nothing.
+    ends, means: of every series, over the last tenth of the steps and over all.
+    spent: at the end. bins: `tracker/bins`, summed over the steps.
+    """
+
+    arm: str
+    seed: int
+    end: Literal["budget", "diverged"]
+    line: str = ""
+    start: float
+    final: float
+    best: float
+    auc: float
+    collapsed: bool
+    reached: list[Reached]
+    ends: dict[str, float]
+    means: dict[str, float]
+    steps: int
+    spent: dict[Match, float]
+    wall_seconds: float
+    cpu_seconds: float
+    bins: list[list[float]] | None
+    curves: Curves
+
+
+class StudyResults(Part):
+    """arms: name -> the keys it sets; the first is what the others are compared with. missing: runs that did not finish.
+
+    jobs: runs at a time. elapsed_seconds: of the commands that made them, the starts' warm-up included.
+    """
+
+    name: str
+    question: str
+    intro: str
+    match: Match
+    budget: float
+    config: str
+    set: dict[str, Any]
+    arms: dict[str, dict[str, Any]]
+    seeds: list[int]
+    thresholds: list[float]
+    claims: list[Claim]
+    command: str
+    jobs: int
+    machines: list[dict[str, str]]
+    elapsed_seconds: float
+    missing: list[str]
+    runs: list[RunResult] = Field(min_length=1)
+
+    def of_arm(self, arm: str) -> list[RunResult]:
+        return [run for run in self.runs if run.arm == arm]
+
+    def accuracy_curve(self, run: RunResult, axis: Match) -> tuple[list[float], list[float]]:
+        """The run's validations; one that diverged is at 0 from there to the end of its budget."""
+        x, y = run.curves.points(ACCURACY, axis)
+        if run.end == "budget":
+            return x, y
+        end = run.spent[axis]
+        whole = max(self.budget / run.spent[self.match], 1.0) if run.spent[self.match] else 1.0
+        return [*x, end, end * whole], [*y, 0.0, 0.0]
+
+    @property
+    def arms_with_runs(self) -> list[str]:
+        return [arm for arm in self.arms if self.of_arm(arm)]
+
+
+def read_run(folder: Path, arm: str, seed: int, match: Match, budget: float, thresholds: list[float]) -> RunResult:
+    """A finished run's folder: metrics.jsonl, finished.json.
+
+    Raises:
+        UserError: no validation accuracy, or no costs, in its metrics.
+    """
+    finished = json.loads((folder / "finished.json").read_text())
+    diverged = finished["end"] == "diverged"
+    records = read_metrics(folder / FILE_NAME)
+    validations = [record for record in records if ACCURACY in record]
+    if not validations or COSTS[match] not in records[-1]:
+        raise UserError(f"{folder / FILE_NAME}: no {ACCURACY}, or no {COSTS[match]}: not a run of this version of mssr")
+    spent = {name: records[-1][key] for name, key in COSTS.items()}
+    accuracies = [record[ACCURACY] for record in validations]
+    points = [(record.get(COSTS[match], 0.0), accuracy) for record, accuracy in zip(validations, accuracies)]
+    if diverged:
+        points += [(spent[match], 0.0), (max(budget, spent[match]), 0.0)]
+    start, final, best = accuracies[0], 0.0 if diverged else accuracies[-1], max(accuracies)
+    return RunResult(
+        arm=arm,
+        seed=seed,
+        end=finished["end"],
+        line=finished["line"],
+        start=start,
+        final=final,
+        best=best,
+        auc=mean_over(points),
+        collapsed=diverged or final < KEPT_OF_BEST * best,
+        reached=[found for threshold in thresholds if (found := _reached(validations, threshold))],
+        ends=_means(records, LAST_SHARE),
+        means=_means(records, 1.0),
+        steps=int(records[-1]["step"]),
+        spent=spent,
+        wall_seconds=finished["wall_seconds"],
+        cpu_seconds=finished["cpu_seconds"],
+        bins=_summed_bins(records),
+        curves=read_curves(records),
+    )
+
+
+def mean_over(points: list[tuple[float, float]]) -> float:
+    """Of a curve through points (x, y), x ascending from 0 on; before the first it is as high as there. Trapezoids."""
+    points = [(0.0, points[0][1]), *points]
+    if points[-1][0] == 0:
+        return points[-1][1]
+    x, y = zip(*points)
+    return float(np.trapezoid(y, x)) / x[-1]
+
+
+def write_results(results: StudyResults, path: Path) -> None:
+    write_whole(path, results.model_dump_json() + "\n")
+
+
+def load_results(path: Path) -> StudyResults:
+    """path: a study's folder, or its results.json under any name.
+
+    Raises:
+        UserError: not there, or not what `python -m bench.study run` writes.
+    """
+    file = path / RESULTS if path.is_dir() else path
+    try:
+        return StudyResults.model_validate_json(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such results; run the study first: python -m bench.study run STUDY.yaml") from None
+    except (ValidationError, UnicodeDecodeError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "not text"}
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{file}: not a study's results: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def _reached(validations: list[dict], threshold: float) -> Reached | None:
+    for record in validations:
+        if record[ACCURACY] >= threshold:
+            return Reached(threshold=threshold, spent={name: record.get(key, 0.0) for name, key in COSTS.items()})
+    return None
+
+
+def _means(records: list[dict], share: float) -> dict[str, float]:
+    """Of the finite values of every series' last `share`, one at least."""
+    means = {}
+    for key in SERIES:
+        values = [record[key] for record in records if key in record and record[key] == record[key]]
+        if values:
+            last = values[-max(1, round(share * len(values))) :]
+            means[key] = sum(last) / len(last)
+    return means
+
+
+def _summed_bins(records: list[dict]) -> list[list[float]] | None:
+    tables = [record[BINS] for record in records if BINS in record]
+    if not tables:
+        return None
+    return [[sum(column) for column in zip(*rows)] for rows in zip(*tables)]

@@ -1,0 +1,110 @@
+"""Whether a study's runs show what it claims: by the paired difference and its interval, and nothing else."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bench.study.claims import Claim
+from bench.study.recorded import ACCURACY
+from bench.study.results import RunResult, StudyResults
+from bench.study.statistics import Estimate, paired_difference, share_p_value
+
+Word = Literal["holds", "does not hold", "not shown either way"]
+LARGEST_P = 0.05
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """evidence: the numbers that decide it."""
+
+    word: Word
+    evidence: str
+
+
+def verdict(claim: Claim, results: StudyResults) -> Verdict:
+    """holds: the whole interval of `higher` - `lower` is above `by`; does not hold: all of it is below."""
+    higher, lower = ({run.seed: run for run in results.of_arm(arm)} for arm in (claim.higher, claim.lower))
+    if claim.at == "collapsed":
+        return _of_shares(claim, list(higher.values()), list(lower.values()))
+    if claim.threshold is not None:
+        return _of_costs(claim, higher, lower)
+    return _of_difference(claim, _scores(claim, higher), _scores(claim, lower))
+
+
+def _of_difference(claim: Claim, higher: dict[int, float], lower: dict[int, float]) -> Verdict:
+    difference = paired_difference(higher, lower)
+    if difference is None:
+        return Verdict("not shown either way", "no seed has finished in both arms")
+    return Verdict(_decide(difference, claim.by), _told(difference, claim))
+
+
+def _of_costs(claim: Claim, higher: dict[int, RunResult], lower: dict[int, RunResult]) -> Verdict:
+    """A run that did not reach the threshold would have cost more than it spent: its end is a lower bound of its cost.
+
+    If such runs are in `higher` alone, the difference is at least what is found; in `lower` alone, at most.
+    """
+    (high_costs, high_cut), (low_costs, low_cut) = _costs_to(claim, higher), _costs_to(claim, lower)
+    found = _of_difference(claim, high_costs, low_costs)
+    unshown = (found.word == "holds" and low_cut) or (found.word == "does not hold" and high_cut)
+    cut = [f"{count} of {arm}" for arm, count in ((claim.higher, high_cut), (claim.lower, low_cut)) if count]
+    more = f"; never reached by {', '.join(cut)}: counted at the end of the run, a lower bound" if cut else ""
+    return Verdict("not shown either way" if unshown else found.word, found.evidence + more)
+
+
+def _of_shares(claim: Claim, higher: list[RunResult], lower: list[RunResult]) -> Verdict:
+    """Differences of yes and no over a few seeds have no t-interval worth the name; Fisher's test counts."""
+    if not higher or not lower:
+        return Verdict("not shown either way", "an arm has no finished run")
+    counts = [(sum(run.collapsed for run in runs), len(runs)) for runs in (higher, lower)]
+    (high, of_high), (low, of_low) = counts
+    p = share_p_value(high, of_high, low, of_low)
+    word: Word = "not shown either way"
+    if p < LARGEST_P:
+        word = "holds" if high / of_high > low / of_low else "does not hold"
+    evidence = (
+        f"{claim.higher} {high} of {of_high} runs, {claim.lower} {low} of {of_low}; Fisher's exact test, p = {p:.2g}"
+    )
+    return Verdict(word, evidence)
+
+
+def _decide(difference: Estimate, by: float) -> Word:
+    if difference.low is not None and difference.low > by:
+        return "holds"
+    if difference.high is not None and difference.high < by:
+        return "does not hold"
+    return "not shown either way"
+
+
+def _scores(claim: Claim, runs: dict[int, RunResult]) -> dict[int, float]:
+    if claim.metric == ACCURACY:
+        return {seed: getattr(run, claim.at) for seed, run in runs.items()}
+    values = {seed: run.ends if claim.at == "final" else run.means for seed, run in runs.items()}
+    return {seed: means[claim.metric] for seed, means in values.items() if claim.metric in means}
+
+
+def _costs_to(claim: Claim, runs: dict[int, RunResult]) -> tuple[dict[int, float], int]:
+    """By seed, and how many never reached the threshold."""
+    name = claim.at.removesuffix("_to")
+    costs, cut = {}, 0
+    for seed, run in runs.items():
+        found = [reached.spent for reached in run.reached if reached.threshold == claim.threshold]
+        cut += not found
+        costs[seed] = (found[0] if found else run.spent)[name]
+    return costs, cut
+
+
+def _told(difference: Estimate, claim: Claim) -> str:
+    if claim.threshold is not None:
+        unit, scale, digits = f" {claim.at.removesuffix('_to')} to {claim.threshold:.0%}", 1.0, ",.0f"
+    elif claim.metric == ACCURACY:
+        unit, scale, digits = " points", 100.0, ".1f"
+    else:
+        unit, scale, digits = f" {claim.metric}", 1.0, ".3g"
+
+    def number(value: float, sign: str = "") -> str:
+        return format(scale * value, sign + digits).replace("-", "−")
+
+    asked = f", asked for is more than {number(claim.by, '+')}" if claim.by else ""
+    if difference.low is None:
+        return f"{number(difference.mean, '+')}{unit}; one seed, so no interval{asked}"
+    interval = f"{number(difference.low)} to {number(difference.high)}"
+    return f"{number(difference.mean, '+')}{unit}, 95 % interval {interval}, {difference.n} seeds{asked}"

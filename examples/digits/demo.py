@@ -1,0 +1,121 @@
+"""`make demo`: from nothing to a vision-language model that got better at reading handwritten digits by RL.
+
+    digits -> a tiny random Qwen2.5-VL -> warm start (`mssr sft`) -> RL (`mssr train`) -> curves, summary
+
+The warm start (`examples.digits.start`) and RL are the commands `mssr sft` and `mssr train`, a rank a core on a CPU (two at
+most: the model is small).
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from examples.digits.start import launch, warm_start, write_problems
+from mssr.cli import run_command  # first: sets up the environment that torch reads
+from mssr.config import Config, load_config
+from mssr.config.resolve import device_type, engine_name
+from mssr.errors import UserError
+from mssr.observe.metrics import read_metrics
+from mssr.observe.plots import plot_curves
+
+CONFIG = Path("configs/tiny.yaml")
+MARKER = "made_by_demo.txt"
+
+
+def demo(seed: int, run_dir: Path, overrides: Sequence[str] = ()) -> dict:
+    """Runs everything into `run_dir` (an earlier demo there is replaced) and returns the summary.
+
+    overrides: `key=value`, for both the warm start and RL.
+    """
+    started = time.monotonic()
+    replace_earlier_demo(run_dir)
+
+    print("1/4  digits: 1,797 real scans from scikit-learn, pairs of them as pictures with a question", flush=True)
+    files = write_problems(run_dir, seed)
+    ranks = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
+
+    print(
+        "2/4  warm start: a tiny random Qwen2.5-VL imitates answers until it is right about half of the time",
+        flush=True,
+    )
+    model = warm_start(run_dir, CONFIG, files, seed, overrides, ranks=ranks)
+
+    print("3/4  RL with one rollout per prompt (MSSR)", flush=True)
+    data = [f"seed={seed}", f"data.train={files['train']}", f"data.val={files['val']}"]
+    rl = [*data, *overrides, f"model.path={model}", f"run_dir={run_dir}"]
+    training = time.monotonic()
+    launch("train", CONFIG, rl, ranks=ranks)
+    train_seconds = time.monotonic() - training
+
+    print("4/4  curves and summary", flush=True)
+    curves = plot_curves({f"seed {seed}": run_dir / "metrics.jsonl"}, run_dir / "curves.png")
+    summary = summarise(load_config(CONFIG, rl), train_seconds, time.monotonic() - started, curves)
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def replace_earlier_demo(run_dir: Path) -> None:
+    """Removes what an earlier demo left.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if run_dir.exists() and any(run_dir.iterdir()):
+        if not (run_dir / MARKER).is_file():
+            raise UserError(
+                f"{run_dir} exists and is not a demo's; name another folder with RUN_DIR=... (or --run-dir)"
+            )
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / MARKER).write_text("This folder was written by `make demo`, which replaces it on its next run.\n")
+
+
+def summarise(config: Config, train_seconds: float, total_seconds: float, curves: Path) -> dict:
+    records = read_metrics(config.run_dir / "metrics.jsonl")
+    accuracy = [record["val/accuracy"] for record in records if "val/accuracy" in record]
+    samples = sorted((config.run_dir / "rollouts").iterdir())
+    return {
+        "val_accuracy_before": accuracy[0],
+        "val_accuracy_after": accuracy[-1],
+        "train_seconds": round(train_seconds, 1),
+        "total_seconds": round(total_seconds, 1),
+        "seed": config.seed,
+        "algorithm": config.algorithm.name,
+        "rollout_engine": engine_name(config.rollout.engine, device_type(config.device)),
+        "steps": records[-1]["step"],
+        "curves": str(curves),
+        "metrics": str(config.run_dir / "metrics.jsonl"),
+        "rollouts": str(samples[-1] / "index.html"),
+        "checkpoint": str(sorted((config.run_dir / "checkpoints").iterdir())[-1]),
+        "model": str(config.run_dir / "model"),
+    }
+
+
+def print_summary(summary: dict) -> None:
+    before, after = summary["val_accuracy_before"], summary["val_accuracy_after"]
+    print(
+        f"\nvalidation accuracy {before:.1%} before RL, {after:.1%} after ({100 * (after - before):+.1f} points); "
+        f"{summary['train_seconds']:.0f} s of RL, {summary['total_seconds']:.0f} s in all"
+    )
+    print(f"curves     {summary['curves']}")
+    print(f"rollouts   {summary['rollouts']}   (open it in a browser)")
+    print(f"model      {summary['model']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override keys of configs/tiny.yaml")
+    arguments = parser.parse_args()
+    print_summary(demo(arguments.seed, arguments.run_dir, arguments.overrides))
+
+
+if __name__ == "__main__":
+    run_command(main)

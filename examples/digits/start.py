@@ -1,0 +1,213 @@
+"""What RL on the handwritten digits starts from: problems, a tiny Qwen2.5-VL, and its warm start by `mssr sft`.
+
+    digits -> a tiny random Qwen2.5-VL -> `mssr sft`, up to sft.stop_at_accuracy
+
+The demo trains one; a study trains one a seed, from which all that it compares begin.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from examples.digits.problems import MOST_DIGITS, write_digits
+from mssr.config import Config, load_config
+from mssr.config.schema import Section
+from mssr.data.files import open_rows
+from mssr.errors import UserError
+
+CORPUS_ROWS = 1000
+MARKER = "digits_start.json"
+_SPLITS = ("train", "val", "test")
+
+
+class DigitsSettings(Section):
+    """The task, and the size of the model that learns it."""
+
+    digits: int = Field(2, ge=2, le=MOST_DIGITS, description="in a picture; 3 and more: a chain of operations")
+    train: int = Field(4096, gt=0, description="problems to train on, from their own scans")
+    val: int = Field(512, gt=0)
+    test: int = Field(512, gt=0)
+    hidden: int = Field(128, gt=0, multiple_of=64, description="width of the model")
+    layers: int = Field(2, gt=0)
+    vision_layers: int = Field(2, gt=0)
+
+
+@dataclass(frozen=True)
+class DigitsStart:
+    """model: what RL starts from. train, val, test: files of problems."""
+
+    model: Path
+    train: Path
+    val: Path
+    test: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        """What a run on it sets."""
+        return [f"model.path={self.model}", f"data.train={self.train}", f"data.val={self.val}"]
+
+
+def digits_start(
+    folder: Path,
+    config_file: Path,
+    seed: int,
+    overrides: Sequence[str] = (),
+    settings: DigitsSettings = DigitsSettings(),
+) -> DigitsStart:
+    """The start of this seed in `folder`: the finished one that is there, or a new one in place of half of one.
+
+    overrides: `key=value` for the warm start. It runs on one rank; what it prints goes to `folder/sft.log`.
+
+    Raises:
+        UserError: the start there was made from other settings, the folder holds something else, or the warm start failed.
+    """
+    folder = Path(folder)
+    files = {split: folder / "data" / f"{split}.parquet" for split in _SPLITS}
+    start = DigitsStart(folder / "sft" / "model", **files)
+    config = load_config(config_file, _warm_start_overrides(folder, files, seed, overrides))
+    made_from = _made_from(config, settings)
+    earlier = _read_marker(folder)
+    if earlier["finished"]:
+        _refuse_other_settings(folder, earlier["made_from"], made_from)
+        return start
+
+    for name in ("data", "untrained", "sft"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+    _write_marker(folder, finished=False, made_from=made_from)
+    write_problems(folder, seed, settings)
+    warm_start(folder, config_file, files, seed, overrides, settings, log=folder / "sft.log")
+    _write_marker(folder, finished=True, made_from=made_from)
+    return start
+
+
+def write_problems(folder: Path, seed: int, settings: DigitsSettings = DigitsSettings()) -> dict[str, Path]:
+    """Writes `folder/data`; returns the file of each split."""
+    counts = {split: getattr(settings, split) for split in _SPLITS}
+    return write_digits(folder / "data", seed=seed, digits=settings.digits, **counts)
+
+
+def warm_start(
+    folder: Path,
+    config_file: Path,
+    files: Mapping[str, Path],
+    seed: int,
+    overrides: Sequence[str] = (),
+    settings: DigitsSettings = DigitsSettings(),
+    *,
+    ranks: int = 1,
+    log: Path | None = None,
+) -> Path:
+    """Writes a tiny random model, `folder/untrained`, and trains it into `folder/sft/model`, which it returns.
+
+    files: of `write_problems`. log: where `mssr sft` prints; None: as this process does.
+    """
+    from examples.digits.tiny_model import (
+        write_tiny_model,  # seconds of imports that a study's file with a mistake does without
+    )
+
+    overrides = _warm_start_overrides(folder, files, seed, overrides)
+    write_tiny_model(
+        folder / "untrained",
+        corpus(files["train"], load_config(config_file, overrides)),
+        seed=seed,
+        hidden=settings.hidden,
+        layers=settings.layers,
+        vision_layers=settings.vision_layers,
+    )
+    launch("sft", config_file, overrides, ranks=ranks, log=log)
+    return folder / "sft" / "model"
+
+
+def launch(
+    command: str, config_file: Path, overrides: Sequence[str], *, ranks: int = 1, log: Path | None = None
+) -> None:
+    """`mssr COMMAND CONFIG KEY=VALUE ...` in processes of its own.
+
+    Raises:
+        UserError: it failed.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    full = [sys.executable, *torchrun, "-m", "mssr", command, str(config_file), *overrides]
+    if log is None:
+        done = subprocess.run(full)
+    else:
+        with log.open("w", encoding="utf-8") as file:
+            done = subprocess.run(full, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise UserError(f"mssr {command} failed, see {log or 'above'}")
+
+
+def corpus(train_file: Path, config: Config) -> list[str]:
+    """What the tokenizer's merges are learned from: the training problems' texts and the fixed text around them."""
+    rows = open_rows(str(train_file))
+    fixed = ["user\n", "assistant\n", "\n" + config.data.instruction]
+    texts = []
+    for index in range(min(CORPUS_ROWS, len(rows))):
+        row = rows[index]
+        texts += [row["problem"].removeprefix("<image>"), row["solution"], *fixed]
+    return texts
+
+
+def _warm_start_overrides(folder: Path, files: Mapping[str, Path], seed: int, overrides: Sequence[str]) -> list[str]:
+    return [
+        "rollout.engine=hf",  # its few validations are over before vLLM has started
+        f"seed={seed}",
+        f"data.train={files['train']}",
+        f"data.val={files['val']}",
+        *overrides,
+        f"model.path={folder / 'untrained'}",
+        f"run_dir={folder / 'sft'}",
+    ]
+
+
+def _made_from(config: Config, settings: DigitsSettings) -> dict[str, Any]:
+    """By key, what decides how a start turns out; no path, so that a folder can be moved."""
+    parts = {
+        "seed": True,
+        "data": {"instruction", "max_prompt_tokens", "min_pixels", "max_pixels"},
+        "sft": True,
+        "eval": {"temperature", "max_problems"},
+    }
+    dumped = config.model_dump(mode="json", include=parts) | {"start": settings.model_dump()}
+    keys: dict[str, Any] = {}
+    for name, value in dumped.items():
+        keys |= {f"{name}.{key}": part for key, part in value.items()} if isinstance(value, dict) else {name: value}
+    return keys
+
+
+def _refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
+            raise UserError(
+                f"{folder}: its warm start was made with {key} {there.get(key)}, asked for is {here.get(key)}; "
+                "remove the folder, or name another one"
+            )
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    """Raises:
+    UserError: the folder has data or models that are not a start's.
+    """
+    marker = folder / MARKER
+    if marker.is_file():
+        return json.loads(marker.read_text())
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not a warm start's; name another folder")
+    return {"finished": False}
+
+
+def _write_marker(folder: Path, **state: Any) -> None:
+    """At no moment is half of it there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{MARKER}"
+    partial.write_text(json.dumps(state, indent=2) + "\n")
+    os.replace(partial, folder / MARKER)

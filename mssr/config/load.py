@@ -1,0 +1,133 @@
+"""From a YAML file and `key=value` overrides to a validated `Config`:
+
+    mssr train configs/tiny.yaml train.optimizer.lr=1e-4 algorithm.name=mvsr
+
+An unknown key is refused with the nearest known one.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mssr.config.conflicts import refuse_conflicts
+from mssr.config.deepspeed_json import with_stage_of_json
+from mssr.config.presets import with_preset
+from mssr.config.schema import Config
+from mssr.errors import UserError
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides, validate.
+
+    Raises:
+        UserError: file missing or not YAML, a key twice or unknown (names the nearest), value of the wrong type or range.
+    """
+    values = read_keys(Path(path), "config")
+    for override in overrides:
+        apply_override(values, override)
+    return validate_config(values, source=str(path))
+
+
+def validate_config(values: dict[str, Any], source: str = "config") -> Config:
+    """Validate a dict that is already in memory. The DeepSpeed JSON that it names is read here."""
+    _refuse_unknown_keys(values, Config, prefix="", source=source)
+    try:
+        config = Config.model_validate(with_stage_of_json(with_preset(values)))
+        refuse_conflicts(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{source}: {key + ': ' if key else ''}{message}{given}") from None
+    except ValueError as conflict:
+        raise UserError(f"{source}: {conflict}") from None
+    return config
+
+
+def _refuse_unknown_keys(values: dict[str, Any], section: type[BaseModel], prefix: str, source: str) -> None:
+    for key, value in values.items():
+        field = section.model_fields.get(key)
+        if field is None:
+            known = _all_keys(Config)
+            near = difflib.get_close_matches(prefix + str(key), known, n=1, cutoff=0.0)
+            raise UserError(f"{source}: unknown key {prefix}{key}; did you mean {near[0]}?")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and isinstance(value, dict):
+            _refuse_unknown_keys(value, field.annotation, f"{prefix}{key}.", source)
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _all_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one `key=value` in the nested values; missing sections are added.
+
+    Raises:
+        UserError: not `key=value`, or a section on the way holds a value.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: expected key=value, for example train.steps=10")
+    *sections, last = key.split(".")
+    for section in sections:
+        if values.get(section) is None:  # missing, or a section without keys in the file
+            values[section] = {}
+        values = values[section]
+        if not isinstance(values, dict):
+            raise UserError(f"override {override!r}: {section} holds a value, not a section")
+    try:
+        values[last] = _scalar(text)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or error
+        raise UserError(f"override {override!r}: the value is not valid YAML: {reason}; quote it") from None
+
+
+def _scalar(text: str) -> Any:
+    value = yaml.safe_load(text) if text else ""
+    if isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def read_keys(path: Path, what: str) -> dict[str, Any]:
+    """Return the file's top-level keys; an empty file has none. what: kind of file, for messages ("config").
+
+    Raises:
+        UserError: missing or unreadable, not YAML, a key twice, something else than keys at the top.
+    """
+    try:
+        values = yaml.load(path.read_text(), _UniqueKeys)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {what} file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a readable {what} file: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines at the top level, found {type(values).__name__}")
+    return values
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a repeated key, which YAML silently lets win."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1 and name != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)

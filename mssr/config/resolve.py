@@ -1,0 +1,78 @@
+"""What "auto" stands for, once for trainer, server, planner and doctor; and the loss that the settings make.
+
+device: "cpu" or "cuda" everywhere. Libraries load when a function needs them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mssr.algorithms.advantages import ALGORITHMS
+from mssr.config.schema import AlgorithmConfig
+from mssr.versions import SUPPORTED, TESTED, is_cpu_build, is_supported, vllm_version
+
+if TYPE_CHECKING:
+    from mssr_kernels import PolicyLossConfig
+
+
+def device_type(setting: str) -> str:
+    """Return what `device` stands for on this machine: "cuda" where torch sees a GPU, unless it is "cpu"."""
+    import torch
+
+    return "cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def dtype_name(setting: str, device: str) -> str:
+    """Return what `model.dtype` stands for: auto is bfloat16 with fp32 master weights on a GPU, float32 on a CPU."""
+    if setting != "auto":
+        return setting
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def engine_name(setting: str, device: str) -> str:
+    """Return the rollout engine that `rollout.engine` stands for: auto is vllm where it can be used, else hf."""
+    if setting != "auto":
+        return setting
+    return "hf" if why_no_vllm(device) else "vllm"
+
+
+def why_no_vllm(device: str) -> str | None:
+    """Return why vLLM cannot sample for this device, and how to change it; None if it can. Does not import vLLM.
+
+    device: "auto" for the device that the installed vLLM is built for.
+    """
+    version = vllm_version()
+    if version is None:
+        return "vLLM is not installed; run `python -m mssr.rollout.vllm.install`"
+    if not is_supported("vllm", version):
+        low, high = SUPPORTED["vllm"]
+        return f"vLLM {version} is not supported (>={low}, <{high} is); pip install vllm=={TESTED['vllm']}"
+    build = "cpu" if is_cpu_build(version) else "cuda"
+    if device not in ("auto", build):
+        return (
+            f"vLLM {version} is built for {build}, device is {device}; "
+            "run `python -m mssr.rollout.vllm.install` for another build"
+        )
+    return None
+
+
+def policy_loss(algorithm: AlgorithmConfig) -> PolicyLossConfig:
+    """Return the loss of every update of a run: clipped, dual-clipped, with KL term and entropy bonus as configured.
+
+    Only an algorithm with shaping has an entropy_alpha. Truncated importance weights (TIS) correct recomputed log-probs that
+    differ from the sampler's. With the rollout's own log-probs as old ones the ratio already is current / sampler: a second
+    weight would count the mismatch twice.
+    """
+    from mssr_kernels import PolicyLossConfig
+
+    return PolicyLossConfig(
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        dual_clip=algorithm.dual_clip,
+        entropy_alpha=algorithm.entropy_alpha if ALGORITHMS[algorithm.name].shaped else 0.0,
+        entropy_kappa=algorithm.entropy_kappa,
+        entropy_source=algorithm.entropy_source,
+        kl_coef=algorithm.kl_coef,
+        entropy_coef=algorithm.entropy_coef,
+        tis_cap=algorithm.tis_cap if algorithm.old_logp == "recompute" else None,
+    )

@@ -1,1 +1,0 @@
-"""Generated problem sets, written in the format of the real ones."""

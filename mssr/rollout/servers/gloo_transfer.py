@@ -1,0 +1,259 @@
+"""Weights from the trainer to vLLM's workers over gloo, for machines without NCCL: a backend of vLLM's weight transfer.
+
+Rank 0 of a process group of its own is the sender, the workers of all servers are the others. Both sides cut the same
+list of weights into chunks of bounded size, and each chunk is one broadcast. Imports vLLM.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from mssr.distributed import address_towards
+from mssr.rollout.servers.main import GLOO_TRANSFER
+
+_REASON_S = 5.0  # how long a broken transfer waits for the server's own account of it
+
+
+@dataclass(kw_only=True)
+class GlooSenderInfo(TrainerInitInfo):
+    """address, port: where the sender's store listens. size: of the group, sender and workers.
+
+    buffer_bytes: of a chunk; a larger weight is a chunk of its own. timeout_s: of any step of the transfer.
+    """
+
+    backend: ClassVar[str] = GLOO_TRANSFER
+
+    address: str
+    port: int
+    size: int
+    buffer_bytes: int
+    timeout_s: float
+
+
+@dataclass(kw_only=True)
+class GlooReceiverInfo(WeightTransferInitInfo):
+    """The sender's settings. rank_offset: rank of the first worker of this server."""
+
+    address: str
+    port: int
+    size: int
+    buffer_bytes: int
+    timeout_s: float
+    rank_offset: int
+
+
+@dataclass
+class GlooUpdateInfo(WeightTransferUpdateInfo):
+    """All weights in the order in which they come."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+
+
+class Group:
+    """A gloo process group beside torch's default one."""
+
+    def __init__(self, address: str, port: int, rank: int, size: int, timeout_s: float) -> None:
+        self._timeout = timedelta(seconds=timeout_s)
+        self._rank, self._size = rank, size
+        self._store = TCPStore(
+            address, port, size, is_master=rank == 0, timeout=self._timeout, wait_for_workers=False, use_libuv=True
+        )
+        self._address = address
+        self._group: ProcessGroupGloo | None = None
+
+    def join(self) -> None:
+        options = ProcessGroupGloo._Options()
+        options._timeout = self._timeout
+        # The interface that reaches the sender: a host's own name may resolve to one that others do not see.
+        options._devices = [ProcessGroupGloo.create_device(hostname=address_towards(self._address))]
+        self._store.set(f"here/{self._rank}", "")
+        self._group = ProcessGroupGloo(PrefixStore("gloo", self._store), self._rank, self._size, options)
+
+    def wait_for_others(self, asked: Future) -> None:
+        """Until all have come to join. asked: the servers' answers to the call to; an error there ends the wait."""
+        others = [f"here/{rank}" for rank in range(1, self._size)]
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while not self._store.check(others):
+            if asked.done():
+                asked.result()
+            if time.monotonic() > deadline:
+                raise TimeoutError("the servers did not join the weight transfer")
+            time.sleep(0.01)
+
+    def broadcast(self, buffer: Tensor) -> None:
+        """From rank 0 to all. buffer: [bytes] uint8."""
+        self._group.broadcast(buffer, 0).wait()
+
+
+class GlooReceiver(WeightTransferEngine[GlooReceiverInfo, GlooUpdateInfo]):
+    """In a vLLM worker. vLLM loads what arrives as it would load a checkpoint, layer by layer."""
+
+    init_info_cls = GlooReceiverInfo
+    update_info_cls = GlooUpdateInfo
+
+    _group: Group | None = None
+    _buffer_bytes = 0
+    _torn = False
+
+    def init_transfer_engine(self, init_info: GlooReceiverInfo) -> None:
+        parallel = self.parallel_config
+        rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self._buffer_bytes = init_info.buffer_bytes
+        self._group = Group(init_info.address, init_info.port, rank, init_info.size, init_info.timeout_s)
+        self._group.join()
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        if self._torn:  # vLLM would take the rest of the lost transfer for part of this one
+            raise RuntimeError("an earlier weight transfer broke off; restart this server")
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def update_weights(self, update_info: dict) -> None:
+        # vLLM's own would also synchronise an accelerator, and there is none.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        if self._group is None:
+            raise RuntimeError("the weight transfer is not initialised")
+        rows = zip(update_info.names, update_info.dtypes, update_info.shapes, strict=True)
+        weights = [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in rows]
+        try:
+            for chunk in chunks(weights, self._buffer_bytes):
+                buffer = torch.empty(sum(map(size_bytes, chunk)), dtype=torch.uint8)
+                self._group.broadcast(buffer)
+                parts = buffer.split([size_bytes(weight) for weight in chunk])
+                # Copies: vLLM keeps weights until their layer is whole, and a part need not be aligned to its dtype.
+                self.model.load_weights(
+                    [
+                        (weight.name, part.clone().view(weight.dtype).view(weight.shape))
+                        for weight, part in zip(chunk, parts)
+                    ]
+                )
+        except BaseException:
+            self._torn = True
+            self.shutdown()  # closes the connections: the sender must not wait for this worker
+            raise
+
+    def shutdown(self) -> None:
+        self._group = None  # the last reference: closes the connections
+
+
+class GlooSender(TrainerWeightTransferEngine[GlooSenderInfo]):
+    """In the trainer, on every rank; all of them go through the source, and rank 0 sends."""
+
+    init_info_cls = GlooSenderInfo
+
+    _group: Group | None = None
+    _buffer_bytes = 0
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: GlooSenderInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
+    ) -> Self:
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        engine._buffer_bytes = init_info.buffer_bytes
+        if not engine.is_sender:
+            return engine
+        settings = asdict(init_info)
+        del settings["rank"]
+        engine._group = Group(init_info.address, init_info.port, 0, init_info.size, init_info.timeout_s)
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            # A server answers when its workers have joined, so we join meanwhile.
+            asked = thread.submit(client.init_weight_transfer_engine, settings | {"rank_offset": 1})
+            engine._group.wait_for_others(asked)
+            engine._group.join()
+            asked.result()
+        return engine
+
+    def send_weights(self) -> None:
+        weights = self.source.metadata()
+        if not self.is_sender:
+            for _ in self.source:
+                pass
+            return
+        update = GlooUpdateInfo(
+            names=[weight.name for weight in weights],
+            dtypes=[str(weight.dtype).removeprefix("torch.") for weight in weights],
+            shapes=[list(weight.shape) for weight in weights],
+        )
+        self.client.start_weight_update()
+        thread = ThreadPoolExecutor(max_workers=1)
+        try:
+            received = thread.submit(self.client.update_weights, asdict(update))
+            broken = self._broadcast_until_broken(weights)
+            if broken:
+                self.shutdown()  # the other workers must not wait for the rest, nor we for their servers' answers
+                wait((received,), timeout=_REASON_S)
+                if received.done():
+                    received.result()  # raises the reason: which server, and what it says
+                raise RuntimeError(broken)
+            received.result()
+        finally:
+            thread.shutdown(wait=False)
+        self.client.finish_weight_update()
+
+    def _broadcast_until_broken(self, weights: list[ParamMeta]) -> str | None:
+        """Returns what broke it, and not the exception, whose traceback would hold the group."""
+        try:
+            self._broadcast(weights)
+        except RuntimeError as error:  # gloo's
+            return str(error)
+        return None
+
+    def _broadcast(self, weights: list[ParamMeta]) -> None:
+        source, group = iter(self.source), self._group
+        for chunk in chunks(weights, self._buffer_bytes):
+            parts = []
+            for expected in chunk:
+                name, tensor = next(source)
+                if (name, tensor.dtype, tuple(tensor.shape)) != (expected.name, expected.dtype, expected.shape):
+                    raise ValueError(f"weight transfer: {name} came in the place of {expected.name}")
+                parts.append(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8))
+            group.broadcast(torch.cat(parts))
+        if next(source, None) is not None:
+            raise ValueError("weight transfer: more weights came than were announced")
+
+    def shutdown(self) -> None:
+        self._group = None  # the last reference: closes the connections
+
+
+def chunks(weights: list[ParamMeta], limit: int) -> Iterator[list[ParamMeta]]:
+    """Neighbours whose bytes together keep to the limit; a larger one alone. The same cuts on both sides."""
+    chunk, filled = [], 0
+    for weight in weights:
+        if chunk and filled + size_bytes(weight) > limit:
+            yield chunk
+            chunk, filled = [], 0
+        chunk.append(weight)
+        filled += size_bytes(weight)
+    if chunk:
+        yield chunk
+
+
+def size_bytes(weight: ParamMeta) -> int:
+    return torch.Size(weight.shape).numel() * weight.dtype.itemsize

@@ -1,0 +1,309 @@
+"""Rollouts by vLLM servers on other GPUs or hosts, over HTTP; `mssr serve` starts one."""
+
+import asyncio
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from mssr.batch import Prompt, RolloutBatch
+from mssr.config import RolloutConfig
+from mssr.distributed import World
+from mssr.errors import UserError
+from mssr.policy.model import Policy
+from mssr.rollout.base import OnResponse, Response, collect
+from mssr.rollout.lengths import longest_first
+from mssr.rollout.servers.client import ServerLost, call, call_all, http_session
+from mssr.rollout.servers.weights import WeightTransfer
+from mssr.rollout.vllm.adapter import require_server_vllm
+from mssr.rollout.vllm.requests import engine_input, sampling
+
+_HEALTH_S = 10.0  # a server that was here and does not say so within this is not asked for responses
+_POLL_S = 0.25  # between questions to a server that is still starting
+
+
+class ServerRollout:
+    """See `RolloutEngine`. `generate` may run in another thread than the rest, and is no collective.
+
+    Greedy responses are reproducible, up to rounding that depends on what else a server computes at the time. Sampled
+    ones are not: servers draw noise from generators of their own, and the order in which requests arrive over a network
+    is never the same twice. `streams` are not used: vLLM's seeds for single requests slow its sampler down on a GPU, and
+    do not exist on a CPU.
+
+    A server is lost when it refuses or resets a connection, answers 5xx, has sent nothing for rollout.server_timeout_s
+    while it owes responses, or has other weights than were sent (restarted). Its requests go to the others. The next
+    `update_weights` takes it in again if it is back.
+    """
+
+    name = "servers"
+
+    def __init__(self, config: RolloutConfig, policy: Policy, ends: list[int], pad: int, world: World) -> None:
+        """ends: tokens that end a response. pad: the token behind it in a batch.
+
+        Raises:
+            UserError: no usable vLLM here (its weight transfer is needed), or an address that is none.
+        """
+        require_server_vllm(world.device.type)
+        self._config = config
+        self._world = world
+        self._ends, self._pad = ends, pad
+        self._image_token_id, self._merge_size = policy.image_token_id, policy.merge_size
+        self._forbidden = policy.forbidden_token_ids
+        self._servers = _addresses(config.servers)
+        self._live: list[str] = []
+        self._lost: dict[str, str] = {}  # address to reason, since the last update
+        self._reported: set[str] = set()
+        self._weight_version: int | None = None
+        self._transfer = WeightTransfer(world, int(config.sync_gib * 2**30), config.server_timeout_s)
+
+    def update_weights(self, policy: Policy, version: int) -> None:
+        """Raises:
+        UserError: a server is not there at the start of the run, or later none; one died just now.
+        """
+        for lost in self._world.gather(self._lost):
+            for server, reason in lost.items():
+                self._report(server, reason)
+        workers, problem = self._world.gather(self._roll_call() if self._world.is_main else None)[0]
+        if problem:
+            raise UserError(problem)
+        self._transfer.send(policy, version, workers)
+        self._live, self._lost, self._weight_version = list(workers), {}, version
+        self._reported -= workers.keys()
+
+    def generate(
+        self,
+        prompts: list[Prompt],
+        streams: list[int],
+        temperature: float,
+        *,
+        expected_tokens: list[float] | None = None,
+        on_response: OnResponse | None = None,
+    ) -> RolloutBatch:
+        """Raises:
+        UserError: no server is left, or one refuses a request.
+        """
+        if self._weight_version is None:
+            raise RuntimeError("generate: the servers have no weights; call update_weights first")
+        settings = sampling(temperature, self._config.max_response_tokens, self._ends, self._forbidden)
+        work = _Work(
+            make_body=lambda row: self._body(prompts[row], settings),
+            read=self._read,
+            on_response=on_response or (lambda row, response: None),
+            on_lost=self._lose,
+            servers=list(self._live),
+            at_once=self._config.batch_size,
+            silence_s=self._config.server_timeout_s,
+        )
+        responses = asyncio.run(work.run(longest_first(expected_tokens, len(prompts))))
+        return collect(prompts, [responses[row] for row in range(len(prompts))], self._pad)
+
+    def release(self) -> None:
+        """The servers' memory is their own."""
+
+    def close(self) -> None:
+        self._transfer.close()
+
+    def _body(self, prompt: Prompt, settings: dict) -> dict[str, Any]:
+        """The request, as vLLM's own front end would write it."""
+        inputs = engine_input(prompt, self._image_token_id, self._merge_size)
+        body = {"token_ids": inputs["prompt_token_ids"], "sampling_params": settings, "stream": False}
+        if "mm_kwargs" in inputs:
+            from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import encode_mm_kwargs_item
+
+            body["features"] = {
+                "mm_hashes": inputs["mm_hashes"],
+                "mm_placeholders": {
+                    "image": [
+                        {"offset": place.offset, "length": place.length} for place in inputs["mm_placeholders"]["image"]
+                    ]
+                },
+                "kwargs_data": {"image": [encode_mm_kwargs_item(item) for item in inputs["mm_kwargs"]["image"]]},
+            }
+        return body
+
+    def _read(self, server: str, answer: dict[str, Any]) -> Response:
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise ServerLost(server, f"it ended a response by itself ({choice['finish_reason']})")
+        versions = {span["version"] for span in choice.get("weight_versions") or ()}  # vLLM before 0.32 tells none
+        if versions - {str(self._weight_version)}:
+            raise ServerLost(server, f"it has weights {', '.join(versions)}, not {self._weight_version}: restarted?")
+        if choice["finish_reason"] == "length" and len(choice["token_ids"]) < self._config.max_response_tokens:
+            raise UserError(
+                f"rollout.servers {server} cuts responses at {len(choice['token_ids'])} tokens, before "
+                f"rollout.max_response_tokens {self._config.max_response_tokens}; start it with this config"
+            )
+        logps = [token["logprob"] for token in choice["logprobs"]["content"]]
+        return Response(
+            tokens=torch.tensor(choice["token_ids"]),
+            logp=torch.tensor(logps, dtype=torch.float32),
+            truncated=choice["finish_reason"] == "length",
+            weight_version=self._weight_version,
+        )
+
+    def _lose(self, server: str, reason: str) -> None:
+        self._live.remove(server)
+        self._lost[server] = reason
+        self._report(server, reason)
+
+    def _report(self, server: str, reason: str) -> None:
+        """Once, not once a rank: the others' losses are told at the next update."""
+        if self._world.is_main and server not in self._reported:
+            self._reported.add(server)
+            print(f"mssr: rollout server {server} is out: {reason}", file=sys.stderr, flush=True)
+
+    def _roll_call(self) -> tuple[dict[str, int], str | None]:
+        """The servers that are there and how many workers each has; or what the user is to be told."""
+        first = self._weight_version is None
+        deadline = time.monotonic() + self._config.server_timeout_s
+        workers: dict[str, int] = {}
+        try:
+            while True:
+                asked = [server for server in self._servers if server not in workers]
+                answers = _ask(asked, "/health", self._config.server_timeout_s)
+                lost = {server: answer for server, answer in answers.items() if isinstance(answer, ServerLost)}
+                there = _ask([server for server in asked if server not in lost], "/get_world_size", _HEALTH_S)
+                for server, answer in there.items():
+                    if isinstance(answer, ServerLost):
+                        lost[server] = answer
+                    elif not isinstance(answer, dict) or not isinstance(answer.get("world_size"), int):
+                        return {}, f"rollout.servers {server} is no vLLM server; start one with `mssr serve`"
+                    else:
+                        workers[server] = answer["world_size"]
+                if not first or not lost or time.monotonic() > deadline:
+                    break
+                time.sleep(_POLL_S)
+        except UserError as error:
+            return {}, str(error)
+        if lost and (first or not workers):
+            return {}, _nobody(lost, self._config.server_timeout_s if first else None)
+        for server, answer in lost.items():
+            self._report(server, answer.reason)
+        return {server: workers[server] for server in self._servers if server in workers}, None
+
+
+@dataclass
+class _Work:
+    """The requests of one `generate` on their way through the servers; all of it in one thread.
+
+    make_body: a row's request. read: the answer as a response. on_lost: told of a server's end, with the reason.
+    at_once: requests a server has at the same time. silence_s: how long one that owes responses may send nothing.
+    """
+
+    make_body: Callable[[int], dict]
+    read: Callable[[str, dict], Response]
+    on_response: OnResponse
+    on_lost: Callable[[str, str], None]
+    servers: list[str]
+    at_once: int
+    silence_s: float
+    lost: dict[str, ServerLost] = field(default_factory=dict)
+
+    async def run(self, order: list[int]) -> dict[int, Response]:
+        """Row to response. order: the rows, first ones first."""
+        self._waiting = deque(order)
+        self._under_way: dict[asyncio.Task, tuple[str, int]] = {}
+        self._heard: dict[str, float] = dict.fromkeys(self.servers, time.monotonic())
+        responses: dict[int, Response] = {}
+        async with http_session() as session:
+            try:
+                while len(responses) < len(order):
+                    self._hand_out(session)
+                    deadline = min(self._heard[server] for server, _ in self._under_way.values()) + self.silence_s
+                    wait = max(0.0, deadline - time.monotonic())
+                    done, _ = await asyncio.wait(self._under_way, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                    for row, response in self._take(done):
+                        responses[row] = response
+                        self.on_response(row, response)
+                    self._lose_silent()
+            finally:
+                for task in self._under_way:
+                    task.cancel()
+                await asyncio.gather(*self._under_way, return_exceptions=True)
+        return responses
+
+    def _hand_out(self, session) -> None:
+        """Waiting rows to the servers that have the fewest."""
+        if not self.servers:
+            raise UserError(_nobody(self.lost))
+        load = dict.fromkeys(self.servers, 0)
+        for server, _ in self._under_way.values():
+            load[server] += 1
+        while self._waiting:
+            server = min(self.servers, key=load.get)
+            if load[server] >= self.at_once:
+                return
+            if load[server] == 0:
+                self._heard[server] = time.monotonic()  # it owed nothing
+            load[server] += 1
+            row = self._waiting.popleft()
+            task = asyncio.create_task(call(session, server, "/inference/v1/generate", self.make_body(row)))
+            self._under_way[task] = server, row
+
+    def _take(self, done: set[asyncio.Task]) -> list[tuple[int, Response]]:
+        """The rows that are done; those of a lost server wait again."""
+        found, failures = [], []
+        for task in done:
+            server, row = self._under_way[task]
+            try:
+                response = self.read(server, task.result())
+            except ServerLost as failure:
+                failures.append(failure)
+                continue
+            del self._under_way[task]
+            self._heard[server] = time.monotonic()
+            found.append((row, response))
+        for failure in failures:
+            self._lose(failure)
+        return found
+
+    def _lose_silent(self) -> None:
+        for server in list({server for server, _ in self._under_way.values()}):
+            if time.monotonic() - self._heard[server] >= self.silence_s:
+                self._lose(ServerLost(server, f"nothing came from it for {self.silence_s:g} s"))
+
+    def _lose(self, failure: ServerLost) -> None:
+        if failure.server not in self.servers:
+            return
+        self.servers.remove(failure.server)
+        self.lost[failure.server] = failure
+        for task, (server, row) in list(self._under_way.items()):
+            if server == failure.server:
+                task.cancel()
+                del self._under_way[task]
+                self._waiting.appendleft(row)
+        self.on_lost(failure.server, failure.reason)
+
+
+def _ask(servers: list[str], path: str, timeout_s: float) -> dict[str, Any]:
+    return call_all(dict.fromkeys(servers), path, method="GET", timeout_s=min(timeout_s, _HEALTH_S)) if servers else {}
+
+
+def _nobody(lost: dict[str, ServerLost], waited_s: float | None = None) -> str:
+    waited = f" after {waited_s:g} s (rollout.server_timeout_s)" if waited_s is not None else ""
+    missing = "; ".join(map(str, lost.values()))
+    return f"rollout.servers: not there{waited}: {missing}; start them with `mssr serve`"
+
+
+def _addresses(servers: list[str]) -> list[str]:
+    """Raises:
+    UserError: one is no http://host:port, or is there twice.
+    """
+    found = []
+    for server in servers:
+        try:
+            parts = urlsplit(server)
+            whole = parts.scheme == "http" and parts.hostname and parts.port and parts.path in ("", "/")
+        except ValueError:  # a port that is no number
+            whole = False
+        if not whole or parts.query:
+            raise UserError(f"rollout.servers {server}: expected http://host:port")
+        found.append(f"http://{parts.netloc}")
+    if len(set(found)) < len(found):
+        raise UserError("rollout.servers: an address is there twice")
+    return found

@@ -1,0 +1,203 @@
+"""The trainer's weights to all servers, through vLLM's own weight transfer: one broadcast group over all their workers."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from mssr.distributed import World, address_towards, free_port
+from mssr.errors import UserError
+from mssr.policy.model import Policy
+from mssr.policy.weights import named_weights, weight_shapes
+from mssr.rollout.servers.client import ServerLost, call_all
+from mssr.rollout.vllm.adapter import trainer_init_info
+
+_CACHES = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")
+
+
+class WeightTransfer:
+    """Sends all weights of the policy, as often as wanted. Every method is a collective over the trainer's ranks.
+
+    NCCL between GPUs; gloo where the trainer runs on a CPU.
+    """
+
+    def __init__(self, world: World, bucket_bytes: int, timeout_s: float) -> None:
+        """bucket_bytes: sent at once, and gathered at once under ZeRO-3; a larger weight alone."""
+        self._world = world
+        self._bucket_bytes = bucket_bytes
+        self._timeout_s = timeout_s
+        self._engine = None
+        self._source: PolicySource | None = None
+        self._client: FanOut | None = None
+        self._sent: int | None = None  # the version that the servers have
+
+    def send(self, policy: Policy, version: int, servers: dict[str, int]) -> None:
+        """servers: address to the number of its workers; the same on all ranks. When it returns, each of them samples from
+        these weights, and nothing of what it computed with others is left.
+
+        Raises:
+            UserError: a server died meanwhile, or cannot take part; those that are left have part of the weights.
+        """
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)  # vLLM reads the parameters on streams of its own
+        if self._world.gather(not self._connected(servers) if self._world.is_main else None)[0]:
+            self.close()
+            self._agree(lambda: self._connect(policy, servers))
+        self._source.policy = policy
+        self._client.version = version
+        self._sent = None
+        self._agree(lambda: self._transfer(version))
+        self._sent = version
+
+    def close(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is None:
+            return
+        engine.shutdown()
+        if self._world.is_main:  # those that are still there; older vLLM has no such call
+            bodies = dict.fromkeys(self._client.servers)
+            call_all(bodies, "/shutdown_weight_transfer_engine", timeout_s=self._timeout_s, missing_ok=True)
+
+    def _connected(self, servers: dict[str, int]) -> bool:
+        """Whether the group is of these very servers. One that was restarted since has the address of the old one, but not
+        the version of the weights that we sent; where vLLM tells no version, the group is made anew."""
+        if self._engine is None or self._sent is None or self._client.servers != servers:
+            return False
+        told = call_all(
+            dict.fromkeys(servers), "/weight_info", method="GET", timeout_s=self._timeout_s, missing_ok=True
+        )
+        return all(isinstance(answer, dict) and answer["weight_version"] == str(self._sent) for answer in told.values())
+
+    def _connect(self, policy: Policy, servers: dict[str, int]) -> None:
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        self._client = FanOut(servers, self._timeout_s)
+        self._source = PolicySource(policy, self._bucket_bytes)
+        self._engine = WeightTransferTrainerFactory.trainer_init(
+            trainer_init_info(
+                on_gpu=self._world.device.type == "cuda",
+                rank=self._world.rank,
+                address=_address_seen_by(list(servers)),
+                port=free_port(),
+                size=1 + sum(servers.values()),
+                buffer_bytes=max(self._bucket_bytes, self._source.largest_bytes),
+                timeout_s=self._timeout_s,
+            ),
+            client=self._client,
+            source=self._source,
+        )
+        self._client.give_up = self._engine.shutdown
+
+    def _transfer(self, version: int) -> None:
+        try:
+            self._engine.send_weights()
+        except BaseException:
+            self._source.finish()
+            raise
+        if self._world.is_main:
+            for path in _CACHES:
+                self._client.post(path)
+
+    def _agree(self, action) -> None:
+        """Runs it on all ranks; a server's failure, which rank 0 sees, is every rank's error."""
+        problem = None
+        try:
+            action()
+        except UserError as error:
+            problem = str(error)
+        except (RuntimeError, ValueError, TimeoutError, OSError) as error:
+            if not self._world.is_main:
+                raise
+            problem = f"rollout.servers: weight transfer: {' '.join(str(error).split())[:300]}"
+        problem = next(filter(None, self._world.gather(problem)), None)
+        if problem:
+            raise UserError(problem)
+
+
+class FanOut:
+    """vLLM's `VLLMWeightSyncClient` for several servers: every call goes to all of them at the same time.
+
+    servers: address to the number of its workers. version: what finished weights are called. give_up: ends the
+    broadcast that is under way.
+    """
+
+    def __init__(self, servers: dict[str, int], timeout_s: float) -> None:
+        self.servers = servers
+        self.version: int | None = None
+        self.give_up: Callable[[], None] = lambda: None
+        self._timeout_s = timeout_s
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        bodies, rank = {}, init_info["rank_offset"]
+        for server, workers in self.servers.items():
+            bodies[server] = {"init_info": init_info | {"rank_offset": rank}}
+            rank += workers
+        self._post(bodies, "/init_weight_transfer_engine")
+
+    def start_weight_update(self) -> None:
+        self.post("/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # A lost server never joins the broadcast again: without this, NCCL would have all others wait for it for ever.
+        bodies = {server: {"update_info": update_info} for server in self.servers}
+        self._post(bodies, "/update_weights", on_lost=self.give_up)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.post("/finish_weight_update", {"weight_version": str(self.version)})
+
+    def post(self, path: str, body: Any = None) -> None:
+        """Raises:
+        UserError: a server is lost.
+        """
+        self._post(dict.fromkeys(self.servers, body), path)
+
+    def _post(self, bodies: dict[str, Any], path: str, **settings) -> None:
+        answers = call_all(bodies, path, timeout_s=self._timeout_s, **settings).values()
+        lost = "; ".join(str(answer) for answer in answers if isinstance(answer, ServerLost))
+        if lost:
+            raise UserError(
+                f"rollout.servers, while weights were sent: {lost}; restart the servers (`mssr serve`), "
+                "then go on with `mssr train --resume`"
+            )
+        for answer in answers:
+            if isinstance(answer, dict) and answer.get("success") is False:
+                raise UserError(f"rollout.servers: {path} did not succeed; is someone else using the servers?")
+
+
+class PolicySource:
+    """vLLM's `WeightSource`: what is sent (`metadata`), and the weights themselves, in the same order.
+
+    Under ZeRO-3 a pass is a collective, which all ranks must go through to its end.
+    """
+
+    def __init__(self, policy: Policy, bucket_bytes: int) -> None:
+        self.policy = policy
+        self._bucket_bytes = bucket_bytes
+        self._pass: Iterator[tuple[str, Tensor]] = iter(())
+
+    @property
+    def largest_bytes(self) -> int:
+        return max(shape.numel() * dtype.itemsize for shape, dtype in weight_shapes(self.policy).values())
+
+    def metadata(self) -> list:
+        """[`ParamMeta`]."""
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        return [ParamMeta(name, dtype, tuple(shape)) for name, (shape, dtype) in weight_shapes(self.policy).items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        self._pass = named_weights(self.policy, self._bucket_bytes)
+        return self._pass
+
+    def finish(self) -> None:
+        """Goes on to the end of a pass that broke off: other ranks wait for this one in it."""
+        for _ in self._pass:
+            pass
+
+
+def _address_seen_by(servers: list[str]) -> str:
+    """This host's address on the way to the servers: that of a network, where one of them is elsewhere."""
+    addresses = [address_towards(urlsplit(server).hostname) for server in servers]
+    return next((address for address in addresses if not address.startswith("127.")), addresses[0])

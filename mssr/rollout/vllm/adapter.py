@@ -1,0 +1,109 @@
+"""Everything of vLLM that changed between the versions we support: 0.26 to 0.32, and the CPU build of 0.32.
+
+The rest of the trainer knows vLLM through these functions and the calls that have been the same in all of them
+(`LLM`, `LLMEngine.add_request` and `step`, `collective_rpc("reload_weights")`, the three cache resets, sleep mode).
+"""
+
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mssr.config.resolve import why_no_vllm
+from mssr.errors import UserError
+from mssr.versions import TESTED, release, vllm_version
+
+ENVIRONMENT = {
+    # The engine lives in the trainer's process: it reads the trainer's parameters as they are.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Messages of vLLM that a user could act on are errors; the rest is a hundred lines.
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # On a CPU: a rank keeps to OMP_NUM_THREADS (vLLM would pin its threads to cores that other ranks use).
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def require_vllm(device: str) -> None:
+    """Check that vLLM can sample for this device, and set the environment that vLLM reads when it is imported.
+
+    Raises:
+        UserError: it cannot, see `why_no_vllm`.
+    """
+    if why := why_no_vllm(device):
+        raise UserError(f"rollout.engine: {why}, or set rollout.engine=hf")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it has read its level
+
+
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """Around vLLM's import and start: warnings about its own code and about what a CPU lacks."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def pixels_as_given() -> dict[str, bool]:
+    """Engine arguments under which vLLM takes our `pixel_values` for what they are.
+
+    From 0.28 it normalises images on the device, by default, and would do so again with ours, which are normalised.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    return {"mm_device_do_normalize": False} if "mm_device_do_normalize" in known else {}
+
+
+# Servers: vLLM in processes of its own, whose HTTP interface and weight transfer took their shape later.
+
+SERVERS_FIRST = (0, 28)
+
+
+def require_server_vllm(device: str) -> None:
+    """Raises:
+    UserError: as `require_vllm`, or a version whose weight transfer has another interface.
+    """
+    require_vllm(device)
+    version = vllm_version()
+    if release(version) < SERVERS_FIRST:
+        raise UserError(
+            f"rollout.engine servers: vLLM {version} transfers weights in another way; take 0.28 or newer: "
+            f"pip install vllm=={TESTED['vllm']}"
+        )
+
+
+def server_flags() -> list[str]:
+    """Arguments of the server that not all versions have. Does not import vLLM."""
+    flags = ["--no-mm-device-do-normalize"]  # see `pixels_as_given`
+    if release(vllm_version()) >= (0, 30):
+        flags.append("--enable-scale-out")  # the tokens-in, tokens-out interface; there without a word before
+    return flags
+
+
+def trainer_init_info(
+    *, on_gpu: bool, rank: int, address: str, port: int, size: int, buffer_bytes: int, timeout_s: float
+):
+    """Settings of the trainer's side of the weight transfer, vLLM's NCCL or our gloo."""
+    if on_gpu:
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        return NCCLTrainerInitInfo(
+            rank=rank,
+            master_address=address,
+            master_port=port,
+            world_size=size,
+            packed=True,
+            packed_buffer_size_bytes=buffer_bytes,
+        )
+    from mssr.rollout.servers.gloo_transfer import GlooSenderInfo
+    from mssr.rollout.servers.main import register
+
+    register()
+    return GlooSenderInfo(
+        rank=rank, address=address, port=port, size=size, buffer_bytes=buffer_bytes, timeout_s=timeout_s
+    )

@@ -1,0 +1,193 @@
+"""Rollouts by vLLM inside the trainer's process, on the same GPU: colocated, one engine a rank (or a group of ranks).
+
+The two take turns with the GPU's memory:
+
+    update_weights   wake the weights' memory, fill it from the trainer's parameters, wake the KV cache
+    generate         as often as wanted
+    release          sleep at level 2: weights and KV cache are discarded, not copied; the next sync writes them anew
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+import torch.distributed as dist
+from pydantic import ValidationError
+
+from mssr.batch import Prompt, RolloutBatch
+from mssr.config import Config
+from mssr.distributed import World
+from mssr.errors import UserError
+from mssr.policy.model import Policy
+from mssr.rollout.base import OnResponse, Response, collect, merged_stream
+from mssr.rollout.lengths import longest_first
+from mssr.rollout.vllm.adapter import pixels_as_given, require_vllm, without_chatter
+from mssr.rollout.vllm.requests import engine_input, response, sampling
+from mssr.rollout.weight_sync import sync_weights
+
+
+class VLLMRollout:
+    """See `RolloutEngine`. Sampling noise comes from one generator a call, seeded by the call's streams: the same call
+    gives the same responses, on any rank; a response does depend on which others are sampled with it.
+    """
+
+    name = "vllm"
+
+    def __init__(self, config: Config, policy: Policy, ends: list[int], pad: int, world: World) -> None:
+        """ends: tokens that end a response. pad: the token behind it in a batch.
+
+        Raises:
+            UserError: vLLM is missing, of another version, or cannot run this model here.
+        """
+        require_vllm(world.device.type)
+        self._config = config.rollout
+        self._world = world
+        self._pad = pad
+        self._ends = ends
+        self._image_token_id, self._merge_size = policy.image_token_id, policy.merge_size
+        self._forbidden = policy.forbidden_token_ids
+        self._group = _tensor_parallel_group(config.rollout.tensor_parallel, world)
+        self._weight_version: int | None = None  # None: nothing to sample from
+        self._requests = 0
+        with _trainers_random_state(), without_chatter():
+            self._llm = _start(config, next(policy.parameters()).dtype, world)
+            self._llm.sleep(level=2)
+        self._asleep = True
+
+    def update_weights(self, policy: Policy, version: int) -> None:
+        if self._world.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the trainer's allocator holds and does not use is vLLM's now
+        if self._asleep:
+            self._llm.wake_up(["weights"])
+        # Half of what may be gathered: whoever loads still holds on to the last bucket when the next one is gathered.
+        sync_weights(self._llm, policy, bucket_bytes=int(self._config.sync_gib * 2**29))
+        if self._asleep:
+            self._llm.wake_up(["kv_cache"])
+        self._asleep, self._weight_version = False, version
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[Prompt],
+        streams: list[int],
+        temperature: float,
+        *,
+        expected_tokens: list[float] | None = None,
+        on_response: OnResponse | None = None,
+    ) -> RolloutBatch:
+        if self._weight_version is None or self._asleep:
+            raise RuntimeError("generate: the engine has no weights; call update_weights first")
+        order = longest_first(expected_tokens, len(prompts))
+        asked = [(row, prompts[row], streams[row]) for row in order]
+        # Ranks that share an engine all run all of their requests, in the same order.
+        everyone = [(rank, *one) for rank, part in enumerate(self._gather(asked)) for one in part]
+        me = dist.get_rank(self._group) if self._group is not None else 0
+
+        def finished(number: int, found: Response) -> None:
+            rank, row, *_ = everyone[number]
+            if rank == me:
+                responses[row] = found
+                if on_response is not None:
+                    on_response(row, found)
+
+        responses: dict[int, Response] = {}
+        with _trainers_random_state():
+            _seed(merged_stream([stream for *_, stream in everyone]))
+            self._run([prompt for _, _, prompt, _ in everyone], temperature, finished)
+        return collect(prompts, [responses[row] for row in range(len(prompts))], self._pad)
+
+    def release(self) -> None:
+        if not self._asleep:
+            self._llm.sleep(level=2)
+            self._asleep = True
+
+    def close(self) -> None:
+        self._llm = None
+
+    def _run(self, prompts: list[Prompt], temperature: float, finished: OnResponse) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        arguments = sampling(temperature, self._config.max_response_tokens, self._ends, self._forbidden)
+        settings = SamplingParams(**arguments, output_kind=RequestOutputKind.FINAL_ONLY)
+        engine = self._llm.llm_engine
+        first, self._requests = self._requests, self._requests + len(prompts)
+        for number, prompt in enumerate(prompts):
+            inputs = engine_input(prompt, self._image_token_id, self._merge_size)
+            engine.add_request(str(first + number), inputs, settings)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    number = int(output.request_id) - first
+                    finished(number, response(output.outputs[0], self._weight_version))
+
+    def _gather(self, value: list) -> list[list]:
+        """Every list of the ranks that share the engine."""
+        if self._group is None:
+            return [value]
+        values = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+
+def _start(config: Config, dtype: torch.dtype, world: World):
+    from vllm import LLM
+
+    rollout, gpu = config.rollout, world.device.type == "cuda"
+    try:
+        return LLM(
+            model=config.model.path,
+            dtype=str(dtype).removeprefix("torch."),
+            load_format="dummy",  # the first sync brings the weights
+            quantization=rollout.quantization,
+            tensor_parallel_size=rollout.tensor_parallel,
+            distributed_executor_backend="external_launcher",  # the ranks are here already: torchrun's
+            max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
+            max_num_seqs=rollout.batch_size,
+            gpu_memory_utilization=rollout.gpu_memory,
+            enable_sleep_mode=gpu,
+            enforce_eager=not gpu,
+            logprobs_mode="processed_logprobs",  # of the distribution drawn from: temperature, forbidden tokens
+            generation_config="vllm",  # the model's own would change the distribution
+            enable_prefix_caching=False,  # what is not cached cannot be stale; a group's prompt is computed for each
+            mm_processor_cache_gb=0,
+            limit_mm_per_prompt={"video": 0},
+            disable_log_stats=True,
+            seed=config.seed,
+            **pixels_as_given(),
+        )
+    except (ValueError, NotImplementedError) as error:  # pydantic's and vLLM's own: a setting it cannot take
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        said = " ".join(said.removeprefix("Value error, ").split())[:300]
+        raise UserError(f"rollout.engine vllm: {said}; change that setting, or set rollout.engine=hf") from None
+
+
+def _tensor_parallel_group(size: int, world: World) -> dist.ProcessGroup | None:
+    """This rank's neighbours that share an engine: ranks 0..size-1, size..2*size-1, ...; None where each has its own."""
+    if world.size % size:
+        raise UserError(f"rollout.tensor_parallel {size} does not divide the {world.size} ranks")
+    if size == 1:
+        return None
+    groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world.size, size)]
+    return groups[world.rank // size]
+
+
+def _seed(seed: int) -> None:
+    """Every generator that a version of vLLM draws sampling noise, or seeds for it, from."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+@contextmanager
+def _trainers_random_state() -> Iterator[None]:
+    """What runs inside leaves the trainer's random states as they were: a resumed run must find the same ones."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)

@@ -1,0 +1,158 @@
+"""What every command sets up before its own work: processes, folder, data, policy, sampler, reward, records."""
+
+from contextlib import ExitStack
+from functools import cached_property
+from typing import Any
+
+import torch
+import yaml
+
+from mssr.batch import RolloutBatch
+from mssr.config import Config, OptimizerConfig
+from mssr.config.resolve import dtype_name
+from mssr.data.dataset import ProblemDataset
+from mssr.data.prompts import PromptEncoder, load_processors
+from mssr.distributed import World, start_world
+from mssr.errors import UserError
+from mssr.evaluation.evaluate import Evaluation, evaluate
+from mssr.observe.metrics import Metric, MetricsLog
+from mssr.policy.engine import PolicyEngine
+from mssr.policy.loading import check_model_path, load_frozen_policy
+from mssr.policy.model import Policy
+from mssr.rewards.grading import Grader
+from mssr.rewards.reward import RewardFunction
+from mssr.rollout import make_rollout_engine
+from mssr.rollout.base import RolloutEngine
+
+
+class Run:
+    """The parts of a run that are not the algorithm. Data and model load on first use; a bad path fails before either."""
+
+    def __init__(self, config: Config) -> None:
+        check_model_path(config.model.path)
+        self.config = config
+        self.world: World = start_world(config.device)
+        self.processors = load_processors(config.model.path)
+        self.tokenizer, image_processor = self.processors
+        self._encoder = PromptEncoder(self.tokenizer, image_processor, config.data)
+        self.grader = Grader(RewardFunction(config.reward), self.tokenizer)
+        self._metrics: MetricsLog | None = None
+        self._open = ExitStack()
+        self._open.callback(self.grader.close)
+
+    @cached_property
+    def problems(self) -> ProblemDataset:
+        return self.dataset(self.config.data.train)
+
+    @cached_property
+    def held_out(self) -> ProblemDataset | None:
+        return None if self.config.data.val is None else self.dataset(self.config.data.val)
+
+    def dataset(self, path: str) -> ProblemDataset:
+        """The ranks check its rows together: a collective. Its threads end with the run."""
+        problems = ProblemDataset(path, self._encoder, self.config.data, world=self.world)
+        self._open.callback(problems.close)
+        return problems
+
+    def policy_engine(self, optimizer: OptimizerConfig, *, temperature: float, total_updates: int) -> PolicyEngine:
+        return PolicyEngine(
+            self.config.model,
+            optimizer,
+            self.config.train,
+            self.world,
+            temperature=temperature,
+            total_updates=total_updates,
+        )
+
+    def frozen_policy(self) -> Policy:
+        """The model for inference alone: what `mssr eval` evaluates."""
+        dtype = getattr(torch, dtype_name(self.config.model.dtype, self.world.device.type))
+        return load_frozen_policy(self.config.model.path, dtype, self.world.device, self.config.model)
+
+    def rollout_engine(self, policy: Policy) -> RolloutEngine:
+        """The run's engine, closed when the run is."""
+        engine = make_rollout_engine(self.config, policy, self.tokenizer, self.world)
+        self._open.callback(engine.close)
+        return engine
+
+    def judge(self, batch: RolloutBatch) -> tuple[RolloutBatch, list[str]]:
+        """The batch with its rewards, and the decoded responses."""
+        return self.grader.begin(batch.prompts).finish(batch)
+
+    def evaluate(self, rollout: RolloutEngine) -> Evaluation:
+        """Every held-out problem (or the first eval.max_problems) answered once."""
+        return evaluate(self.held_out, rollout, self.judge, self.world, self.config.eval, seed=self.config.seed)
+
+    def validate(self, rollout: RolloutEngine) -> dict[str, float]:
+        """Metrics on the held-out problems; empty where the run has none."""
+        if self.held_out is None:
+            return {}
+        result = self.evaluate(rollout)
+        return {
+            "val/accuracy": result.accuracy,
+            "val/response_tokens": result.response_tokens,
+            "val/truncated": result.truncated,
+        }
+
+    def open_records(self, *, resume_at: int | None = None) -> None:
+        """Starts (or continues) metrics.jsonl and writes the configuration beside it.
+
+        Raises:
+            UserError: an earlier run's metrics are there, or nothing can be written there.
+        """
+        if not self.world.is_main:
+            return
+        run_dir = self.config.run_dir
+        try:
+            self._metrics = MetricsLog(run_dir, tensorboard=self.config.log.tensorboard, resume_at=resume_at)
+            self._open.callback(self._metrics.close)
+            (run_dir / "config.yaml").write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+        except OSError as error:
+            raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
+
+    def record(self, step: int, values: dict[str, Metric]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(step, values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ties a checkpoint to its records and its data."""
+        return {
+            "metrics_position": self._metrics.position if self._metrics is not None else 0,
+            "fingerprint": self.problems.fingerprint,
+            "seed": self.config.seed,
+            "prompts_per_step": self.config.rollout.prompts_per_step,
+            "responses_per_prompt": self.config.rollout.responses_per_prompt,
+        }
+
+    def refuse_other_data(self, saved: dict[str, Any]) -> None:
+        """Raises:
+        UserError: the checkpoint's run drew other prompts than this one would, or does not tell.
+        """
+        if "responses_per_prompt" not in saved:
+            raise UserError(
+                "the checkpoint was saved by an earlier version of mssr; resume with that, or set another run_dir"
+            )
+        for key, here in (
+            ("seed", self.config.seed),
+            ("rollout.prompts_per_step", self.config.rollout.prompts_per_step),
+            ("rollout.responses_per_prompt", self.config.rollout.responses_per_prompt),
+        ):
+            there = saved[key.rpartition(".")[2]]
+            if there != here:
+                raise UserError(
+                    f"{key} is {here}, the checkpoint's run had {there}; resume with that, or set another run_dir"
+                )
+        if saved["fingerprint"] != self.problems.fingerprint:
+            raise UserError(
+                f"data.train {self.config.data.train} is not what the checkpoint was trained on; "
+                "restore it, or set another run_dir"
+            )
+
+    def close(self) -> None:
+        self._open.close()
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

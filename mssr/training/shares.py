@@ -1,0 +1,62 @@
+"""Which rows of the global batch a rank owns."""
+
+import torch
+from torch import Tensor
+
+from mssr.algorithms.advantages import Outcomes
+from mssr.batch import RolloutBatch
+from mssr.distributed import World
+from mssr.errors import UserError
+
+
+class Shares:
+    """Splits a step's global batch over ranks so that each optimiser step sees the same rows on any number of ranks.
+
+    The batch is cut into updates first, and each update into one contiguous share a rank: update u of rank r is
+    the slots u * responses_per_update + [r * share, (r + 1) * share).
+
+    key: the configuration's name for `responses_per_update`, for the error.
+    slots: this rank's positions in the global batch, in the order of its updates.
+    """
+
+    def __init__(
+        self, batch_size: int, responses_per_update: int, world: World, key: str = "train.responses_per_update"
+    ) -> None:
+        if responses_per_update % world.size:
+            raise UserError(f"{key} {responses_per_update} is not a multiple of the {world.size} ranks")
+        self._world = world
+        self._share = responses_per_update // world.size
+        slots = torch.arange(batch_size).view(-1, world.size, self._share)
+        self.slots: list[int] = slots[:, world.rank].flatten().tolist()
+        self._order = slots.transpose(0, 1).flatten()  # global slot of each gathered row
+
+    def updates(self, batch: RolloutBatch) -> list[RolloutBatch]:
+        """This rank's rows of each optimiser step."""
+        return [batch.rows(start, start + self._share) for start in range(0, len(batch), self._share)]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[B_rank] of every rank -> [B] in global order, on every rank."""
+        gathered = torch.cat(self._world.gather(values))
+        whole = torch.empty_like(gathered)
+        whole[self._order] = gathered
+        return whole
+
+    def gather_list(self, values: list) -> list:
+        """`gather` for any objects."""
+        gathered = [value for part in self._world.gather(values) for value in part]
+        whole = [None] * len(gathered)
+        for slot, value in zip(self._order.tolist(), gathered):
+            whole[slot] = value
+        return whole
+
+    def own(self, whole: Tensor) -> Tensor:
+        """[B] in global order -> this rank's [B_rank]."""
+        return whole[self.slots]
+
+    def outcomes(self, batch: RolloutBatch, group: int) -> Outcomes:
+        """What all ranks' responses earned. batch: with rewards, and the tracker's baselines if there are any.
+
+        group: responses a prompt; its slots are side by side.
+        """
+        baseline = None if batch.baseline is None else self.gather(batch.baseline)
+        return Outcomes(self.gather(batch.reward), baseline, self.gather(batch.loss_mask.sum(1)), group)

