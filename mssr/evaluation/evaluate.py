@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from mssr.batch import RolloutBatch
+from mssr.batch import GradedRollouts, Rollouts
 from mssr.config import EvalConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.distributed import World
 from mssr.rollout.base import RolloutEngine, noise_streams
 
-Judge = Callable[[RolloutBatch], tuple[RolloutBatch, list[str]]]
+Judge = Callable[[Rollouts], GradedRollouts]
 _ROWS_AT_ONCE = 512  # problems whose images are in memory together
 
 
@@ -36,7 +36,7 @@ def evaluate(
     for start in range(0, -(-count // world.size), _ROWS_AT_ONCE):
         rows = list(mine[start : start + _ROWS_AT_ONCE])
         streams = noise_streams(seed, "eval", 0, rows)
-        batch, _ = judge(rollout.generate(problems.load(rows), streams, config.temperature))
-        totals += torch.stack([batch.correct.sum(), batch.mask.sum(), batch.truncated.sum()]).double()
+        graded = judge(rollout.generate(problems.load(rows), streams, config.temperature))
+        totals += torch.stack([graded.correct.sum(), graded.mask.sum(), graded.truncated.sum()]).double()
     correct, tokens, truncated = world.sum(totals).tolist()
     return Evaluation(correct / count, count, tokens / count, truncated / count)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mssr.batch import RolloutBatch
+from mssr.batch import GradedRollouts
 from mssr.observe.metrics import finite_or_none
 
 SIGNATURES = (
@@ -19,27 +19,29 @@ SIGNATURES = (
 )
 
 
-def save_rollouts(run_dir: Path, step: int, batch: RolloutBatch, texts: list[str], count: int) -> Path:
+def save_rollouts(
+    run_dir: Path, step: int, rollouts: GradedRollouts, baseline: Tensor | None, advantage: Tensor, count: int
+) -> Path:
     """Writes the first `count` rows to `run_dir/rollouts/step_000040/` and returns that folder.
 
     It holds `rollouts.jsonl`, the images as files, and `index.html`, which shows both. A folder the same step left
     before is replaced: a resumed run does its steps again.
 
-    texts: the responses of the batch's rows, decoded.
+    baseline, advantage: [B] of the rows; no baseline without a value tracker.
     """
     folder = Path(run_dir) / "rollouts" / f"step_{step:06d}"
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    records = [_record(batch, row, texts[row], folder) for row in range(min(count, len(batch)))]
+    records = [_record(rollouts, row, baseline, advantage, folder) for row in range(min(count, len(rollouts)))]
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     _write(folder / "rollouts.jsonl", lines)
     _write(folder / "index.html", _page(step, records))
     return folder
 
 
-def _record(batch: RolloutBatch, row: int, text: str, folder: Path) -> dict:
-    prompt = batch.prompts[row]
+def _record(rollouts: GradedRollouts, row: int, baseline: Tensor | None, advantage: Tensor, folder: Path) -> dict:
+    prompt = rollouts.prompts[row]
     names = []
     for index, image in enumerate(prompt.images):
         names.append(f"{row:03d}_{index}.{_extension(image)}")
@@ -47,14 +49,14 @@ def _record(batch: RolloutBatch, row: int, text: str, folder: Path) -> dict:
     return {
         "row": prompt.row,
         "problem": prompt.problem,
-        "response": text,
+        "response": rollouts.texts[row],
         "answer": prompt.answer,
-        "reward": _value(batch.reward, row),
-        "correct": _value(batch.correct, row),
-        "baseline": _value(batch.baseline, row),
-        "advantage": _value(batch.advantage, row),
-        "tokens": int(batch.mask[row].sum()),
-        "truncated": bool(batch.truncated[row]),
+        "reward": _value(rollouts.reward, row),
+        "correct": _value(rollouts.correct, row),
+        "baseline": _value(baseline, row),
+        "advantage": _value(advantage, row),
+        "tokens": int(rollouts.mask[row].sum()),
+        "truncated": bool(rollouts.truncated[row]),
         "images": names,
     }
 

@@ -5,7 +5,7 @@ import torch
 from mssr.algorithms.advantages import Outcomes, zero_variance
 from mssr.algorithms.calibration import calibration
 from mssr.algorithms.shaping import sampled_token_entropy
-from mssr.batch import RolloutBatch
+from mssr.batch import GradedRollouts
 from mssr.distributed import World
 from mssr.observe.metrics import Metric
 from mssr.policy.engine import UpdateStats
@@ -14,7 +14,7 @@ from mssr.stopwatch import Stopwatch
 
 
 def step_metrics(
-    batch: RolloutBatch, updates: list[UpdateStats], gap: LogpGap, clock: Stopwatch, world: World
+    rollouts: GradedRollouts, updates: list[UpdateStats], gap: LogpGap, clock: Stopwatch, world: World
 ) -> dict[str, float]:
     """Means over the step's responses, tokens or updates on all ranks; the same on every rank but for the timings.
 
@@ -24,11 +24,11 @@ def step_metrics(
     rollout/*: over responses; train/grad_norm: over the updates, before clipping.
     perf/tokens_per_second: prompt and response tokens of all ranks per second of the whole step.
     """
-    prompt_tokens = sum(len(prompt.token_ids) for prompt in batch.prompts)
+    prompt_tokens = sum(len(prompt.token_ids) for prompt in rollouts.prompts)
     sums = torch.stack([
-        torch.tensor(float(len(batch))), batch.reward.sum(), batch.correct.sum(), batch.mask.sum(),
-        batch.truncated.sum(), torch.tensor(float(prompt_tokens)),
-        sampled_token_entropy(batch.logp)[batch.mask].sum(),
+        torch.tensor(float(len(rollouts))), rollouts.reward.sum(), rollouts.correct.sum(), rollouts.mask.sum(),
+        rollouts.truncated.sum(), torch.tensor(float(prompt_tokens)),
+        sampled_token_entropy(rollouts.logp)[rollouts.mask].sum(),
     ])  # fmt: skip
     count, reward, correct, tokens, truncated, prompts, proxy = world.sum(sums.double()).tolist()
     metrics = {

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from mssr.batch import RolloutBatch
+from mssr.batch import Sequences
 from mssr.config import ModelConfig
 from mssr.distributed import World
 from mssr.observe.flops import Flops, countable, forward_flops
@@ -46,7 +46,7 @@ class Work:
         return self.training_flops + recomputed * self.checkpointing
 
 
-def work_of_step(policy: Policy, options: ModelConfig, batch: RolloutBatch, updates: list[UpdateStats]) -> Work:
+def work_of_step(policy: Policy, options: ModelConfig, batch: Sequences, updates: list[UpdateStats]) -> Work:
     return Work(
         tokens=sum(len(prompt.token_ids) for prompt in batch.prompts) + int(batch.lengths.sum()),
         slots=sum(update.slots for update in updates),
@@ -57,7 +57,7 @@ def work_of_step(policy: Policy, options: ModelConfig, batch: RolloutBatch, upda
     )
 
 
-def batch_flops(config: PretrainedConfig, batch: RolloutBatch) -> Flops | None:
+def batch_flops(config: PretrainedConfig, batch: Sequences) -> Flops | None:
     """One forward pass over the batch's rows; None for an architecture whose FLOPs are not known."""
     if not countable(config):
         return None

@@ -1,66 +1,64 @@
-"""The DeepSpeed engine around the policy: score a batch, update on a batch, save and load."""
+"""The DeepSpeed engine of the policy: score sequences, accumulate gradients, step or discard, save and load."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mssr.batch import Prompt, RolloutBatch
+from mssr.batch import Sequences
 from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
 from mssr.config.resolve import dtype_name
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.deepspeed_settings import deepspeed_settings
 from mssr.policy.loading import load_policy
+from mssr.policy.loss import Loss
 from mssr.policy.model import Policy
 from mssr.policy.optimizer import make_optimizer
-from mssr.policy.packing import MicroBatch, pack, plan_micro_batches
+from mssr.policy.packing import IGNORED, MicroBatch, idle_micro_batch, pack, plan_micro_batches
 from mssr.policy.pieces import SavedPieces, load_pieces, own_pieces, save_pieces, shapes, torch_optimizer
 from mssr.policy.zero3 import load_partitioned_policy
 from mssr.stopwatch import Stopwatch
-from mssr_kernels import PolicyLossConfig, PolicyMetrics
-
-IGNORED = -100
-
-# One row of text, two tokens: what a rank computes while others have rows left.
-IDLE = RolloutBatch(
-    prompts=(Prompt("", -1, "", "", None, torch.zeros(1, dtype=torch.int64), None, None, ()),),
-    tokens=torch.zeros(1, 1, dtype=torch.int64),
-    mask=torch.ones(1, 1, dtype=torch.bool),
-    logp=torch.zeros(1, 1),
-    truncated=torch.zeros(1, dtype=torch.bool),
-    advantage=torch.zeros(1),
-    old_logp=torch.zeros(1, 1),
-    ref_logp=torch.zeros(1, 1),
-)
+from mssr_kernels import PolicyMetrics
 
 
 @dataclass(frozen=True, eq=False)
-class UpdateStats:
-    """One optimiser step, over all ranks.
+class Accumulated:
+    """Gradients of a batch are in the engine; this is what the passes computed besides.
 
-    metrics: means over the step's response tokens, by name.
-    logp: [B, R] float32, this rank's rows: log-probs under the weights the step started from.
-    grad_norm: global norm before clipping. lr: the rate the step used.
-    slots: token positions that this rank's attention computed, padding included.
-    applied: False where the weights stayed: the gradient was not finite, or the update was not accepted.
+    metrics: means over the response tokens of all ranks, by name.
+    logp: [B, R] float32, this rank's rows: log-probs under the current weights; 0 where a token is not in the loss.
+    slots: token positions that attention computed on this rank, padding included.
     """
 
     metrics: dict[str, float]
     logp: Tensor
-    grad_norm: float
-    lr: float
     slots: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateStats(Accumulated):
+    """One optimiser step, over all ranks.
+
+    grad_norm: global norm before clipping. lr: learning rate of the step.
+    applied: False if the weights stayed: the gradient was not finite, or it was discarded.
+    """
+
+    grad_norm: float = 0.0
+    lr: float = 0.0
     applied: bool = True
 
 
 class PolicyEngine:
     """Owns the policy's parameters and their optimiser state on this rank.
 
-    Every method is to be called on all ranks, with whatever rows each has (`score_nothing` for none): gradients are
-    summed over ranks, and under ZeRO-3 each layer's parameters are gathered for every pass.
+        accumulated = engine.accumulate(batch, loss)
+        stats = engine.step(accumulated) or engine.discard(accumulated)
+
+    Call every method on all ranks, with the rows that each has (also none): gradients are summed over ranks, and ZeRO-3
+    gathers the parameters of each layer for every pass.
     """
 
     def __init__(
@@ -98,86 +96,76 @@ class PolicyEngine:
         self._engine = _deepspeed_engine(self.policy, list(self._trained.values()), optimizer, settings, total_updates)
 
     @torch.no_grad()
-    def score(self, batch: RolloutBatch, policy: Policy | None = None) -> Tensor:
+    def score(self, batch: Sequences, policy: Policy | None = None) -> Tensor:
         """[B, R] float32: log-prob of each response token under the current weights, or under another policy's."""
         policy = policy or self.policy
-        logp = torch.zeros_like(batch.logp)
+        logp = torch.zeros(batch.tokens.shape)
         plan = self._agreed_plan(batch) if policy.partitioned else self._own_plan(batch)
         for rows in plan:
             micro_batch = self._pack(batch, rows)
             scored = policy(micro_batch, self._temperature).logp
-            if rows:
-                logp[micro_batch.row, micro_batch.column] = scored.cpu()
+            logp[micro_batch.row, micro_batch.column] = scored[: len(micro_batch.row)].cpu()
         return logp
 
-    def score_nothing(self) -> None:
-        """`score` of a rank that has no rows while others may have."""
-        if self.policy.partitioned:
-            self.score(IDLE.rows(0, 0))
+    def update(self, batch: Sequences, loss: Loss, clock: Stopwatch | None = None) -> UpdateStats:
+        """Take one optimiser step on the batch: `accumulate`, then `step`."""
+        return self.step(self.accumulate(batch, loss, clock), clock)
 
-    def update(
-        self,
-        batch: RolloutBatch,
-        config: PolicyLossConfig,
-        *,
-        accept: Callable[[Tensor], bool] | None = None,
-        clock: Stopwatch | None = None,
-    ) -> UpdateStats:
-        """One optimiser step on the batch: forward and backward of every micro-batch, clipping, AdamW.
+    def accumulate(self, batch: Sequences, loss: Loss, clock: Stopwatch | None = None) -> Accumulated:
+        """Compute the gradients of the whole batch, in micro-batches; `step` or `discard` must follow.
 
-        The loss is the mean over all response tokens of the step, on all ranks, however they were cut; masked responses
-        are no part of it, and their log-probs are reported as 0.
-
-        accept: given this rank's [B, R] log-probs before the weights move, says whether they may; the same on all ranks.
-        clock: gets the phases forward_backward and optimizer.
+        The loss is the mean over all response tokens of all ranks, however they were cut into micro-batches.
+        clock: gets the phase forward_backward.
         """
         clock = clock or Stopwatch(self.world.device)
         with clock("forward_backward"):
-            metrics, logp, slots = self._accumulate(batch, config, accept)
+            counted = loss.mask(batch)
+            tokens = max(1, int(self.world.sum(counted.sum())))
+            # DeepSpeed averages gradients over ranks; a sum over the global token count needs that undone.
+            normalizer = tokens / self.world.size
+            logp = torch.zeros(batch.tokens.shape)
+            metrics, slots = [], 0
+            for rows in self._agreed_plan(batch):
+                micro_batch = self._pack(batch, rows)
+                place = micro_batch.row, micro_batch.column
+                if rows:
+                    micro_batch.target[~counted[place].to(micro_batch.target.device)] = IGNORED
+                out = self._engine(
+                    micro_batch,
+                    self._temperature,
+                    config=loss.config,
+                    normalizer=normalizer,
+                    vocab_drop_tol=self._vocab_drop_tol,
+                    **loss.inputs(batch, micro_batch),
+                )
+                logp[place] = out.logp[: len(micro_batch.row)].cpu()
+                self._engine.backward(out.loss)
+                metrics.append(out.metrics)
+                slots += self.policy.attention_slots(micro_batch)
+        return Accumulated(mean_metrics(metrics, self.world), logp, slots)
+
+    def step(self, accumulated: Accumulated, clock: Stopwatch | None = None) -> UpdateStats:
+        """Clip the accumulated gradients and apply them by AdamW; leave the weights where a gradient is not finite.
+
+        clock: gets the phase optimizer.
+        """
+        clock = clock or Stopwatch(self.world.device)
         with clock("optimizer"):
             lr = self._engine.get_lr()[0]
             self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
-        return UpdateStats(mean_metrics(metrics, self.world), logp, norm, lr, slots, self._engine.was_step_applied())
+        return UpdateStats(**vars(accumulated), grad_norm=norm, lr=lr, applied=self._engine.was_step_applied())
 
-    def _accumulate(
-        self, batch: RolloutBatch, config: PolicyLossConfig, accept: Callable[[Tensor], bool] | None
-    ) -> tuple[list[PolicyMetrics], Tensor, int]:
-        """Gradients of the whole batch -> (each micro-batch's metrics, [B, R] log-probs, slots of attention)."""
-        tokens = max(1, int(self.world.sum(batch.loss_mask.sum())))
-        # DeepSpeed averages gradients over ranks; a sum over the global token count needs that undone.
-        normalizer = tokens / self.world.size
-        logp = torch.zeros_like(batch.logp)
-        metrics, slots = [], 0
-        plan = self._agreed_plan(batch)
-        for number, rows in enumerate(plan, start=1):
-            micro_batch = self._pack(batch, rows)
-            if rows and batch.masked is not None:
-                micro_batch.target[batch.masked[micro_batch.row].to(micro_batch.target.device)] = IGNORED
-            out = self._engine(
-                micro_batch,
-                self._temperature,
-                config=config,
-                normalizer=normalizer,
-                vocab_drop_tol=self._vocab_drop_tol,
-                **_loss_inputs(batch if rows else IDLE, micro_batch, config),
-            )
-            if rows:
-                logp[micro_batch.row, micro_batch.column] = out.logp.cpu()
-            refused = number == len(plan) and accept is not None and not accept(logp)
-            # A gradient that is not finite is what makes DeepSpeed leave an update out, with all the clearing up.
-            self._engine.backward(out.loss * torch.nan if refused else out.loss)
-            metrics.append(out.metrics)
-            slots += self.policy.attention_slots(micro_batch)
-        return metrics, logp, slots
+    def discard(self, accumulated: Accumulated, clock: Stopwatch | None = None) -> UpdateStats:
+        """Drop the accumulated gradients; weights, moments and schedule stay.
 
-    def imitate(self, batch: RolloutBatch) -> UpdateStats:
-        """One supervised step: raise the log-prob of every response token alike.
-
-        Cross-entropy is the on-policy loss at advantage 1: its gradient is -d logp (ratio 1, nothing to clip or shape).
+        One more pass, over a single token, makes the gradient NaN: DeepSpeed has no call that drops gradients under every
+        ZeRO stage, but each of its optimizers clears up after a gradient that is not finite.
         """
-        batch_of_ones = replace(batch, advantage=torch.ones(len(batch)))
-        return self.update(batch_of_ones, PolicyLossConfig(entropy_alpha=0.0, dual_clip=None))
+        idle = idle_micro_batch(self.world.device)
+        idle.target.zero_()
+        self._engine.backward(self._engine(idle, self._temperature).logp.sum() * torch.nan)
+        return self.step(accumulated, clock)
 
     @contextmanager
     def optimizer_offloaded(self) -> Iterator[None]:
@@ -239,26 +227,25 @@ class PolicyEngine:
             group["lr"] = rate
         schedule.load_state_dict(schedule.state_dict() | {"last_epoch": state["updates"], "_last_lr": rates})
 
-    def _pack(self, batch: RolloutBatch, rows: list[int]) -> MicroBatch:
-        """The rows, packed; of no rows an idle token, so that the rank takes part in the collectives.
+    def _pack(self, batch: Sequences, rows: list[int]) -> MicroBatch:
+        """Pack the rows; without rows, an idle token, so that this rank takes part in the collectives.
 
         Raises:
             ValueError: a response holds a token that the policy never samples; its log-prob is -inf, and the loss NaN.
         """
+        if not rows:
+            return idle_micro_batch(self.world.device)
         forbidden = torch.isin(batch.tokens[rows], torch.tensor(self.policy.forbidden_token_ids)) & batch.mask[rows]
         if forbidden.any():
             prompt = batch.prompts[rows[int(forbidden.any(1).nonzero()[0])]]
             raise ValueError(f"the response to row {prompt.row} holds an image or video pad, which has probability 0")
-        packed = (batch, rows) if rows else (IDLE, [0])
-        micro_batch = pack(*packed, self.policy.prompt_positions, self.policy.image_token_id, self.world.device)
-        if not rows:
-            micro_batch.target.fill_(IGNORED)
-        return micro_batch
+        return pack(batch, rows, self.policy.prompt_positions, self.policy.image_token_id, self.world.device)
 
-    def _own_plan(self, batch: RolloutBatch, at_least: int = 1) -> list[list[int]]:
-        return plan_micro_batches(_lengths(batch), self._token_budget, at_least=at_least)
+    def _own_plan(self, batch: Sequences, at_least: int = 0) -> list[list[int]]:
+        lengths = [len(prompt.token_ids) + length for prompt, length in zip(batch.prompts, batch.lengths.tolist())]
+        return plan_micro_batches(lengths, self._token_budget, at_least=at_least)
 
-    def _agreed_plan(self, batch: RolloutBatch) -> list[list[int]]:
+    def _agreed_plan(self, batch: Sequences) -> list[list[int]]:
         """Micro-batches, the same number on every rank.
 
         The loop's condition is the same on every rank too: one that left early would miss the next round's collective.
@@ -283,7 +270,7 @@ def _deepspeed_engine(
 
 
 def mean_metrics(parts: list[PolicyMetrics], world: World) -> dict[str, float]:
-    """The fused loss's sums over micro-batches and ranks, as means over tokens."""
+    """Means over tokens of the fused loss's sums, over micro-batches and ranks."""
     names = [name for name in PolicyMetrics._fields if name.endswith("_sum")]
     sums = torch.stack(
         [torch.stack([getattr(part, name) for name in ("rows", *names)]).double() for part in parts]
@@ -292,26 +279,3 @@ def mean_metrics(parts: list[PolicyMetrics], world: World) -> dict[str, float]:
     means = {name.removesuffix("_sum"): total / max(rows, 1) for name, total in zip(names, totals)}
     means["clip_fraction"] = means.pop("clipped")
     return means | {"ratio_max": float(world.max(torch.stack([part.ratio_max for part in parts]).max()))}
-
-
-def _loss_inputs(batch: RolloutBatch, micro_batch: MicroBatch, config: PolicyLossConfig) -> dict[str, Tensor | None]:
-    """The batch's per-sequence and per-token values in the micro-batch's token order, each [N].
-
-    The sampler's own log-probs go in for the correction (TIS) alone. Where they do, shaping by the sampled token goes by
-    them; without the correction by old_logp, as its authors' does.
-    """
-    row, column = micro_batch.row, micro_batch.column
-
-    def tokens(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[row, column].to(micro_batch.target.device)
-
-    return {
-        "advantage": batch.advantage[row].to(micro_batch.target.device),
-        "old_logp": tokens(batch.old_logp),
-        "ref_logp": tokens(batch.ref_logp),
-        "rollout_logp": None if config.tis_cap is None else tokens(batch.logp),
-    }
-
-
-def _lengths(batch: RolloutBatch) -> list[int]:
-    return [len(prompt.token_ids) + length for prompt, length in zip(batch.prompts, batch.lengths.tolist())]

@@ -1,4 +1,4 @@
-"""Packing: sequences of different lengths end to end in one row, no padding, by a token budget."""
+"""Packing: sequences of different lengths end to end in one row, without padding, by a token budget."""
 
 import math
 from dataclasses import dataclass
@@ -6,13 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mssr.batch import RolloutBatch
+from mssr.batch import Sequences
 from mssr.policy.attention import PackedLayout
+
+IGNORED = -100  # target of a token that is not in the loss
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Rows of a RolloutBatch, prompts and responses packed into L tokens, N of them response tokens.
+    """Rows of `Sequences`, prompts and responses packed into L tokens, N of them response tokens.
 
     input_ids: [1, L] int64.
     position_ids: [4, 1, L] int64: position in the sequence, then the temporal, height and width rotary positions.
@@ -21,7 +23,7 @@ class MicroBatch:
     pixel_values, image_grid_thw: the images in packed order, or None.
     predicts: [N] int64, packed position whose hidden state predicts each response token (the one before it).
     target: [N] int64, the response tokens.
-    row, column: [N] int64 on the CPU, where each response token is in the RolloutBatch's [B, R] tensors, which are there too.
+    row, column: [N] int64 on the CPU, place of each response token in the [B, R] tensors of the batch; [0] in an idle one.
     """
 
     input_ids: Tensor
@@ -58,7 +60,7 @@ def plan_micro_batches(lengths: list[int], token_budget: int, at_least: int = 1)
         count += 1
 
 
-def pack(batch: RolloutBatch, rows: list[int], prompt_positions, image_token_id: int | None, device) -> MicroBatch:
+def pack(batch: Sequences, rows: list[int], prompt_positions, image_token_id: int | None, device) -> MicroBatch:
     """Packs the given rows.
 
     prompt_positions: Prompt -> [3, P] int64 rotary positions of the prompt's tokens (the model's own rule for images).
@@ -95,4 +97,20 @@ def pack(batch: RolloutBatch, rows: list[int], prompt_positions, image_token_id:
         target=torch.cat(target).to(device),
         row=owner,
         column=torch.cat(column),
+    )
+
+
+def idle_micro_batch(device: torch.device) -> MicroBatch:
+    """Return two text tokens, the second one an ignored target: what a rank computes while others have rows left."""
+    return MicroBatch(
+        input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device),
+        position_ids=torch.arange(2, device=device).repeat(4, 1, 1),
+        mm_token_type_ids=torch.zeros(1, 2, dtype=torch.int32, device=device),
+        layout=PackedLayout.of([2], device),
+        pixel_values=None,
+        image_grid_thw=None,
+        predicts=torch.zeros(1, dtype=torch.int64, device=device),
+        target=torch.full((1,), IGNORED, device=device),
+        row=torch.empty(0, dtype=torch.int64),
+        column=torch.empty(0, dtype=torch.int64),
     )

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mssr.batch import Prompt, RolloutBatch
+from mssr.batch import Prompt, Sequences
 from mssr.config import AlgorithmConfig, ModelConfig
 from mssr.distributed import World
 from mssr.policy.engine import PolicyEngine
@@ -24,7 +24,7 @@ from mssr.policy.zero3 import PERSISTENT_NUMEL, load_partitioned_policy
 
 
 class Reference(Protocol):
-    def score(self, engine: PolicyEngine, batch: RolloutBatch) -> Tensor:
+    def score(self, engine: PolicyEngine, batch: Sequences) -> Tensor:
         """[B, R] float32: log-prob of each response token. Called on all ranks, as `engine.score`."""
         ...
 
@@ -61,7 +61,7 @@ class CopyReference:
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
 
-    def score(self, engine: PolicyEngine, batch: RolloutBatch) -> Tensor:
+    def score(self, engine: PolicyEngine, batch: Sequences) -> Tensor:
         return engine.score(batch, self._policy)
 
 
@@ -82,7 +82,7 @@ class ShardedReference:
         # Without an optimizer it is ZeRO-3's gathering and letting go, in hooks of the policy's own modules.
         self._engine, *_ = deepspeed.initialize(model=self._policy, config=settings)
 
-    def score(self, engine: PolicyEngine, batch: RolloutBatch) -> Tensor:
+    def score(self, engine: PolicyEngine, batch: Sequences) -> Tensor:
         return engine.score(batch, self._policy)
 
 
@@ -97,7 +97,7 @@ class HostReference:
             self._host = pinned(self._host)
         self._leave()
 
-    def score(self, engine: PolicyEngine, batch: RolloutBatch) -> Tensor:
+    def score(self, engine: PolicyEngine, batch: Sequences) -> Tensor:
         with self._on_device():
             return engine.score(batch, self._policy)
 
@@ -129,7 +129,7 @@ def pinned(tensors: list[Tensor]) -> list[Tensor]:
 
 
 class AdapterlessReference:
-    def score(self, engine: PolicyEngine, batch: RolloutBatch) -> Tensor:
+    def score(self, engine: PolicyEngine, batch: Sequences) -> Tensor:
         with without_adapters(engine.policy):
             return engine.score(batch)
 
@@ -142,7 +142,7 @@ class TextOnlyReference:
     token keeps its position. A prompt without images has a KL of 0 until the first update.
     """
 
-    def score(self, engine: PolicyEngine, batch: RolloutBatch) -> Tensor:
+    def score(self, engine: PolicyEngine, batch: Sequences) -> Tensor:
         return engine.score(replace(batch, prompts=tuple(_blank(prompt) for prompt in batch.prompts)))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mssr.batch import Prompt, RolloutBatch
+from mssr.batch import GradedRollouts, Prompt, Rollouts
 from mssr.rewards.reward import RewardFunction, Rewards
 from mssr.rollout.base import Response
 
@@ -49,24 +49,28 @@ class Grading:
     def __call__(self, row: int, response: Response) -> None:
         self._jobs[row] = self._grader.submit(self._prompts[row], response.tokens)
 
-    def finish(self, batch: RolloutBatch) -> tuple[RolloutBatch, list[str]]:
-        """The batch with its rewards, and the decoded responses. Grades what was not graded before."""
+    def finish(self, rollouts: Rollouts) -> GradedRollouts:
+        """Return the rollouts with their rewards; what was not graded before is graded now."""
         for row, prompt in enumerate(self._prompts):
             if row not in self._jobs:
-                self._jobs[row] = self._grader.submit(prompt, batch.response(row))
-        graded = [self._jobs[row].result() for row in range(len(batch))]
-        reward = torch.tensor([rewards.reward[0] for rewards, _ in graded])
-        correct = torch.tensor([rewards.correct[0] for rewards, _ in graded])
-        return replace(batch, reward=reward, correct=correct), [text for _, text in graded]
+                self._jobs[row] = self._grader.submit(prompt, rollouts.response(row))
+        graded = [self._jobs[row].result() for row in range(len(rollouts))]
+        return GradedRollouts(
+            **vars(rollouts),
+            reward=torch.tensor([rewards.reward[0] for rewards, _ in graded]),
+            correct=torch.tensor([rewards.correct[0] for rewards, _ in graded]),
+            masked=torch.zeros(len(rollouts), dtype=torch.bool),
+            texts=tuple(text for _, text in graded),
+        )
 
 
-def settle_truncated(batch: RolloutBatch, rule: Literal["graded", "masked", "failed"]) -> RolloutBatch:
-    """What becomes of responses that the token limit cut (`rollout.truncated`).
+def settle_truncated(rollouts: GradedRollouts, rule: Literal["graded", "masked", "failed"]) -> GradedRollouts:
+    """Apply `rollout.truncated` to the responses that the token limit cut.
 
-    graded: what the reward says. masked: that too, for the tracker, but no part of the loss. failed: reward 0.
+    graded: nothing changes. masked: the tracker sees the reward, the loss leaves the response out. failed: reward 0.
     """
     if rule == "masked":
-        return replace(batch, masked=batch.truncated)
+        return replace(rollouts, masked=rollouts.truncated)
     if rule == "failed":
-        return replace(batch, reward=batch.reward.masked_fill(batch.truncated, 0.0))
-    return batch
+        return replace(rollouts, reward=rollouts.reward.masked_fill(rollouts.truncated, 0.0))
+    return rollouts

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.batch import Prompt, Rollouts, pad_rows
 from mssr.policy.model import Policy
 
 
@@ -53,7 +53,7 @@ class RolloutEngine(Protocol):
         *,
         expected_tokens: list[float] | None = None,
         on_response: OnResponse | None = None,
-    ) -> RolloutBatch:
+    ) -> Rollouts:
         """One response for each prompt, in the given order.
 
         streams: one noise stream (64-bit seed) for each prompt; the same call with the same weights gives the same
@@ -73,14 +73,13 @@ class RolloutEngine(Protocol):
         ...
 
 
-def collect(prompts: list[Prompt], responses: list[Response], pad: int) -> RolloutBatch:
-    """The batch of B prompts and their responses; B may be 0, on a rank that has nothing to ask."""
-    lengths = torch.tensor([len(response.tokens) for response in responses], dtype=torch.int64)
-    longest = int(lengths.max()) if responses else 0
-    return RolloutBatch(
-        prompts=tuple(prompts),
-        tokens=pad_rows([response.tokens for response in responses], longest, pad),
-        mask=torch.arange(longest) < lengths[:, None],
+def collect(prompts: list[Prompt], responses: list[Response], pad: int) -> Rollouts:
+    """Rollouts of B prompts; B may be 0, on a rank that has nothing to ask."""
+    longest = max((len(response.tokens) for response in responses), default=0)
+    return Rollouts.of(
+        prompts,
+        [response.tokens for response in responses],
+        pad,
         logp=pad_rows([response.logp for response in responses], longest),
         truncated=torch.tensor([response.truncated for response in responses], dtype=torch.bool),
         weight_version=torch.tensor([response.weight_version for response in responses], dtype=torch.int64),

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mssr.batch import RolloutBatch
 from mssr.distributed import World
 
 
@@ -18,6 +17,9 @@ class LogpGap:
     p99: float
     max: float
 
+    def within(self, limit: float) -> bool:
+        return self.mean <= limit  # False for NaN
+
 
 def measure_gap(trainer_logp: Tensor, rollout_logp: Tensor, mask: Tensor, world: World) -> LogpGap:
     """All [B, R]; both log-probs under the same weights, before any update. Without a token: a gap of 0."""
@@ -28,25 +30,6 @@ def measure_gap(trainer_logp: Tensor, rollout_logp: Tensor, mask: Tensor, world:
     if not gap.isfinite().all():
         return LogpGap(float("nan"), float("nan"), float("nan"))
     return LogpGap(float(gap.mean()), float(percentile(gap, 0.99)), float(gap.max()))
-
-
-class GapCheck:
-    """Called with the first update's log-probs, before the weights move: whether sampler and trainer agree.
-
-    gap: what was measured.
-    """
-
-    def __init__(self, rows: RolloutBatch, limit: float, world: World) -> None:
-        self.gap: LogpGap | None = None
-        self._rows, self._limit, self._world = rows, limit, world
-
-    def __call__(self, logp: Tensor) -> bool:
-        self.gap = measure_gap(logp, self._rows.logp, self._rows.loss_mask, self._world)
-        return self.passed
-
-    @property
-    def passed(self) -> bool:
-        return self.gap.mean <= self._limit  # not so if it is NaN
 
 
 def percentile(values: Tensor, share: float) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from mssr.batch import Prompt, RolloutBatch
+from mssr.batch import Prompt, Rollouts
 from mssr.config import RolloutConfig
 from mssr.policy.model import Policy
 from mssr.policy.zero3 import WholeCopy
@@ -47,7 +47,7 @@ class HFRollout:
         *,
         expected_tokens: list[float] | None = None,
         on_response: OnResponse | None = None,
-    ) -> RolloutBatch:
+    ) -> Rollouts:
         if self._weight_version is None:
             raise RuntimeError("generate: the engine has no weights; call update_weights first")
         responses: list[Response] = [None] * len(prompts)

@@ -1,13 +1,13 @@
-"""The rollouts of each training step: sampled when the step begins, or one step ahead, beside the training.
+"""Rollout phase of a training step: sync, generate, grade, replace groups without a signal.
 
-In turn (the default):      sync(k)  generate(k)  train(k)               sync(k+1)  generate(k+1)  train(k+1) ...
-One step off (on servers):  sync(k)  train(k) beside generate(k+1)       sync(k+1)  train(k+1) beside generate(k+2) ...
+In turn (default):          sync(k)  generate(k)  train(k)               sync(k+1)  generate(k+1)  train(k+1) ...
+One step off (servers):     sync(k)  train(k) beside generate(k+1)       sync(k+1)  train(k+1) beside generate(k+2) ...
 
-One step off, step k trains on what the weights of step k-1 sampled: staleness exactly 1 (0 for the first batch), for
-which recomputed old log-probs and truncated importance weights correct.
+One step off, step k trains on samples of the weights of step k-1: staleness exactly 1 (0 for the first batch). Recomputed
+old log-probs and truncated importance weights correct for it.
 
-A prompt has `rollout.responses_per_prompt` responses, side by side in the global batch. Under dynamic sampling (DAPO, arXiv
-2503.14476) a prompt whose responses all earned the same makes room for another one, a round at a time.
+A prompt has `rollout.responses_per_prompt` responses, adjacent in the global batch. Dynamic sampling (DAPO, arXiv
+2503.14476) replaces prompts whose responses all earned the same, round by round.
 """
 
 import time
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from mssr.algorithms.advantages import zero_variance
 from mssr.algorithms.prompt_sampling import PrioritisedSampler
 from mssr.algorithms.value_tracker import ValueTracker
-from mssr.batch import Prompt, RolloutBatch
+from mssr.batch import GradedRollouts, Prompt, Rollouts
 from mssr.data.sampler import PromptSampler
 from mssr.errors import UserError
 from mssr.policy.engine import PolicyEngine
@@ -32,40 +32,45 @@ from mssr.training.shares import Shares
 
 
 @dataclass(frozen=True, eq=False)
-class StepBatch:
-    """This rank's share of a step.
+class StepRollouts:
+    """Rollouts of a step on this rank, and what they cost.
 
-    batch: with rewards. texts: the responses, decoded. seconds: of its generation, whatever the loop waited for it.
-    rollouts, tokens: responses that were generated for it and their tokens, also those that were then replaced.
+    seconds: of their generation, however long the loop waited for it.
+    responses, tokens: generated, also those that were then replaced.
     """
 
-    batch: RolloutBatch
-    texts: list[str]
+    rollouts: GradedRollouts
     seconds: float
-    rollouts: int
+    responses: int
     tokens: int
 
     def metrics(self, step: int) -> dict[str, float]:
-        """perf/rollout_seconds: of this rank's generation. perf/generate_seconds is what the step waited for it: less, one
-        step off. rollout/staleness: steps that the policy was trained for since it sampled these responses."""
-        staleness = (step - self.batch.weight_version).double().mean()
+        """perf/rollout_seconds: generation on this rank; perf/generate_seconds is the wait, which is less one step off.
+        rollout/staleness: training steps between the weights that sampled and those of this step."""
+        staleness = (step - self.rollouts.weight_version).double().mean()
         return {"perf/rollout_seconds": self.seconds, "rollout/staleness": float(staleness)}
 
 
-_Asked = tuple[list[Prompt], list[int], list[float]]  # prompts, noise streams, expected lengths
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """Prompts of one generation, their noise streams and expected lengths."""
+
+    prompts: list[Prompt]
+    streams: list[int]
+    expected: list[float]
 
 
 @dataclass(frozen=True, eq=False)
 class _Sampled:
-    batch: RolloutBatch
+    rollouts: Rollouts
     grading: Grading
     seconds: float
 
 
-class StepRollouts:
-    """Owns the sampler: makes room for it, gives it the weights, and asks it for each step's batch.
+class RolloutPhase:
+    """Owns the sampler: makes room for it, syncs its weights, and returns each step's rollouts.
 
-    lengths: of past responses, which decide what is begun first; part of a checkpoint.
+    lengths: of past responses; the longest expected ones start first. Part of a checkpoint.
     """
 
     def __init__(self, run: Run, engine: PolicyEngine, share: Shares, tracker: ValueTracker) -> None:
@@ -86,7 +91,7 @@ class StepRollouts:
 
     @contextmanager
     def awake(self, version: int, clock: Stopwatch | None = None) -> Iterator[RolloutEngine]:
-        """The sampler, with the policy's weights as they are now, `version` steps old; its memory is given back after."""
+        """The sampler with the policy's current weights, which are `version` steps old; it releases its memory afterwards."""
         if self._next is not None:
             wait([self._next])  # the sampler does one thing at a time
         with self._engine.optimizer_offloaded() if self._config.offload_optimizer else nullcontext():
@@ -95,61 +100,64 @@ class StepRollouts:
             yield self._rollout
             self._rollout.release()
 
-    def take(self, step: int, clock: Stopwatch) -> StepBatch:
-        """The step's batch. One step off, the next one's generation begins.
+    def take(self, step: int, clock: Stopwatch) -> StepRollouts:
+        """Return the step's rollouts. One step off, also start the next step's generation.
 
         Raises:
-            UserError: the batch was sampled from other weights than this step's (or, one step off, the last one's).
+            UserError: they were sampled from other weights than this step's (one step off: the previous step's).
         """
         coming, self._next = self._next, None
         if coming is None:
-            rows = self._rows.rows(step)
-            seen = set(rows)
-            with clock("data"):
-                asked = self._asked(step, rows)
-            with self.awake(step, clock):
-                taken = self._answered(asked, clock)
-                for round in range(self._rounds):
-                    taken = self._refilled(taken, rows, seen, step, round, clock)
-                if self._rounds:
-                    self.prepare(step + 1)  # loading a refill ended what `_asked` had begun
+            taken = self._now(step, clock)
         else:
             with clock("generate"):
                 sampled = coming.result()
-            taken = self._judged(sampled, clock)
-        batch = taken.batch
-        refuse_other_weights(batch, step, version=step if coming is None else step - 1)
-        self.lengths.observe(self._share.gather_list(batch.keys), self._share.gather(batch.lengths).tolist())
+            taken = self._graded(sampled, clock)
+        rollouts = taken.rollouts
+        refuse_other_weights(rollouts, step, version=step if coming is None else step - 1)
+        self.lengths.observe(self._share.gather_list(rollouts.keys), self._share.gather(rollouts.lengths).tolist())
         if self._config.one_step_off and step + 1 < self._run.config.train.steps:
             with clock("data"):
-                asked = self._asked(step + 1, self._rows.rows(step + 1))
+                request = self._request(step + 1, self._rows.rows(step + 1))
             with clock("sync"):
-                if coming is not None:  # else they are this step's already
+                if coming is not None:  # else the sampler has this step's weights already
                     self._rollout.update_weights(self._engine.policy, step)
-            self._next = self._beside.submit(self._generate, *asked)
+            self._next = self._beside.submit(self._generate, request)
         return taken
 
-    def _answered(self, asked: _Asked, clock: Stopwatch) -> StepBatch:
+    def _now(self, step: int, clock: Stopwatch) -> StepRollouts:
+        rows = self._rows.rows(step)
+        seen = set(rows)
+        with clock("data"):
+            request = self._request(step, rows)
+        with self.awake(step, clock):
+            taken = self._answer(request, clock)
+            for round in range(self._rounds):
+                taken = self._refill(taken, rows, seen, step, round, clock)
+            if self._rounds:
+                self.prepare(step + 1)  # loading a refill ended what `_request` had begun
+        return taken
+
+    def _answer(self, request: _Request, clock: Stopwatch) -> StepRollouts:
         with clock("generate"):
-            sampled = self._generate(*asked)
-        return self._judged(sampled, clock)
+            sampled = self._generate(request)
+        return self._graded(sampled, clock)
 
-    def _judged(self, sampled: _Sampled, clock: Stopwatch) -> StepBatch:
+    def _graded(self, sampled: _Sampled, clock: Stopwatch) -> StepRollouts:
         with clock("reward"):
-            batch, texts = sampled.grading.finish(sampled.batch)
-        batch = settle_truncated(batch, self._config.truncated)
-        return StepBatch(batch, texts, sampled.seconds, len(batch), int(batch.lengths.sum()))
+            graded = sampled.grading.finish(sampled.rollouts)
+        graded = settle_truncated(graded, self._config.truncated)
+        return StepRollouts(graded, sampled.seconds, len(graded), int(graded.lengths.sum()))
 
-    def _refilled(
-        self, taken: StepBatch, rows: list[int], seen: set[int], step: int, round: int, clock: Stopwatch
-    ) -> StepBatch:
-        """Prompts whose responses all earned the same, replaced by others. After the last round such prompts stay: their
-        advantages are 0. A collective.
+    def _refill(
+        self, taken: StepRollouts, rows: list[int], seen: set[int], step: int, round: int, clock: Stopwatch
+    ) -> StepRollouts:
+        """Replace prompts whose responses all earned the same; after the last round they stay, with advantage 0. Collective.
 
-        rows: of the step's prompts, and seen: all that it ever had; both are kept up to date.
+        rows: of the step's prompts; seen: all rows that the step had so far. Both are updated.
         """
         group = self._config.responses_per_prompt
-        silent = zero_variance(self._share.gather(taken.batch.reward), group)
+        silent = zero_variance(self._share.gather(taken.rollouts.reward), group)
         replaced = [prompt for prompt in range(len(rows)) if silent[prompt * group]]
         if not replaced:
             return taken
@@ -161,51 +169,52 @@ class StepRollouts:
         with clock("data"):
             prompts = self._run.problems.load(rows[slot // group] for slot in slots)
         streams = noise_streams(self._run.config.seed, f"refill {round}", step, slots)
-        others = self._answered((prompts, streams, self.lengths.expected([prompt.key for prompt in prompts])), clock)
-        texts = list(taken.texts)
-        for place, text in zip(own, others.texts):
-            texts[place] = text
-        return StepBatch(
-            taken.batch.with_rows(own, others.batch) if own else taken.batch,
-            texts,
+        expected = self.lengths.expected([prompt.key for prompt in prompts])
+        others = self._answer(_Request(prompts, streams, expected), clock)
+        return StepRollouts(
+            taken.rollouts.with_rows(own, others.rollouts) if own else taken.rollouts,
             taken.seconds + others.seconds,
-            taken.rollouts + others.rollouts,
+            taken.responses + others.responses,
             taken.tokens + others.tokens,
         )
 
-    def _asked(self, step: int, rows: list[int]) -> _Asked:
-        """The step's prompts, noise streams and expected lengths; all collectives and data work of a generation."""
+    def _request(self, step: int, rows: list[int]) -> _Request:
+        """Load the step's prompts; all collectives and data work of a generation are here."""
         prompts = self._run.problems.load(self._own(rows))
         self.prepare(step + 1)
         streams = noise_streams(self._run.config.seed, "train", step, self._share.slots)
-        return prompts, streams, self.lengths.expected([prompt.key for prompt in prompts])
+        return _Request(prompts, streams, self.lengths.expected([prompt.key for prompt in prompts]))
 
     def prepare(self, step: int) -> None:
-        """Begins to prepare the prompts of the step that comes next, beside what is done until then.
+        """Start to prepare the prompts of `step` in the background.
 
-        Prioritised sampling chooses them by what this step teaches the tracker: then there is nothing to begin with.
+        Not with prioritised sampling, which chooses them only after the tracker has seen this step.
         """
         if step < self._run.config.train.steps and not self._prioritised:
             self._run.problems.begin(self._own(self._rows.rows(step)))
 
     def _own(self, rows: list[int]) -> list[int]:
-        """The row of each of this rank's responses, given the row of every prompt of the step."""
+        """Row of each of this rank's responses. rows: of every prompt of the step."""
         return [rows[slot // self._config.responses_per_prompt] for slot in self._share.slots]
 
-    def _generate(self, prompts: list[Prompt], streams: list[int], expected: list[float]) -> _Sampled:
+    def _generate(self, request: _Request) -> _Sampled:
         started = time.perf_counter()
-        grading = self._run.grader.begin(prompts)
-        batch = self._rollout.generate(
-            prompts, streams, self._config.temperature, expected_tokens=expected, on_response=grading
+        grading = self._run.grader.begin(request.prompts)
+        rollouts = self._rollout.generate(
+            request.prompts,
+            request.streams,
+            self._config.temperature,
+            expected_tokens=request.expected,
+            on_response=grading,
         )
-        return _Sampled(batch, grading, time.perf_counter() - started)
+        return _Sampled(rollouts, grading, time.perf_counter() - started)
 
 
-def refuse_other_weights(batch: RolloutBatch, step: int, version: int) -> None:
+def refuse_other_weights(rollouts: Rollouts, step: int, version: int) -> None:
     """Raises:
     UserError: a response was sampled from weights that are not `version` steps old: a sync was missed.
     """
-    others = batch.weight_version[batch.weight_version != version]
+    others = rollouts.weight_version[rollouts.weight_version != version]
     if len(others):
         raise UserError(
             f"step {step + 1}: {len(others)} responses were sampled from the weights of step {int(others[0])}, not "

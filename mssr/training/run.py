@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import yaml
 
-from mssr.batch import RolloutBatch
+from mssr.batch import GradedRollouts, Rollouts
 from mssr.config import Config, OptimizerConfig
 from mssr.config.resolve import dtype_name
 from mssr.data.dataset import ProblemDataset
@@ -75,9 +75,9 @@ class Run:
         self._open.callback(engine.close)
         return engine
 
-    def judge(self, batch: RolloutBatch) -> tuple[RolloutBatch, list[str]]:
-        """The batch with its rewards, and the decoded responses."""
-        return self.grader.begin(batch.prompts).finish(batch)
+    def judge(self, rollouts: Rollouts) -> GradedRollouts:
+        """Return the rollouts with their rewards and decoded texts."""
+        return self.grader.begin(rollouts.prompts).finish(rollouts)
 
     def evaluate(self, rollout: RolloutEngine) -> Evaluation:
         """Every held-out problem (or the first eval.max_problems) answered once."""

@@ -2,12 +2,13 @@
 
 import torch
 
-from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.batch import Prompt, Sequences
 from mssr.config import Config
 from mssr.data.sampler import PromptSampler
 from mssr.errors import BadRow
 from mssr.observe.progress import SFT_COLUMNS, TrainProgress
 from mssr.policy.export import save_model
+from mssr.policy.loss import CrossEntropy
 from mssr.stopwatch import Stopwatch
 from mssr.training.run import Run
 from mssr.training.shares import Shares
@@ -46,7 +47,7 @@ def _sft(run: Run, config: Config) -> dict[str, float]:
             prompts = problems.load(own_rows(step))
             problems.begin(own_rows(step + 1))  # beside this step's update
             batch = demonstrations(prompts, run.tokenizer, problems.source)
-            stats = engine.imitate(batch)
+            stats = engine.update(batch, CrossEntropy())
             logp, tokens = world.sum(torch.stack([stats.logp.sum().double(), batch.mask.sum().double()])).tolist()
             values = {
                 "sft/loss": -logp / tokens,
@@ -70,8 +71,8 @@ def _sft(run: Run, config: Config) -> dict[str, float]:
     return validation
 
 
-def demonstrations(prompts: list[Prompt], tokenizer, source: str) -> RolloutBatch:
-    """The rows' own solutions in the shape of a rollout, end token included.
+def demonstrations(prompts: list[Prompt], tokenizer, source: str) -> Sequences:
+    """Return each row's solution as the response to its prompt, end token included.
 
     Raises:
         BadRow: a row has no solution.
@@ -82,13 +83,4 @@ def demonstrations(prompts: list[Prompt], tokenizer, source: str) -> RolloutBatc
                 prompt.row, source, "no `solution` to imitate; add the column, or train with `mssr train` alone"
             )
     encoded = tokenizer([prompt.solution for prompt in prompts], add_special_tokens=False)["input_ids"]
-    responses = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in encoded]
-    lengths = torch.tensor([len(response) for response in responses])
-    longest = int(lengths.max())
-    return RolloutBatch(
-        prompts=tuple(prompts),
-        tokens=pad_rows(responses, longest),
-        mask=torch.arange(longest) < lengths[:, None],
-        logp=torch.zeros(len(prompts), longest),
-        truncated=torch.zeros(len(prompts), dtype=torch.bool),
-    )
+    return Sequences.of(prompts, [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in encoded])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from mssr.algorithms.advantages import Outcomes
-from mssr.batch import RolloutBatch
+from mssr.batch import GradedRollouts, UpdateBatch
 from mssr.distributed import World
 from mssr.errors import UserError
 
@@ -30,7 +30,7 @@ class Shares:
         self.slots: list[int] = slots[:, world.rank].flatten().tolist()
         self._order = slots.transpose(0, 1).flatten()  # global slot of each gathered row
 
-    def updates(self, batch: RolloutBatch) -> list[RolloutBatch]:
+    def updates(self, batch: UpdateBatch) -> list[UpdateBatch]:
         """This rank's rows of each optimiser step."""
         return [batch.rows(start, start + self._share) for start in range(0, len(batch), self._share)]
 
@@ -53,10 +53,7 @@ class Shares:
         """[B] in global order -> this rank's [B_rank]."""
         return whole[self.slots]
 
-    def outcomes(self, batch: RolloutBatch, group: int) -> Outcomes:
-        """What all ranks' responses earned. batch: with rewards, and the tracker's baselines if there are any.
-
-        group: responses a prompt; its slots are side by side.
-        """
-        baseline = None if batch.baseline is None else self.gather(batch.baseline)
-        return Outcomes(self.gather(batch.reward), baseline, self.gather(batch.loss_mask.sum(1)), group)
+    def outcomes(self, rollouts: GradedRollouts, baseline: Tensor | None, group: int) -> Outcomes:
+        """Gather what the responses of all ranks earned. group: responses per prompt, in adjacent slots."""
+        baseline = None if baseline is None else self.gather(baseline)
+        return Outcomes(self.gather(rollouts.reward), baseline, self.gather(rollouts.loss_mask.sum(1)), group)

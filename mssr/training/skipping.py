@@ -5,7 +5,7 @@ from typing import Any
 
 from mssr.errors import Diverged
 from mssr.policy.engine import UpdateStats
-from mssr.rollout.gap import GapCheck, describe_large_gap
+from mssr.rollout.gap import LogpGap, describe_large_gap
 
 
 class SkippedSteps:
@@ -24,25 +24,25 @@ class SkippedSteps:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._total, self._in_a_row = state["total"], state["in_a_row"]
 
-    def observe(self, check: GapCheck, updates: list[UpdateStats]) -> str | None:
-        """Why updates of the step were left out; None: they were not."""
+    def observe(self, gap: LogpGap, updates: list[UpdateStats]) -> str | None:
+        """Count the step; return why updates of it were left out, or None."""
         left_out = sum(not update.applied for update in updates)
         self._total += left_out > 0
         self._in_a_row = self._in_a_row + 1 if left_out else 0
         if not left_out:
             return None
-        if not check.passed:
-            return f"left out, {describe_large_gap(check.gap, self._max_gap)}"
+        if not gap.within(self._max_gap):
+            return f"left out, {describe_large_gap(gap, self._max_gap)}"
         return (
             f"{left_out} of {len(updates)} updates left out, their gradients are not finite; lower train.optimizer.lr, "
             "and look at the rewards and log-probs of the last steps"
         )
 
-    def refuse_to_go_on(self, step: int, check: GapCheck, reason: str) -> None:
+    def refuse_to_go_on(self, step: int, gap: LogpGap, reason: str) -> None:
         """Raises:
         Diverged: more steps in a row than may be, or the next one can be no better: weights are broken already.
         """
-        if not math.isfinite(check.gap.mean):
+        if not math.isfinite(gap.mean):
             raise Diverged(
                 f"step {step}: rollout and trainer disagree: log-probs became NaN or infinite, in the policy (it diverged: "
                 "lower train.optimizer.lr, go on from the last checkpoint with --resume) or in the sampler (check its "

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mssr.algorithms.advantages import ALGORITHMS
 from mssr.algorithms.value_tracker import PreviousResponse, ValueTracker, reference_kl, response_drift
-from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.batch import GradedRollouts, Prompt, Rollouts, Sequences, UpdateBatch, pad_rows
 from mssr.config import AlgorithmConfig
 from mssr.errors import UserError
 from mssr.policy.engine import PolicyEngine, UpdateStats
@@ -46,11 +46,11 @@ def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) 
         chosen = visits[start : start + at_once]
         prompts = run.problems.load(row for _, row in chosen)
         streams = [noise_streams(config.seed, "init", visit, [row])[0] for visit, row in chosen]
-        batch, _ = run.judge(rollout.generate(prompts, streams, config.rollout.temperature))
-        batch = settle_truncated(batch, config.rollout.truncated)
-        kept = previous_responses(batch) if tracker.wants_responses else [None] * len(batch)
-        tokens += int(batch.lengths.sum())
-        seen += zip(chosen, batch.keys, batch.reward.tolist(), kept)
+        graded = run.judge(rollout.generate(prompts, streams, config.rollout.temperature))
+        graded = settle_truncated(graded, config.rollout.truncated)
+        kept = previous_responses(graded) if tracker.wants_responses else [None] * len(graded)
+        tokens += int(graded.lengths.sum())
+        seen += zip(chosen, graded.keys, graded.reward.tolist(), kept)
     # In the order of the visits, whatever the number of ranks.
     everyone = sorted((row for part in world.gather(seen) for row in part), key=lambda row: row[0])
     keys = [key for _, key, _, _ in everyone]
@@ -68,36 +68,26 @@ def drift_of_previous_responses(tracker: ValueTracker, engine: PolicyEngine, pro
     drift = torch.zeros(len(prompts))
     if not tracker.wants_responses:
         return drift
-    known = [(row, previous) for row, prompt in enumerate(prompts) if (previous := tracker.previous(prompt.key))]
-    if not known:
-        engine.score_nothing()
-        return drift
-    rows, previous = zip(*known)
-    lengths = torch.tensor([len(response.logp) for response in previous])
-    longest = int(lengths.max())
-    past = RolloutBatch(
-        prompts=tuple(prompts[row] for row in rows),
-        tokens=pad_rows([response.token_ids.long() for response in previous], longest),
-        mask=torch.arange(longest) < lengths[:, None],
-        logp=pad_rows([response.logp for response in previous], longest),
-        truncated=torch.zeros(len(rows), dtype=torch.bool),
-    )
-    drift[list(rows)] = response_drift(engine.score(past), past.logp, past.mask)
+    known = {row: previous for row, prompt in enumerate(prompts) if (previous := tracker.previous(prompt.key))}
+    past = Sequences.of([prompts[row] for row in known], [response.token_ids for response in known.values()])
+    sampled_logp = pad_rows([response.logp for response in known.values()], past.tokens.shape[1])
+    drift[list(known)] = response_drift(engine.score(past), sampled_logp, past.mask)
     return drift
 
 
 def track(
     tracker: ValueTracker,
     share: Shares,
-    batch: RolloutBatch,
+    rollouts: GradedRollouts,
+    batch: UpdateBatch,
     reward: Tensor,
     drift: Tensor,
     updates: list[UpdateStats],
 ) -> dict[str, float]:
-    """Tells the tracker what the step saw: all ranks' rewards, in the global order, so that every rank's copy is equal.
+    """Tell the tracker what all ranks' responses earned, in the global order, so that every rank's copy stays equal.
 
-    reward: [B] of all ranks. drift: [B_rank], from before the updates (per prompt).
-    updates: the step's; their log-probs give the batch's mean drift.
+    reward: [B] of all ranks. drift: [B_rank] per prompt, measured before the updates.
+    updates: of the step; their log-probs give the batch's mean drift.
     Returns metrics.
     """
     if tracker.config.drift == "batch":
@@ -111,10 +101,10 @@ def track(
         kl = share.gather(reference_kl(batch.old_logp, batch.ref_logp, batch.mask))
         tracker.observe_kl(float(kl.mean()))
     rho = tracker.rho(per_prompt)
-    keys = share.gather_list(batch.keys)
+    keys = share.gather_list(rollouts.keys)
     tracker.update(keys, reward, rho)
     if tracker.wants_responses:
-        tracker.remember(keys, share.gather_list(previous_responses(batch)))
+        tracker.remember(keys, share.gather_list(previous_responses(rollouts)))
     return {
         "tracker/value_mean": float(tracker.values(keys).mean()),
         "tracker/rho_mean": float(rho.mean()),
@@ -122,8 +112,8 @@ def track(
     }
 
 
-def previous_responses(batch: RolloutBatch) -> list[PreviousResponse]:
-    """Each row's response without padding, as the tracker keeps it: copies, since a view is sent and kept whole."""
-    lengths = batch.lengths.tolist()
-    tokens = batch.tokens.to(torch.int32)
-    return [PreviousResponse(tokens[row, :n].clone(), batch.logp[row, :n].clone()) for row, n in enumerate(lengths)]
+def previous_responses(rollouts: Rollouts) -> list[PreviousResponse]:
+    """Each row's response without padding, as the tracker keeps it: copies, because a view keeps its whole batch alive."""
+    lengths = rollouts.lengths.tolist()
+    tokens = rollouts.tokens.to(torch.int32)
+    return [PreviousResponse(tokens[row, :n].clone(), rollouts.logp[row, :n].clone()) for row, n in enumerate(lengths)]

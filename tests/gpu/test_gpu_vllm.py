@@ -18,6 +18,7 @@ from policy_helpers import model_dir, processors, prompts, random_batch, run_con
 from mssr.config import ModelConfig, OptimizerConfig, TrainConfig  # noqa: E402
 from mssr.distributed import start_world  # noqa: E402
 from mssr.policy.engine import PolicyEngine  # noqa: E402
+from mssr.policy.loss import CrossEntropy  # noqa: E402
 from mssr.rollout.base import noise_streams  # noqa: E402
 from mssr.rollout.gap import measure_gap  # noqa: E402
 from mssr.rollout.vllm.engine import VLLMRollout  # noqa: E402
@@ -57,7 +58,7 @@ def test_fresh_weights_after_every_sleep(trainer, sampler):
         batch = sample(sampler, version)
         sampler.release()
         assert measure_gap(trainer.score(batch), batch.logp, batch.mask, trainer.world).mean < MEAN_GAP
-        trainer.imitate(random_batch(list(prompts()), [5, 9, 3, 7, 1, 12], seed=version))
+        trainer.update(random_batch(list(prompts()), [5, 9, 3, 7, 1, 12], seed=version), CrossEntropy())
 
 
 def test_the_noise_is_the_calls_own(trainer, sampler):

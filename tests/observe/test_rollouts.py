@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import torch
 from PIL import Image
 
-from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.batch import GradedRollouts, Prompt, pad_rows
 from mssr.observe.rollouts import save_rollouts
 
 
@@ -19,18 +19,25 @@ def prompt(row, problem="What is 3 + 7?", images=()):
     return Prompt(f"key{row}", row, problem, "10", None, torch.tensor([1, 2]), None, None, tuple(images))
 
 
-def batch(prompts, **columns):
+def save(folder, step, prompts, texts, count, *, baseline=None, advantage=None):
     rows = [torch.arange(1, 4 + row) for row in range(len(prompts))]
     tokens = pad_rows(rows, 3 + len(prompts))
-    scores = {"reward": torch.tensor([1.0, 0.0, 0.5][: len(prompts)])} | columns
-    return RolloutBatch(
+    reward = torch.tensor([1.0, 0.0, 0.5][: len(prompts)])
+    rollouts = GradedRollouts(
         tuple(prompts),
         tokens,
         mask=tokens > 0,
         logp=torch.zeros(tokens.shape),
         truncated=torch.arange(len(prompts)) == 1,
-        **({"correct": scores["reward"]} | scores),
+        weight_version=torch.zeros(len(prompts), dtype=torch.int64),
+        reward=reward,
+        correct=reward,
+        masked=torch.zeros(len(prompts), dtype=torch.bool),
+        texts=tuple(texts),
     )
+    advantage = torch.zeros(len(prompts)) if advantage is None else torch.tensor(advantage)
+    baseline = None if baseline is None else torch.tensor(baseline)
+    return save_rollouts(folder, step, rollouts, baseline, advantage, count)
 
 
 def records(folder):
@@ -53,12 +60,9 @@ class Page(HTMLParser):
 
 
 def test_the_records_say_what_was_asked_answered_and_given(tmp_path):
-    rollouts = batch(
-        [prompt(7, images=[encoded("PNG"), encoded("JPEG")]), prompt(9)],
-        baseline=torch.tensor([0.25, 0.5]),
-        advantage=torch.tensor([0.75, float("nan")]),
-    )
-    folder = save_rollouts(tmp_path, 40, rollouts, ["<think>3 7</think>\\boxed{10}", "数"], 8)
+    prompts = [prompt(7, images=[encoded("PNG"), encoded("JPEG")]), prompt(9)]
+    texts = ["<think>3 7</think>\\boxed{10}", "数"]
+    folder = save(tmp_path, 40, prompts, texts, 8, baseline=[0.25, 0.5], advantage=[0.75, float("nan")])
     assert folder == tmp_path / "rollouts" / "step_000040"
     assert records(folder) == [
         {
@@ -93,15 +97,15 @@ def test_the_records_say_what_was_asked_answered_and_given(tmp_path):
 def test_images_are_files_named_by_what_they_are(tmp_path):
     formats = ["PNG", "JPEG", "GIF", "WEBP", "BMP"]
     images = [encoded(format) for format in formats] + [b"who knows"]
-    folder = save_rollouts(tmp_path, 1, batch([prompt(0, images=images)]), ["10"], 1)
+    folder = save(tmp_path, 1, [prompt(0, images=images)], ["10"], 1)
     names = records(folder)[0]["images"]
     assert [name.rsplit(".")[-1] for name in names] == ["png", "jpg", "gif", "webp", "bmp", "bin"]
     assert [(folder / name).read_bytes() for name in names] == images
 
 
 def test_the_page_shows_each_rollout_and_links_its_images(tmp_path):
-    rollouts = batch([prompt(0, images=[encoded("PNG")]), prompt(1)], advantage=torch.tensor([0.5, -0.25]))
-    folder = save_rollouts(tmp_path, 40, rollouts, ["I say 10", "I say 11"], 8)
+    prompts = [prompt(0, images=[encoded("PNG")]), prompt(1)]
+    folder = save(tmp_path, 40, prompts, ["I say 10", "I say 11"], 8, advantage=[0.5, -0.25])
     page = Page(folder / "index.html")
     assert [a["class"] for tag, a in page.tags if tag == "article"] == ["right", "wrong"]
     sources = [a["src"] for tag, a in page.tags if tag == "img"]
@@ -113,24 +117,22 @@ def test_the_page_shows_each_rollout_and_links_its_images(tmp_path):
 
 def test_what_the_model_wrote_cannot_become_markup(tmp_path):
     nasty = "<script>alert(1)</script> & <img src=x onerror=y> CARDS TITLE"
-    rollouts = batch([prompt(0, problem=nasty)])
-    page = Page(save_rollouts(tmp_path, 1, rollouts, [nasty + "</pre><b>"], 1) / "index.html")
+    page = Page(save(tmp_path, 1, [prompt(0, problem=nasty)], [nasty + "</pre><b>"], 1) / "index.html")
     assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
     assert page.words.count(nasty) == 2 and nasty + "</pre><b>" in page.words
 
 
 def test_only_the_first_rows_are_kept_and_a_step_done_again_replaces_its_folder(tmp_path):
-    three = batch([prompt(row, images=[encoded("PNG")]) for row in range(3)])
-    folder = save_rollouts(tmp_path, 5, three, ["a", "b", "c"], 2)
+    three = [prompt(row, images=[encoded("PNG")]) for row in range(3)]
+    folder = save(tmp_path, 5, three, ["a", "b", "c"], 2)
     assert [record["response"] for record in records(folder)] == ["a", "b"]
-    save_rollouts(tmp_path, 6, three, ["a", "b", "c"], 1)
-    assert save_rollouts(tmp_path, 5, three, ["x", "y", "z"], 1) == folder
+    save(tmp_path, 6, three, ["a", "b", "c"], 1)
+    assert save(tmp_path, 5, three, ["x", "y", "z"], 1) == folder
     assert [record["response"] for record in records(folder)] == ["x"]
     assert sorted(path.name for path in folder.iterdir()) == ["000_0.png", "index.html", "rollouts.jsonl"]
 
 
-def test_scores_that_do_not_exist_are_null(tmp_path):
-    rollouts = batch([prompt(0)], reward=None, correct=None)
-    folder = save_rollouts(tmp_path, 1, rollouts, ["\ud800 half a pair"], 1)
-    assert {records(folder)[0][key] for key in ("reward", "correct", "baseline", "advantage")} == {None}
+def test_numbers_that_do_not_exist_are_null_and_half_a_character_is_replaced(tmp_path):
+    folder = save(tmp_path, 1, [prompt(0)], ["\ud800 half a pair"], 1, advantage=[float("nan")])
+    assert records(folder)[0]["baseline"] is None and records(folder)[0]["advantage"] is None
     assert records(folder)[0]["response"] == "? half a pair"

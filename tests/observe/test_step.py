@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mssr.algorithms.advantages import Outcomes
-from mssr.batch import Prompt, RolloutBatch
+from mssr.batch import GradedRollouts, Prompt
 from mssr.distributed import World
 from mssr.observe.step import outcome_metrics, step_metrics
 from mssr.policy.engine import UpdateStats
@@ -21,17 +21,21 @@ def prompt(tokens):
 
 def test_means_over_responses_tokens_and_updates():
     """Responses of 3 tokens and of 1 after prompts of 10 and 6; the shorter one was cut and is wrong."""
-    batch = RolloutBatch(
+    batch = GradedRollouts(
         prompts=(prompt(10), prompt(6)),
         tokens=torch.zeros(2, 3, dtype=torch.int64),
         mask=torch.tensor([[True, True, True], [True, False, False]]),
         logp=torch.tensor([[0.5, 0.5, 1.0], [0.25, 0.1, 0.1]]).log(),  # those under the padding do not count
         truncated=torch.tensor([False, True]),
+        weight_version=torch.zeros(2, dtype=torch.int64),
+        masked=torch.tensor([False, False]),
+        texts=("", ""),
         reward=torch.tensor([1.0, 0.5]),
         correct=torch.tensor([1.0, 0.0]),
     )
     updates = [
-        UpdateStats({"entropy": value}, torch.zeros(1, 3), norm, lr) for value, norm, lr in [(2, 1, 3), (4, 5, 7)]
+        UpdateStats({"entropy": value}, torch.zeros(1, 3), grad_norm=norm, lr=lr)
+        for value, norm, lr in [(2, 1, 3), (4, 5, 7)]
     ]
     clock = SimpleNamespace(seconds={"generate": 1.5}, memory={"memory/generate_rss_gib": 2.0}, total=4.0)
     found = step_metrics(batch, updates, LogpGap(0.1, 0.2, 0.3), clock, ALONE)

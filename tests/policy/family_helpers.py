@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from examples.digits.tiny_model import write_tiny_model
-from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.batch import Prompt, Sequences, pad_rows
 from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.policy.families import FAMILIES, family_of
 from mssr.policy.loading import load_policy
@@ -77,7 +77,7 @@ def family_distribution(model, prompt: Prompt, response: Tensor) -> Tensor:
     return torch.log_softmax(logits.index_fill(1, forbidden, LOWEST), dim=-1)
 
 
-def family_logp(model, batch: RolloutBatch) -> Tensor:
+def family_logp(model, batch: Sequences) -> Tensor:
     """[B, R] float64 log-prob of each response token, 0 under the padding."""
     rows = []
     for row, prompt in enumerate(batch.prompts):

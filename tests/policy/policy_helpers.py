@@ -19,7 +19,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from examples.digits.problems import write_digits
 from examples.digits.tiny_model import write_tiny_model
-from mssr.batch import Prompt, RolloutBatch, pad_rows
+from mssr.batch import Prompt, Sequences, UpdateBatch, pad_rows
 from mssr.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, validate_config
 from mssr.data.files import open_rows
 from mssr.data.prompts import PromptEncoder, load_processors
@@ -102,7 +102,7 @@ def _resized(image: dict, size: tuple[int, int]) -> bytes:
     return buffer.getvalue()
 
 
-def random_batch(chosen: list[Prompt], lengths: list[int], seed: int = 0) -> RolloutBatch:
+def random_batch(chosen: list[Prompt], lengths: list[int], seed: int = 0) -> UpdateBatch:
     """Random response tokens (none special), and random values for everything the loss reads."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = len(processors()[0])
@@ -113,12 +113,12 @@ def random_batch(chosen: list[Prompt], lengths: list[int], seed: int = 0) -> Rol
     def logps() -> Tensor:
         return torch.where(mask, -5 + torch.randn(mask.shape, generator=generator), 0.0)
 
-    return RolloutBatch(
+    return UpdateBatch(
         prompts=tuple(chosen),
         tokens=pad_rows(responses, longest),
         mask=mask,
+        loss_mask=mask,
         logp=logps(),
-        truncated=torch.zeros(len(chosen), dtype=torch.bool),
         advantage=torch.randn(len(chosen), generator=generator),
         old_logp=logps(),
         ref_logp=logps(),
@@ -210,7 +210,7 @@ def plain_distribution(model, prompt: Prompt, response: Tensor, temperature: flo
     return torch.log_softmax(logits.index_fill(1, pads, LOWEST), dim=-1)
 
 
-def plain_logp(model, batch: RolloutBatch, temperature: float = 1.0) -> Tensor:
+def plain_logp(model, batch: Sequences, temperature: float = 1.0) -> Tensor:
     """[B, R] log-prob of each response token, 0 under the padding."""
     rows = []
     for row, prompt in enumerate(batch.prompts):
@@ -225,7 +225,7 @@ def edit_json(path: Path, **values) -> None:
 
 def near_batch(
     chosen: list[Prompt], lengths: list[int], model, *, temperature: float = 1.0, seed: int = 0
-) -> RolloutBatch:
+) -> UpdateBatch:
     """As `random_batch`, with log-probs around the model's own, so that some ratios are clipped and most are not."""
     batch = random_batch(chosen, lengths, seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -261,7 +261,7 @@ class EagerTrainer:
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=weight_decay)
         self._clip, self._temperature = grad_clip, temperature
 
-    def update(self, batch: RolloutBatch, config) -> float:
+    def update(self, batch: UpdateBatch, config) -> float:
         """Returns the gradient's norm before clipping."""
 
         def loss(row: int, dist: Tensor, response: Tensor) -> Tensor:
@@ -270,10 +270,10 @@ class EagerTrainer:
 
         return self._step(batch, loss)
 
-    def imitate(self, batch: RolloutBatch) -> float:
+    def imitate(self, batch: Sequences) -> float:
         return self._step(batch, lambda _, dist, response: F.nll_loss(dist, response, reduction="sum"))
 
-    def _step(self, batch: RolloutBatch, loss) -> float:
+    def _step(self, batch: UpdateBatch, loss) -> float:
         self._optimizer.zero_grad()
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)  # a tower that saw no picture still decays

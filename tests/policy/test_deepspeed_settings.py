@@ -20,6 +20,7 @@ from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
 from mssr.errors import UserError
 from mssr.policy.deepspeed_settings import deepspeed_settings
 from mssr.policy.engine import PolicyEngine
+from mssr.policy.loss import PolicyGradient
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "deepspeed"
 ZERO2, ZERO3, OFFLOAD = (str(SHIPPED / f"{name}.json") for name in ("zero2", "zero3", "zero3_offload"))
@@ -96,7 +97,9 @@ def train(world, path: str, model: str, batches):
     engine, norms = engine_of(world, path, model), []
     for batch in batches:
         share = len(batch) // world.size
-        norms.append(engine.update(batch.rows(world.rank * share, (world.rank + 1) * share), CONFIG).grad_norm)
+        norms.append(
+            engine.update(batch.rows(world.rank * share, (world.rank + 1) * share), PolicyGradient(CONFIG)).grad_norm
+        )
     return whole_weights(engine), norms
 
 
@@ -138,12 +141,12 @@ def test_two_ranks_with_a_shipped_file_do_the_written_out_updates(ranks, model_d
 def test_an_offloaded_run_resumes_exactly_and_elsewhere(world, model_dir, oracle, tmp_path):
     batches, _, _ = oracle
     first = engine_of(world, OFFLOAD, model_dir)
-    first.update(batches[0], CONFIG)
+    first.update(batches[0], PolicyGradient(CONFIG))
     save_engine(first, tmp_path)
     others = engine_of(world, OFFLOAD, model_dir), make_engine(path=model_dir, zero_stage=2, budget=100, world=ALONE)
     for engine in others:
         load_engine(engine, tmp_path)
     for engine in (first, *others):
-        engine.update(batches[1], CONFIG)
+        engine.update(batches[1], PolicyGradient(CONFIG))
     assert_same_weights(whole_weights(others[0]), whole_weights(first), exact=True)
     assert_same_weights(whole_weights(others[1]), whole_weights(first))

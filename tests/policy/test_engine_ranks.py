@@ -13,6 +13,7 @@ from policy_helpers import (
     weights,
 )
 
+from mssr.policy.loss import PolicyGradient
 from mssr_kernels import PolicyLossConfig
 
 CONFIG = PolicyLossConfig(kl_coef=0.05, entropy_coef=0.01, tis_cap=2.0)
@@ -35,7 +36,7 @@ def train(world, batches, **settings):
     stats = []
     for batch in batches:
         share = len(batch) // world.size
-        stats.append(engine.update(batch.rows(world.rank * share, (world.rank + 1) * share), CONFIG))
+        stats.append(engine.update(batch.rows(world.rank * share, (world.rank + 1) * share), PolicyGradient(CONFIG)))
     return weights(engine), stats
 
 
@@ -69,7 +70,7 @@ def test_two_ranks_equal_the_written_out_update(ranks, model_dir, prompts, plain
 
 def update_uneven(world, batch, **settings):
     engine = make_engine(world=world, **settings)
-    engine.update(batch.rows(*[(0, 3), (3, 4)][world.rank]), CONFIG)
+    engine.update(batch.rows(*[(0, 3), (3, 4)][world.rank]), PolicyGradient(CONFIG))
     return weights(engine)
 
 
@@ -99,13 +100,13 @@ def save_and_go_on(world, batches, folder, **settings):
     """(weights of a run of all updates, weights of one that was saved after the first and loaded by a new engine)."""
     share = [batch.rows(world.rank * len(batch) // 2, (world.rank + 1) * len(batch) // 2) for batch in batches]
     first = make_engine(world=world, **settings)
-    first.update(share[0], CONFIG)
+    first.update(share[0], PolicyGradient(CONFIG))
     save_engine(first, folder)
     second = make_engine(world=world, **settings)
     load_engine(second, folder)
     for engine in (first, second):
         for batch in share[1:]:
-            engine.update(batch, CONFIG)
+            engine.update(batch, PolicyGradient(CONFIG))
     return weights(first), weights(second)
 
 

@@ -17,6 +17,7 @@ from mssr.config import TrainConfig
 from mssr.data.prompts import load_processors
 from mssr.errors import UserError
 from mssr.policy.export import save_model
+from mssr.policy.loss import CrossEntropy
 from mssr.training.checkpoint import Checkpoints
 
 KINDS = {"plain": {}, "frozen tower": {"train_vision": False}, "lora": {"lora": LORA}}
@@ -31,7 +32,7 @@ class TrainedRun:
         self.engine = make_engine_with(model)
         checkpoints = Checkpoints(folder, ALONE, TrainConfig(async_save=False))
         for step in (1, 2):
-            self.engine.imitate(batch)
+            self.engine.update(batch, CrossEntropy())
             self.scores[step] = self.engine.score(batch)
             checkpoints.save(step, self.engine, {})
         checkpoints.close()
@@ -100,7 +101,7 @@ def save_from_ranks(world, folder, batch, zero_stage):
     engine = make_engine_with(options(lora=LORA), zero_stage=zero_stage, world=world)
     checkpoints = Checkpoints(folder, world, TrainConfig(async_save=False))
     half = len(batch) // 2
-    engine.imitate(batch.rows(world.rank * half, (world.rank + 1) * half))
+    engine.update(batch.rows(world.rank * half, (world.rank + 1) * half), CrossEntropy())
     checkpoints.save(1, engine, {})
     checkpoints.close()
     save_model(engine.policy, processors(), folder / "model", world)

@@ -22,6 +22,7 @@ from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.errors import BadRow, UserError
 from mssr.policy.families import FAMILIES
 from mssr.policy.loading import check_model_path, load_policy
+from mssr.policy.loss import CrossEntropy
 from mssr.policy.packing import pack
 
 LENGTHS = [5, 9, 3, 7, 1, 12]
@@ -166,7 +167,7 @@ def test_the_engine_trains_it(world, family, batch):
     before = engine.score(batch)
     torch.testing.assert_close(before, family_logp(family_plain(family_dir(family)), batch).float(), atol=1e-5, rtol=0)
     for _ in range(2):
-        engine.imitate(batch)
+        engine.update(batch, CrossEntropy())
     assert engine.score(batch).sum() > before.sum() + 1
 
 

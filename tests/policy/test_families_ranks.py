@@ -4,13 +4,15 @@ import pytest
 from family_helpers import family_dir, family_prompts
 from policy_helpers import assert_same_weights, make_engine, random_batch, whole_weights
 
+from mssr.policy.loss import CrossEntropy
+
 
 def imitate(world, batches, **settings):
     """One supervised update on this rank's half of each batch -> whole weights."""
     engine = make_engine(world=world, **settings)
     for batch in batches:
         share = len(batch) // world.size
-        engine.imitate(batch.rows(world.rank * share, (world.rank + 1) * share))
+        engine.update(batch.rows(world.rank * share, (world.rank + 1) * share), CrossEntropy())
     return whole_weights(engine)
 
 

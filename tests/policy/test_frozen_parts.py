@@ -6,6 +6,7 @@ from option_helpers import make_engine_with, options
 from policy_helpers import assert_same_weights, model_dir, plain_logp, plain_model, random_batch, whole_weights
 
 from mssr.policy.loading import load_policy
+from mssr.policy.loss import PolicyGradient
 from mssr_kernels import PolicyLossConfig
 
 FROZEN = options(train_vision=False)
@@ -20,7 +21,7 @@ def train(world, batches, zero_stage, gradient_checkpointing=False):
     model = options(train_vision=False, gradient_checkpointing=gradient_checkpointing)
     engine = make_engine_with(model, zero_stage=zero_stage, world=world, lr=1e-4)
     for _ in range(2):
-        engine.update(batches[world.rank], PolicyLossConfig())
+        engine.update(batches[world.rank], PolicyGradient(PolicyLossConfig()))
     return whole_weights(engine)
 
 

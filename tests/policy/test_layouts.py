@@ -9,6 +9,7 @@ from policy_helpers import assert_same_weights, load_engine, make_engine, model_
 from test_engine_ranks import CONFIG
 
 from mssr.errors import UserError
+from mssr.policy.loss import PolicyGradient
 from mssr.policy.pieces import VALUES, SavedPieces
 from mssr.training.checkpoint import read_weights
 
@@ -40,7 +41,7 @@ def go_on(world, batches, stage, folder, start=None, **settings):
     engine = make_engine(world=world, budget=100, lr=1e-3, **layout, **settings)
     if start is not None:
         load_engine(engine, start)
-    norms = [engine.update(own_rows(world, batch), CONFIG).grad_norm for batch in batches]
+    norms = [engine.update(own_rows(world, batch), PolicyGradient(CONFIG)).grad_norm for batch in batches]
     save_engine(engine, folder)
     return norms
 
@@ -171,6 +172,6 @@ def test_the_rate_is_the_configured_one_where_the_schedule_was(world, mixed_batc
     load_engine(engine, tmp_path)
     uninterrupted = make_engine(lr=5e-4, schedule="cosine", budget=100)
     for batch in mixed_batches[:3]:
-        uninterrupted.update(batch, CONFIG)
+        uninterrupted.update(batch, PolicyGradient(CONFIG))
     for batch in mixed_batches[3:5]:
-        assert engine.update(batch, CONFIG).lr == uninterrupted.update(batch, CONFIG).lr
+        assert engine.update(batch, PolicyGradient(CONFIG)).lr == uninterrupted.update(batch, PolicyGradient(CONFIG)).lr

@@ -7,28 +7,29 @@ import torch
 from policy_helpers import assert_same_weights, make_engine, near_batch, whole_weights
 from test_engine_ranks import CONFIG
 
-BAD = {
-    "refused": {"accept": lambda logp: False},
-    "not finite": {},
-}
+from mssr.policy.loss import PolicyGradient
+
+LOSS = PolicyGradient(CONFIG)
 
 
 def updates(world, batches, kind, stage, dtype):
     """(weights, statistics) with a bad update before the good ones; kind None: without it."""
     engine = make_engine(world=world, zero_stage=stage, dtype=dtype, budget=60, schedule="cosine", lr=1e-3)
     share = [batch.rows(world.rank * 2, world.rank * 2 + 2) for batch in batches]
-    stats = [engine.update(share[0], CONFIG)]
+    stats = [engine.update(share[0], LOSS)]
+    if kind == "discarded":
+        left_out = engine.discard(engine.accumulate(share[1], LOSS))
+    elif kind == "not finite":
+        left_out = engine.update(replace(share[1], advantage=torch.tensor([1.0, torch.inf])), LOSS)
     if kind:
-        bad = share[1] if kind == "refused" else replace(share[1], advantage=torch.tensor([1.0, torch.inf]))
-        left_out = engine.update(bad, CONFIG, **BAD[kind])
         assert not left_out.applied
         assert left_out.logp.isfinite().all() and left_out.logp.any()
-    stats += [engine.update(part, CONFIG) for part in share[1:]]
+    stats += [engine.update(part, LOSS) for part in share[1:]]
     assert all(update.applied for update in stats)
     return whole_weights(engine), [(update.grad_norm, update.lr) for update in stats]
 
 
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("kind", ["discarded", "not finite"])
 @pytest.mark.parametrize(
     ("stage", "dtype"), [(0, "float32"), (1, "bfloat16"), (2, "float32"), (2, "bfloat16"), (3, "float32")]
 )
@@ -40,16 +41,10 @@ def test_the_rest_of_the_run_is_as_without_it(ranks, prompts, plain, kind, stage
     assert_same_weights(found[0], expected[0], exact=True)
 
 
-def test_what_accept_is_given(world, prompts, plain):
-    """The whole batch's log-probs, once, before the weights move."""
-    batch, seen = near_batch(prompts[:3], [5, 9, 3], plain), []
+def test_log_probs_of_a_batch_before_its_step(world, prompts, plain):
+    batch = near_batch(prompts[:3], [5, 9, 3], plain)
     engine = make_engine(budget=60)
     before = engine.score(batch)
-
-    def accept(logp):
-        seen.append(logp.clone())
-        return True
-
-    stats = engine.update(batch, CONFIG, accept=accept)
-    assert stats.applied and len(seen) == 1
-    torch.testing.assert_close(seen[0], before, atol=1e-5, rtol=0)
+    accumulated = engine.accumulate(batch, LOSS)
+    torch.testing.assert_close(accumulated.logp, before, atol=1e-5, rtol=0)
+    assert engine.step(accumulated).applied

@@ -8,11 +8,12 @@ from option_helpers import LORA, disturb, make_engine_with, options
 from policy_helpers import model_dir, near_batch, plain_logp, plain_model, random_batch
 from test_engine_ranks import CONFIG
 
-from mssr.batch import RolloutBatch
+from mssr.batch import UpdateBatch
 from mssr.errors import UserError
 from mssr.policy.export import adapter_weights
 from mssr.policy.loading import load_policy
 from mssr.policy.lora import without_adapters
+from mssr.policy.loss import PolicyGradient
 from mssr.policy.weights import named_weights, weight_shapes
 
 SCALE = LORA.alpha / LORA.rank
@@ -89,18 +90,18 @@ def test_gradients_are_those_of_the_merged_weights(world, prompts, gradient_chec
     assert found.keys() == parts.keys()
 
 
-def train(world, batches: list[RolloutBatch], **settings):
+def train(world, batches: list[UpdateBatch], **settings):
     """Updates on this rank's half of each batch; the adapters, what others see of the weights, and their shapes."""
     engine = make_engine_with(world=world, **settings)
     for batch in batches:
         share = len(batch) // world.size
-        engine.update(batch.rows(world.rank * share, (world.rank + 1) * share), CONFIG)
+        engine.update(batch.rows(world.rank * share, (world.rank + 1) * share), PolicyGradient(CONFIG))
     adapters = adapter_weights(engine.policy)
     seen = {name: weight.clone() for name, weight in named_weights(engine.policy, 60_000)}
     return adapters, seen, weight_shapes(engine.policy)
 
 
-def batches_of(prompts, plain) -> list[RolloutBatch]:
+def batches_of(prompts, plain) -> list[UpdateBatch]:
     """Rank 0 has pictures, rank 1 text alone."""
     text = prompts[2]
     return [near_batch([*prompts[:2], text, text], [9, 12, 7, 5], plain, seed=seed) for seed in (1, 2)]

@@ -14,6 +14,7 @@ from mssr.data.prompts import load_processors
 from mssr.errors import UserError
 from mssr.policy.export import save_model
 from mssr.policy.loading import check_model_path, load_policy
+from mssr.policy.loss import CrossEntropy
 from mssr_kernels import FusedLMHead
 
 
@@ -106,7 +107,7 @@ def test_the_head_is_fused_and_everything_else_as_it_was(tied):
 def test_saved_after_an_update_loads_in_plain_transformers(world, prompts, tmp_path, tied):
     engine = make_engine(path=model_dir(tied), lr=1e-2)
     batch = random_batch(prompts, [5, 9, 3, 7, 1, 12])
-    engine.imitate(batch)
+    engine.update(batch, CrossEntropy())
     folder = save_model(engine.policy, processors(), tmp_path / "out", ALONE)
 
     saved = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")

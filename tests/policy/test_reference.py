@@ -8,6 +8,7 @@ from option_helpers import LORA, disturb, make_engine_with, options
 from policy_helpers import assert_same_weights, model_dir, plain_logp, random_batch, whole_weights
 
 from mssr.config import AlgorithmConfig
+from mssr.policy.loss import CrossEntropy
 from mssr.policy.reference import frozen_start, make_reference
 
 PLACEMENTS = ["copy", "sharded", "cpu"]
@@ -24,7 +25,7 @@ def score_while_training(world, batches, zero_stage, **kind):
     engine = make_engine_with(settings(**kind), zero_stage=zero_stage, world=world)
     reference, batch, found = frozen_start(settings(**kind), engine), batches[world.rank], []
     for _ in range(2):
-        engine.imitate(batch)
+        engine.update(batch, CrossEntropy())
         found.append((reference.score(engine, batch), engine.score(batch)))
     return found
 
@@ -59,7 +60,7 @@ def train(world, batches, zero_stage, placement, scored):
     engine = make_engine_with(settings(placement), zero_stage=zero_stage, world=world)
     reference = frozen_start(settings(placement), engine)
     for _ in range(3):
-        engine.imitate(batches[world.rank])
+        engine.update(batches[world.rank], CrossEntropy())
         if scored:
             reference.score(engine, batches[world.rank])
     return whole_weights(engine)
@@ -94,7 +95,7 @@ def test_text_only_is_the_policy_of_now_before_blank_images(world, prompts):
     engine = make_engine_with(settings("copy"))
     reference = make_reference(TEXT_ONLY, settings("copy"), engine)
     start = reference.score(engine, batch)
-    engine.imitate(batch)
+    engine.update(batch, CrossEntropy())
     now = reference.score(engine, batch)
     assert (now - start)[batch.mask].abs().max() > 1e-2
 

@@ -1,11 +1,10 @@
 """How a step's global batch is shared out, and the collectives that put it together again."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from policy_helpers import random_batch
 
+from mssr.batch import GradedRollouts
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.training.shares import Shares
@@ -41,7 +40,7 @@ def test_each_update_sees_the_same_rows_on_any_number_of_ranks(prompts, size):
 
 def pick(batch, slots):
     """The slots' rows as a batch."""
-    parts = {name: getattr(batch, name)[slots] for name in ("tokens", "mask", "logp", "truncated")}
+    parts = {name: getattr(batch, name)[slots] for name in vars(batch) if name != "prompts"}
     return type(batch)(prompts=tuple(batch.prompts[slot] for slot in slots), **parts)
 
 
@@ -74,9 +73,13 @@ def outcomes_of(world, prompts):
     share = Shares(8, 4, world)
     whole = random_batch([prompts[slot % 6] for slot in range(8)], [3, 1, 4, 1, 5, 9, 2, 6])
     slots = torch.tensor(share.slots)
-    own = replace(pick(whole, share.slots), reward=slots / 8, baseline=slots / 16)
-    own = replace(own, masked=torch.tensor([slot in (2, 5) for slot in share.slots]))
-    return share.outcomes(own, 2)
+    own = pick(whole, share.slots)
+    graded = GradedRollouts(
+        own.prompts, own.tokens, own.mask, own.logp, torch.zeros(len(own)), torch.zeros(len(own)),
+        reward=slots / 8, correct=slots / 8, masked=torch.tensor([slot in (2, 5) for slot in share.slots]),
+        texts=("",) * len(own),
+    )  # fmt: skip
+    return share.outcomes(graded, slots / 16, 2)
 
 
 def test_outcomes_are_in_the_global_order_and_masked_responses_have_no_tokens(ranks, prompts):

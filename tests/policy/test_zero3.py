@@ -26,10 +26,12 @@ from safetensors.torch import load_file
 from test_engine_ranks import CONFIG, global_batches, train
 
 from mssr.algorithms.value_tracker import ValueTracker
+from mssr.batch import Sequences
 from mssr.config import RolloutConfig, TrackerConfig, TrainConfig
 from mssr.errors import UserError
 from mssr.policy.export import save_model
 from mssr.policy.loading import load_frozen_policy
+from mssr.policy.loss import CrossEntropy, PolicyGradient
 from mssr.rollout.base import noise_streams
 from mssr.rollout.hf import HFRollout, end_token_ids
 from mssr.training.checkpoint import Checkpoints
@@ -52,7 +54,7 @@ def train_and_look(world, batches, **settings):
         own = batch.rows(world.rank * half, (world.rank + 1) * half)
         scores.append(engine.score(own))
         looks.append(in_shares(engine.policy))
-        stats.append(engine.update(own, CONFIG))
+        stats.append(engine.update(own, PolicyGradient(CONFIG)))
         looks.append(in_shares(engine.policy))
     return whole_weights(engine), stats, scores, looks
 
@@ -83,7 +85,9 @@ def test_updates_equal_the_written_out_ones(ranks, prompts, plain, tied, grad_cl
 def test_one_rank_holds_the_only_share(world, prompts, plain):
     batch = near_batch(prompts, [5, 9, 3, 7, 1, 12], plain)
     eager, engine = EagerTrainer(model_dir(), grad_clip=1.0), make_engine(**SHARES)
-    assert engine.update(batch, CONFIG).grad_norm == pytest.approx(eager.update(batch, CONFIG), rel=1e-3)
+    assert engine.update(batch, PolicyGradient(CONFIG)).grad_norm == pytest.approx(
+        eager.update(batch, CONFIG), rel=1e-3
+    )
     assert_same_weights(whole_weights(engine), eager.weights())
 
 
@@ -108,7 +112,7 @@ def score_unevenly(world, batches):
     if world.rank == 0:
         scores.append(engine.score(batches[0]))
     else:
-        engine.score_nothing()
+        engine.score(Sequences.of([], []))
     reference = load_frozen_policy(model_dir(), torch.float32, world.device)
     if world.rank == 0:
         scores.append(engine.score(batches[0], reference))
@@ -163,7 +167,7 @@ def sample_and_move(world, prompts, streams, **settings):
     if world.rank == 0:
         before.append(rollout.generate(prompts[own], streams[own], 1.0))
     gaps = [engine.score(before[0]) - before[0].logp]
-    engine.imitate(random_batch(prompts[own], [4] * len(prompts[own])))
+    engine.update(random_batch(prompts[own], [4] * len(prompts[own])), CrossEntropy())
     rollout.update_weights(engine.policy, 1)
     after = rollout.generate(prompts[own], streams[own], 1.0)
     gaps.append(engine.score(after) - after.logp)
@@ -189,15 +193,15 @@ def checkpoint_and_export(world, batches, folder):
     """Two updates, saved after the first, and a new engine that goes on from there; the model exported."""
     share = [batch.rows(world.rank * len(batch) // 2, (world.rank + 1) * len(batch) // 2) for batch in batches]
     first = make_engine(world=world, path=model_dir(True), **SHARES)
-    first.update(share[0], CONFIG)
+    first.update(share[0], PolicyGradient(CONFIG))
     checkpoints = Checkpoints(folder / "run", world, TrainConfig(async_save=False))
     checkpoints.save(1, first, {"note": "kept"})
     saved = checkpoints.newest_state(resume=True)
     assert saved["note"] == "kept"
     second = make_engine(world=world, path=model_dir(True), schedule="constant", **SHARES)
     checkpoints.load_engine(saved, second)
-    first.update(share[1], CONFIG)
-    second.update(share[1], CONFIG)
+    first.update(share[1], PolicyGradient(CONFIG))
+    second.update(share[1], PolicyGradient(CONFIG))
     save_model(second.policy, processors(), folder / "model", world)
     return whole_weights(first), whole_weights(second), in_shares(second.policy)
 
@@ -237,4 +241,4 @@ def test_a_response_with_an_image_pad_is_refused(world, prompts, policy):
     tokens = batch.tokens.clone()
     tokens[1, 2] = policy.image_token_id
     with pytest.raises(ValueError, match="row 1 holds an image or video pad"):
-        make_engine().imitate(replace(batch, tokens=tokens))
+        make_engine().update(replace(batch, tokens=tokens), CrossEntropy())

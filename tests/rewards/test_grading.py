@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mssr.batch import Prompt, RolloutBatch
+from mssr.batch import GradedRollouts, Prompt
 from mssr.config import RewardConfig
 from mssr.rewards.grading import Grader, settle_truncated
 from mssr.rewards.reward import RewardFunction
@@ -46,9 +46,9 @@ def test_every_response_is_graded_whether_told_before_or_not(grader, told):
     grading = grader.begin(PROMPTS)
     for row in told:
         grading(row, response(TEXTS[row]))
-    batch, texts = grading.finish(BATCH)
-    assert batch.reward.tolist() == batch.correct.tolist() == [1, 0, 0, 1]
-    assert texts == TEXTS
+    graded = grading.finish(BATCH)
+    assert graded.reward.tolist() == graded.correct.tolist() == [1, 0, 0, 1]
+    assert graded.texts == tuple(TEXTS) and not graded.masked.any()
 
 
 def test_each_response_is_graded_by_its_own_prompts_answer(grader):
@@ -57,8 +57,7 @@ def test_each_response_is_graded_by_its_own_prompts_answer(grader):
     grading = grader.begin(prompts)
     for row in (3, 1):
         grading(row, response(TEXTS[row]))
-    batch, _ = grading.finish(BATCH)
-    assert batch.correct.tolist() == [1, 1, 0, 0]
+    assert grading.finish(BATCH).correct.tolist() == [1, 1, 0, 0]
 
 
 def test_grading_goes_on_while_others_generate(grader):
@@ -92,18 +91,21 @@ def test_an_error_of_the_reward_is_raised(grader):
 
 
 def test_an_empty_batch(grader):
-    batch, texts = grader.begin([]).finish(collect([], [], pad=0))
-    assert batch.reward.shape == (0,) and texts == []
+    graded = grader.begin([]).finish(collect([], [], pad=0))
+    assert graded.reward.shape == (0,) and graded.texts == ()
 
 
-def settled(rule) -> RolloutBatch:
-    graded = replace(BATCH, reward=torch.tensor([1.0, 0, 0.5, 1]), correct=torch.tensor([1.0, 0, 0, 1]))
+def settled(rule) -> GradedRollouts:
+    reward, correct = torch.tensor([1.0, 0, 0.5, 1]), torch.tensor([1.0, 0, 0, 1])
+    graded = GradedRollouts(
+        **vars(BATCH), reward=reward, correct=correct, masked=torch.zeros(4, dtype=torch.bool), texts=tuple(TEXTS)
+    )
     return settle_truncated(graded, rule)
 
 
 def test_truncated_responses_are_graded_like_others():
     batch = settled("graded")
-    assert batch.reward.tolist() == [1, 0, 0.5, 1] and batch.masked is None
+    assert batch.reward.tolist() == [1, 0, 0.5, 1] and not batch.masked.any()
     assert torch.equal(batch.loss_mask, batch.mask)
 
 
@@ -116,5 +118,5 @@ def test_truncated_responses_left_out_of_the_loss():
 
 def test_truncated_responses_fail():
     batch = settled("failed")
-    assert batch.reward.tolist() == [1, 0, 0.5, 0] and batch.masked is None
+    assert batch.reward.tolist() == [1, 0, 0.5, 0] and not batch.masked.any()
     assert batch.correct.tolist() == [1, 0, 0, 1]  # what was said stays on record

@@ -10,6 +10,7 @@ from policy_helpers import make_engine, plain_distribution, plain_model, process
 from rollout_engines import ENDS, LIMIT, engine_of
 
 from mssr.policy.loading import load_policy
+from mssr.policy.loss import CrossEntropy
 from mssr.rollout.base import noise_streams
 
 STREAMS = noise_streams(0, "train", 0, list(range(24)))
@@ -187,7 +188,7 @@ def test_weights_as_they_are_now(world, name, prompts):
     engine = engine_of(name, policy_engine.policy)
     before = engine.generate(list(prompts), list(range(6)), 1.0)
     for version in (1, 2):
-        policy_engine.imitate(random_batch(prompts, [5, 9, 3, 7, 1, 12]))
+        policy_engine.update(random_batch(prompts, [5, 9, 3, 7, 1, 12]), CrossEntropy())
         engine.release()
         engine.update_weights(policy_engine.policy, version)
         after = engine.generate(list(prompts), list(range(6)), 1.0)

@@ -15,6 +15,7 @@ from policy_helpers import make_engine, plain_inputs, random_batch
 from rollout_engines import ENDS, LIMIT, hf, vllm
 
 from mssr.policy.families import FAMILIES
+from mssr.policy.loss import CrossEntropy
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -69,6 +70,6 @@ def test_vllm_is_the_policy_after_every_sync(world, family):
         torch.testing.assert_close(sampled.logp, policy_engine.score(sampled), atol=1e-4, rtol=0)
         sampler.release()
         responses.append([batch.response(row).tolist() for row in range(6)])
-        policy_engine.imitate(random_batch(prompts, [5, 9, 3, 7, 1, 12]))
+        policy_engine.update(random_batch(prompts, [5, 9, 3, 7, 1, 12]), CrossEntropy())
     assert responses[0] != responses[1]
     assert (prompts[0].pixel_values is None) == (family not in VISION)

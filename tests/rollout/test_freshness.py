@@ -1,7 +1,5 @@
 """The log-prob gap finds weights that are not the trainer's: each link of the sync broken on purpose, with real vLLM."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from policy_helpers import ALONE, make_engine, model_dir, random_batch
@@ -10,11 +8,10 @@ from rollout_engines import vllm
 import mssr.policy.weights as weights
 import mssr.rollout.weight_sync as weight_sync
 from mssr.errors import UserError
-from mssr.rollout.gap import GapCheck
+from mssr.policy.loss import CrossEntropy
+from mssr.rollout.gap import measure_gap
 from mssr.training.skipping import SkippedSteps
-from mssr_kernels import PolicyLossConfig
 
-CONFIG = PolicyLossConfig()
 LIMIT = 1e-3  # nats; an exact sync is within 1e-5
 
 
@@ -27,14 +24,15 @@ class Step:
         self.sampler = vllm(model_dir(tied), **settings)
         self.sampler.update_weights(self.trainer.policy, 0)
         self.sampler.generate(self.prompts, list(range(6)), 1.0)  # vLLM has seen the images now
-        self.trainer.imitate(random_batch(self.prompts, [5, 9, 3, 7, 1, 12]))
+        self.trainer.update(random_batch(self.prompts, [5, 9, 3, 7, 1, 12]), CrossEntropy())
 
     def check_gap(self, step=2):
         batch = self.sampler.generate(self.prompts, list(range(6)), 1.0)
-        check, skipped = GapCheck(batch, LIMIT, ALONE), SkippedSteps(0, LIMIT)
-        stats = self.trainer.update(replace(batch, advantage=torch.ones(len(batch))), CONFIG, accept=check)
-        if reason := skipped.observe(check, [stats]):
-            skipped.refuse_to_go_on(step, check, reason)
+        accumulated, skipped = self.trainer.accumulate(batch, CrossEntropy()), SkippedSteps(0, LIMIT)
+        gap = measure_gap(accumulated.logp, batch.logp, batch.mask, ALONE)
+        stats = (self.trainer.step if gap.within(LIMIT) else self.trainer.discard)(accumulated)
+        if reason := skipped.observe(gap, [stats]):
+            skipped.refuse_to_go_on(step, gap, reason)
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])

@@ -6,10 +6,9 @@ import pytest
 import torch
 from policy_helpers import ALONE
 
-from mssr.batch import RolloutBatch
 from mssr.errors import UserError
 from mssr.policy.engine import UpdateStats
-from mssr.rollout.gap import GapCheck, LogpGap, measure_gap
+from mssr.rollout.gap import LogpGap, measure_gap
 from mssr.training.skipping import SkippedSteps
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
@@ -45,26 +44,23 @@ def test_over_all_ranks(ranks):
     assert ranks(measure) == [LogpGap(mean=0.75, p99=2.0, max=2.0)] * 2
 
 
-def checked(offset, world=ALONE):
-    """The check of rows whose trainer's log-probs are `offset` from the sampler's, at a limit of 0.5."""
-    rows = RolloutBatch((), tokens=torch.zeros(2, 3).long(), mask=MASK, logp=SAMPLER, truncated=torch.zeros(2).bool())
-    check = GapCheck(rows, 0.5, world)
-    assert check(SAMPLER + offset) == check.passed
-    return check
+def gap_of(offset):
+    """The gap of log-probs that are `offset` from the sampler's."""
+    return measure_gap(SAMPLER + offset, SAMPLER, MASK, ALONE)
 
 
-def test_a_large_gap_does_not_pass():
-    assert checked(0.5).passed and checked(-0.5).passed
+def test_a_large_gap_is_not_within_the_limit():
+    assert gap_of(0.5).within(0.5) and gap_of(-0.5).within(0.5)
     for offset in (0.51, math.nan, math.inf):
-        assert not checked(offset).passed
+        assert not gap_of(offset).within(0.5)
 
 
 def update(applied):
-    return UpdateStats({}, torch.zeros(1, 1), 1.0, 1e-3, applied=applied)
+    return UpdateStats({}, torch.zeros(1, 1), grad_norm=1.0, lr=1e-3, applied=applied)
 
 
 def test_steps_left_out_are_counted_and_too_many_in_a_row_end_the_run():
-    skipped, good, bad = SkippedSteps(2, max_gap=0.5), checked(0.0), checked(2.0)
+    skipped, good, bad = SkippedSteps(2, max_gap=0.5), gap_of(0.0), gap_of(2.0)
     for number in (1, 2):
         reason = skipped.observe(bad, [update(False)])
         assert "disagree by 2 nats" in reason and "rollout.max_gap 0.5" in reason and "\n" not in reason
@@ -83,6 +79,6 @@ def test_steps_left_out_are_counted_and_too_many_in_a_row_end_the_run():
 
 
 def test_broken_weights_end_the_run_at_once():
-    skipped, check = SkippedSteps(5, max_gap=0.5), checked(math.nan)
+    skipped, gap = SkippedSteps(5, max_gap=0.5), gap_of(math.nan)
     with pytest.raises(UserError, match="step 1: .* log-probs became NaN.*--resume.*weight sync"):
-        skipped.refuse_to_go_on(1, check, skipped.observe(check, [update(False)]))
+        skipped.refuse_to_go_on(1, gap, skipped.observe(gap, [update(False)]))

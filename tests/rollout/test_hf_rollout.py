@@ -18,6 +18,7 @@ from policy_helpers import (
 
 from mssr.config import RolloutConfig
 from mssr.policy.loading import load_policy
+from mssr.policy.loss import CrossEntropy
 from mssr.rollout.base import noise_streams
 from mssr.rollout.hf import HFRollout, end_token_ids
 
@@ -160,7 +161,7 @@ def test_weights_as_they_are_now(world, model_dir, prompts):
     sampler = rollout(engine.policy)
     before = sampler.generate(list(prompts), list(range(6)), 1.0)
     torch.testing.assert_close(engine.score(before)[before.mask], before.logp[before.mask], atol=0.2, rtol=0)
-    engine.imitate(random_batch(prompts, [5, 9, 3, 7, 1, 12]))
+    engine.update(random_batch(prompts, [5, 9, 3, 7, 1, 12]), CrossEntropy())
     sampler.update_weights(engine.policy, 1)
     after = sampler.generate(list(prompts), list(range(6)), 1.0)
     assert any(before.response(row).tolist() != after.response(row).tolist() for row in range(6))

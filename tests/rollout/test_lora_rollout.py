@@ -6,6 +6,7 @@ from rollout_engines import ENDS, LIMIT, hf
 
 from mssr.config import RolloutConfig
 from mssr.policy.export import save_model
+from mssr.policy.loss import CrossEntropy
 from mssr.rollout.base import collect
 from mssr.rollout.hf import HFRollout
 from mssr.rollout.vllm.adapter import pixels_as_given, without_chatter
@@ -38,7 +39,7 @@ def sample_from_shares(world, prompts):
     rollout = HFRollout(engine.policy, ENDS, processors()[0].pad_token_id, config, world.device)
     gaps = []
     for version in range(2):
-        engine.imitate(random_batch(prompts, [5, 9, 3, 7, 1, 12], seed=version))
+        engine.update(random_batch(prompts, [5, 9, 3, 7, 1, 12], seed=version), CrossEntropy())
         rollout.update_weights(engine.policy, version)
         gaps.append(largest_gap(engine, rollout.generate(prompts, STREAMS, 1.0)))
     return gaps
@@ -84,13 +85,13 @@ def sample(llm, policy, prompts):
 def test_vllm_reads_an_export_and_takes_the_merged_weights(world, prompts, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     engine = make_engine_with(options(lora=LORA))
-    engine.imitate(random_batch(prompts, [5, 9, 3, 7, 1, 12]))
+    engine.update(random_batch(prompts, [5, 9, 3, 7, 1, 12]), CrossEntropy())
     start = make_engine_with(options())
     llm = start_vllm(save_model(engine.policy, processors(), tmp_path / "model", world))
     batch = sample(llm, engine.policy, prompts)
     assert largest_gap(engine, batch) < NEAR < 100 * NEAR < largest_gap(start, batch)
 
-    engine.imitate(random_batch(prompts, [5, 9, 3, 7, 1, 12], seed=1))
+    engine.update(random_batch(prompts, [5, 9, 3, 7, 1, 12], seed=1), CrossEntropy())
     assert largest_gap(engine, sample(llm, engine.policy, prompts)) > 10 * NEAR
     sync_weights(llm, engine.policy, bucket_bytes=1 << 20)
     assert largest_gap(engine, sample(llm, engine.policy, prompts)) < NEAR

@@ -8,8 +8,10 @@ from policy_helpers import make_engine, model_dir
 from rollout_engines import vllm
 from two_ranks import Ranks
 
+from mssr.batch import UpdateBatch
 from mssr.config import AlgorithmConfig
 from mssr.config.resolve import policy_loss
+from mssr.policy.loss import PolicyGradient
 from mssr.rollout.base import noise_streams
 from mssr.rollout.gap import measure_gap
 
@@ -37,7 +39,10 @@ def gaps_of_training(world, prompts, path, zero_stage, tensor_parallel=1, steps=
         sampler.release()
         generator = torch.Generator().manual_seed(step)
         advantage = torch.randn(len(mine), generator=generator)
-        engine.update(batch.__class__(**{**vars(batch), "advantage": advantage, "old_logp": batch.logp}), loss)
+        update = UpdateBatch(
+            batch.prompts, batch.tokens, batch.mask, batch.mask, batch.logp, advantage, batch.logp, None
+        )
+        engine.update(update, PolicyGradient(loss))
     moved = (engine.score(first) - first.logp).abs()[first.mask].mean()
     return gaps, float(moved)
 

@@ -2,29 +2,40 @@
 
 import torch
 
-from mssr.batch import Prompt, RolloutBatch
+from mssr.batch import GradedRollouts, Prompt
 
 
-def batch(lengths, name, **more):
+def batch(lengths, name, reward=0):
     longest = max(lengths)
     rows = len(lengths)
     prompts = [Prompt(f"{name}{row}", row, "", "", None, torch.zeros(1), None, None, ()) for row in range(rows)]
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
     start = 100 * (name == "new")
     tokens = (start + torch.arange(rows * longest).view(rows, longest)) * mask
-    values = {name: torch.full((rows,), float(value)) for name, value in more.items()}
-    return RolloutBatch(tuple(prompts), tokens, mask, -tokens.float(), torch.zeros(rows, dtype=torch.bool), **values)
+    whole = torch.full((rows,), reward)
+    return GradedRollouts(
+        tuple(prompts),
+        tokens,
+        mask,
+        logp=-tokens.float(),
+        truncated=torch.zeros(rows, dtype=torch.bool),
+        weight_version=whole,
+        reward=whole.float(),
+        correct=whole.float(),
+        masked=torch.zeros(rows, dtype=torch.bool),
+        texts=tuple(f"{name} text {row}" for row in range(rows)),
+    )
 
 
 def test_rows_take_the_place_of_others_whatever_their_length():
-    old, new = batch([2, 3, 1], "old", reward=0, correct=0), batch([5, 1], "new", reward=1, correct=1)
+    old, new = batch([2, 3, 1], "old"), batch([5, 1], "new", reward=1)
     merged = old.with_rows([2, 0], new)
     assert merged.keys == ["new1", "old1", "new0"]
     assert merged.lengths.tolist() == [1, 3, 5]
     assert [merged.response(row).tolist() for row in range(3)] == [[105], [3, 4, 5], [100, 101, 102, 103, 104]]
     assert merged.reward.tolist() == [1, 0, 1]
     assert merged.logp.shape == merged.tokens.shape == merged.mask.shape == (3, 5)
-    assert merged.advantage is None
+    assert merged.texts == ("new text 1", "old text 1", "new text 0")
     assert old.lengths.tolist() == [2, 3, 1]
 
 

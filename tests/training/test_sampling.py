@@ -18,7 +18,7 @@ from mssr.data.sampler import PromptSampler
 from mssr.errors import BadRow, UserError
 from mssr.rollout.base import Response, collect, noise_streams
 from mssr.stopwatch import Stopwatch
-from mssr.training.rollout_phase import StepRollouts, refuse_other_weights
+from mssr.training.rollout_phase import RolloutPhase, refuse_other_weights
 from mssr.training.run import Run
 from mssr.training.shares import Shares
 from mssr.training.tracking import initialise_tracker
@@ -50,9 +50,9 @@ def single_process(monkeypatch):
 def test_a_sync_that_does_nothing_stops_the_step(material, single_process):
     with Run(load_config(material / "config.yaml")) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
-        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
+        rollouts = RolloutPhase(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
         clock = Stopwatch(run.world.device)
-        assert rollouts.take(0, clock).batch.weight_version.tolist() == [0] * 16
+        assert rollouts.take(0, clock).rollouts.weight_version.tolist() == [0] * 16
         rollouts._rollout.update_weights = lambda policy, version: None
         with pytest.raises(UserError, match="step 2: 16 responses were sampled from the weights of step 0, not 1"):
             rollouts.take(1, clock)
@@ -75,7 +75,7 @@ class Recorded:
 def test_no_two_responses_of_two_steps_share_their_noise(material, single_process, monkeypatch):
     with Run(load_config(material / "config.yaml")) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
-        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
+        rollouts = RolloutPhase(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
         recorded, clock = Recorded(monkeypatch, rollouts._rollout), Stopwatch(run.world.device)
         for step in (0, 1):
             rollouts.take(step, clock)
@@ -106,8 +106,8 @@ def test_the_responses_of_a_group_answer_one_prompt(material, single_process):
     groups = ["algorithm.name=grpo", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4"]
     with Run(load_config(material / "config.yaml", groups)) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
-        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
-        taken = rollouts.take(0, Stopwatch(run.world.device)).batch
+        rollouts = RolloutPhase(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
+        taken = rollouts.take(0, Stopwatch(run.world.device)).rollouts
     rows = PromptSampler(64, 4, run.config.seed).rows(0)
     assert [prompt.row for prompt in taken.prompts] == [row for row in rows for _ in range(4)]
 
@@ -153,7 +153,7 @@ def one_step_off(material, single_process, monkeypatch):
     config = load_config(material / "config.yaml", [*settings, "algorithm.old_logp=recompute", "train.steps=3"])
     with Run(config) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
-        yield StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker)), beside
+        yield RolloutPhase(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker)), beside
         beside.may_end.release()  # what a test left under way
 
 
@@ -164,7 +164,7 @@ def test_one_step_off_each_step_trains_while_the_next_one_is_sampled(one_step_of
         if step > 0:
             engine.may_end.release()  # only now: the last `take` returned while these responses were on their way
         taken.append(rollouts.take(step, clock))
-    assert [one.batch.weight_version.unique().tolist() for one in taken] == [[0], [0], [1]]
+    assert [one.rollouts.weight_version.unique().tolist() for one in taken] == [[0], [0], [1]]
     assert [one.metrics(step)["rollout/staleness"] for step, one in enumerate(taken)] == [0, 1, 1]
     assert engine.log == [
         ("sync", 0), ("generate", 0), ("end", 0),
@@ -173,7 +173,7 @@ def test_one_step_off_each_step_trains_while_the_next_one_is_sampled(one_step_of
     ]  # fmt: skip
     rows = [PromptSampler(64, 16, 0).rows(step) for step in range(3)]
     assert engine.asked == [(rows[step], noise_streams(0, "train", step, list(range(16)))) for step in range(3)]
-    assert [[prompt.row for prompt in one.batch.prompts] for one in taken] == rows
+    assert [[prompt.row for prompt in one.rollouts.prompts] for one in taken] == rows
 
 
 def test_one_step_off_others_who_sample_wait_for_the_responses_on_their_way(one_step_off):
@@ -213,10 +213,10 @@ def test_a_step_finds_its_prompts_prepared(material, single_process, monkeypatch
     encodings, before = Encodings(monkeypatch), set(threading.enumerate())
     with Run(load_config(material / "config.yaml", ["train.steps=5"])) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
-        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
+        rollouts = RolloutPhase(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
         steps = [PromptSampler(64, 16, run.config.seed).rows(step) for step in range(5)]
         for step, rows in enumerate(steps):
-            prompts = rollouts.take(step, Stopwatch(run.world.device)).batch.prompts
+            prompts = rollouts.take(step, Stopwatch(run.world.device)).rollouts.prompts
             assert [prompt.row for prompt in prompts] == rows
             if step + 1 < len(steps):
                 encodings.wait_for(steps[step + 1])  # beside this step
@@ -240,7 +240,7 @@ def test_dynamic_sampling_prepares_the_next_step_again_after_a_refill(material, 
     config = load_config(material / "config.yaml", [*groups, "algorithm.dynamic_sampling=1", "reward.format_weight=0"])
     with Run(config) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
-        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
+        rollouts = RolloutPhase(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
         taken = rollouts.take(0, Stopwatch(run.world.device))
     sampler = PromptSampler(64, 4, run.config.seed)
     first, second = ([row for row in sampler.rows(step) for _ in range(4)] for step in (0, 1))
@@ -254,10 +254,10 @@ def test_a_row_that_breaks_stops_the_step_that_needs_it(material, single_process
     write_digits(tmp_path, seed=0, train=64, val=32, test=1, format="jsonl")
     with Run(load_config(material / "config.yaml", [f"data.train={tmp_path / 'train.jsonl'}"])) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
-        rollouts = StepRollouts(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
+        rollouts = RolloutPhase(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))
         clock = Stopwatch(run.world.device)
         row = PromptSampler(64, 16, run.config.seed).rows(1)[3]
         Path(open_rows(str(tmp_path / "train.jsonl"))[row]["images"][0]).unlink()
-        assert len(rollouts.take(0, clock).batch) == 16
+        assert len(rollouts.take(0, clock).rollouts) == 16
         with pytest.raises(BadRow, match=rf"train.jsonl, row {row}: image 1 of 1 .* No such file or directory"):
             rollouts.take(1, clock)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from mssr.batch import Prompt, RolloutBatch
+from mssr.batch import Prompt, Rollouts
 from mssr.config import RolloutConfig
 from mssr.distributed import World
 from mssr.errors import UserError
@@ -83,7 +83,7 @@ class ServerRollout:
         *,
         expected_tokens: list[float] | None = None,
         on_response: OnResponse | None = None,
-    ) -> RolloutBatch:
+    ) -> Rollouts:
         """Raises:
         UserError: no server is left, or one refuses a request.
         """

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from mssr.batch import Prompt, RolloutBatch
+from mssr.batch import Prompt, Rollouts
 from mssr.config import Config
 from mssr.distributed import World
 from mssr.errors import UserError
@@ -76,7 +76,7 @@ class VLLMRollout:
         *,
         expected_tokens: list[float] | None = None,
         on_response: OnResponse | None = None,
-    ) -> RolloutBatch:
+    ) -> Rollouts:
         if self._weight_version is None or self._asleep:
             raise RuntimeError("generate: the engine has no weights; call update_weights first")
         order = longest_first(expected_tokens, len(prompts))

@@ -1,0 +1,144 @@
+"""What a run keeps beside the algorithm: checkpoints, metrics, costs, skipped steps, signals."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import Any
+
+from mssr.batch import GradedRollouts, UpdateBatch
+from mssr.errors import Interrupted
+from mssr.observe.metrics import Metric
+from mssr.observe.progress import TrainProgress
+from mssr.observe.rollouts import save_rollouts
+from mssr.policy.engine import PolicyEngine, UpdateStats
+from mssr.rollout.gap import LogpGap
+from mssr.stopwatch import Stopwatch
+from mssr.training.checkpoint import Checkpoints
+from mssr.training.costs import Costs
+from mssr.training.interruption import Interruptions
+from mssr.training.rollout_phase import StepRollouts
+from mssr.training.run import Run
+from mssr.training.skipping import SkippedSteps
+
+
+class Bookkeeping:
+    """One per run. Call every method on all ranks.
+
+    saved: the newest checkpoint's state, which `start` restores; None for a new run.
+    costs: what the run has spent.
+    """
+
+    def __init__(self, run: Run, *, resume: bool) -> None:
+        self._run, self._config, self._resume = run, run.config, resume
+        self._open = ExitStack()
+        self._interruptions = self._open.enter_context(Interruptions(run.world))
+        checkpoints = Checkpoints(run.config.run_dir, run.world, run.config.train)
+        self._checkpoints = self._open.enter_context(closing(checkpoints))
+        self.saved = self._checkpoints.newest_state(resume=resume)
+        self.costs = Costs()
+        self._skipped = SkippedSteps(run.config.train.max_skipped_steps, run.config.rollout.max_gap)
+        self._left_out: str | None = None
+
+    def start(self, engine: PolicyEngine, parts: dict[str, Any]) -> int:
+        """Restore the checkpoint, if there is one, and open the records. Returns the number of steps done.
+
+        parts: what a resumed run needs besides the engine, each with state_dict and load_state_dict.
+        """
+        self._engine = engine
+        self._parts = parts | {"skipped": self._skipped, "costs": self.costs}
+        saved = self.saved
+        if saved:
+            self._run.refuse_other_data(saved)
+            self._checkpoints.load_engine(saved, engine)
+            for name, part in self._parts.items():
+                part.load_state_dict(saved[name])
+        self._run.open_records(resume_at=saved["metrics_position"] if saved else 0 if self._resume else None)
+        self._first_step = saved["step"] if saved else 0
+        self.saved = None  # it holds a copy of the tracker
+        return self._first_step
+
+    def record_start(self, metrics: dict[str, Metric]) -> None:
+        """Record step 0 of a new run: validation before training, and what the tracker's start cost."""
+        self._run.record(0, metrics | self.costs.metrics())
+        self.costs.refuse_no_step(self._config.train.budget)
+        self._save_and_end_if_asked(0)
+
+    @contextmanager
+    def progress(self) -> Iterator[Iterator[int]]:
+        """Show the live display; yields the steps to take, until the last one or the end of the budget."""
+        config = self._config
+        enabled = self._run.world.is_main
+        with TrainProgress(str(config.run_dir), config.train.steps, self._first_step, enabled=enabled) as display:
+            self._display = display
+            yield (step for step in range(self._first_step, config.train.steps) if not self._budget_spent)
+
+    def count(
+        self, done: int, gap: LogpGap, updates: list[UpdateStats], sampled: StepRollouts, clock: Stopwatch
+    ) -> dict[str, float]:
+        """Count the step's costs and the updates that were left out; returns their metrics."""
+        self._left_out = self._skipped.observe(gap, updates)
+        self.costs.spend(
+            self._run.world,
+            updates=len(updates),
+            rollouts=sampled.responses,
+            tokens=sampled.tokens,
+            seconds=clock.total,
+        )
+        if self._left_out:
+            self._display.note(f"step {done}: {self._left_out}")
+        return self._skipped.metrics() | self.costs.metrics()
+
+    def validates(self, done: int) -> bool:
+        return done % self._config.eval.every == 0 or self._is_last(done)
+
+    def end_step(
+        self,
+        done: int,
+        metrics: dict[str, Metric],
+        gap: LogpGap,
+        rollouts: GradedRollouts,
+        baseline,
+        batch: UpdateBatch,
+    ) -> None:
+        """Record the step, save what is due.
+
+        Raises:
+            Diverged: the run cannot go on.
+            Interrupted: a signal asked for the end; the step is saved.
+        """
+        config = self._config
+        self._run.record(done, metrics)
+        self._display.update(done, metrics)
+        if self._left_out:
+            self._checkpoints.settle(wait=True)
+            self._skipped.refuse_to_go_on(done, gap, self._left_out)
+        if done % config.log.rollouts_every == 0 and self._run.world.is_main:
+            save_rollouts(config.run_dir, done, rollouts, baseline, batch.advantage, config.log.rollouts_saved)
+        accuracy = metrics.get("val/accuracy")
+        is_best = config.train.keep_best and accuracy is not None and self._checkpoints.is_best(accuracy)
+        last = self._is_last(done)
+        due = self._checkpoints.due(done) or is_best or last
+        self._save_and_end_if_asked(done, due=due, best=accuracy if is_best else None, last=last)
+
+    @property
+    def _budget_spent(self) -> bool:
+        return self.costs.reach(self._config.train.budget)
+
+    def _is_last(self, done: int) -> bool:
+        return done == self._config.train.steps or self._budget_spent
+
+    def _save_and_end_if_asked(
+        self, done: int, *, due: bool = False, best: float | None = None, last: bool = False
+    ) -> None:
+        signal = self._interruptions.asked()
+        if due or signal:
+            state = {name: part.state_dict() for name, part in self._parts.items()} | self._run.state_dict()
+            self._checkpoints.save(done, self._engine, state, best=best)
+        self._checkpoints.settle(wait=last or signal > 0)
+        if signal:
+            raise Interrupted(signal, f"saved step {done}; go on with --resume")
+
+    def __enter__(self) -> "Bookkeeping":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._open.__exit__(*error)
