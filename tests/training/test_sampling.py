@@ -91,9 +91,8 @@ def test_first_rollouts_are_drawn_apart_and_judged_like_others(material, single_
         rollout.update_weights(engine.policy, 0)
         recorded, judge = Recorded(monkeypatch, rollout), run.judge
 
-        def judged(batch):
-            batch, texts = judge(batch)
-            return replace(batch, reward=torch.ones(len(batch))), texts
+        def judged(rollouts):
+            return replace(judge(rollouts), reward=torch.ones(len(rollouts)))
 
         monkeypatch.setattr(run, "judge", judged)
         assert initialise_tracker(tracker, run, rollout) == (128, 128)
