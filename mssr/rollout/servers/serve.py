@@ -10,20 +10,12 @@ from pathlib import Path
 from mssr.config import Config
 from mssr.config.resolve import dtype_name, why_no_vllm
 from mssr.errors import UserError
-from mssr.rollout.servers.main import GLOO_TRANSFER
-from mssr.rollout.vllm.adapter import (
-    ENVIRONMENT,
-    require_server_vllm,
-    server_flags,
-)
+from mssr.rollout.vllm.adapter import ENVIRONMENT, require_server_vllm, server_flags, transfer_backend
 from mssr.versions import is_cpu_build, vllm_version
 
-_SERVER = [
-    "-W",
-    "ignore::DeprecationWarning",
-    "-m",
-    "mssr.rollout.servers.main",
-]  # it uses vLLM's older entry, which says so
+# Not the `vllm` command: it looks for a distribution of that name, and the CPU build has another. vLLM calls this entry
+# deprecated.
+_SERVER = ["-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"]
 
 
 def serve(config: Config, host: str, port: int) -> None:
@@ -60,7 +52,7 @@ def arguments(config: Config, host: str, port: int) -> list[str]:
         "generation-config": "vllm",  # the model's own would change the distribution
         "limit-mm-per-prompt": json.dumps({"video": 0}),
         "mm-processor-cache-gb": 0,  # pixels come ready-made
-        "weight-transfer-config": json.dumps({"backend": GLOO_TRANSFER if cpu else "nccl"}),
+        "weight-transfer-config": json.dumps({"backend": transfer_backend()}),
         # Servers of one run must not draw the same noise: vLLM's own default is 0 for all.
         "seed": secrets.randbits(31),
         "uvicorn-log-level": "warning",

@@ -77,13 +77,11 @@ class WeightTransfer:
         self._source = PolicySource(policy, self._bucket_bytes)
         self._engine = WeightTransferTrainerFactory.trainer_init(
             trainer_init_info(
-                on_gpu=self._world.device.type == "cuda",
                 rank=self._world.rank,
                 address=_address_seen_by(list(servers)),
                 port=free_port(),
                 size=1 + sum(servers.values()),
                 buffer_bytes=max(self._bucket_bytes, self._source.largest_bytes),
-                timeout_s=self._timeout_s,
             ),
             client=self._client,
             source=self._source,

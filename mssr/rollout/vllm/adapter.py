@@ -10,10 +10,11 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 
 from mssr.config.resolve import why_no_vllm
 from mssr.errors import UserError
-from mssr.versions import TESTED, release, vllm_version
+from mssr.versions import TESTED, is_cpu_build, release, vllm_version
 
 ENVIRONMENT = {
     # The engine lives in the trainer's process: it reads the trainer's parameters as they are.
@@ -59,14 +60,17 @@ def pixels_as_given() -> dict[str, bool]:
     return {"mm_device_do_normalize": False} if "mm_device_do_normalize" in known else {}
 
 
-# Servers: vLLM in processes of its own, whose HTTP interface and weight transfer took their shape later.
+# Servers: vLLM in processes of its own, whose HTTP interface and weight transfer took their present form in 0.28.
 
 SERVERS_FIRST = (0, 28)
+CPU_TRANSFER = "mssr_gloo"  # vLLM transfers weights between GPUs only; for a CPU, our tests bring a plugin of this name
 
 
 def require_server_vllm(device: str) -> None:
-    """Raises:
-    UserError: as `require_vllm`, or a version whose weight transfer has another interface.
+    """Check that vLLM can serve for this device and take weights from a trainer; see also `require_vllm`.
+
+    Raises:
+        UserError: it cannot; says why and what to do.
     """
     require_vllm(device)
     version = vllm_version()
@@ -75,35 +79,38 @@ def require_server_vllm(device: str) -> None:
             f"rollout.engine servers: vLLM {version} transfers weights in another way; take 0.28 or newer: "
             f"pip install vllm=={TESTED['vllm']}"
         )
+    if transfer_backend() == CPU_TRANSFER and CPU_TRANSFER not in entry_points(group="vllm.general_plugins").names:
+        raise UserError(
+            "rollout.engine servers needs a GPU: vLLM transfers no weights between CPUs; set rollout.engine=vllm"
+        )
+
+
+def transfer_backend() -> str:
+    """Return vLLM's name of the weight transfer to servers."""
+    return CPU_TRANSFER if is_cpu_build(vllm_version()) else "nccl"
 
 
 def server_flags() -> list[str]:
-    """Arguments of the server that not all versions have. Does not import vLLM."""
+    """Return arguments of the server that not all versions have. Does not import vLLM."""
     flags = ["--no-mm-device-do-normalize"]  # see `pixels_as_given`
     if release(vllm_version()) >= (0, 30):
-        flags.append("--enable-scale-out")  # the tokens-in, tokens-out interface; there without a word before
+        flags.append("--enable-scale-out")  # the tokens-in, tokens-out interface; always on before 0.30
     return flags
 
 
-def trainer_init_info(
-    *, on_gpu: bool, rank: int, address: str, port: int, size: int, buffer_bytes: int, timeout_s: float
-):
-    """Settings of the trainer's side of the weight transfer, vLLM's NCCL or our gloo."""
-    if on_gpu:
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+def trainer_init_info(*, rank: int, address: str, port: int, size: int, buffer_bytes: int):
+    """Return the settings of the trainer's side of the weight transfer."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    from vllm.plugins import load_general_plugins
 
-        return NCCLTrainerInitInfo(
-            rank=rank,
-            master_address=address,
-            master_port=port,
-            world_size=size,
-            packed=True,
-            packed_buffer_size_bytes=buffer_bytes,
-        )
-    from mssr.rollout.servers.gloo_transfer import GlooSenderInfo
-    from mssr.rollout.servers.main import register
-
-    register()
-    return GlooSenderInfo(
-        rank=rank, address=address, port=port, size=size, buffer_bytes=buffer_bytes, timeout_s=timeout_s
+    load_general_plugins()  # one may bring the backend, as in vLLM's own processes
+    info = NCCLTrainerInitInfo(
+        rank=rank,
+        master_address=address,
+        master_port=port,
+        world_size=size,
+        packed=True,
+        packed_buffer_size_bytes=buffer_bytes,
     )
+    info.backend = transfer_backend()
+    return info
