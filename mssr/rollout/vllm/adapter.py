@@ -1,15 +1,12 @@
-"""Everything of vLLM that changed between the versions we support: 0.26 to 0.32, and the CPU build of 0.32.
+"""What differs between the supported versions of vLLM: 0.26 to 0.32, and the CPU build of 0.32.
 
-The rest of the trainer knows vLLM through these functions and the calls that have been the same in all of them
-(`LLM`, `LLMEngine.add_request` and `step`, `collective_rpc("reload_weights")`, the three cache resets, sleep mode).
+The rest of the trainer uses these functions, and calls that are the same in all versions (`LLM`,
+`LLMEngine.add_request` and `step`, `collective_rpc`, `reload_weights`, the three cache resets, sleep mode).
 """
 
 import dataclasses
 import logging
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import entry_points
 
 from mssr.config.resolve import why_no_vllm
@@ -17,11 +14,11 @@ from mssr.errors import UserError
 from mssr.versions import TESTED, is_cpu_build, release, vllm_version
 
 ENVIRONMENT = {
-    # The engine lives in the trainer's process: it reads the trainer's parameters as they are.
+    # Run the engine in the trainer's process, where it can read the trainer's parameters.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Messages of vLLM that a user could act on are errors; the rest is a hundred lines.
+    # What a user can act on is logged as an error; the rest is a hundred lines.
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # On a CPU: a rank keeps to OMP_NUM_THREADS (vLLM would pin its threads to cores that other ranks use).
+    # On a CPU, follow OMP_NUM_THREADS: vLLM would pin its threads to cores that other ranks use.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_NO_USAGE_STATS": "1",
@@ -32,27 +29,19 @@ def require_vllm(device: str) -> None:
     """Check that vLLM can sample for this device, and set the environment that vLLM reads when it is imported.
 
     Raises:
-        UserError: it cannot, see `why_no_vllm`.
+        UserError: it cannot; `why_no_vllm` has the reasons.
     """
     if why := why_no_vllm(device):
         raise UserError(f"rollout.engine: {why}, or set rollout.engine=hf")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it has read its level
-
-
-@contextmanager
-def without_chatter() -> Iterator[None]:
-    """Around vLLM's import and start: warnings about its own code and about what a CPU lacks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # for messages before vLLM reads VLLM_LOGGING_LEVEL
 
 
 def pixels_as_given() -> dict[str, bool]:
-    """Engine arguments under which vLLM takes our `pixel_values` for what they are.
+    """Return the engine arguments with which vLLM uses our `pixel_values` unchanged.
 
-    From 0.28 it normalises images on the device, by default, and would do so again with ours, which are normalised.
+    Since 0.28 it normalises images on the device by default, and ours are normalised already.
     """
     from vllm.engine.arg_utils import EngineArgs
 
