@@ -1,6 +1,7 @@
 # make demo       fresh machine -> environment, tiny Qwen2.5-VL, RL on real handwritten digits, a plot
 # make test       the same environment -> the tests; JOBS=4 takes more cores, ARGS goes to pytest
 # make test-all   the same environment -> all tests, slow ones included
+# make lint       style, and which package may import which (both in pyproject.toml)
 # make venv       the environment alone; VLLM=--cuda on a login node without a GPU
 # make gpu        the same environment, on a GPU -> what only runs there: tests, speed and memory of kernels and updates, the weight sync
 PYTHON ?= python3
@@ -42,7 +43,9 @@ gpu: venv
 	TRITON_INTERPRET=0 $(BIN)/python -m bench.gpu
 
 lint: venv
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -24,7 +24,7 @@ EXTRAS = {
     "trl": [requirement("trl")],
     "bench": [requirement(package) for package in ("liger-kernel", "cut-cross-entropy", "trl")],
     "dev": [
-        "import-linter>=2",
+        "import-linter>=2.13",
         "scikit-learn>=1.6",  # the demo's handwritten digits
         "pytest>=8.1",
         "pytest-random-order>=1.1",

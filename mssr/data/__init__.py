@@ -1,1 +1,1 @@
-"""Data: rows of any source, rows to prompts, prompts to steps."""
+"""Reads rows from files or the hub, turns rows into prompts, and chooses the prompts of each step."""

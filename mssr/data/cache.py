@@ -13,7 +13,7 @@ from mssr.data.pixels import PixelTable
 
 @dataclass(frozen=True, eq=False)
 class _Kept:
-    """A prompt; packed: its pixels, which it then lacks itself. nbytes: of both."""
+    """A prompt in the cache. packed: its pixels, which are then left out of the prompt. nbytes: size of both together."""
 
     prompt: Prompt
     packed: Tensor | None
@@ -21,7 +21,7 @@ class _Kept:
 
 
 class PromptCache:
-    """At most `capacity` bytes of prompts by row. The least recently used leave first, the reserved ones never.
+    """Keeps at most `capacity` bytes of prompts, by row. Evicts the least recently used first, reserved ones never.
 
     Safe to use from several threads.
     """
@@ -31,12 +31,8 @@ class PromptCache:
         self._pixels = pixels
         self._kept: OrderedDict[int, _Kept] = OrderedDict()
         self._reserved: frozenset[int] = frozenset()
-        self._nbytes = 0
+        self.nbytes = 0
         self._lock = Lock()
-
-    @property
-    def nbytes(self) -> int:
-        return self._nbytes
 
     def __contains__(self, row: int) -> bool:
         with self._lock:
@@ -48,17 +44,17 @@ class PromptCache:
             if kept is None:
                 return None
             self._kept.move_to_end(row)
-        return (
-            kept.prompt if kept.packed is None else replace(kept.prompt, pixel_values=self._pixels.unpack(kept.packed))
-        )
+        if kept.packed is None:
+            return kept.prompt
+        return replace(kept.prompt, pixel_values=self._pixels.unpack(kept.packed))
 
     def put(self, row: int, prompt: Prompt) -> None:
-        """Keeps the prompt, unless there is no room for it beside the reserved ones."""
+        """Keep the prompt, unless there is no room for it beside the reserved ones."""
         kept = self._pack(prompt)
         with self._lock:
             if row in self._kept:
                 return
-            leaving, room = [], self.capacity - self._nbytes
+            leaving, room = [], self.capacity - self.nbytes
             for other, theirs in self._kept.items():
                 if room >= kept.nbytes:
                     break
@@ -70,10 +66,10 @@ class PromptCache:
             for other in leaving:
                 del self._kept[other]
             self._kept[row] = kept
-            self._nbytes = self.capacity - room + kept.nbytes
+            self.nbytes = self.capacity - room + kept.nbytes
 
     def reserve(self, rows: Iterable[int]) -> None:
-        """From now on these rows stay, once they are in; the ones reserved before may leave."""
+        """Exempt these rows from eviction once they are in the cache; rows reserved before may be evicted again."""
         with self._lock:
             self._reserved = frozenset(rows)
 

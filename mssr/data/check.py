@@ -1,28 +1,36 @@
-"""Every row of a source read and checked before a run starts, each by one rank, the results shared."""
+"""Checks every row of a source before a run starts. The ranks share the work and exchange the results."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
+from mssr.data.files import Row
 from mssr.data.prefetch import worker_count
 from mssr.data.prompts import PromptEncoder
 from mssr.distributed import World
 from mssr.errors import BadRow, UserError
 
-Row = dict[str, Any]
 Checked = tuple[str, str] | BadRow  # key and answer, or what is wrong
 
 
 def check_rows(rows: Sequence[Row], encoder: PromptEncoder, source: str, world: World | None = None) -> list[Checked]:
-    """What is in each row, in order; the same list on every rank.
+    """Return what is in each row, in order; the same list on every rank.
 
-    world: the ranks that check `source` together, each every size-th row; None: this process checks them all.
+    world: the ranks that check `source` together, each every size-th row; None: this process checks all rows.
 
     Raises:
         UserError: the ranks do not see the same number of rows.
     """
+
+    def check(row: int) -> tuple[str, str] | str:
+        """Return key and answer, or the reason why the row cannot be used. Keeps no images."""
+        try:
+            problem = encoder.read(rows[row], row, source)
+            encoder.check(problem, source)
+        except BadRow as bad:
+            return bad.reason
+        return problem.key, problem.answer.strip()
+
     rank, size = (world.rank, world.size) if world else (0, 1)
-    check = _Check(rows, encoder, source)
     mine = range(rank, len(rows), size)
     found = [check(row) for row in mine[:1]]  # alone: on its first call a tokenizer changes its state
     with ThreadPoolExecutor(worker_count()) as threads:
@@ -35,18 +43,3 @@ def check_rows(rows: Sequence[Row], encoder: PromptEncoder, source: str, world: 
             )
     checked = [shares[row % size][1][row // size] for row in range(len(rows))]
     return [BadRow(row, source, item) if isinstance(item, str) else item for row, item in enumerate(checked)]
-
-
-class _Check:
-    """Row -> key and answer, or the reason why it cannot be used. Its images are gone when it returns."""
-
-    def __init__(self, rows: Sequence[Row], encoder: PromptEncoder, source: str) -> None:
-        self._rows, self._encoder, self._source = rows, encoder, source
-
-    def __call__(self, row: int) -> tuple[str, str] | str:
-        try:
-            problem = self._encoder.read(self._rows[row], row, self._source)
-            self._encoder.check(problem, self._source)
-        except BadRow as bad:
-            return bad.reason
-        return problem.key, problem.answer.strip()

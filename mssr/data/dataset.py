@@ -1,8 +1,8 @@
-"""Problems of one source, every row checked before the run starts."""
+"""The problems of one source, whose rows are all checked before the run starts."""
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from mssr.batch import Prompt
 from mssr.config import DataConfig
@@ -21,32 +21,24 @@ SHOWN = 5  # bad rows named in an error
 class ProblemDataset:
     """`dataset[i]` is the Prompt of usable row i; `prompt.row` is its index in the source, skipped rows counted.
 
-    source: the path or name in messages.
-    keys: [len] content hash of each problem, in the order of the rows: what the value tracker is keyed by.
+    keys: [len] content hash of each problem, in the order of the rows; the value tracker's keys.
     bad_rows: rows left out under `data.on_bad_row: skip`.
-    fingerprint: sha256 over keys and answers in order; equal for equal problems wherever they are stored.
+    fingerprint: sha256 over keys and answers in order; the same for the same problems, wherever they are stored.
     """
 
-    def __init__(
-        self,
-        path: str,
-        encoder: PromptEncoder,
-        config: DataConfig,
-        source_name: str | None = None,
-        world: World | None = None,
-    ) -> None:
+    def __init__(self, path: str, encoder: PromptEncoder, config: DataConfig, world: World | None = None) -> None:
         """world: the ranks that open this source together and share the checking; None: this process alone."""
-        self.source = source_name or str(path)
+        self.source = path
         self.keys: list[str] = []
         self.bad_rows: list[BadRow] = []
         self._encoder = encoder
-        self._rows = open_rows(str(path))
+        self._rows = open_rows(path)
         self._usable: list[int] = []
         if not len(self._rows):
             raise UserError(f"{self.source}: has no rows")
         self.fingerprint = self._sort_out(check_rows(self._rows, encoder, self.source, world))
         if self.bad_rows and config.on_bad_row == "fail":
-            raise UserError(self._describe_bad_rows("cannot be used") + "; mend them or set data.on_bad_row: skip")
+            raise UserError(self._describe_bad_rows("cannot be used") + "; fix them or set data.on_bad_row: skip")
         if not self._usable:
             raise UserError(self._describe_bad_rows("cannot be used") + "; no usable row is left")
         if self.bad_rows and (world is None or world.is_main):
@@ -60,30 +52,27 @@ class ProblemDataset:
     def __getitem__(self, index: int) -> Prompt:
         return self._loader.get(self._usable[index])
 
-    def __iter__(self) -> Iterator[Prompt]:
-        return (self[index] for index in range(len(self)))
-
     def load(self, indices: Iterable[int]) -> list[Prompt]:
-        """`[dataset[i] for i in indices]`, prepared side by side.
+        """Return `[dataset[i] for i in indices]`, prepared in parallel.
 
         Raises:
-            BadRow: a row was good when the run started and is no more.
+            BadRow: a row was usable when the run started and no longer is.
         """
         return self._loader.load([self._usable[index] for index in indices])
 
     def begin(self, indices: Iterable[int]) -> None:
-        """Starts to prepare what the next `load` will ask for; returns at once. Errors wait for that `load`."""
+        """Start to prepare what the next `load` will ask for, and return at once. That `load` raises the errors."""
         self._loader.begin([self._usable[index] for index in indices])
 
     def close(self) -> None:
-        """Ends the threads that prepare prompts."""
+        """Stop the threads that prepare prompts."""
         self._loader.close()
 
     def _encode(self, row: int) -> Prompt:
         return self._encoder.encode(self._rows[row], row, self.source)
 
     def _sort_out(self, checked: list[Checked]) -> str:
-        """Fills `_usable`, `keys` and `bad_rows`; returns the fingerprint."""
+        """Fill `_usable`, `keys` and `bad_rows`, and return the fingerprint."""
         fingerprint = hashlib.sha256()
         seen: dict[str, tuple[int, str]] = {}  # key -> first row that has it, its answer
         for row, found in enumerate(checked):

@@ -1,4 +1,4 @@
-"""Where rows come from: parquet or JSON lines files, directories of them, or the Hugging Face hub.
+"""Reads rows from parquet or JSON lines files, directories of them, or the Hugging Face hub.
 
 Whatever the source, a row is a dict of the EasyR1 columns `images`, `problem`, `answer`, `solution`.
 """
@@ -18,7 +18,7 @@ from mssr.errors import UserError
 COLUMNS = ("images", "problem", "answer", "solution")
 REQUIRED = ("problem", "answer")
 ALIASES = {"image": "images", "question": "problem"}  # MMK12
-SUFFIXES = (".parquet", ".jsonl", ".json")  # a directory's rows are in its files of the first of these that it has
+SUFFIXES = (".parquet", ".jsonl", ".json")  # of a directory, files with the first of these that occurs are read
 SPLITS = ("train", "val", "test")  # how a split's files, or folders, begin; "val" also finds validation.parquet
 ROWS_AT_ONCE = 256  # of a parquet file; images of a large row group do not fit one Arrow array
 
@@ -26,7 +26,7 @@ Row = dict[str, Any]
 
 
 class Table(Sequence[Row]):
-    """Rows of an Arrow table or a `datasets.Dataset` in Arrow format: one at a time, images left encoded."""
+    """Rows of an Arrow table or a `datasets.Dataset` in Arrow format, read one at a time; images stay encoded."""
 
     def __init__(self, table: Any) -> None:
         self.table = table
@@ -40,7 +40,7 @@ class Table(Sequence[Row]):
 
 
 class Rows(Sequence[Row]):
-    """The rows of several files as one sequence, columns under our names, image paths made absolute."""
+    """The rows of several files as one sequence, with our column names and absolute image paths."""
 
     def __init__(self, parts: list[tuple[Path | None, Sequence[Row]]]) -> None:
         self.parts = parts  # (folder that relative image paths start from, rows)
@@ -60,10 +60,10 @@ class Rows(Sequence[Row]):
 
 
 def open_rows(path: str) -> Rows:
-    """The rows of a file, a directory, or a hub name; `directory:split` or `name:split` selects a split.
+    """Return the rows of a file, a directory, or a hub name; `directory:split` or `name:split` selects a split.
 
     Raises:
-        UserError: nothing there, not readable, or a required column is missing.
+        UserError: nothing is there, it is not readable, or a required column is missing.
     """
     place, split = Path(path).expanduser(), None
     if not place.exists() and ":" in path:
@@ -80,7 +80,7 @@ def open_rows(path: str) -> Rows:
 
 
 def _snapshot(folder: Path) -> Path:
-    """Of a dataset's folder in the hub's cache, which may hold several versions, the one that is checked out."""
+    """Return the version that is checked out, if this is a dataset's folder in the hub's cache; else the folder."""
     main = folder / "refs" / "main"
     return folder / "snapshots" / main.read_text().strip() if main.is_file() else folder
 
@@ -100,7 +100,7 @@ def _files(folder: Path, split: str | None) -> list[Path]:
 
 
 def _is_of(file: Path, folder: Path, split: str) -> bool:
-    """Whether the file belongs to the split: by its own name, or by that of the innermost folder that names one."""
+    """Whether the file belongs to the split, by its own name or that of the innermost folder that names a split."""
     for part in reversed(file.relative_to(folder).parts):
         if part.startswith(split):
             return True
@@ -130,7 +130,7 @@ def _read_parquet(file: Path, columns: list[str]) -> pyarrow.Table:
 
 
 def _read_json(file: Path) -> list[Row]:
-    """A JSON array of rows, or one row a line."""
+    """Read a JSON array of rows, or one row per line."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Images as they come in rows: to the bytes of a file, and to RGB."""
+"""Reads the images of a row as the bytes of their files, and decodes those to RGB."""
 
 import io
 import warnings
@@ -7,17 +7,15 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# `decode_image` refuses them itself: warnings.catch_warnings is not for the threads that it runs in.
+# `decode_image` refuses such images itself; warnings.catch_warnings is not safe in the threads that it runs in.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def image_bytes(image: Any) -> bytes:
-    """The encoded file of an image given as bytes, `{"bytes", "path"}`, path or PIL image.
-
-    A PIL image that no longer has its file is encoded as PNG, so that the same pixels always give the same bytes.
+    """Return the encoded file of an image that is given as bytes, `{"bytes", "path"}` or a path.
 
     Raises:
-        ValueError: none of these. OSError: the file cannot be read.
+        ValueError: it is none of these. OSError: the file cannot be read.
     """
     match image:
         case bytes():
@@ -26,22 +24,16 @@ def image_bytes(image: Any) -> bytes:
             return data
         case {"path": str(path)} | (str() as path):
             return Path(path).read_bytes()
-        case Path():
-            return image.read_bytes()
-        case Image.Image():
-            buffer = io.BytesIO()
-            image.save(buffer, format="PNG")
-            return buffer.getvalue()
         case {}:
             raise ValueError("has neither bytes nor a path")
-    raise ValueError(f"is a {type(image).__name__}, expected bytes, a path, or a PIL image")
+    raise ValueError(f"is a {type(image).__name__}, expected bytes or a path")
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Fully decoded, upright, RGB; transparency becomes white, as in a browser (black would hide black lines).
+    """Return the image upright and in RGB. Transparent becomes white, as in a browser: black would hide black lines.
 
     Raises:
-        ValueError: not an image, cut short, or unreasonably large.
+        ValueError: it is no image, incomplete, or unreasonably large.
     """
     try:
         image = Image.open(io.BytesIO(data))

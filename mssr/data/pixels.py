@@ -1,8 +1,8 @@
-"""Preprocessed pixels in an eighth of their bytes, back exactly as they were.
+"""Packs preprocessed pixels into an eighth of their bytes, without loss.
 
 An image processor resizes to 8-bit pictures and only then scales and normalises. So each channel of its float32 output
-holds at most 256 different numbers, and each image stands in it once for every frame of a temporal patch. Kept is the
-8-bit picture; the processor's own output for the 256 values turns it back.
+has at most 256 different values, and each image is repeated for every frame of a temporal patch. The packed form is the
+8-bit picture; a table of the processor's output for the 256 values unpacks it.
 """
 
 import numpy as np
@@ -16,7 +16,7 @@ VALUES = 256  # of an 8-bit channel
 class PixelTable:
     """Packs `pixel_values` [patches, channels * frames * area] float32 into [patches, channels, area] uint8.
 
-    table: [channels, 256] float32, what the processor makes of each 8-bit value. frames, area: of a patch.
+    table: [channels, 256] float32, the processor's output for each 8-bit value. frames, area: of a patch.
     """
 
     def __init__(self, table: np.ndarray, frames: int, area: int) -> None:
@@ -25,7 +25,7 @@ class PixelTable:
         self._step = (self._table[:, -1] - self._table[:, 0]) / (VALUES - 1)  # the table is a line but for rounding
 
     def pack(self, pixel_values: Tensor) -> Tensor | None:
-        """None where `unpack` would not give back every bit of it: of another layout, or not from 8-bit pictures."""
+        """Return the packed pixels, or None where `unpack` would not restore every bit: another layout, not 8-bit values."""
         channels, width = len(self._table), len(self._table) * self._frames * self._area
         if pixel_values.dtype != torch.float32 or pixel_values.dim() != 2 or pixel_values.shape[1] != width:
             return None
@@ -38,19 +38,19 @@ class PixelTable:
         return torch.from_numpy(packed) if np.array_equal(self._unpack(packed), given) else None
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """What was packed: [patches, channels * frames * area] float32."""
+        """Return what was packed: [patches, channels * frames * area] float32."""
         return torch.from_numpy(self._unpack(packed.numpy()).reshape(len(packed), -1))
 
     def _unpack(self, packed: np.ndarray) -> np.ndarray:
         pixels = np.empty((len(packed), len(self._table), self._frames, self._area), np.float32)
         for channel, values in enumerate(self._table):
-            pixels[:, channel, 0] = values.take(packed[:, channel], mode="clip")  # clip: no index is checked
+            pixels[:, channel, 0] = values.take(packed[:, channel], mode="clip")  # clip skips the check of every index
         pixels[:, :, 1:] = pixels[:, :, :1]
         return pixels
 
 
 def pixel_table(processor: BaseImageProcessor | None) -> PixelTable | None:
-    """The table of a processor of the Qwen kind; None for others, whose pixels are kept as they are."""
+    """Return the table of a Qwen-style processor; None for others, whose pixels are not packed."""
     sizes = [getattr(processor, name, None) for name in ("patch_size", "temporal_patch_size", "merge_size")]
     if not all(isinstance(size, int) for size in sizes):
         return None

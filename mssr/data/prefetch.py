@@ -1,8 +1,7 @@
-"""Prompts prepared in threads: those that are asked for side by side, and the coming step's ahead of time.
+"""Prepares prompts in threads: a step's in parallel, and the next step's ahead of time.
 
-Threads, since decoding, resizing and arithmetic on pixels all leave the interpreter lock. What is prepared ahead waits
-in the cache and is bounded by it: one step at most, and of that step as many rows as fit; the rest is prepared when
-it is asked for.
+Threads suffice, since decoding, resizing and pixel arithmetic release the interpreter lock. What is prepared ahead waits
+in the cache: at most one step, and of it as many rows as fit. The rest is prepared on request.
 """
 
 import os
@@ -13,17 +12,17 @@ from threading import Event, Lock
 from mssr.batch import Prompt
 from mssr.data.cache import PromptCache
 
-MOST_WORKERS = 8  # more of them hold up the interpreter that the step runs in
+MOST_WORKERS = 8  # more would slow down the step, which runs in the same interpreter
 
 
 def worker_count() -> int:
-    """This process's share of the machine's cores, at most MOST_WORKERS."""
+    """Return this process's share of the machine's cores, at most MOST_WORKERS."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 class PromptLoader:
-    """`load(rows)` prepares what the cache lacks; no row is ever prepared by two threads at once.
+    """Prepares the rows that the cache lacks, no row in two threads at once.
 
     prepare: row -> prompt, called from several threads.
     """
@@ -33,15 +32,15 @@ class PromptLoader:
         self._cache = cache
         self._workers = worker_count()
         self._threads = ThreadPoolExecutor(self._workers, thread_name_prefix="prompts")
-        self._waiting: list[Future[None]] = []  # of the coming step
+        self._waiting: list[Future[None]] = []  # of the next step
         self._running: dict[int, Future[Prompt]] = {}
         self._lock = Lock()
 
     def load(self, rows: list[int]) -> list[Prompt]:
-        """The prompts of these rows, in their order. Nothing more is begun ahead of time.
+        """Return the prompts of these rows, in order. Cancels what was to be prepared ahead and has not started.
 
         Raises:
-            what `prepare` raises, for the first row it does.
+            what `prepare` raises for the first row that fails.
         """
         self._stop_ahead()
         once = list(dict.fromkeys(rows))
@@ -50,14 +49,14 @@ class PromptLoader:
         return [prompts[row] for row in rows]
 
     def get(self, row: int) -> Prompt:
-        """One prompt: from the cache, from the thread that is at it, or prepared here."""
+        """Return one prompt: from the cache, from the thread that is preparing it, or prepared here."""
         while True:
             prompt = self._cache.get(row)
             if prompt is not None:
                 return prompt
             with self._lock:
                 running = self._running.get(row)
-                mine = running is None and row not in self._cache  # it may just have got there
+                mine = running is None and row not in self._cache  # another thread may just have put it there
                 if mine:
                     running = self._running[row] = Future()
             if mine:
@@ -80,9 +79,9 @@ class PromptLoader:
                 del self._running[row]
 
     def begin(self, rows: Iterable[int]) -> None:
-        """Starts to prepare these rows, in their order, for the `load` that comes next. Returns at once.
+        """Start to prepare these rows, in order, for the next `load`, and return at once.
 
-        Does nothing where this process has one core: the step needs it, and the two would wait for each other's turns.
+        Does nothing if this process has one core, which the step needs.
         """
         self._stop_ahead()
         if not self._cache.capacity or self._workers == 1:
@@ -98,7 +97,7 @@ class PromptLoader:
         try:
             self.get(row)
         except Exception:
-            return  # `load` meets it again, in the step that needs the row
+            return  # raised again by `load`, in the step that needs the row
         if row not in self._cache:
             full.set()
 
@@ -108,5 +107,5 @@ class PromptLoader:
         self._waiting = []
 
     def close(self) -> None:
-        """Ends the threads; each finishes the row it is at."""
+        """Stop the threads; each finishes its current row."""
         self._threads.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""One dataset row to one prompt: text by the chat template, images by the model's own processor."""
+"""Turns one dataset row into one prompt: text by the chat template, images by the model's own processor."""
 
 import hashlib
 import math
@@ -19,16 +19,16 @@ from mssr.data.images import decode_image, image_bytes
 from mssr.errors import BadRow, UserError
 
 IMAGE_MARKER = "<image>"  # where the problem's text puts an image (EasyR1 rows)
-IMAGE_TOKEN = "<|image_pad|>"  # what Qwen tokenizers call it that do not say so themselves
+IMAGE_TOKEN = "<|image_pad|>"  # in Qwen tokenizers without an `image_token`
 
 
 def load_processors(path: str | Path) -> tuple[PreTrainedTokenizerBase, BaseImageProcessor | None]:
-    """Tokenizer and image processor of a model directory or hub name; None for the latter in a text-only model.
+    """Return tokenizer and image processor of a model directory or hub name; no image processor for a text-only model.
 
-    The image processor is the PIL one: no torchvision, and the same pixels on every machine.
+    The image processor is the PIL one, which needs no torchvision and gives the same pixels on every machine.
 
     Raises:
-        UserError: no tokenizer there.
+        UserError: no tokenizer can be loaded.
     """
     if str(path).startswith(("/", ".", "~")) and not Path(path).exists():
         raise UserError(f"model.path {path}: no such directory")
@@ -45,7 +45,7 @@ def load_processors(path: str | Path) -> tuple[PreTrainedTokenizerBase, BaseImag
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A row that has been read and checked, its images not yet preprocessed.
+    """A row that has been read and checked, with images not yet preprocessed.
 
     images: the encoded files. pictures: the same, decoded.
     """
@@ -60,11 +60,11 @@ class Problem:
 
 
 class _Unusable(Exception):
-    """Why a row cannot be used; becomes a BadRow where the row's place is known."""
+    """Says why a row cannot be used; becomes a BadRow where the row's index is known."""
 
 
 class PromptEncoder:
-    """Rows to prompts. `read` and `check` are the cheap half, which a dataset runs on every row when it is loaded."""
+    """Turns rows into prompts. `read` and `check` are the cheap part, which a dataset runs on every row at the start."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor | None, config: DataConfig
@@ -78,10 +78,10 @@ class PromptEncoder:
         self._size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
 
     def encode(self, row: dict[str, Any], index: int, source: str) -> Prompt:
-        """The prompt of row `index` of `source`.
+        """Return the prompt of row `index` of `source`.
 
         Raises:
-            BadRow: it cannot be used; says why and what to do.
+            BadRow: the row cannot be used; says why and what to do.
         """
         problem = self.read(row, index, source)
         try:
@@ -101,7 +101,7 @@ class PromptEncoder:
             raise BadRow(index, source, str(reason)) from None
 
     def read(self, row: dict[str, Any], index: int, source: str) -> Problem:
-        """Columns checked, images decoded. Safe to call from several threads.
+        """Check the columns and decode the images. Safe to call from several threads.
 
         Raises:
             BadRow: as `encode`.
@@ -126,7 +126,7 @@ class PromptEncoder:
         return Problem(_content_key(images, text), index, text, answer, solution, images, pictures)
 
     def check(self, problem: Problem, source: str) -> None:
-        """What `encode` would refuse in a row that could be read, without preprocessing its images.
+        """Refuse what `encode` would refuse, without preprocessing the images.
 
         Raises:
             BadRow: as `encode`.
@@ -154,7 +154,7 @@ class PromptEncoder:
         return sorted({str(token) for token in added if token.special} | {self.image_token})
 
     def _count_tokens(self, picture: Image.Image) -> int:
-        """Image tokens of a picture, from its size alone."""
+        """Return the number of image tokens of a picture, from its size alone."""
         limits = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
         try:
             patches = self.image_processor.get_number_of_image_patches(picture.height, picture.width, limits)
@@ -163,7 +163,7 @@ class PromptEncoder:
         return patches // self.image_processor.merge_size**2
 
     def _preprocess(self, pictures: tuple[Image.Image, ...]) -> tuple[Tensor | None, Tensor | None, list[int]]:
-        """pixel_values [patches, values of a patch], grid [images, 3], and each image's number of tokens."""
+        """Return pixel_values [patches, values per patch], grid [images, 3], and each image's number of tokens."""
         if not pictures:
             return None, None, []
         for picture in pictures:
@@ -173,7 +173,7 @@ class PromptEncoder:
         return features["pixel_values"], grid, (grid.prod(1) // self.image_processor.merge_size**2).tolist()
 
     def _tokenize(self, text: str, image_tokens: list[int]) -> list[int]:
-        """The prompt's tokens, from the problem's text and each image's number of tokens."""
+        """Return the prompt's tokens. image_tokens: the number of tokens of each image."""
         rendered = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": self._content(text, len(image_tokens))}],
             tokenize=False,
@@ -187,7 +187,7 @@ class PromptEncoder:
                 f"for {len(image_tokens)} images; use the template of a vision-language model"
             )
         counts = iter(image_tokens)
-        # Plain lists: on these sizes torch's parallel repeat_interleave costs milliseconds beside busy cores.
+        # Plain lists: on so few tokens torch's parallel repeat_interleave costs milliseconds when the cores are busy.
         expanded = [copy for token in ids for copy in [token] * (next(counts) if token == self.image_token_id else 1)]
         limit = self.config.max_prompt_tokens
         if len(expanded) > limit:
@@ -198,7 +198,7 @@ class PromptEncoder:
         return expanded
 
     def _content(self, text: str, images: int) -> str | list[dict[str, str]]:
-        """The user message: images where the markers are (else first), the text, then the instruction."""
+        """Return the user message: images at the markers (or first), the text, then the instruction."""
         if IMAGE_MARKER not in text:
             text = IMAGE_MARKER * images + text
         parts = text.split(IMAGE_MARKER)
@@ -215,7 +215,7 @@ class PromptEncoder:
 
 def _missing(value: Any) -> bool:
     if isinstance(value, float):
-        return math.isnan(value)  # how pandas writes an empty cell of numbers
+        return math.isnan(value)  # pandas writes empty cells of a numeric column so
     return value is None or (isinstance(value, str) and not value.strip())
 
 
@@ -236,7 +236,7 @@ def _load_images(given: list[Any]) -> tuple[tuple[bytes, ...], tuple[Image.Image
 
 
 def _content_key(images: tuple[bytes, ...], text: str) -> str:
-    """sha256 over images and text, each with its length in front, so that no two problems share the bytes."""
+    """Return sha256 over images and text, each after its length, so that no two problems hash the same bytes."""
     digest = hashlib.sha256()
     for part in (*images, text.encode()):
         digest.update(len(part).to_bytes(8, "big"))

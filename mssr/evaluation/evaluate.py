@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems."""
+"""Measures accuracy on held-out problems."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _ROWS_AT_ONCE = 512  # problems whose images are in memory together
 
 @dataclass(frozen=True)
 class Evaluation:
-    """accuracy: correct / problems, one response each. response_tokens: mean. truncated: share cut by the token limit."""
+    """accuracy: correct / problems, one response each. response_tokens: mean. truncated: fraction cut by the token limit."""
 
     accuracy: float
     problems: int
@@ -28,11 +28,11 @@ class Evaluation:
 def evaluate(
     problems: ProblemDataset, rollout: RolloutEngine, judge: Judge, world: World, config: EvalConfig, *, seed: int
 ) -> Evaluation:
-    """Every problem answered once, greedily unless `config.temperature` says otherwise, shared out over the ranks."""
+    """Answer every problem once at `config.temperature`; each rank answers a part."""
     count = min(len(problems), config.max_problems or len(problems))
     mine = range(world.rank, count, world.size)
     totals = torch.zeros(3, dtype=torch.float64)
-    # As often on every rank: ranks that share a sampler ask it together.
+    # The same number of calls on every rank: ranks that share a sampler call it together.
     for start in range(0, -(-count // world.size), _ROWS_AT_ONCE):
         rows = list(mine[start : start + _ROWS_AT_ONCE])
         streams = noise_streams(seed, "eval", 0, rows)

@@ -1,1 +1,1 @@
-"""Rewards: answer extraction, the symbolic check in a killable process, the format reward."""
+"""Grades responses: extracts the answer, compares it as mathematics in a killable process, and checks the format."""

@@ -1,4 +1,4 @@
-"""What a response says: its boxed answer, and whether it kept to the asked format."""
+"""Extracts the boxed answer of a response, and checks its format."""
 
 import re
 
@@ -6,9 +6,9 @@ _BOX = re.compile(r"\\boxed\s*\{")
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}`, stripped; None without one, or when the last is never closed.
+    r"""Return the content of the last `\boxed{...}`, stripped; None without one, or if the last one is not closed.
 
-    An unclosed last box is a response cut short: an earlier box was not its answer.
+    A response whose last box is not closed was cut: an earlier box was not its answer.
     `\{` and `\}` are characters, not braces, as in TeX.
     """
     boxes = list(_BOX.finditer(text))
@@ -31,7 +31,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def well_formed(text: str) -> bool:
-    r"""`<think>...</think>` once, nothing before it, and after it one `\boxed{}` that is not empty."""
+    r"""Whether the text is one `<think>...</think>` with nothing before it, and after it one `\boxed{}` that is not empty."""
     if text.count("<think>") != 1 or text.count("</think>") != 1:
         return False
     before, _, rest = text.partition("<think>")

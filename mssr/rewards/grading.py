@@ -1,4 +1,4 @@
-"""Rewards of a batch's responses, computed while other responses still generate."""
+"""Grades the responses of a batch while others are still generated."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +15,7 @@ from mssr.rollout.base import Response
 
 
 class Grader:
-    """Decodes and grades in a thread of its own: the symbolic check waits for another process anyway."""
+    """Decodes and grades in one thread, which mostly waits for the process of the symbolic check."""
 
     def __init__(self, reward: RewardFunction, tokenizer: PreTrainedTokenizerBase) -> None:
         self._reward = reward
@@ -26,7 +26,7 @@ class Grader:
         return Grading(self, prompts)
 
     def submit(self, prompt: Prompt, tokens: Tensor) -> Future:
-        """Future of (rewards of one response, its text). tokens: [R] int64."""
+        """Return a future of (rewards of one response, its text). tokens: [R] int64."""
         return self._thread.submit(self._grade, tokens.tolist(), prompt.answer)
 
     def close(self) -> None:
@@ -39,7 +39,7 @@ class Grader:
 
 
 class Grading:
-    """Of one batch. Called with (row, response) as responses complete: `on_response` of `RolloutEngine.generate`."""
+    """Grades one batch. Called with (row, response) as responses complete: `on_response` of `RolloutEngine.generate`."""
 
     def __init__(self, grader: Grader, prompts: Sequence[Prompt]) -> None:
         self._grader = grader

@@ -1,8 +1,7 @@
-"""The reward of a response: is its boxed answer right, and did it keep to the format."""
+"""The reward of a response: whether its boxed answer is right, and whether it has the requested format."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from mssr.config import RewardConfig
 from mssr.errors import UserError
@@ -12,11 +11,10 @@ from mssr.rewards.symbolic import SymbolicChecker
 
 @dataclass(frozen=True)
 class Rewards:
-    """Of B responses, each list [B], each value in [0, 1]; correct and well_formed are 0 or 1."""
+    """Rewards of B responses, in [0, 1], and whether each answer is right, 0 or 1."""
 
     reward: list[float]
     correct: list[float]
-    well_formed: list[float]
 
 
 class RewardFunction:
@@ -27,36 +25,25 @@ class RewardFunction:
         self.checker = SymbolicChecker(config.timeout_s)
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> Rewards:
-        """B responses and the B answers of their problems."""
+        """Grade B responses. answers: the right answers, one per response."""
         weight = self.format_weight
         correct = [float(self.is_correct(*pair)) for pair in zip(responses, answers, strict=True)]
         formed = [float(well_formed(response)) for response in responses]
         reward = [(1 - weight) * c + weight * f for c, f in zip(correct, formed, strict=True)]
         check_in_unit_interval(reward, "reward")
-        return Rewards(reward, correct, formed)
+        return Rewards(reward, correct)
 
     def is_correct(self, response: str, answer: str) -> bool:
-        r"""Only the last `\boxed{}` counts: the right number anywhere else is wrong."""
+        r"""Whether the last `\boxed{}` has the right answer; the right number anywhere else does not count."""
         boxed = last_boxed(response)
         return boxed is not None and self.checker.equal(boxed, answer)
-
-    @property
-    def timeouts(self) -> int:
-        """Comparisons killed so far, each counted as wrong."""
-        return self.checker.timeouts
 
     def close(self) -> None:
         self.checker.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
 
 def check_in_unit_interval(rewards: Sequence[float], what: str) -> None:
-    """Refuses values a Beta tracker cannot take, NaN included.
+    """Refuse values that a Beta tracker cannot take, NaN included.
 
     Raises:
         UserError: names the first offending row.

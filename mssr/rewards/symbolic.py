@@ -1,7 +1,7 @@
-"""Whether two answers are the same mathematics, decided in bounded time.
+"""Decides in bounded time whether two answers are mathematically equal.
 
-math-verify (sympy) can hang or eat the machine on a sampled answer, and its own timeouts are signals, which neither
-reach into C code nor work outside the main thread. So it runs in a child process that is killed when it is late.
+math-verify (sympy) can hang or use up all memory on a sampled answer. Its own timeouts are signals, which neither
+interrupt C code nor work outside the main thread. So it runs in a child process that is killed when it is late.
 """
 
 import json
@@ -15,11 +15,10 @@ import time
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
 
 from mssr.errors import UserError
 
-MAX_CHARS = 1024  # longer answers are equal only when identical: none is a short answer, and parsing them takes seconds
+MAX_CHARS = 1024  # longer answers are equal only if identical: parsing them takes seconds
 MEMO_SIZE = 65_536  # answer pairs
 START_TIMEOUT_S = 120.0  # importing sympy from a cold network disk
 
@@ -33,9 +32,9 @@ class _WorkerDied(Exception):
 
 
 class SymbolicChecker:
-    """Compares answers; one thread at a time. `timeouts` counts the comparisons that were killed.
+    """Compares answers; for one thread at a time. `timeouts` counts the comparisons that were killed.
 
-    The worker starts with the first comparison that needs it; identical strings and plain numbers never do.
+    The worker starts with the first comparison that needs it; identical strings and plain numbers do not.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -45,7 +44,7 @@ class SymbolicChecker:
         self._compare = lru_cache(MEMO_SIZE)(self._ask)
 
     def equal(self, predicted: str, gold: str) -> bool:
-        """Whether `predicted` means `gold`; False when the comparison takes longer than `timeout_s`.
+        """Whether `predicted` equals `gold`; False if the comparison takes longer than `timeout_s`.
 
         Raises:
             UserError: the worker cannot be started, or died twice on this pair.
@@ -59,7 +58,7 @@ class SymbolicChecker:
         return self._compare(predicted, gold) if numerically is None else numerically
 
     def close(self) -> None:
-        """Ends the worker. The checker can be used again: it starts another."""
+        """Stop the worker. The next comparison starts another."""
         if self._worker is not None:
             self._worker.kill()
             self._worker.wait()
@@ -67,15 +66,9 @@ class SymbolicChecker:
             self._worker.stdout.close()
             self._worker = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
     def _ask(self, predicted: str, gold: str) -> bool:
         question = json.dumps({"predicted": predicted, "gold": gold}).encode() + b"\n"
-        for _ in range(2):  # a worker may have been killed from outside (out of memory): once is bad luck
+        for _ in range(2):  # retry once: the worker may have been killed from outside (out of memory)
             worker = self._worker or self._start()
             try:
                 os.write(worker.stdin.fileno(), question)
@@ -93,10 +86,10 @@ class SymbolicChecker:
         )
 
     def _start(self) -> subprocess.Popen:
-        # -P: the script's own folder does not belong on the module path. Pure Python integers fail with an exception
-        # where GMP aborts the process.
+        # -P keeps the script's folder off the module path. Pure Python integers raise an exception where GMP aborts the
+        # process.
         environment = os.environ | {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1"}
-        alarm_s = math.ceil(self.timeout_s) + 10  # only if nobody is left to kill the worker in time
+        alarm_s = math.ceil(self.timeout_s) + 10  # for the case that this process has died
         self._worker = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER), str(alarm_s)],
             stdin=subprocess.PIPE,
@@ -115,8 +108,8 @@ class SymbolicChecker:
 
 
 def _read_line(worker: subprocess.Popen, timeout_s: float) -> dict:
-    """The worker's next reply; TimeoutError when it is late, _WorkerDied when it never comes."""
-    replies = select.poll()  # not select(): a trainer with vLLM in it holds more than 1024 files
+    """Return the worker's next reply; TimeoutError if it is late, _WorkerDied if the worker ends without one."""
+    replies = select.poll()  # not select(): a trainer with vLLM has more than 1024 open files
     replies.register(worker.stdout, select.POLLIN)
     deadline = time.monotonic() + timeout_s
     reply = b""
@@ -131,9 +124,9 @@ def _read_line(worker: subprocess.Popen, timeout_s: float) -> dict:
 
 
 def _equal_numbers(predicted: str, gold: str) -> bool | None:
-    """Compares integers, decimals and a/b exactly; None where that does not settle it.
+    """Compare integers, decimals and a/b exactly; None if that does not settle it.
 
-    Near misses (0.3333333 for 1/3) are left to math-verify, which rounds to six decimals.
+    Near misses (0.3333333 for 1/3) are for math-verify, which rounds to six decimals.
     """
     if not (_NUMBER.fullmatch(predicted) and _NUMBER.fullmatch(gold)):
         return None

@@ -1,8 +1,8 @@
-"""The process that compares two answers with math-verify: JSON lines in, JSON lines out.
+"""Compares two answers with math-verify, in a process of its own: JSON lines in, JSON lines out.
 
-Started by `mssr.rewards.symbolic` as a plain script and free of imports from the trainer, so that it starts in half a
-second and never imports torch. It can be killed at any moment, and ends by itself when the trainer does: on end of
-input, or, in the middle of a comparison that hangs, by the alarm.
+`mssr.rewards.symbolic` starts it as a plain script. It imports nothing of the trainer, so that it starts in half a second
+without torch. It can be killed at any moment, and ends by itself when the trainer does: at the end of its input or,
+during a comparison that hangs, by the alarm.
 
     -> {"predicted": "\\frac{1}{2}", "gold": "0.5"}
     <- {"equal": true}
@@ -15,7 +15,7 @@ import resource
 import signal
 import sys
 
-MEMORY_LIMIT = 4 << 30  # bytes; towers of powers ask for far more, and get a MemoryError instead of the machine
+MEMORY_LIMIT = 4 << 30  # bytes; towers of powers ask for more, and get a MemoryError
 
 
 def main(alarm_s: int) -> None:
@@ -25,9 +25,9 @@ def main(alarm_s: int) -> None:
     replies = os.fdopen(os.dup(1), "w")
     from math_verify import parse, verify
 
-    logging.disable()  # math-verify warns that its own timeouts are off: the trainer's kill replaces them
+    logging.disable()  # math-verify warns that its timeouts are off; the trainer kills this process instead
     silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)  # whatever a parser prints must not reach the replies
+    os.dup2(silence, 1)  # what a parser prints must not get into the replies
     os.dup2(silence, 2)
 
     def expressions(text: str) -> list:
@@ -37,7 +37,7 @@ def main(alarm_s: int) -> None:
         try:
             return bool(verify(expressions(gold), expressions(predicted), timeout_seconds=None))
         except Exception:
-            return False  # not comparable as mathematics, and the strings differed already
+            return False  # not comparable as mathematics, and the strings are known to differ
 
     print(json.dumps({"ready": True}), file=replies, flush=True)
     for line in sys.stdin:

@@ -1,10 +1,10 @@
-"""Rollouts: one response for each prompt, behind one interface, one file an engine."""
+"""Samples responses: three engines (transformers, vLLM in the process, vLLM servers) behind one interface."""
 
 from typing import TYPE_CHECKING
 
 from mssr.config.resolve import engine_name, why_no_vllm
 
-if TYPE_CHECKING:  # a vLLM server imports its transport from here, and would wait seconds for the trainer's libraries
+if TYPE_CHECKING:  # `mssr serve` and the vLLM installer import this package and need none of the trainer's libraries
     from mssr.config import Config
     from mssr.distributed import World
     from mssr.policy.model import Policy
@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # a vLLM server imports its transport from here, and would wa
 
 
 def make_rollout_engine(config: "Config", policy: "Policy", tokenizer, world: "World") -> "RolloutEngine":
-    """The engine of this run, without weights yet: `update_weights` comes first. Collective over the ranks."""
+    """Return the engine of this run, without weights: call `update_weights` first. Collective over the ranks."""
     from mssr.rollout.hf import HFRollout, end_token_ids
 
     ends, pad = end_token_ids(policy, tokenizer), tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""What the loop asks of a rollout engine."""
+"""The interface of rollout engines, and what they share."""
 
 import hashlib
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from mssr.policy.model import Policy
 class Response:
     """One sampled response.
 
-    tokens: [R] int64, end token included. logp: [R] float32, each token's log-prob when it was sampled.
-    truncated: stopped by the token limit, not by an end token.
+    tokens: [R] int64, with the end token. logp: [R] float32, each token's log-prob when it was sampled.
+    truncated: ended by the token limit, not by an end token.
     weight_version: of the weights that sampled it (`RolloutEngine.update_weights`).
     """
 
@@ -31,17 +31,17 @@ OnResponse = Callable[[int, Response], None]
 
 
 class RolloutEngine(Protocol):
-    """Samples one response a prompt from the policy and reports each sampled token's log-prob.
+    """Samples one response per prompt from the policy, with the log-prob of each sampled token.
 
-    The order of a step: `update_weights`, `generate` as often as needed, `release`.
+    A step calls `update_weights`, `generate` as often as needed, and `release`.
     """
 
     name: str
 
     def update_weights(self, policy: Policy, version: int) -> None:
-        """Makes the next `generate` sample from the policy's weights as they are now. Collective over the ranks.
+        """Make the next `generate` sample from the policy's current weights. Collective over the ranks.
 
-        version: what the responses will be marked with, the number of steps these weights were trained for.
+        version: number of steps that these weights were trained for; responses carry it.
         """
         ...
 
@@ -56,20 +56,19 @@ class RolloutEngine(Protocol):
     ) -> Rollouts:
         """One response for each prompt, in the given order.
 
-        streams: one noise stream (64-bit seed) for each prompt; the same call with the same weights gives the same
-            responses.
-        temperature: 0 is greedy (log-probs are then those at temperature 1).
-        expected_tokens: how long each response will be, as far as one knows; long ones are begun first.
-        on_response: called with (row, response) as soon as a response is complete, while others still generate.
+        streams: one noise stream (64-bit seed) per prompt; the same call with the same weights gives the same responses.
+        temperature: 0 is greedy, with log-probs at temperature 1.
+        expected_tokens: estimated length of each response; the longest ones start first.
+        on_response: called with (row, response) as soon as a response is complete, while others are still generated.
         """
         ...
 
     def release(self) -> None:
-        """Gives GPU memory back until the next `update_weights`."""
+        """Free GPU memory until the next `update_weights`."""
         ...
 
     def close(self) -> None:
-        """Ends what the engine started; it is not used any more."""
+        """Stop what the engine started. It cannot be used afterwards."""
         ...
 
 
@@ -87,10 +86,10 @@ def collect(prompts: list[Prompt], responses: list[Response], pad: int) -> Rollo
 
 
 def noise_streams(seed: int, purpose: str, step: int, slots: list[int]) -> list[int]:
-    """One 64-bit noise stream for each slot of a step's batch.
+    """Return one 64-bit noise stream per slot of a step's batch.
 
-    A slot is a position in the *global* batch, so the streams do not depend on how many ranks share it; and no two
-    prompts, visits of a prompt or purposes ("train", "init", "eval") have the same stream.
+    A slot is a position in the *global* batch, so the streams do not depend on the number of ranks. No two prompts,
+    visits of a prompt or purposes ("train", "init", "eval") have the same stream.
     """
     return [
         int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}/{step}/{slot}".encode(), digest_size=8).digest(), "little")
@@ -99,6 +98,6 @@ def noise_streams(seed: int, purpose: str, step: int, slots: list[int]) -> list[
 
 
 def merged_stream(streams: list[int]) -> int:
-    """One 63-bit seed for a whole call, for engines that draw all their noise from one generator."""
+    """Return one 63-bit seed for a whole call, for engines that draw all their noise from one generator."""
     digest = hashlib.blake2b(" ".join(map(str, streams)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,4 +1,4 @@
-"""The rollout/trainer log-prob gap: the one number that catches stale weights, caches, names and templates."""
+"""The log-prob gap between rollout engine and trainer: one number that reveals stale weights, caches and wrong names."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from mssr.distributed import World
 
 @dataclass(frozen=True)
 class LogpGap:
-    """|trainer's log-prob - rollout engine's| of the sampled tokens, nats, over all ranks."""
+    """|trainer's log-prob - rollout engine's| of the sampled tokens on all ranks, in nats."""
 
     mean: float
     p99: float
@@ -22,7 +22,7 @@ class LogpGap:
 
 
 def measure_gap(trainer_logp: Tensor, rollout_logp: Tensor, mask: Tensor, world: World) -> LogpGap:
-    """All [B, R]; both log-probs under the same weights, before any update. Without a token: a gap of 0."""
+    """Return the gap between two log-probs under the same weights; 0 without tokens. Tensors: [B, R]."""
     own = (trainer_logp - rollout_logp).abs()[mask].cpu()
     gap = torch.cat(world.gather(own)).double()
     if not len(gap):
@@ -33,12 +33,12 @@ def measure_gap(trainer_logp: Tensor, rollout_logp: Tensor, mask: Tensor, world:
 
 
 def percentile(values: Tensor, share: float) -> Tensor:
-    """The smallest of the [N] values that at least `share` of them do not exceed (torch.quantile refuses 2^24 and more)."""
+    """Return the smallest of the [N] values that at least `share` of them do not exceed; torch.quantile stops at 2^24."""
     return values.kthvalue(max(1, math.ceil(share * len(values)))).values
 
 
 def describe_large_gap(gap: LogpGap, limit: float) -> str:
-    """Why a step beyond the limit (or NaN) is not trained on: it would be training on noise."""
+    """Say why a step whose gap is over the limit (or NaN) is not trained on, and what to check."""
     return (
         f"rollout and trainer disagree by {gap.mean:.3g} nats a token on average (p99 {gap.p99:.3g}, "
         f"max {gap.max:.3g}; rollout.max_gap {limit:g}); check that weights and caches were synced, the dtypes of "

@@ -1,5 +1,7 @@
-"""Rollouts by transformers' batched `generate`: always available. On the trainer's own weights, with nothing to sync, or
-under ZeRO-3 on a whole copy of them."""
+"""Rollouts by transformers' batched `generate`, which is always available.
+
+It uses the trainer's own weights, so there is nothing to sync; under ZeRO-3 it uses a full copy of them.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ class HFRollout:
     name = "hf"
 
     def __init__(self, policy: Policy, ends: list[int], pad: int, config: RolloutConfig, device: torch.device) -> None:
-        """ends: tokens that end a response. pad: the token behind it in a batch."""
+        """ends: tokens that end a response. pad: token that fills a batch after it."""
         self._copy: WholeCopy | None = None
         self._policy = policy
         self._config = config
@@ -29,7 +31,7 @@ class HFRollout:
         self._weight_version: int | None = None
 
     def update_weights(self, policy: Policy, version: int) -> None:
-        """Where the engine reads the trainer's own parameters, nothing to do. Under ZeRO-3 a collective."""
+        """Update the full copy under ZeRO-3 (a collective); otherwise the trainer's own parameters are used."""
         if policy.partitioned:
             if self._copy is None:
                 self._copy = WholeCopy(policy, self._device)
@@ -52,8 +54,8 @@ class HFRollout:
             raise RuntimeError("generate: the engine has no weights; call update_weights first")
         responses: list[Response] = [None] * len(prompts)
         training = self._policy.training
-        self._policy.eval()  # gradient checkpointing would switch the cache off
-        # Rows that will take equally long share a batch, and so do equally long prompts.
+        self._policy.eval()  # gradient checkpointing would turn the cache off
+        # Group rows of similar expected length, then prompts of similar length.
         expected = expected_tokens or [0.0] * len(prompts)
         order = sorted(range(len(prompts)), key=lambda row: (-expected[row], len(prompts[row].token_ids)))
         for start in range(0, len(order), self._config.batch_size):
@@ -67,7 +69,7 @@ class HFRollout:
         return collect(prompts, responses, self._pad)
 
     def release(self) -> None:
-        """The cache is gone with each batch, and the weights are the trainer's; a copy of them goes here."""
+        """Free the copy of the weights. The cache of keys and values is freed with each batch."""
         if self._copy:
             self._copy = self._policy = self._weight_version = None
 
@@ -75,7 +77,7 @@ class HFRollout:
         """Nothing was started."""
 
     def _generate(self, prompts: list[Prompt], streams: list[int], temperature: float) -> tuple[Tensor, Tensor]:
-        """[B, R] tokens (garbage after the end token) and their log-probs, on the CPU."""
+        """Return [B, R] tokens (undefined after the end token) and their log-probs, on the CPU."""
         limit = self._config.max_response_tokens
         sampler = TokenSampler(streams, limit, temperature, self._device)
         longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -102,20 +104,20 @@ class HFRollout:
         return sequences[:, longest:].cpu(), torch.stack(sampler.logps, dim=1).cpu()
 
     def _response(self, tokens: Tensor, logp: Tensor) -> Response:
-        """Up to its first end token. tokens, logp: [R], of the whole generation."""
+        """Return the response up to its first end token. tokens, logp: [R], of the whole generation."""
         ends = torch.isin(tokens, torch.tensor(self._ends)).nonzero()
         length = int(ends[0]) + 1 if len(ends) else len(tokens)
         return Response(tokens[:length], logp[:length], truncated=not len(ends), weight_version=self._weight_version)
 
 
 class TokenSampler(LogitsProcessor):
-    """Draws each row's tokens from its own noise stream, and keeps the log-prob of what it drew.
+    """Draws each row's tokens from its own noise stream, and records their log-probs.
 
-    The draw inverts the distribution's cumulative sum at one uniform number a token, so a response depends on its
-    stream and the weights alone: not on its neighbours, the batch size or the number of ranks. `generate` then takes the
-    maximum, which is the token drawn.
+    It inverts the cumulative distribution at one uniform number per token, so a response depends only on its stream and
+    the weights, not on the rest of the batch or the number of ranks. It returns scores whose maximum, which `generate`
+    takes, is the token drawn.
 
-    logps: after generation, one [B] float32 tensor a position: log-prob under the distribution drawn from.
+    logps: after generation, one [B] float32 tensor per position: log-prob under the distribution drawn from.
     """
 
     def __init__(self, streams: list[int], max_tokens: int, temperature: float, device: torch.device) -> None:
@@ -142,8 +144,8 @@ class TokenSampler(LogitsProcessor):
 
 @contextmanager
 def _only_these_settings(model, settings: GenerationConfig) -> Iterator[None]:
-    """Takes the model's own generation config away: penalties in it (Qwen2.5-VL ships one) make samples off-policy, and
-    `generate` would fill in from it what a config given as an argument leaves open."""
+    """Replace the model's generation config: penalties in it (Qwen2.5-VL has one) would make samples off-policy, and
+    `generate` takes from it what a config passed as an argument leaves unset."""
     own, model.generation_config = model.generation_config, settings
     try:
         yield
@@ -152,7 +154,7 @@ def _only_these_settings(model, settings: GenerationConfig) -> Iterator[None]:
 
 
 def end_token_ids(policy: Policy, tokenizer) -> list[int]:
-    """Every token that ends a response, by the model's generation config and the tokenizer."""
+    """Return the tokens that end a response, by the model's generation config and the tokenizer."""
     ends = policy.model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     return sorted({end for end in [*ends, tokenizer.eos_token_id] if end is not None})

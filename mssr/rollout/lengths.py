@@ -1,23 +1,24 @@
-"""How long a prompt's response will be, from its past ones: what a rollout engine begins first."""
+"""Estimates response lengths from earlier responses, so that rollout engines can start the longest ones first."""
 
 from collections.abc import Sequence
 
 
 class ResponseLengths:
-    """Remembers the last response's length of every prompt.
+    """Remembers the length of every prompt's last response.
 
-    The longest response of a step decides when the step's generation ends; begun first, it has the most company.
+    The longest response of a step decides when generation ends. Longest responses start first, so that the tail
+    overlaps with the rest.
     """
 
     def __init__(self) -> None:
         self._tokens: dict[str, int] = {}
 
     def observe(self, keys: Sequence[str], tokens: Sequence[int]) -> None:
-        """B prompts' keys and the lengths of their responses."""
+        """Record response lengths. keys: of B prompts. tokens: the length of each response."""
         self._tokens.update(zip(keys, tokens, strict=True))
 
     def expected(self, keys: Sequence[str]) -> list[float]:
-        """Of each prompt; one never seen is taken to be as long as the average one."""
+        """Return the expected length for each prompt; for a new one, the average of the known ones."""
         known = [self._tokens[key] for key in keys if key in self._tokens]
         average = sum(known) / len(known) if known else 0.0
         return [float(self._tokens.get(key, average)) for key in keys]
@@ -30,7 +31,7 @@ class ResponseLengths:
 
 
 def longest_first(expected_tokens: Sequence[float] | None, count: int) -> list[int]:
-    """The rows 0..count-1 in the order in which to begin them; without expectations as they come."""
+    """Return rows 0..count-1 in the order in which to start them; without expectations, in their own order."""
     if expected_tokens is None:
         return list(range(count))
     return sorted(range(count), key=lambda row: -expected_tokens[row])

@@ -36,9 +36,9 @@ def make_encoder(tokenizer, image_processor):
 
 @pytest.fixture
 def make_dataset(make_encoder):
-    def make(path, source_name=None, **keys):
+    def make(path, **keys):
         encoder = make_encoder(**keys)
-        return ProblemDataset(str(path), encoder, encoder.config, source_name)
+        return ProblemDataset(str(path), encoder, encoder.config)
 
     return make
 

@@ -115,7 +115,7 @@ def test_bad_rows_fail_with_index_and_count(make_dataset, rows, tmp_path):
     line = error(make_dataset, file)
     assert line.startswith(f"{file}: 2 of 9 rows cannot be used: row 2: `answer` is missing or empty; fill it in ")
     assert "; row 4: image 1 of 1 (4.png) is unreadable: " in line
-    assert line.endswith("; mend them or set data.on_bad_row: skip")
+    assert line.endswith("; fix them or set data.on_bad_row: skip")
     for row in bad:
         row["answer"] = None
     bad[0]["answer"] = "0"
@@ -128,10 +128,10 @@ def test_bad_rows_are_skipped_on_demand(make_dataset, rows, tmp_path):
     bad[1]["problem"] = None
     bad[3]["problem"] = "<image><image>"
     file = write_rows(tmp_path / "a.parquet", bad)
-    kept = make_dataset(file, source_name="mine", on_bad_row="skip")
+    kept = make_dataset(file, on_bad_row="skip")
     assert len(kept) == 3 and [kept[i].row for i in range(3)] == [0, 2, 4]
     assert [bad.row for bad in kept.bad_rows] == [1, 3]
-    assert kept.source == "mine" and str(kept.bad_rows[0]).startswith("mine, row 1: `problem` is missing")
+    assert kept.source == str(file) and str(kept.bad_rows[0]).startswith(f"{file}, row 1: `problem` is missing")
     for row in bad:
         row["answer"] = ""
     line = error(make_dataset, write_rows(tmp_path / "a.parquet", bad), on_bad_row="skip")

@@ -16,7 +16,7 @@ def opened(world, path: str, **keys):
     encoder.read = lambda row, index, source: read.append(index) or plain(row, index, source)
     path = path.replace("RANK", str(world.rank))
     try:
-        problems = ProblemDataset(path, encoder, encoder.config, source_name="mine", world=world)
+        problems = ProblemDataset(path, encoder, encoder.config, world=world)
     except UserError as error:
         return str(error)
     rows = [problems[index].row for index in range(len(problems))]
@@ -38,7 +38,7 @@ def file(tmp_path, png):
 
 
 def test_two_ranks_find_what_one_finds(ranks, file, make_dataset):
-    alone = make_dataset(file, on_bad_row="skip", source_name="mine")
+    alone = make_dataset(file, on_bad_row="skip")
     first, second = ranks(opened, str(file), on_bad_row="skip")
     assert first[:3] == second[:3]
     assert first[0] == alone.fingerprint
@@ -50,7 +50,7 @@ def test_two_ranks_find_what_one_finds(ranks, file, make_dataset):
 def test_all_ranks_refuse_the_same_rows(ranks, file):
     first, second = ranks(opened, str(file))
     assert first == second
-    assert first.startswith("mine: 3 of 13 rows cannot be used: row 3: ") and "row 4: " in first
+    assert first.startswith(f"{file}: 3 of 13 rows cannot be used: row 3: ") and "row 4: " in first
     assert "; row 11: same problem as row 2 with a different answer ('other', there '2')" in first
 
 
@@ -64,5 +64,6 @@ def test_ranks_with_other_files(ranks, tmp_path):
     for rank in range(2):
         rows = [{"problem": f"{n}?", "answer": n} for n in range(5 + rank)]
         (tmp_path / f"{rank}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    expected = "mine: 6 rows on rank 1, 5 on rank 0; give every node the same files"
-    assert ranks(opened, str(tmp_path / "RANK.jsonl")) == [expected, expected]
+    expected = "{}: 6 rows on rank 1, 5 on rank 0; give every node the same files"
+    found = ranks(opened, str(tmp_path / "RANK.jsonl"))
+    assert found == [expected.format(tmp_path / f"{rank}.jsonl") for rank in range(2)]

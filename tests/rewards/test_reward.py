@@ -1,5 +1,7 @@
 """Responses to rewards."""
 
+from contextlib import closing
+
 import pytest
 
 from mssr.config import RewardConfig
@@ -19,18 +21,17 @@ RESPONSES = [
     ("weight", "reward"), [(0.0, [1, 1, 0, 0, 0]), (0.25, [1, 0.75, 0.25, 0, 0]), (1.0, [1, 0, 1, 0, 0])]
 )
 def test_reward_weighs_answer_and_format(weight, reward):
-    with RewardFunction(RewardConfig(format_weight=weight)) as rewards:
+    with closing(RewardFunction(RewardConfig(format_weight=weight))) as rewards:
         result = rewards(RESPONSES, ["10"] * 5)
     assert result.reward == reward
     assert result.correct == [1, 1, 0, 0, 0]
-    assert result.well_formed == [1, 0, 1, 0, 0]
-    assert all(isinstance(value, float) for value in result.reward + result.correct + result.well_formed)
+    assert all(isinstance(value, float) for value in result.reward + result.correct)
 
 
 def test_answers_are_compared_as_mathematics_and_late_ones_are_wrong():
-    with RewardFunction(RewardConfig(timeout_s=1.0)) as rewards:
+    with closing(RewardFunction(RewardConfig(timeout_s=1.0))) as rewards:
         assert rewards([r"\boxed{9^{9^{9^{9}}}}", r"\boxed{\frac12}"], ["5", "0.5"]).correct == [0.0, 1.0]
-        assert rewards.timeouts == 1
+        assert rewards.checker.timeouts == 1
 
 
 def test_answers_must_match_responses():

@@ -5,6 +5,7 @@ import select
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ ROOT = Path(symbolic.__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def checker():
-    with SymbolicChecker(timeout_s=20.0) as shared:
+    with closing(SymbolicChecker(timeout_s=20.0)) as shared:
         yield shared
 
 
@@ -71,7 +72,7 @@ def test_no_worker_for_plain_answers(predicted, gold, equal, monkeypatch):
 
 
 def test_a_comparison_that_hangs_is_killed_and_the_next_one_works():
-    with SymbolicChecker(timeout_s=1.0) as checker:
+    with closing(SymbolicChecker(timeout_s=1.0)) as checker:
         assert checker.equal(r"\frac{4}{2}", "2")
         assert not checker.equal(HANGS, "5")
         assert checker.timeouts == 1
@@ -87,7 +88,7 @@ def children() -> set[int]:
 
 def test_closing_leaves_no_process_and_no_pipe():
     before, files = children(), len(os.listdir("/proc/self/fd"))
-    with SymbolicChecker(timeout_s=0.5) as checker:
+    with closing(SymbolicChecker(timeout_s=0.5)) as checker:
         assert not checker.equal(HANGS, "5")
         checker.timeout_s = 20.0
         assert checker.equal(r"\frac{6}{3}", "2")
@@ -101,7 +102,7 @@ def test_closing_leaves_no_process_and_no_pipe():
 
 def test_a_worker_killed_from_outside_is_replaced():
     before = children()
-    with SymbolicChecker(timeout_s=20.0) as checker:
+    with closing(SymbolicChecker(timeout_s=20.0)) as checker:
         assert checker.equal(r"\frac{4}{2}", "2")
         (worker,) = children() - before
         os.kill(worker, signal.SIGKILL)

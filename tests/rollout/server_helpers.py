@@ -20,6 +20,11 @@ from mssr.rollout.servers.rollout import ServerRollout
 ENDS = list(range(100, 130))  # of 300 tokens: some responses end, others are cut
 PROMPT_TOKENS, RESPONSE_TOKENS = 244, 12
 
+# Here and in every process started from here, vLLM finds the weight transfer for machines without a GPU.
+PLUGIN = str(Path(__file__).parent / "gloo_plugin")
+sys.path.append(PLUGIN)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), PLUGIN]))
+
 
 class Server:
     """`mssr serve` in the background. stop, go_on, kill: by signals, to all of its processes, which it cannot catch."""

@@ -1,5 +1,7 @@
 """Rollouts of a policy with adapters are the adapted policy's, by both engines; and vLLM loads what was exported."""
 
+import warnings
+
 from option_helpers import LORA, disturb, make_engine_with, options
 from policy_helpers import processors, random_batch
 from rollout_engines import ENDS, LIMIT, hf
@@ -9,7 +11,7 @@ from mssr.policy.export import save_model
 from mssr.policy.loss import CrossEntropy
 from mssr.rollout.base import collect
 from mssr.rollout.hf import HFRollout
-from mssr.rollout.vllm.adapter import pixels_as_given, without_chatter
+from mssr.rollout.vllm.adapter import pixels_as_given
 from mssr.rollout.vllm.requests import engine_input, response, sampling
 from mssr.rollout.weight_sync import sync_weights
 
@@ -53,7 +55,7 @@ def start_vllm(path):
     """As a user's own vLLM reads a directory, but for the log-probs and the pixels, which are ours already."""
     from vllm import LLM
 
-    with without_chatter():
+    with warnings.catch_warnings(action="ignore"):
         llm = LLM(
             model=str(path), dtype="float32", max_model_len=128, max_num_seqs=8, enforce_eager=True,
             distributed_executor_backend="external_launcher",  # in this process, whose group of one is there already

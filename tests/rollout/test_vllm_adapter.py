@@ -1,5 +1,7 @@
 """Which vLLM is taken, and what is said of one that is not."""
 
+import sys
+
 import pytest
 from policy_helpers import ALONE, processors, run_config
 
@@ -7,7 +9,7 @@ import mssr.rollout as rollout
 from mssr.config import resolve
 from mssr.config.resolve import engine_name, why_no_vllm
 from mssr.errors import UserError
-from mssr.rollout.vllm.adapter import require_vllm
+from mssr.rollout.vllm.adapter import require_server_vllm, require_vllm
 from mssr.rollout.vllm.engine import VLLMRollout
 from mssr.versions import is_supported, vllm_version
 
@@ -46,6 +48,13 @@ def test_a_build_for_another_device_is_refused(version, device, built, monkeypat
         "run `python -m mssr.rollout.vllm.install` for another build"
     )
     assert why_no_vllm("auto") is None and why_no_vllm(built) is None
+
+
+def test_servers_need_a_gpu(monkeypatch):
+    """The weight transfer for a CPU is a plugin of these tests: see `server_helpers`."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not folder.endswith("gloo_plugin")])
+    with pytest.raises(UserError, match=r"^rollout\.engine servers needs a GPU: .*; set rollout\.engine=vllm$"):
+        require_server_vllm("cpu")
 
 
 def test_this_environment_has_one():

@@ -1,4 +1,4 @@
-"""HTTP to vLLM servers: one call to one, one call to all of them at once, and what counts as a server that is lost."""
+"""HTTP calls to one vLLM server or to all of them at once, and when a server counts as lost."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from mssr.errors import UserError
 
 @dataclass(eq=False)
 class ServerLost(Exception):
-    """A server that cannot be counted on any more: it refuses, resets, is silent, or fails by its own account (5xx)."""
+    """A server can no longer be used: it refuses or resets connections, is silent, or reports a failure of its own (5xx)."""
 
     server: str
     reason: str
@@ -24,8 +24,8 @@ class ServerLost(Exception):
 
 @asynccontextmanager
 async def http_session():
-    # A connection for each request: one that idles is closed by the server after seconds, and a request on its way at
-    # that moment would look like a server that died.
+    # One connection per request: a server closes an idle one after seconds, and a request sent at that moment would look
+    # like a server that died.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:
         yield session
@@ -41,13 +41,13 @@ async def call(
     timeout_s: float | None = None,
     missing_ok: bool = False,
 ) -> Any:
-    """The decoded answer; None for an empty one, and with `missing_ok` where the server knows no such path.
+    """Return the decoded answer; None for an empty one, and with `missing_ok` if the server has no such path.
 
     server: http://host:port. body: sent as JSON.
 
     Raises:
-        ServerLost: see there.
-        UserError: the server refuses this very request (4xx), with its own words.
+        ServerLost: the server can no longer be used.
+        UserError: the server refuses this request (4xx); quotes its answer.
     """
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
@@ -68,15 +68,15 @@ async def call(
     except (aiohttp.ClientError, OSError) as error:
         raise ServerLost(server, _line(str(error)) or type(error).__name__) from None
     except ValueError:  # neither JSON nor text
-        raise UserError(f"rollout.servers {server}: {path} answers in no format of vLLM's") from None
+        raise UserError(f"rollout.servers {server}: {path} does not answer as vLLM does") from None
 
 
 def call_all(
     servers: Mapping[str, Any], path: str, *, on_lost: Callable[[], None] = lambda: None, **settings
 ) -> dict[str, Any]:
-    """`call` to all servers at the same time; their answers, where one is lost its ServerLost.
+    """`call` all servers at the same time and return their answers, or the ServerLost of one that is lost.
 
-    servers: address to body. on_lost: called at the moment one is lost, while others may still be waited for.
+    servers: address to body. on_lost: called as soon as one is lost, while other answers may still be awaited.
     """
 
     async def one(session: aiohttp.ClientSession, server: str, body: Any) -> Any:

@@ -23,30 +23,29 @@ from mssr.rollout.servers.weights import WeightTransfer
 from mssr.rollout.vllm.adapter import require_server_vllm
 from mssr.rollout.vllm.requests import engine_input, sampling
 
-_HEALTH_S = 10.0  # a server that was here and does not say so within this is not asked for responses
-_POLL_S = 0.25  # between questions to a server that is still starting
+_HEALTH_S = 10.0  # a server that does not answer a health check within this time gets no requests
+_POLL_S = 0.25  # between health checks of a server that is still starting
 
 
 class ServerRollout:
     """See `RolloutEngine`. `generate` may run in another thread than the rest, and is no collective.
 
     Greedy responses are reproducible, up to rounding that depends on what else a server computes at the time. Sampled
-    ones are not: servers draw noise from generators of their own, and the order in which requests arrive over a network
-    is never the same twice. `streams` are not used: vLLM's seeds for single requests slow its sampler down on a GPU, and
-    do not exist on a CPU.
+    ones are not: servers draw noise from their own generators, and the order in which requests arrive varies. `streams`
+    are not used: vLLM's seeds per request slow down its sampler on a GPU and do not exist on a CPU.
 
-    A server is lost when it refuses or resets a connection, answers 5xx, has sent nothing for rollout.server_timeout_s
+    A server is lost when it refuses or resets a connection, answers 5xx, sends nothing for rollout.server_timeout_s
     while it owes responses, or has other weights than were sent (restarted). Its requests go to the others. The next
-    `update_weights` takes it in again if it is back.
+    `update_weights` includes it again if it is back.
     """
 
     name = "servers"
 
     def __init__(self, config: RolloutConfig, policy: Policy, ends: list[int], pad: int, world: World) -> None:
-        """ends: tokens that end a response. pad: the token behind it in a batch.
+        """ends: tokens that end a response. pad: token that fills a batch after it.
 
         Raises:
-            UserError: no usable vLLM here (its weight transfer is needed), or an address that is none.
+            UserError: no usable vLLM is installed here (its weight transfer is needed), or an address is invalid.
         """
         require_server_vllm(world.device.type)
         self._config = config
@@ -62,8 +61,10 @@ class ServerRollout:
         self._transfer = WeightTransfer(world, int(config.sync_gib * 2**30), config.server_timeout_s)
 
     def update_weights(self, policy: Policy, version: int) -> None:
-        """Raises:
-        UserError: a server is not there at the start of the run, or later none; one died just now.
+        """See `RolloutEngine`.
+
+        Raises:
+            UserError: a server is missing at the start of the run, all are missing later, or one died during the transfer.
         """
         for lost in self._world.gather(self._lost):
             for server, reason in lost.items():
@@ -103,13 +104,13 @@ class ServerRollout:
         return collect(prompts, [responses[row] for row in range(len(prompts))], self._pad)
 
     def release(self) -> None:
-        """The servers' memory is their own."""
+        """Do nothing: servers keep their memory."""
 
     def close(self) -> None:
         self._transfer.close()
 
     def _body(self, prompt: Prompt, settings: dict) -> dict[str, Any]:
-        """The request, as vLLM's own front end would write it."""
+        """Return the request as vLLM's own front end would write it."""
         inputs = engine_input(prompt, self._image_token_id, self._merge_size)
         body = {"token_ids": inputs["prompt_token_ids"], "sampling_params": settings, "stream": False}
         if "mm_kwargs" in inputs:
@@ -130,7 +131,7 @@ class ServerRollout:
         (choice,) = answer["choices"]
         if choice["finish_reason"] not in ("stop", "length"):
             raise ServerLost(server, f"it ended a response by itself ({choice['finish_reason']})")
-        versions = {span["version"] for span in choice.get("weight_versions") or ()}  # vLLM before 0.32 tells none
+        versions = {span["version"] for span in choice.get("weight_versions") or ()}  # absent before vLLM 0.32
         if versions - {str(self._weight_version)}:
             raise ServerLost(server, f"it has weights {', '.join(versions)}, not {self._weight_version}: restarted?")
         if choice["finish_reason"] == "length" and len(choice["token_ids"]) < self._config.max_response_tokens:
@@ -152,13 +153,13 @@ class ServerRollout:
         self._report(server, reason)
 
     def _report(self, server: str, reason: str) -> None:
-        """Once, not once a rank: the others' losses are told at the next update."""
+        """Report a lost server once, on rank 0; losses that other ranks see are reported at the next update."""
         if self._world.is_main and server not in self._reported:
             self._reported.add(server)
             print(f"mssr: rollout server {server} is out: {reason}", file=sys.stderr, flush=True)
 
     def _roll_call(self) -> tuple[dict[str, int], str | None]:
-        """The servers that are there and how many workers each has; or what the user is to be told."""
+        """Return the servers that answer, with the number of workers of each; or an error message."""
         first = self._weight_version is None
         deadline = time.monotonic() + self._config.server_timeout_s
         workers: dict[str, int] = {}
@@ -172,7 +173,7 @@ class ServerRollout:
                     if isinstance(answer, ServerLost):
                         lost[server] = answer
                     elif not isinstance(answer, dict) or not isinstance(answer.get("world_size"), int):
-                        return {}, f"rollout.servers {server} is no vLLM server; start one with `mssr serve`"
+                        return {}, f"rollout.servers {server} is not a vLLM server; start one with `mssr serve`"
                     else:
                         workers[server] = answer["world_size"]
                 if not first or not lost or time.monotonic() > deadline:
@@ -189,10 +190,10 @@ class ServerRollout:
 
 @dataclass
 class _Work:
-    """The requests of one `generate` on their way through the servers; all of it in one thread.
+    """Sends the requests of one `generate` to the servers, all in one thread.
 
-    make_body: a row's request. read: the answer as a response. on_lost: told of a server's end, with the reason.
-    at_once: requests a server has at the same time. silence_s: how long one that owes responses may send nothing.
+    make_body: a row's request. read: turns an answer into a response. on_lost: called with a lost server and the reason.
+    at_once: concurrent requests per server. silence_s: how long a server that owes responses may send nothing.
     """
 
     make_body: Callable[[int], dict]
@@ -205,7 +206,7 @@ class _Work:
     lost: dict[str, ServerLost] = field(default_factory=dict)
 
     async def run(self, order: list[int]) -> dict[int, Response]:
-        """Row to response. order: the rows, first ones first."""
+        """Return the response of each row. order: the rows in the order in which to start them."""
         self._waiting = deque(order)
         self._under_way: dict[asyncio.Task, tuple[str, int]] = {}
         self._heard: dict[str, float] = dict.fromkeys(self.servers, time.monotonic())
@@ -228,7 +229,7 @@ class _Work:
         return responses
 
     def _hand_out(self, session) -> None:
-        """Waiting rows to the servers that have the fewest."""
+        """Send waiting rows to the servers with the fewest requests."""
         if not self.servers:
             raise UserError(_nobody(self.lost))
         load = dict.fromkeys(self.servers, 0)
@@ -246,7 +247,7 @@ class _Work:
             self._under_way[task] = server, row
 
     def _take(self, done: set[asyncio.Task]) -> list[tuple[int, Response]]:
-        """The rows that are done; those of a lost server wait again."""
+        """Return the rows that are done; rows of a lost server wait again."""
         found, failures = [], []
         for task in done:
             server, row = self._under_way[task]
@@ -291,19 +292,17 @@ def _nobody(lost: dict[str, ServerLost], waited_s: float | None = None) -> str:
 
 
 def _addresses(servers: list[str]) -> list[str]:
-    """Raises:
-    UserError: one is no http://host:port, or is there twice.
-    """
+    """Return the servers without trailing slashes; refuse one that is not http://host:port or is listed twice."""
     found = []
     for server in servers:
         try:
             parts = urlsplit(server)
             whole = parts.scheme == "http" and parts.hostname and parts.port and parts.path in ("", "/")
-        except ValueError:  # a port that is no number
+        except ValueError:  # a port that is not a number
             whole = False
         if not whole or parts.query:
             raise UserError(f"rollout.servers {server}: expected http://host:port")
         found.append(f"http://{parts.netloc}")
     if len(set(found)) < len(found):
-        raise UserError("rollout.servers: an address is there twice")
+        raise UserError("rollout.servers: an address is listed twice")
     return found

@@ -1,4 +1,4 @@
-"""`mssr serve`: one vLLM server, with exactly the settings that `rollout.engine: servers` counts on."""
+"""`mssr serve`: one vLLM server with the settings that `rollout.engine: servers` needs."""
 
 import json
 import os
@@ -10,29 +10,21 @@ from pathlib import Path
 from mssr.config import Config
 from mssr.config.resolve import dtype_name, why_no_vllm
 from mssr.errors import UserError
-from mssr.rollout.servers.main import GLOO_TRANSFER
-from mssr.rollout.vllm.adapter import (
-    ENVIRONMENT,
-    require_server_vllm,
-    server_flags,
-)
+from mssr.rollout.vllm.adapter import ENVIRONMENT, require_server_vllm, server_flags, transfer_backend
 from mssr.versions import is_cpu_build, vllm_version
 
-_SERVER = [
-    "-W",
-    "ignore::DeprecationWarning",
-    "-m",
-    "mssr.rollout.servers.main",
-]  # it uses vLLM's older entry, which says so
+# Not the `vllm` command: it looks for a distribution of that name, and the CPU build has another. vLLM calls this entry
+# deprecated.
+_SERVER = ["-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"]
 
 
 def serve(config: Config, host: str, port: int) -> None:
-    """Becomes vLLM's server; does not return. The weights are random until a trainer sends its own.
+    """Replace this process by vLLM's server. Its weights are random until a trainer sends its own.
 
     Raises:
-        UserError: vLLM cannot be used here, the port is taken, or the model is no model.
+        UserError: vLLM cannot be used here, the port is taken, or model.path is not a model.
     """
-    if why := why_no_vllm(config.device):  # before the next line, which would advise rollout.engine=hf
+    if why := why_no_vllm(config.device):  # checked first: the next line would suggest rollout.engine=hf
         raise UserError(why)
     require_server_vllm(config.device)
     path = Path(config.model.path)
@@ -45,23 +37,23 @@ def serve(config: Config, host: str, port: int) -> None:
 
 
 def arguments(config: Config, host: str, port: int) -> list[str]:
-    """Of vLLM's server."""
+    """Return the command line of vLLM's server."""
     rollout, cpu = config.rollout, is_cpu_build(vllm_version())
     settings = {
         "model": config.model.path,
         "host": host,
         "port": port,
         "dtype": dtype_name(config.model.dtype, "cpu" if cpu else "cuda"),
-        "load-format": "dummy",  # the trainer's weights come before the first request
+        "load-format": "dummy",  # the trainer sends its weights before the first request
         "max-model-len": config.data.max_prompt_tokens + rollout.max_response_tokens,
         "max-num-seqs": rollout.batch_size,
         "tensor-parallel-size": rollout.tensor_parallel,
-        "logprobs-mode": "processed_logprobs",  # of the distribution drawn from: temperature, forbidden tokens
+        "logprobs-mode": "processed_logprobs",  # after temperature and forbidden tokens: of the distribution drawn from
         "generation-config": "vllm",  # the model's own would change the distribution
         "limit-mm-per-prompt": json.dumps({"video": 0}),
-        "mm-processor-cache-gb": 0,  # pixels come ready-made
-        "weight-transfer-config": json.dumps({"backend": GLOO_TRANSFER if cpu else "nccl"}),
-        # Servers of one run must not draw the same noise: vLLM's own default is 0 for all.
+        "mm-processor-cache-gb": 0,  # pixels are preprocessed by the trainer
+        "weight-transfer-config": json.dumps({"backend": transfer_backend()}),
+        # Servers of one run must draw different noise; vLLM's default is 0 for all.
         "seed": secrets.randbits(31),
         "uvicorn-log-level": "warning",
     }
@@ -78,8 +70,8 @@ def arguments(config: Config, host: str, port: int) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    environment = ENVIRONMENT | os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # weight transfer and cache resets
-    # With 0 the CPU build runs its worker in the engine's process, which is one import of everything less.
+    environment = ENVIRONMENT | os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # enables weight transfer and cache resets
+    # With 0 the CPU build runs its worker in the engine's process, which saves importing everything once more.
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if is_cpu_build(vllm_version()) else "1"
     return environment
 

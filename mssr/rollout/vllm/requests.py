@@ -1,7 +1,7 @@
-"""Our prompts as vLLM's requests, and its outputs as our responses.
+"""Converts our prompts to vLLM's requests, and its outputs to our responses.
 
-Prompts go in as they are trained on: the same token ids, image tokens expanded, and the same preprocessed pixels. So
-vLLM tokenises nothing and preprocesses no image, and neither can differ from the trainer's.
+vLLM gets what the trainer trains on: token ids with image tokens expanded, and preprocessed pixels. So neither
+tokenisation nor preprocessing can differ from the trainer's.
 """
 
 import torch
@@ -10,14 +10,14 @@ from torch import Tensor
 from mssr.batch import Prompt
 from mssr.rollout.base import Response
 
-NEVER = -1e9  # added to a logit; finite, since it also travels as JSON
+NEVER = -1e9  # added to a logit; finite, since it is also sent as JSON
 
 
 def engine_input(prompt: Prompt, image_token_id: int | None, merge_size: int | None) -> dict:
-    """The prompt as vLLM's engine takes it (`vllm.inputs.engine`): text, or text and preprocessed images.
+    """Return the prompt as input of vLLM's engine (`vllm.inputs.engine`): text, or text and preprocessed images.
 
-    image_token_id, merge_size: the policy's; None where it reads text alone. The families that read images all take the
-    same: patches and grids, from which vLLM works out the rotary positions as well.
+    image_token_id, merge_size: the policy's; None for a text-only model. All families with images take patches and grids,
+    from which vLLM also computes the rotary positions.
     """
     from vllm.inputs.engine import mm_input, tokens_input
     from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems, PlaceholderRange
@@ -38,13 +38,13 @@ def engine_input(prompt: Prompt, image_token_id: int | None, merge_size: int | N
         PlaceholderRange(offset=offset, length=length)
         for offset, length in zip(image_offsets(prompt.token_ids, tokens, image_token_id), tokens)
     ]
-    # What its caches go by: this image of this prompt. The same picture in another prompt is encoded again.
+    # The key of vLLM's caches: an image of a prompt. The same picture in another prompt is encoded again.
     hashes = [f"{prompt.key}/{number}" for number in range(len(tokens))]
     return mm_input(token_ids, {"image": items["image"]}, {"image": hashes}, {"image": places})
 
 
 def image_offsets(token_ids: Tensor, tokens: list[int], image_token_id: int) -> list[int]:
-    """Where each image's tokens begin in the prompt. token_ids: [P]. tokens: of each image."""
+    """Return where each image's tokens begin in the prompt. token_ids: [P]. tokens: number of tokens of each image."""
     places = (token_ids == image_token_id).nonzero().flatten().tolist()
     offsets, start = [], 0
     for count in tokens:
@@ -54,18 +54,18 @@ def image_offsets(token_ids: Tensor, tokens: list[int], image_token_id: int) -> 
 
 
 def sampling(temperature: float, max_tokens: int, ends: list[int], forbidden: list[int]) -> dict:
-    """Arguments of `vllm.SamplingParams`: the policy's own distribution, nothing cut off it but `forbidden` tokens.
+    """Return arguments of `vllm.SamplingParams` for the policy's own distribution without `forbidden` tokens.
 
-    top_p and top_k stay off, or the reported log-probs would not be those of the trainer.
+    top_p and top_k stay off, so that the reported log-probs are the trainer's.
     """
     return {
         "temperature": temperature,
         "top_p": 1.0,
         "top_k": 0,
         "max_tokens": max_tokens,
-        "logprobs": 0,  # the sampled token's alone
+        "logprobs": 0,  # of the sampled token only
         "stop_token_ids": ends,
-        "ignore_eos": True,  # all end tokens are in `ends`; the model's generation config does not add to them
+        "ignore_eos": True,  # `ends` has all end tokens; the generation config must not add others
         "logit_bias": dict.fromkeys(forbidden, NEVER),
         "detokenize": False,
         "skip_special_tokens": False,
@@ -73,7 +73,7 @@ def sampling(temperature: float, max_tokens: int, ends: list[int], forbidden: li
 
 
 def response(completion, weight_version: int) -> Response:
-    """Of a finished `vllm.outputs.CompletionOutput`."""
+    """Return the response of a finished `vllm.outputs.CompletionOutput`."""
     tokens = list(completion.token_ids)
     logps = [entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)]
     return Response(

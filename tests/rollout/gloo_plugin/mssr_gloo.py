@@ -1,97 +1,72 @@
-"""Weights from the trainer to vLLM's workers over gloo, for machines without NCCL: a backend of vLLM's weight transfer.
+"""A vLLM plugin: weight transfer over gloo, so that servers can be tested on machines without a GPU.
 
-Rank 0 of a process group of its own is the sender, the workers of all servers are the others. Both sides cut the same
-list of weights into chunks of bounded size, and each chunk is one broadcast. Imports vLLM.
+vLLM finds it by the metadata beside it once this folder is on PYTHONPATH. Rank 0 of a process group of its own sends,
+the workers of all servers receive. Both sides cut the same list of weights into chunks of bounded size, and each chunk
+is one broadcast. The settings on the wire are those of vLLM's NCCL transfer.
 """
 
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
-    TrainerInitInfo,
     TrainerWeightTransferEngine,
     VLLMWeightSyncClient,
     WeightSource,
     WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
 )
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo, worker_init_payload
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLWeightTransferUpdateInfo
 
 from mssr.distributed import address_towards
-from mssr.rollout.servers.main import GLOO_TRANSFER
 
-_REASON_S = 5.0  # how long a broken transfer waits for the server's own account of it
-
-
-@dataclass(kw_only=True)
-class GlooSenderInfo(TrainerInitInfo):
-    """address, port: where the sender's store listens. size: of the group, sender and workers.
-
-    buffer_bytes: of a chunk; a larger weight is a chunk of its own. timeout_s: of any step of the transfer.
-    """
-
-    backend: ClassVar[str] = GLOO_TRANSFER
-
-    address: str
-    port: int
-    size: int
-    buffer_bytes: int
-    timeout_s: float
+NAME = "mssr_gloo"
+TIMEOUT_S = 60.0  # for each step of a transfer
+REASON_S = 5.0  # how long a broken transfer waits for the server's own explanation
 
 
-@dataclass(kw_only=True)
-class GlooReceiverInfo(WeightTransferInitInfo):
-    """The sender's settings. rank_offset: rank of the first worker of this server."""
-
-    address: str
-    port: int
-    size: int
-    buffer_bytes: int
-    timeout_s: float
-    rank_offset: int
-
-
-@dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """All weights in the order in which they come."""
-
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
+def register() -> None:
+    """Make both sides of the transfer known to vLLM, which calls this in each of its processes."""
+    if NAME not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(NAME, GlooReceiver)
+        WeightTransferTrainerFactory.register_engine(NAME, GlooSender)
 
 
 class Group:
     """A gloo process group beside torch's default one."""
 
-    def __init__(self, address: str, port: int, rank: int, size: int, timeout_s: float) -> None:
-        self._timeout = timedelta(seconds=timeout_s)
-        self._rank, self._size = rank, size
+    def __init__(self, info: NCCLTrainerInitInfo | NCCLWeightTransferInitInfo, rank: int) -> None:
+        self._timeout = timedelta(seconds=TIMEOUT_S)
+        self._rank, self._size, self._address = rank, info.world_size, info.master_address
         self._store = TCPStore(
-            address, port, size, is_master=rank == 0, timeout=self._timeout, wait_for_workers=False, use_libuv=True
-        )
-        self._address = address
+            self._address, info.master_port, self._size, is_master=rank == 0, timeout=self._timeout,
+            wait_for_workers=False, use_libuv=True,
+        )  # fmt: skip
         self._group: ProcessGroupGloo | None = None
 
     def join(self) -> None:
         options = ProcessGroupGloo._Options()
         options._timeout = self._timeout
-        # The interface that reaches the sender: a host's own name may resolve to one that others do not see.
+        # The interface that reaches the sender: the host's own name may resolve to an address that others cannot reach.
         options._devices = [ProcessGroupGloo.create_device(hostname=address_towards(self._address))]
         self._store.set(f"here/{self._rank}", "")
         self._group = ProcessGroupGloo(PrefixStore("gloo", self._store), self._rank, self._size, options)
 
     def wait_for_others(self, asked: Future) -> None:
-        """Until all have come to join. asked: the servers' answers to the call to; an error there ends the wait."""
+        """Wait until all workers are about to join.
+
+        asked: the servers' answers to the request to join; an error there ends the wait.
+        """
         others = [f"here/{rank}" for rank in range(1, self._size)]
-        deadline = time.monotonic() + self._timeout.total_seconds()
+        deadline = time.monotonic() + TIMEOUT_S
         while not self._store.check(others):
             if asked.done():
                 asked.result()
@@ -100,25 +75,25 @@ class Group:
             time.sleep(0.01)
 
     def broadcast(self, buffer: Tensor) -> None:
-        """From rank 0 to all. buffer: [bytes] uint8."""
+        """Send from rank 0 to all others. buffer: [bytes] uint8."""
         self._group.broadcast(buffer, 0).wait()
 
 
-class GlooReceiver(WeightTransferEngine[GlooReceiverInfo, GlooUpdateInfo]):
-    """In a vLLM worker. vLLM loads what arrives as it would load a checkpoint, layer by layer."""
+class GlooReceiver(WeightTransferEngine[NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo]):
+    """The side of a vLLM worker, which loads what arrives as it would load a checkpoint, layer by layer."""
 
-    init_info_cls = GlooReceiverInfo
-    update_info_cls = GlooUpdateInfo
+    init_info_cls = NCCLWeightTransferInitInfo
+    update_info_cls = NCCLWeightTransferUpdateInfo
 
     _group: Group | None = None
     _buffer_bytes = 0
     _torn = False
 
-    def init_transfer_engine(self, init_info: GlooReceiverInfo) -> None:
+    def init_transfer_engine(self, init_info: NCCLWeightTransferInitInfo) -> None:
         parallel = self.parallel_config
         rank = init_info.rank_offset + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self._buffer_bytes = init_info.buffer_bytes
-        self._group = Group(init_info.address, init_info.port, rank, init_info.size, init_info.timeout_s)
+        self._buffer_bytes = init_info.packed_buffer_size_bytes
+        self._group = Group(init_info, rank)
         self._group.join()
 
     def start_weight_update(self) -> None:
@@ -134,20 +109,20 @@ class GlooReceiver(WeightTransferEngine[GlooReceiverInfo, GlooUpdateInfo]):
         finalize_layerwise_reload(self.model, self.model_config)
 
     def update_weights(self, update_info: dict) -> None:
-        # vLLM's own would also synchronise an accelerator, and there is none.
+        # vLLM's own method would also synchronise an accelerator, and there is none.
         self.receive_weights(self.parse_update_info(update_info))
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
         if self._group is None:
             raise RuntimeError("the weight transfer is not initialised")
-        rows = zip(update_info.names, update_info.dtypes, update_info.shapes, strict=True)
+        rows = zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True)
         weights = [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in rows]
         try:
             for chunk in chunks(weights, self._buffer_bytes):
                 buffer = torch.empty(sum(map(size_bytes, chunk)), dtype=torch.uint8)
                 self._group.broadcast(buffer)
                 parts = buffer.split([size_bytes(weight) for weight in chunk])
-                # Copies: vLLM keeps weights until their layer is whole, and a part need not be aligned to its dtype.
+                # Copies: vLLM keeps weights until their layer is complete, and a part may not be aligned to its dtype.
                 self.model.load_weights(
                     [
                         (weight.name, part.clone().view(weight.dtype).view(weight.shape))
@@ -163,28 +138,29 @@ class GlooReceiver(WeightTransferEngine[GlooReceiverInfo, GlooUpdateInfo]):
         self._group = None  # the last reference: closes the connections
 
 
-class GlooSender(TrainerWeightTransferEngine[GlooSenderInfo]):
-    """In the trainer, on every rank; all of them go through the source, and rank 0 sends."""
+class GlooSender(TrainerWeightTransferEngine[NCCLTrainerInitInfo]):
+    """The trainer's side. All ranks iterate over the source, and rank 0 sends."""
 
-    init_info_cls = GlooSenderInfo
+    init_info_cls = NCCLTrainerInitInfo
 
     _group: Group | None = None
     _buffer_bytes = 0
 
     @classmethod
     def trainer_init(
-        cls, init_info: GlooSenderInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
+        cls, init_info: NCCLTrainerInitInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
     ) -> Self:
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        engine._buffer_bytes = init_info.buffer_bytes
+        engine._buffer_bytes = init_info.packed_buffer_size_bytes
         if not engine.is_sender:
             return engine
         settings = asdict(init_info)
         del settings["rank"]
-        engine._group = Group(init_info.address, init_info.port, 0, init_info.size, init_info.timeout_s)
+        receiver = NCCLWeightTransferInitInfo(**settings, rank_offset=1)
+        engine._group = Group(init_info, rank=0)
         with ThreadPoolExecutor(max_workers=1) as thread:
-            # A server answers when its workers have joined, so we join meanwhile.
-            asked = thread.submit(client.init_weight_transfer_engine, settings | {"rank_offset": 1})
+            # A server answers when its workers have joined, so this rank joins meanwhile.
+            asked = thread.submit(client.init_weight_transfer_engine, worker_init_payload(receiver))
             engine._group.wait_for_others(asked)
             engine._group.join()
             asked.result()
@@ -196,9 +172,9 @@ class GlooSender(TrainerWeightTransferEngine[GlooSenderInfo]):
             for _ in self.source:
                 pass
             return
-        update = GlooUpdateInfo(
+        update = NCCLWeightTransferUpdateInfo(
             names=[weight.name for weight in weights],
-            dtypes=[str(weight.dtype).removeprefix("torch.") for weight in weights],
+            dtype_names=[str(weight.dtype).removeprefix("torch.") for weight in weights],
             shapes=[list(weight.shape) for weight in weights],
         )
         self.client.start_weight_update()
@@ -207,8 +183,8 @@ class GlooSender(TrainerWeightTransferEngine[GlooSenderInfo]):
             received = thread.submit(self.client.update_weights, asdict(update))
             broken = self._broadcast_until_broken(weights)
             if broken:
-                self.shutdown()  # the other workers must not wait for the rest, nor we for their servers' answers
-                wait((received,), timeout=_REASON_S)
+                self.shutdown()  # neither the other workers nor their servers' answers must wait for the rest
+                wait((received,), timeout=REASON_S)
                 if received.done():
                     received.result()  # raises the reason: which server, and what it says
                 raise RuntimeError(broken)
@@ -218,7 +194,7 @@ class GlooSender(TrainerWeightTransferEngine[GlooSenderInfo]):
         self.client.finish_weight_update()
 
     def _broadcast_until_broken(self, weights: list[ParamMeta]) -> str | None:
-        """Returns what broke it, and not the exception, whose traceback would hold the group."""
+        """Return what broke the transfer: text, since an exception's traceback would keep the group alive."""
         try:
             self._broadcast(weights)
         except RuntimeError as error:  # gloo's
@@ -243,7 +219,7 @@ class GlooSender(TrainerWeightTransferEngine[GlooSenderInfo]):
 
 
 def chunks(weights: list[ParamMeta], limit: int) -> Iterator[list[ParamMeta]]:
-    """Neighbours whose bytes together keep to the limit; a larger one alone. The same cuts on both sides."""
+    """Cut the list into neighbours of at most `limit` bytes together; a larger weight is a chunk of its own."""
     chunk, filled = [], 0
     for weight in weights:
         if chunk and filled + size_bytes(weight) > limit:
