@@ -1,6 +1,6 @@
-"""`mssr doctor`: what this machine has, what the trainer will use, and what to install or mend.
+"""`mssr doctor`: what this machine has, what the trainer will use on it, and how to fix what is missing.
 
-Reads package metadata instead of importing packages; the few questions only an import answers run in another process.
+Reads package metadata instead of importing packages; the few questions that only an import answers run in another process.
 """
 
 import importlib.metadata
@@ -9,33 +9,28 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from mssr.versions import TESTED, is_cpu_build, is_supported, vllm_version
+from mssr.config.resolve import dtype_name, engine_name, why_no_vllm
+from mssr.versions import TESTED, is_supported, requirement, vllm_version
 
-INSTALL_VLLM = "python -m mssr.rollout.vllm.install"  # picks the build, and what the CPU build needs besides
+INSTALL_VLLM = "python -m mssr.rollout.vllm.install"  # chooses the build, and adds what the CPU build needs
 
 
 @dataclass(frozen=True)
-class Requirement:
-    """A package that the trainer uses or can use. extra: of setup.py, what installs it ("": the base installation)."""
+class Use:
+    """What the trainer needs a package for. extra: the extra of setup.py that installs it; "": the base installation."""
 
-    name: str
     purpose: str
     extra: str = "train"
     needed: bool = True
-
-    @property
-    def tested(self) -> str:
-        return TESTED[self.name]
 
     @property
     def install(self) -> str:
@@ -44,39 +39,28 @@ class Requirement:
         return f"pip install -e '.[{self.extra}]'" if self.extra else "pip install -e ."
 
 
-REQUIREMENTS = (
-    Requirement("torch", "everything", extra=""),
-    Requirement("triton", "GPU kernels", extra=""),
-    Requirement("transformers", "models"),
-    Requirement("deepspeed", "training engine"),
-    Requirement("datasets", "data from the hub"),
-    Requirement("math-verify", "answer checking"),
-    Requirement("peft", "LoRA", needed=False),
-    Requirement("pydantic", "configuration"),
-    Requirement("typer", "command line"),
-    Requirement("rich", "display"),
-    Requirement("tensorboard", "metrics"),
-    Requirement("matplotlib", "curves"),
-    Requirement("nvidia-ml-py", "GPU readings"),
-    Requirement("vllm", "fast rollouts", extra="vllm", needed=False),
-    Requirement("flash-attn", "attention", extra="flash", needed=False),
-    Requirement("liger-kernel", "norms, SwiGLU; benchmarks", extra="liger", needed=False),
-)
+PACKAGES = {
+    "torch": Use("everything", extra=""),
+    "triton": Use("GPU kernels", extra=""),
+    "transformers": Use("models"),
+    "deepspeed": Use("training engine"),
+    "datasets": Use("data from the hub"),
+    "math-verify": Use("answer checking"),
+    "peft": Use("LoRA", needed=False),
+    "pydantic": Use("configuration"),
+    "typer": Use("command line"),
+    "rich": Use("display"),
+    "tensorboard": Use("metrics"),
+    "matplotlib": Use("curves"),
+    "nvidia-ml-py": Use("GPU readings"),
+    "vllm": Use("fast rollouts", extra="vllm", needed=False),
+    "flash-attn": Use("attention", extra="flash", needed=False),
+    "liger-kernel": Use("norms, SwiGLU; benchmarks", extra="liger", needed=False),
+}
 
 # The registry's builds of these are for CUDA: beside a CPU torch they fail on import, and transformers with them.
 BREAKABLE = ("torchvision", "torchaudio")
-
-
-@dataclass(frozen=True)
-class Package:
-    requirement: Requirement
-    version: str | None
-
-    @property
-    def state(self) -> str:
-        if self.version is None:
-            return "missing"
-        return "ok" if is_supported(self.requirement.name, self.version) else "untested"
+ASK_TORCH = "import torch; print(torch.version.cuda, torch.cuda.is_available())"
 
 
 @dataclass(frozen=True)
@@ -89,7 +73,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to mend. blocks: training (or the GPU) cannot be used until it is."""
+    """Something to fix. blocks: training (or the GPU) cannot be used until it is fixed."""
 
     problem: str
     fix: str
@@ -98,15 +82,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """facts: about the machine and what the trainer will use on it, name -> value."""
+    """facts: about the machine and what the trainer will use on it. versions: of the installed packages."""
 
     facts: dict[str, str]
-    packages: tuple[Package, ...]
+    versions: dict[str, str]
     findings: tuple[Finding, ...]
 
     @property
     def exit_code(self) -> int:
-        """0: everything needed is here. 1: something is not."""
+        """0: everything needed is here. 1: something is missing."""
         return int(any(finding.blocks for finding in self.findings))
 
 
@@ -118,127 +102,103 @@ class Probe:
     text: str
 
 
-def diagnose(
-    installed: Mapping[str, str] | None = None,
-    gpus: Sequence[Gpu] | None = None,
-    probe: Callable[[str], Probe] | None = None,
-) -> Report:
-    """Looks at this machine. The arguments stand in for what it finds: versions, GPUs, how a line of Python ends."""
-    installed = _installed() if installed is None else installed
+def diagnose(gpus: Sequence[Gpu] | None = None, probe: Callable[[str], Probe] | None = None) -> Report:
+    """Examine this machine. The arguments replace what it finds: its GPUs, and how a line of Python ends."""
     gpus = _gpus() if gpus is None else gpus
-    packages = tuple(Package(requirement, installed.get(requirement.name)) for requirement in REQUIREMENTS)
-    findings = [
-        *_package_findings(packages),
-        *_build_findings(installed, gpus),
-        *_import_findings(installed, gpus, probe or _probe),
-    ]
-    return Report(_machine(gpus) | _choices(packages, gpus), packages, tuple(findings))
+    versions = _installed()
+    device = "cuda" if gpus else "cpu"
+    findings = [*_missing(versions), *_unsupported(versions), *_import_findings(versions, gpus, probe or _probe)]
+    if "vllm" in versions and (why := why_no_vllm(device)):
+        findings.append(Finding(f"{why.partition(';')[0]}; rollouts will be slower", INSTALL_VLLM, blocks=False))
+    return Report(_machine(gpus) | _choices(versions, device), versions, tuple(findings))
 
 
 def print_report(report: Report, console: Console | None = None) -> int:
-    """Shows the report and returns the exit code."""
+    """Show the report; return the exit code."""
     console = console or Console(highlight=False)
-    facts = Table.grid(padding=(0, 2))
+
+    def line(*parts: str | tuple[str, str]) -> None:
+        console.print(Text.assemble(*parts), soft_wrap=True)
+
     for name, value in report.facts.items():
-        facts.add_row(Text(name, "dim"), value)
-    console.print(facts, "", _package_table(report.packages), sep="\n")
+        line((f"{name:<16}", "dim"), value)
+    line((f"\n{'package':<14}{'installed':<18}{'supported':<18}", "dim"))
+    for name, use in PACKAGES.items():
+        version = report.versions.get(name)
+        state, colour = ("ok", "green") if version and is_supported(name, version) else ("unsupported", "yellow")
+        if version is None:
+            state, colour = ("missing", "red") if use.needed else ("optional", "dim")
+        supported = requirement(name).removeprefix(name)
+        about = (use.purpose, "dim") if version else use.install
+        line(f"{name:<14}{version or '-':<18}{supported:<18}", (f"{state:<13}", colour), about)
     for finding in report.findings:
-        mark = Text("✗ ", "bold red") if finding.blocks else Text("! ", "bold yellow")
-        console.print(mark + Text(finding.problem), soft_wrap=True)
-        console.print(Text(f"  {finding.fix}", "bold"), soft_wrap=True)
+        line(("✗ ", "bold red") if finding.blocks else ("! ", "bold yellow"), finding.problem)
+        line((f"  {finding.fix}", "bold"))
     if report.exit_code == 0:
-        console.print(Text("✓ everything the trainer needs is here", "green"))
+        line(("✓ everything the trainer needs is here", "green"))
     return report.exit_code
 
 
-def _choices(packages: Sequence[Package], gpus: Sequence[Gpu]) -> dict[str, str]:
-    """What the trainer will use here, by what it is for."""
-    vllm = next(package for package in packages if package.requirement.name == "vllm")
-    usable = vllm.state == "ok" and is_cpu_build(vllm.version) != bool(gpus)
+def _choices(versions: dict[str, str], device: str) -> dict[str, str]:
+    """What the trainer will use here where the configuration says auto."""
+    flash = device == "cuda" and "flash-attn" in versions
     return {
-        "rollout engine": "vllm, in the trainer's process" if usable else "hf (transformers generate)",
-        "loss kernels": "triton for 16-bit heads, else chunked" if gpus else "chunked (mssr_kernels)",
-        "attention": "SDPA over packed sequences",
+        "model.dtype": dtype_name("auto", device),
+        "rollout engine": engine_name("auto", device),
+        "loss kernels": "triton for 16-bit heads, else chunked" if device == "cuda" else "chunked (mssr_kernels)",
+        "attention": "flash-attn in 16 bits, else SDPA" if flash else "SDPA over packed sequences",
     }
 
 
-def _package_table(packages: Sequence[Package]) -> Table:
-    marks = {"ok": ("ok", "green"), "untested": ("untested", "yellow"), "missing": ("missing", "red")}
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for heading in ("package", "installed", "tested", "", ""):
-        table.add_column(heading, no_wrap=True)
-    for package in packages:
-        requirement = package.requirement
-        missing = package.state == "missing"
-        mark = ("optional", "dim") if missing and not requirement.needed else marks[package.state]
-        about = Text(requirement.install) if missing else Text(requirement.purpose, "dim")
-        table.add_row(requirement.name, package.version or "-", requirement.tested, Text(*mark), about)
-    return table
+def _missing(versions: dict[str, str]) -> list[Finding]:
+    """One finding per command: an extra that was never installed is one line, not ten."""
+    missing: dict[str, list[str]] = {}
+    for name, use in PACKAGES.items():
+        if use.needed and name not in versions:
+            missing.setdefault(use.install, []).append(name)
+    return [Finding(f"missing: {', '.join(names)}", command) for command, names in missing.items()]
 
 
-def _package_findings(packages: Sequence[Package]) -> list[Finding]:
-    missing: dict[str, list[str]] = {}  # by command: one line for an extra that was never installed, not fourteen
-    for package in packages:
-        if package.state == "missing" and package.requirement.needed:
-            missing.setdefault(package.requirement.install, []).append(package.requirement.name)
-    findings = [Finding(f"missing: {', '.join(names)}", command) for command, names in missing.items()]
-    for package in packages:
-        if package.state == "untested":
-            name, tested = package.requirement.name, package.requirement.tested
-            problem = f"{name} {package.version} was never tried with this trainer; {tested} was"
-            findings.append(Finding(problem, f"pip install {name}=={tested}", blocks=False))
-    return findings
+def _unsupported(versions: dict[str, str]) -> list[Finding]:
+    """Packages of other versions; `why_no_vllm` judges vLLM's."""
+    return [
+        Finding(f"{name} {versions[name]} is not supported", f"pip install '{requirement(name)}'", blocks=False)
+        for name in PACKAGES
+        if name in versions and name != "vllm" and not is_supported(name, versions[name])
+    ]
 
 
-def _build_findings(installed: Mapping[str, str], gpus: Sequence[Gpu]) -> list[Finding]:
-    """vLLM for another device. Training works without it, with slower rollouts."""
-    version = installed.get("vllm")
-    if version is None or is_cpu_build(version) != bool(gpus):
-        return []
-    built, here = ("the CPU", gpus[0].name) if gpus else ("CUDA", "no GPU")
-    return [Finding(f"vllm {version} is built for {built}, here is {here}", INSTALL_VLLM, blocks=False)]
-
-
-def _import_findings(installed: Mapping[str, str], gpus: Sequence[Gpu], probe: Callable[[str], Probe]) -> list[Finding]:
+def _import_findings(versions: dict[str, str], gpus: Sequence[Gpu], probe: Callable[[str], Probe]) -> list[Finding]:
     """What versions cannot tell. The probes run side by side: each imports torch, which takes seconds."""
-    if "torch" not in installed:
+    if "torch" not in versions:
         return []
-    checks = {f"import {name}": _broken(name, installed) for name in BREAKABLE if name in installed}
-    if gpus:
-        checks["import torch; print(torch.version.cuda, torch.cuda.is_available())"] = _cuda_unusable(installed, gpus)
+    breakable = [name for name in BREAKABLE if name in versions]
+    questions = [f"import {name}" for name in breakable] + [ASK_TORCH] * bool(gpus)
     with ThreadPoolExecutor(max_workers=3) as pool:
-        results = pool.map(probe, checks)
-        findings = [check(result) for check, result in zip(checks.values(), results, strict=True)]
-    return [finding for finding in findings if finding is not None]
+        answers = dict(zip(questions, pool.map(probe, questions)))
+    # vLLM needs torchvision; its installer installs a build that can be imported.
+    fix = INSTALL_VLLM if "vllm" in versions else f"pip uninstall {' '.join(BREAKABLE)}"
+    findings = [
+        Finding(f"{name} {versions[name]} cannot be imported beside torch {versions['torch']}: {answer.text}", fix)
+        for name in breakable
+        if not (answer := answers[f"import {name}"]).ok
+    ]
+    return findings + (_cuda_findings(answers[ASK_TORCH], versions["torch"], gpus[0]) if gpus else [])
 
 
-def _broken(name: str, installed: Mapping[str, str]) -> Callable[[Probe], Finding | None]:
-    def check(result: Probe) -> Finding | None:
-        if result.ok:
-            return None
-        problem = f"{name} {installed[name]} cannot be imported beside torch {installed['torch']}: {result.text}"
-        # vLLM needs torchvision; its installer knows how to make it bearable.
-        return Finding(problem, INSTALL_VLLM if "vllm" in installed else f"pip uninstall {' '.join(BREAKABLE)}")
-
-    return check
-
-
-def _cuda_unusable(installed: Mapping[str, str], gpus: Sequence[Gpu]) -> Callable[[Probe], Finding | None]:
-    def check(result: Probe) -> Finding | None:
-        version = installed["torch"]
-        # Uninstalled first, since pip takes 2.13.0+cpu for an installed 2.13.0.
-        reinstall = f"pip uninstall -y torch && pip install torch=={TESTED['torch']}"
-        if not result.ok:
-            return Finding(f"torch {version} cannot be imported: {result.text}", reinstall)
-        cuda, available = result.text.split()
-        if cuda == "None":
-            return Finding(f"{gpus[0].name} is here, but torch {version} is built for the CPU only", reinstall)
-        if available == "False":
-            problem = f"torch {version} (CUDA {cuda}) cannot use {gpus[0].name} with driver {gpus[0].driver}"
-            return Finding(problem, "update the driver, take a torch for an older CUDA, or unset CUDA_VISIBLE_DEVICES")
-        return None
-
-    return check
+def _cuda_findings(answer: Probe, version: str, gpu: Gpu) -> list[Finding]:
+    """answer: to ASK_TORCH. version: torch's."""
+    # Uninstalled first, since pip takes 2.13.0+cpu for an installed 2.13.0.
+    reinstall = f"pip uninstall -y torch && pip install torch=={TESTED['torch']}"
+    if not answer.ok:
+        return [Finding(f"torch {version} cannot be imported: {answer.text}", reinstall)]
+    cuda, available = answer.text.split()
+    if cuda == "None":
+        return [Finding(f"{gpu.name} is here, but torch {version} is built for the CPU only", reinstall)]
+    if available == "False":
+        problem = f"torch {version} (CUDA {cuda}) cannot use {gpu.name} with driver {gpu.driver}"
+        return [Finding(problem, "update the driver, take a torch for an older CUDA, or unset CUDA_VISIBLE_DEVICES")]
+    return []
 
 
 def _probe(code: str) -> Probe:
@@ -252,12 +212,11 @@ def _probe(code: str) -> Probe:
 
 def _installed() -> dict[str, str]:
     versions = {}
-    for name in (*TESTED, *BREAKABLE):
+    for name in (*PACKAGES, *BREAKABLE):
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    if vllm := vllm_version():  # its CPU build has another name
-        versions["vllm"] = vllm
-    return versions
+    vllm = vllm_version()  # its CPU build has another name
+    return versions | ({"vllm": vllm} if vllm else {})
 
 
 def _gpus() -> list[Gpu]:
@@ -298,7 +257,7 @@ def _machine(gpus: Sequence[Gpu]) -> dict[str, str]:
 
 
 def _memory_bytes() -> int:
-    """What this process may use: a container's limit is what a training run is killed at."""
+    """Memory that this process may use: a container's limit counts, since the kernel kills a run that exceeds it."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"

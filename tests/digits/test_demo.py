@@ -12,7 +12,7 @@ from examples.digits.demo import MARKER, replace_earlier_demo, summarise
 from mssr.config import validate_config
 from mssr.errors import UserError
 
-CHECKOUT = Path(__file__).parent.parent
+CHECKOUT = Path(__file__).parents[2]
 SHORT = [
     "sft.steps=3", "train.steps=2", "rollout.prompts_per_step=16", "train.responses_per_update=8", "eval.max_problems=16",
     "eval.every=1", "log.rollouts_every=1", "algorithm.tracker.n_init=0",
