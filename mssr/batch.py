@@ -1,4 +1,4 @@
-"""Data of a step: prompts, then rollouts, then the batch of an update. Each is built once, with all its fields.
+"""Data of a training step. Each type is built once, with all its fields.
 
 Prompt -> Rollouts (sampled) -> GradedRollouts (with rewards) -> UpdateBatch (what the loss needs)
 """
@@ -13,15 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One problem: tokens and preprocessed images, the same tensors for rollout, scoring and update.
+    """One problem: tokens and preprocessed images. Rollout, scoring and update share the tensors.
 
-    key: content hash of the image bytes and the text; the value tracker's key.
-    row: index of the row in its dataset.
+    key: content hash of image bytes and text; the value tracker's key.
+    row: row number in the dataset.
     problem, answer, solution: text as in the row (solution: a worked response for `mssr sft`, or None).
     token_ids: [P] int64, each image's pad token repeated once per image token.
     pixel_values: [patches, channels * temporal * patch * patch] float32, or None without images.
     image_grid_thw: [images, 3] int64, or None.
-    images: bytes of the encoded files, for records and for engines that preprocess on their own.
+    images: bytes of the image files, for the rollout viewer and for engines that preprocess themselves.
     """
 
     key: str
@@ -37,7 +37,7 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """B responses to B prompts, on one rank: what a forward pass needs. R is the length of the longest response.
+    """B prompts and their responses on one rank: the input of a forward pass. R is the longest response's length.
 
     prompts: the prompt of each response; several responses to a prompt share one object.
     tokens: [B, R] int64 response tokens, end token included, right-padded.
@@ -50,7 +50,7 @@ class Sequences:
 
     @classmethod
     def of(cls, prompts: Sequence[Prompt], responses: list[Tensor], pad: int = 0, **fields) -> Self:
-        """Build from B one-dimensional int64 tensors; B may be 0. fields: those of a subclass."""
+        """Build from B one-dimensional int64 tensors; B may be 0. fields: the subclass's other fields."""
         lengths = torch.tensor([len(response) for response in responses], dtype=torch.int64)
         longest = max(map(len, responses), default=0)
         tokens = pad_rows(responses, longest, pad).long()
@@ -61,7 +61,7 @@ class Sequences:
 
     @property
     def lengths(self) -> Tensor:
-        """[B] int64, tokens of each response."""
+        """[B] int64, number of tokens of each response."""
         return self.mask.sum(1)
 
     @property
@@ -69,7 +69,7 @@ class Sequences:
         return [prompt.key for prompt in self.prompts]
 
     def response(self, row: int) -> Tensor:
-        """[R_row] int64, the tokens of a row without padding."""
+        """Return the response of a row without padding, [R_row] int64."""
         return self.tokens[row, : int(self.mask[row].sum())]
 
     def rows(self, start: int, end: int) -> Self:
@@ -82,9 +82,9 @@ class Sequences:
 class Rollouts(Sequences):
     """Sampled responses, as a rollout engine returns them.
 
-    logp: [B, R] float32, log-prob of each token when it was sampled, at the sampling temperature; 0 under the padding.
-    truncated: [B] bool, stopped by the token limit instead of an end token.
-    weight_version: [B] int64, training steps of the weights that sampled each response.
+    logp: [B, R] float32, the sampler's log-prob of each token, at the sampling temperature; 0 on padding.
+    truncated: [B] bool, True for a response cut off by the token limit.
+    weight_version: [B] int64, number of training steps that the sampler's weights had seen.
     """
 
     logp: Tensor
@@ -94,10 +94,10 @@ class Rollouts(Sequences):
 
 @dataclass(frozen=True, eq=False)
 class GradedRollouts(Rollouts):
-    """Rollouts and what they earned.
+    """Rollouts with their rewards.
 
     reward, correct: [B] float32 in [0, 1]; correct ignores the format reward.
-    masked: [B] bool, left out of the loss.
+    masked: [B] bool, True for a response that is excluded from the loss.
     texts: the decoded responses.
     """
 
@@ -128,13 +128,13 @@ class GradedRollouts(Rollouts):
 
 @dataclass(frozen=True, eq=False)
 class UpdateBatch(Sequences):
-    """What the policy loss needs.
+    """Input of the policy loss.
 
     loss_mask: [B, R] bool, True at the tokens that count in the loss.
     logp: [B, R] float32, the sampler's log-probs.
     advantage: [B] float32.
     old_logp: [B, R] float32, the denominator of the policy ratio.
-    ref_logp: [B, R] float32 under the reference of the KL term (`mssr.policy.reference`); None for a loss without one.
+    ref_logp: [B, R] float32 under the KL reference (`mssr.policy.reference`); None for a loss without a KL term.
     """
 
     loss_mask: Tensor

@@ -1,1 +1,1 @@
-"""Advantages, value tracker, prompt sampling, shaping: pure functions and one table of algorithms."""
+"""The algorithms as pure functions: advantages, value tracker, prompt sampling, entropy shaping."""

@@ -1,4 +1,4 @@
-"""How well the value tracker predicts: its values from before a step against the rewards of the step."""
+"""Calibration of the value tracker: its predictions before a step against the rewards of the step."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,13 @@ BINS = 10
 
 
 def calibration(baseline: Tensor, reward: Tensor) -> dict[str, float | list[list[float]]]:
-    """Metrics of one step's predictions.
+    """Return the metrics of one step.
 
-    tracker/brier: mean of (v - r)^2; 0.25 for a tracker that says 0.5 of everything (rewards 0 and 1).
-    tracker/bins: for v in [0, .1), [.1, .2), ... [.9, 1], [count, sum of v, sum of r]: sums, so that steps add up.
+    tracker/brier: mean of (v - r)^2; 0.25 for a tracker that always predicts 0.5 (rewards 0 and 1).
+    tracker/bins: for v in [0, .1), [.1, .2), ... [.9, 1], [count, sum of v, sum of r]; sums, so that steps can be added.
 
     Args:
-        baseline: [B] in [0, 1], v from before the tracker saw these rewards.
+        baseline: [B] in [0, 1], v before the tracker saw these rewards.
         reward: [B] in [0, 1].
     """
     which = (BINS * baseline).long().clamp(max=BINS - 1)

@@ -1,10 +1,10 @@
-"""The value tracker: a baseline for every prompt, learnt from one rollout a visit.
+"""The value tracker: a baseline per prompt, learnt from one rollout per visit.
 
 State of a prompt: Beta(a, b), v = a / (a + b). A visit with reward r: a <- rho*a + r, b <- rho*b + (1 - r).
-rho forgets faster the further the policy has moved since the prompt was last seen (SPO, arXiv 2509.13232).
-MSSR uses the same tracker with other rules for start and rho (arXiv 2512.18215): the preset `reference`.
+The further the policy has moved since the last visit, the smaller rho and the faster the forgetting (SPO, arXiv 2509.13232).
+The MSSR authors use the same tracker with other rules for start and rho (arXiv 2512.18215): preset `reference`.
 
-Above the pure functions, below the state. The functions are plain arithmetic: floats or tensors, any one shape.
+First the pure functions, on floats or tensors of any one shape; then the state.
 """
 
 from collections import deque
@@ -16,32 +16,32 @@ from torch import Tensor
 
 from mssr.errors import UserError
 
-REFERENCE_KL = 0.01  # the authors' threshold: above it their rho drops to rho_min
-KL_WINDOW = 10  # batches in the mean of recent KLs, in the authors' tracker (its configuration's 20 never reaches it)
+REFERENCE_KL = 0.01  # the authors' threshold, above which their rho drops to rho_min
+KL_WINDOW = 10  # batches in the mean of recent KLs; the 20 of the authors' configuration never reaches their tracker
 
 Number = float | Tensor
 
 
 def beta_value(a: Number, b: Number) -> Number:
-    """v = a / (a + b), the expected reward."""
+    """Return v = a / (a + b), the expected reward."""
     return a / (a + b)
 
 
 def beta_update(a: Number, b: Number, reward: Number, rho: Number) -> tuple[Number, Number]:
-    """(a, b) after a visit: the past shrinks by rho, then the reward in [0, 1] is counted in full."""
+    """Return (a, b) after a visit: the past is scaled by rho, the reward in [0, 1] counts in full."""
     return rho * a + reward, rho * b + (1 - reward)
 
 
 def smoothed_start(successes: Number, trials: Number, n0: float) -> tuple[Number, Number]:
-    """(a, b) of total weight n0 with Jeffreys' prior: half a success and half a failure are added.
+    """Return (a, b) with a + b = n0 under Jeffreys' prior, which adds half a success and half a failure.
 
-    So v is never 0 or 1 (a v of exactly 1 takes 6-7 straight failures to fall below 0.5). Without trials: v = 0.5.
+    So v is never 0 or 1 (from exactly 1 it would take 6-7 failures in a row to fall below 0.5). Without trials v = 0.5.
     """
     return n0 * (successes + 0.5) / (trials + 1), n0 * (trials - successes + 0.5) / (trials + 1)
 
 
 def rho_from_drift(drift: Tensor, half_life: float, rho_min: float, rho_max: float) -> Tensor:
-    """clip(2^(-D / half_life), rho_min, rho_max), float64, of the shape of `drift`: more drift, more forgetting.
+    """Return clip(2^(-D / half_life), rho_min, rho_max), float64, in the shape of `drift`.
 
     SPO's rule (arXiv 2509.13232), as its recipe implements it.
     """
@@ -49,9 +49,9 @@ def rho_from_drift(drift: Tensor, half_life: float, rho_min: float, rho_max: flo
 
 
 def reference_rho(kl: Number, rho_min: float, rho_max: float) -> Tensor:
-    """The MSSR authors' rule, float64: rho_min above K = 0.01, and below it a rho that *rises* with K.
+    """Return the MSSR authors' rho, float64: rho_min for K > 0.01; below, rho *rises* with K. K >= 0.
 
-    K = 0 -> .875, .005 -> .9175, .0099 -> .95915, .01 -> .96, .0101 -> .875: a sawtooth, kept for parity only. K >= 0.
+    K = 0 -> .875, .005 -> .9175, .0099 -> .95915, .01 -> .96, .0101 -> .875: a sawtooth, kept for parity only.
     """
     kl = torch.as_tensor(kl, dtype=torch.float64)
     rising = rho_min + (rho_max - rho_min) * kl / REFERENCE_KL
@@ -59,33 +59,33 @@ def reference_rho(kl: Number, rho_min: float, rho_max: float) -> Tensor:
 
 
 def response_drift(current_logp: Tensor, sampled_logp: Tensor, mask: Tensor) -> Tensor:
-    """D: mean over a response's own tokens of |log-prob now - log-prob when it was sampled|, in nats.
+    """Return D: mean over a response's tokens of |current log-prob - log-prob at sampling|, in nats.
 
     Args:
-        current_logp: [B, R] float, the previous responses under the current policy, at the sampling temperature.
-        sampled_logp: [B, R] float, the same tokens when they were sampled.
-        mask: [B, R] bool, True at response tokens. What lies elsewhere does not matter, NaN included.
+        current_logp: [B, R] float, previous responses under the current policy, at the sampling temperature.
+        sampled_logp: [B, R] float, the same tokens at sampling.
+        mask: [B, R] bool, True at response tokens; other values are ignored, even NaN.
 
     Returns:
-        [B] float; 0 for a row without tokens, which is also the drift of a prompt without a previous response.
+        [B] float; 0 for a row without tokens.
     """
     difference = (current_logp - sampled_logp).abs().masked_fill(~mask, 0.0)
     return difference.sum(1) / mask.sum(1).clamp(min=1)
 
 
 def reference_kl(old_logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
-    """k3 estimate of KL(policy || reference), mean over a response's own tokens: what the MSSR authors' rho goes by.
+    """Return the k3 estimate of KL(policy || reference), mean over a response's tokens; the MSSR authors' rho uses it.
 
-    With their bound: a token's k3 is at most 10. The batch's mean over responses is what
-    `ValueTracker.observe_kl` takes (theirs also counts what lies under the padding, which is not a token).
+    As in their code, k3 is at most 10 per token. `ValueTracker.observe_kl` takes the mean over the batch's responses (their
+    code also counts padding).
 
     Args:
         old_logp: [B, R] float, under the policy before the step's updates.
         ref_logp: [B, R] float, under the frozen reference.
-        mask: [B, R] bool, True at response tokens. What lies elsewhere does not matter, NaN included.
+        mask: [B, R] bool, True at response tokens; other values are ignored, even NaN.
 
     Returns:
-        [B] float, nats a token; 0 for a row without tokens.
+        [B] float, nats per token; 0 for a row without tokens.
     """
     log_ratio = ref_logp - old_logp
     k3 = (log_ratio.expm1() - log_ratio).clamp(max=10).masked_fill(~mask, 0.0)
@@ -93,10 +93,10 @@ def reference_kl(old_logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
 
 
 class PreviousResponse(NamedTuple):
-    """What drift is measured on: a prompt's last response.
+    """A prompt's last response, on which drift is measured.
 
-    token_ids: [R] int32 (half the memory; widen with .long() before use).
-    logp: [R] float32, when each token was sampled.
+    token_ids: [R] int32, half the memory of int64; call .long() before use.
+    logp: [R] float32, log-probs at sampling.
     """
 
     token_ids: Tensor
@@ -104,7 +104,7 @@ class PreviousResponse(NamedTuple):
 
 
 class TrackerSettings(Protocol):
-    """The settings of `algorithm.tracker` (`mssr.config.TrackerConfig`), which describes them."""
+    """Settings of `algorithm.tracker`, described in `mssr.config.TrackerConfig`."""
 
     preset: str
     rho_min: float
@@ -114,16 +114,16 @@ class TrackerSettings(Protocol):
 
 
 class ValueTracker:
-    """Beta(a, b) of every prompt, by content hash: rows may be added, removed or reordered between runs.
+    """Beta(a, b) of every prompt by content hash, so that rows may be added, removed or reordered between runs.
 
-    A reward never leaks into its own baseline: read `values` for a batch, then `update` with its rewards.
+    Read `values` for a batch before `update` with its rewards, so that no reward is part of its own baseline.
 
         baseline = tracker.values(keys)
         advantage = single_rollout(Outcomes(reward, baseline, lengths, group))
         tracker.update(keys, reward, tracker.rho(drift))
 
-    A prompt that was never seen has a = b = N0 / 2, v = 0.5, N0 = 1 / (1 - rho_min). a and b are float64. With several
-    ranks, each holds the whole tracker and updates it with the batch of all ranks, so that all stay equal.
+    An unseen prompt has a = b = N0 / 2, v = 0.5, N0 = 1 / (1 - rho_min). a and b are float64. Every rank holds the whole
+    tracker and updates it with the batch of all ranks, so that all copies stay equal.
     """
 
     def __init__(self, config: TrackerSettings) -> None:
@@ -135,24 +135,24 @@ class ValueTracker:
 
     @property
     def wants_responses(self) -> bool:
-        """Whether rho needs each prompt's previous response rescored (`remember`, `previous`)."""
+        """Whether rho needs each prompt's previous response (`remember`, `previous`)."""
         return self.config.preset == "default" and self.config.drift == "prompt"
 
     def values(self, keys: Sequence[str]) -> Tensor:
-        """[B] float32 on the CPU, the baseline of each prompt as of its visits so far."""
+        """Return the current baseline of each prompt, [B] float32 on the CPU."""
         return torch.tensor([beta_value(*self._state(key)) for key in keys], dtype=torch.float32)
 
     def initialise(self, keys: Sequence[str], rewards: Tensor) -> None:
-        """Sets prompts from rollouts made before training; what was known of them is replaced.
+        """Set the state of prompts from rollouts made before training.
 
         Default: `smoothed_start`. Reference: a = N0 * mean, b = N0 * (1 - mean), exactly 0 or 1 after one rollout.
 
         Args:
-            keys: [B], a key once per rollout of it, in any order; all its rollouts in the one call.
+            keys: [B], one per rollout, in any order. All rollouts of a key must be in the same call.
             rewards: [B] in [0, 1].
 
         Raises:
-            UserError: a reward is not in [0, 1]; nothing is changed.
+            UserError: a reward is not in [0, 1]; nothing changes.
         """
         rewards_of: dict[str, list[float]] = {}
         for key, reward in zip(keys, _checked_rewards(keys, rewards)):
@@ -161,36 +161,35 @@ class ValueTracker:
             self._beta[key] = self._start(sum(known), len(known))
 
     def update(self, keys: Sequence[str], rewards: Tensor, rho: Number) -> None:
-        """Counts one visit per row, in order; a key that occurs twice is updated twice.
+        """Count one visit per row, in order; a key that occurs twice is updated twice.
 
-        Default: the reward is counted as it is. Reference: as 1 above 0.5 and as 0 otherwise.
+        Default: the reward as it is. Reference: 1 for a reward above 0.5, else 0.
 
         Args:
             keys: [B].
             rewards: [B] in [0, 1].
-            rho: from `rho()`: [B], or one number for all.
+            rho: from `rho()`; [B] or a scalar.
 
         Raises:
-            UserError: a reward is not in [0, 1]; nothing is changed.
+            UserError: a reward is not in [0, 1]; nothing changes.
         """
         rewards = _checked_rewards(keys, rewards)
         if self.config.preset == "reference":
             rewards = [float(reward > 0.5) for reward in rewards]
         rho = torch.as_tensor(rho, dtype=torch.float64).expand(len(keys))
-        if not ((rho > 0) & (rho <= 1)).all():  # NaN log-probs arrive here as a NaN drift
+        if not ((rho > 0) & (rho <= 1)).all():  # NaN log-probs give a NaN drift, and so a NaN rho
             raise ValueError(f"rho must be in (0, 1], got {rho.tolist()}")
         for key, reward, row_rho in zip(keys, rewards, rho.tolist()):
             self._beta[key] = beta_update(*self._state(key), reward, row_rho)
 
     def rho(self, drift: Tensor | None = None) -> Tensor:
-        """float64 forgetting factors for `update`.
+        """Return float64 forgetting factors for `update`.
 
-        Default preset: `rho_from_drift`. Reference: `reference_rho` of the recent KLs' mean, whatever the drift; halfway
-        between rho_min and rho_max before the first KL.
+        Default preset: `rho_from_drift`. Reference: `reference_rho` of the mean of recent KLs, whatever the drift; before
+        the first KL, (rho_min + rho_max) / 2.
 
         Args:
-            drift: [B] from `response_drift` (per prompt), or 0-d (the batch's mean). A prompt on its first visit has no
-                previous response: its drift is 0 and its rho is rho_max. None: no drift is known, 0 for all.
+            drift: [B] from `response_drift`, or 0-d (the batch's mean); 0 on a prompt's first visit. None: 0 for all.
         """
         config = self.config
         if config.preset == "reference":
@@ -202,11 +201,11 @@ class ValueTracker:
         return rho_from_drift(drift, config.half_life, config.rho_min, config.rho_max)
 
     def observe_kl(self, kl: float) -> None:
-        """A batch's mean KL against the frozen reference; the last KL_WINDOW of them make the reference preset's K."""
+        """Add a batch's mean KL to the frozen reference; the reference preset's K is the mean of the last KL_WINDOW."""
         self._recent_kl.append(float(kl))
 
     def remember(self, keys: Sequence[str], responses: Sequence[PreviousResponse]) -> None:
-        """Keeps each prompt's response for its next visit, in place of the one before. Compact copies on the CPU."""
+        """Keep each prompt's response for its next visit, as a compact copy on the CPU."""
         for key, (token_ids, logp) in zip(keys, responses, strict=True):
             if token_ids.shape != logp.shape or token_ids.dim() != 1:
                 raise ValueError(f"prompt {key}: {tuple(token_ids.shape)} token ids, {tuple(logp.shape)} log-probs")
@@ -216,11 +215,11 @@ class ValueTracker:
             )
 
     def previous(self, key: str) -> PreviousResponse | None:
-        """The response `remember` kept, or None before the prompt's first visit."""
+        """Return the response that `remember` kept, or None before the prompt's first visit."""
         return self._responses.get(key)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, exactly, in strings and a few flat tensors: torch.load(..., weights_only=True) reads it back."""
+        """Return the whole state, exactly, as strings and flat tensors: torch.load(..., weights_only=True) reads it."""
         responses = list(self._responses.values())
         return {
             "preset": self.config.preset,
@@ -235,10 +234,10 @@ class ValueTracker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Replaces everything by a `state_dict`.
+        """Replace the whole state by a `state_dict`.
 
         Raises:
-            UserError: the state was made under another preset or N0, whose values mean something else.
+            UserError: the state was made with another preset or N0.
         """
         if (state["preset"], state["n0"]) != (self.config.preset, self.n0):
             raise UserError(

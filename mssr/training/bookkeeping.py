@@ -1,8 +1,10 @@
-"""What a run keeps beside the algorithm: checkpoints, metrics, costs, skipped steps, signals."""
+"""Everything in a run that is not the algorithm: checkpoints, metrics, costs, skipped steps, signals."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
+
+from torch import Tensor
 
 from mssr.batch import GradedRollouts, UpdateBatch
 from mssr.errors import Interrupted
@@ -21,9 +23,10 @@ from mssr.training.skipping import SkippedSteps
 
 
 class Bookkeeping:
-    """One per run. Call every method on all ranks.
+    """One object per run. Call every method on all ranks.
 
-    saved: the newest checkpoint's state, which `start` restores; None for a new run.
+    is_new: there is no checkpoint to resume from.
+    saved: the newest checkpoint's state until `start` restores it; None for a new run.
     costs: what the run has spent.
     """
 
@@ -34,14 +37,15 @@ class Bookkeeping:
         checkpoints = Checkpoints(run.config.run_dir, run.world, run.config.train)
         self._checkpoints = self._open.enter_context(closing(checkpoints))
         self.saved = self._checkpoints.newest_state(resume=resume)
+        self.is_new = self.saved is None
         self.costs = Costs()
         self._skipped = SkippedSteps(run.config.train.max_skipped_steps, run.config.rollout.max_gap)
-        self._left_out: str | None = None
+        self._why_skipped: str | None = None
 
     def start(self, engine: PolicyEngine, parts: dict[str, Any]) -> int:
-        """Restore the checkpoint, if there is one, and open the records. Returns the number of steps done.
+        """Restore the checkpoint, if there is one, and open the metrics. Return the number of steps done.
 
-        parts: what a resumed run needs besides the engine, each with state_dict and load_state_dict.
+        parts: everything else to save and restore by name, each with state_dict and load_state_dict.
         """
         self._engine = engine
         self._parts = parts | {"skipped": self._skipped, "costs": self.costs}
@@ -57,14 +61,14 @@ class Bookkeeping:
         return self._first_step
 
     def record_start(self, metrics: dict[str, Metric]) -> None:
-        """Record step 0 of a new run: validation before training, and what the tracker's start cost."""
+        """Record step 0 of a new run: the validation before training, and the cost of the tracker's first rollouts."""
         self._run.record(0, metrics | self.costs.metrics())
         self.costs.refuse_no_step(self._config.train.budget)
         self._save_and_end_if_asked(0)
 
     @contextmanager
     def progress(self) -> Iterator[Iterator[int]]:
-        """Show the live display; yields the steps to take, until the last one or the end of the budget."""
+        """Show the live display; yield the steps to take, until the last one or the end of the budget."""
         config = self._config
         enabled = self._run.world.is_main
         with TrainProgress(str(config.run_dir), config.train.steps, self._first_step, enabled=enabled) as display:
@@ -74,8 +78,8 @@ class Bookkeeping:
     def count(
         self, done: int, gap: LogpGap, updates: list[UpdateStats], sampled: StepRollouts, clock: Stopwatch
     ) -> dict[str, float]:
-        """Count the step's costs and the updates that were left out; returns their metrics."""
-        self._left_out = self._skipped.observe(gap, updates)
+        """Count the step's costs and skipped updates; return their metrics."""
+        self._why_skipped = self._skipped.observe(gap, updates)
         self.costs.spend(
             self._run.world,
             updates=len(updates),
@@ -83,8 +87,8 @@ class Bookkeeping:
             tokens=sampled.tokens,
             seconds=clock.total,
         )
-        if self._left_out:
-            self._display.note(f"step {done}: {self._left_out}")
+        if self._why_skipped:
+            self._display.note(f"step {done}: {self._why_skipped}")
         return self._skipped.metrics() | self.costs.metrics()
 
     def validates(self, done: int) -> bool:
@@ -96,21 +100,21 @@ class Bookkeeping:
         metrics: dict[str, Metric],
         gap: LogpGap,
         rollouts: GradedRollouts,
-        baseline,
+        baseline: Tensor | None,
         batch: UpdateBatch,
     ) -> None:
-        """Record the step, save what is due.
+        """Record the step, its sample of rollouts, and a checkpoint if one is due.
 
         Raises:
-            Diverged: the run cannot go on.
-            Interrupted: a signal asked for the end; the step is saved.
+            Diverged: too many steps were skipped.
+            Interrupted: a signal ended the run; the step is saved.
         """
         config = self._config
         self._run.record(done, metrics)
         self._display.update(done, metrics)
-        if self._left_out:
+        if self._why_skipped:
             self._checkpoints.settle(wait=True)
-            self._skipped.refuse_to_go_on(done, gap, self._left_out)
+            self._skipped.refuse_to_go_on(done, gap, self._why_skipped)
         if done % config.log.rollouts_every == 0 and self._run.world.is_main:
             save_rollouts(config.run_dir, done, rollouts, baseline, batch.advantage, config.log.rollouts_saved)
         accuracy = metrics.get("val/accuracy")

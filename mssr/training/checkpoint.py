@@ -1,12 +1,12 @@
 """Checkpoints: everything a resumed run needs, and never a half-written one.
 
     run_dir/checkpoints/step_000040/    rank_0.pt   this rank's pieces of master weights and moments, its random state
-                                        state.pt    step, shapes, tracker, metrics position, what the run was made of
-                        best.json       the step of the best validation, where such checkpoints are kept
+                                        state.pt    step, shapes, tracker, metrics position, data fingerprint
+                        best.json       step and accuracy of the best validation (train.keep_best)
 
-A checkpoint is copied to host memory, written by a thread beside the training under a temporary name, flushed to disk,
-and renamed when every rank is done; old ones are removed after that. So kill -9 or a full disk at any moment leaves the
-last complete one as it was. Any number of ranks and any ZeRO stage can resume it.
+A checkpoint is copied to host memory, written by a background thread under a temporary name, flushed to disk, and renamed
+when every rank is done; then old ones are removed. So kill -9 or a full disk at any moment leaves the last complete
+checkpoint intact. Any number of ranks and any ZeRO stage can resume it.
 """
 
 import io
@@ -17,7 +17,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,51 +35,35 @@ _NAME = re.compile(r"step_(\d{6,})")
 _BEST = "best.json"
 
 
-@dataclass(frozen=True)
-class _Pending:
-    """A checkpoint that is being written."""
-
-    step: int
-    writing: Future
-
-
 class Checkpoints:
-    """Every method is to be called on all ranks."""
+    """Saves and loads the checkpoints of a run. Call every method on all ranks."""
 
     def __init__(self, run_dir: Path, world: World, config: TrainConfig) -> None:
         self._folder = Path(run_dir) / FOLDER
         self._world = world
         self._config = config
         self._saved_at = time.monotonic()
-        self._pending: _Pending | None = None
+        self._pending: tuple[int, Future] | None = None  # step and writer of an unfinished checkpoint
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._best_step, self._best_accuracy = world.gather(self._read_best())[0]
 
-    def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
-        return saved_steps(self._folder)
-
     def newest_state(self, *, resume: bool) -> dict[str, Any] | None:
-        """The loop's state in the newest checkpoint; None where there is none.
+        """Return the loop's state in the newest checkpoint, or None without checkpoints.
 
         Raises:
-            UserError: there is one, and the run is not to be resumed; or not every rank sees it.
+            UserError: there is a checkpoint, and the run is not resumed; or ranks see different folders.
         """
-        newest = self._world.gather(max(self.steps(), default=None))
+        newest = self._world.gather(max(saved_steps(self._folder), default=None))
         if newest[0] is None:
             return None
         if any(step != newest[0] for step in newest):
             raise UserError(f"{self._folder}: its newest step is {newest} by rank; run_dir must be shared by all nodes")
         if not resume:
             raise UserError(f"{self._folder} holds step {newest[0]}; continue with --resume, or set another run_dir")
-        file = self._path(newest[0]) / "state.pt"
-        state = torch.load(file, weights_only=True)
-        if "engine" not in state:
-            raise UserError(f"{file}: saved by an earlier version of mssr; resume with that, or set another run_dir")
-        return state
+        return torch.load(self._path(newest[0]) / "state.pt", weights_only=True)
 
     def load_engine(self, state: dict[str, Any], engine: PolicyEngine) -> None:
-        """Restores weights, optimiser and schedule of `newest_state`, and this rank's random state if it had one.
+        """Restore weights, optimiser and schedule of `newest_state`, and this rank's random state if there is one.
 
         Raises:
             UserError: files are missing, or another model was trained.
@@ -94,7 +77,7 @@ class Checkpoints:
                 torch.cuda.set_rng_state(random_state["cuda"].clone())
 
     def due(self, step: int) -> bool:
-        """Whether `step` is one to save at, by number or by the last checkpoint's age."""
+        """Return whether a checkpoint is due, by step number or by the last checkpoint's age."""
         if step % self._config.checkpoint_every == 0:
             return True
         if self._config.checkpoint_minutes is None:
@@ -103,13 +86,13 @@ class Checkpoints:
         return bool(self._world.max(torch.tensor(int(old))))
 
     def is_best(self, accuracy: float) -> bool:
-        """Whether no validation was as good of those whose checkpoints were kept, or are being written."""
+        """Return whether `accuracy` beats the best checkpoint so far, one still being written included."""
         return self._best_accuracy is None or accuracy > self._best_accuracy
 
     def save(self, step: int, engine: PolicyEngine, state: dict[str, Any], *, best: float | None = None) -> None:
-        """Begins to save `step` (the number of steps done); with async_save, `settle` ends it. An earlier one ends first.
+        """Start to save after `step` steps; an unfinished earlier save ends first. With async_save `settle` ends this one.
 
-        state: the loop's own, the same on every rank. best: the validation accuracy that makes it one to keep.
+        state: the loop's own, the same on every rank. best: accuracy, for a checkpoint to keep as the best.
 
         Raises:
             UserError: this or the earlier one could not be written (disk full, permission); complete ones are intact.
@@ -118,30 +101,30 @@ class Checkpoints:
         partial, contents = self._partial(step), {}
         self._together(step, lambda: self._make_room(partial, engine))
         self._together(step, lambda: contents.update(self._contents(step, engine, state)))
-        self._pending = _Pending(step, self._thread.submit(_write, partial, contents))
+        self._pending = step, self._thread.submit(_write, partial, contents)
         if best is not None:
             self._best_step, self._best_accuracy = step, best
         self._saved_at = time.monotonic()
         self.settle(wait=not self._config.async_save)
 
     def settle(self, *, wait: bool = False) -> None:
-        """Makes the checkpoint that is being written valid, once all ranks have written theirs; wait: until then.
+        """Complete the unfinished checkpoint if all ranks have written their files; wait: until they have.
 
         Raises:
             UserError: a rank could not write.
         """
-        pending = self._pending
-        if pending is None:
+        if self._pending is None:
             return
-        if not wait and not all(self._world.gather(pending.writing.done())):
+        step, writing = self._pending
+        if not wait and not all(self._world.gather(writing.done())):
             return
         self._pending = None
-        self._together(pending.step, pending.writing.result)
-        self._together(pending.step, lambda: self._commit(pending.step))
-        self._together(pending.step, self._prune, "is saved, but older ones could not be removed")
+        self._together(step, writing.result)
+        self._together(step, lambda: self._commit(step))
+        self._together(step, self._prune, "is saved, but older ones could not be removed")
 
     def close(self) -> None:
-        """What is still being written becomes valid where that takes no other rank, which may be gone."""
+        """Complete an unfinished checkpoint on a single rank; other ranks may be gone."""
         try:
             if self._world.size == 1:
                 self.settle(wait=True)
@@ -149,7 +132,7 @@ class Checkpoints:
             self._thread.shutdown()
 
     def _contents(self, step: int, engine: PolicyEngine, state: dict[str, Any]) -> dict[str, Any]:
-        """File names and what this rank writes into them; copies, since the training goes on."""
+        """Return this rank's file contents by file name; copies, because training continues."""
         contents = {f"rank_{self._world.rank}.pt": {"pieces": engine.own_state(), "random": self._random_state()}}
         whole = {"step": step, "ranks": self._world.size, "engine": engine.state_dict(), **state}
         if self._world.is_main:
@@ -159,30 +142,29 @@ class Checkpoints:
         return contents
 
     def _together(self, step: int, work: Callable[[], Any], failure: str = "could not be saved") -> None:
-        """Runs `work`; if it fails on any rank, all of them raise the same error."""
+        """Run `work`; if it fails on any rank, raise the same error on all."""
         problem = None
         try:
             work()
-        # torch reports a failed write as RuntimeError.
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             problem = " ".join(str(cause).split())[:200]
         problems = [found for found in self._world.gather(problem) if found]
         if problems:
             if self._world.is_main:
                 shutil.rmtree(self._partial(step), ignore_errors=True)
-            kept = self.steps()
+            kept = saved_steps(self._folder)
             last = f"checkpoint of step {kept[-1]} is intact" if kept else "there is no earlier checkpoint"
             raise UserError(f"{self._path(step)}: {failure}: {problems[0]}; {last}; make room and train with --resume")
 
     def _make_room(self, partial: Path, engine: PolicyEngine) -> None:
-        """Clears what an interrupted save left, and refuses a disk that is full beforehand."""
+        """Remove the remains of interrupted saves, and check for free disk space."""
         if not self._world.is_main:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.glob(".partial_*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        steps = self.steps()
+        steps = saved_steps(self._folder)
         if steps:
             needed = sum(path.stat().st_size for path in self._path(steps[-1]).rglob("*"))
         else:
@@ -212,11 +194,11 @@ class Checkpoints:
     def _prune(self) -> None:
         if not self._world.is_main:
             return
-        for step in self.steps()[: -self._config.keep_checkpoints]:
+        for step in saved_steps(self._folder)[: -self._config.keep_checkpoints]:
             if step != self._best_step:
                 old = self._path(step)
                 doomed = self._folder / f".partial_{old.name}"
-                old.rename(doomed)  # a removal cut short must not look like a checkpoint
+                old.rename(doomed)  # an interrupted removal must not look like a checkpoint
                 shutil.rmtree(doomed)
 
     def _read_best(self) -> tuple[int | None, float | None]:
@@ -234,7 +216,7 @@ class Checkpoints:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a run's checkpoints folder, ascending."""
+    """Return the steps of the complete checkpoints in a run's checkpoints folder, ascending."""
     if not folder.is_dir():
         return []
     matches = (_NAME.fullmatch(path.name) for path in folder.iterdir())
@@ -242,7 +224,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every trained parameter of the checkpoint in `folder` (step_000040), by its name in the model: float32, whole.
+    """Yield every trained parameter of the checkpoint in `folder` (step_000040) by name, unsharded and in float32.
 
     Raises:
         UserError: files are missing.
@@ -260,13 +242,13 @@ def _rank_files(folder: Path, state: dict[str, Any]) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise UserError(
-                f"{file}: missing; the checkpoint was saved by {len(files)} ranks and needs all their files"
+                f"{file}: missing; the checkpoint was saved by {len(files)} ranks and needs the files of all"
             )
     return files
 
 
 def _write(folder: Path, contents: dict[str, Any]) -> None:
-    """Each value in a file of its name, on the disk when this returns."""
+    """Write each value to a file of its name, flushed to disk."""
     for name, value in contents.items():
         with open(folder / name, "wb") as file:
             file.write(value) if isinstance(value, bytes) else torch.save(value, file)

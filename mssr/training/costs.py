@@ -1,4 +1,4 @@
-"""What a run has spent so far, and whether that is its budget: what algorithms are compared at."""
+"""Costs of a run, and its budget: algorithms are compared at equal costs."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,12 +12,12 @@ from mssr.errors import UserError
 
 @dataclass
 class Costs:
-    """Of all ranks, over the whole run, resumed or not; part of a checkpoint. Steps that a kill undid do not count.
+    """Totals of all ranks over the whole run; part of a checkpoint. Steps lost to a kill do not count.
 
-    updates: optimiser steps, those that were left out as well.
-    rollouts, tokens: responses generated for training and their tokens: the value tracker's start and groups that dynamic
-        sampling dropped count, validation does not.
-    seconds: the slowest rank's, of the tracker's start and of steps without their validation.
+    updates: optimiser steps, skipped ones included.
+    rollouts, tokens: responses generated for training and their tokens, including the value tracker's first rollouts and
+        groups dropped by dynamic sampling, but not validation.
+    seconds: of the slowest rank, for the tracker's first rollouts and for the steps, without validation.
     """
 
     updates: int = 0
@@ -26,7 +26,7 @@ class Costs:
     seconds: float = 0.0
 
     def spend(self, world: World, *, updates: int, rollouts: int, tokens: int, seconds: float) -> None:
-        """rollouts, tokens, seconds: this rank's; a collective."""
+        """Add costs. rollouts, tokens, seconds: of this rank. Collective."""
         generated, generated_tokens = world.sum(torch.tensor([rollouts, tokens])).tolist()
         self.updates += updates
         self.rollouts += generated
@@ -34,23 +34,25 @@ class Costs:
         self.seconds += float(world.max(torch.tensor(seconds, dtype=torch.float64)))
 
     def reach(self, budget: BudgetConfig) -> bool:
-        """Whether one of the budget's amounts is spent; without any, never."""
+        """Return whether one of the budget's amounts is spent; False for an empty budget."""
         amounts = budget.model_dump(exclude_none=True)
         return any(getattr(self, name) >= amount for name, amount in amounts.items())
 
     def refuse_no_step(self, budget: BudgetConfig) -> None:
-        """Raises:
-        UserError: the value tracker's start alone spent the budget; the run would end without a step.
+        """Refuse a budget that the value tracker's first rollouts have already spent.
+
+        Raises:
+            UserError: the run would end without a step.
         """
         for name, amount in budget.model_dump(exclude_none=True).items():
             if (spent := getattr(self, name)) >= amount:
                 raise UserError(
-                    f"train.budget.{name} {amount:g}: the value tracker's start alone spent {spent:g}; raise it, or set "
+                    f"train.budget.{name} {amount:g}: the value tracker's first rollouts spent {spent:g}; raise it, or set "
                     "algorithm.tracker.n_init=0"
                 )
 
     def metrics(self) -> dict[str, float]:
-        """cost/updates, cost/rollouts, cost/response_tokens, cost/seconds: since the run's beginning."""
+        """Return cost/updates, cost/rollouts, cost/response_tokens, cost/seconds since the start of the run."""
         return {
             "cost/updates": self.updates,
             "cost/rollouts": self.rollouts,

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1: what a scheduler sends some time before it kills a job."""
+"""Handles SIGTERM and SIGUSR1, which schedulers send some time before they kill a job."""
 
 import os
 import signal
@@ -14,8 +14,10 @@ REPEATED_S = 10.0
 
 
 class Interruptions:
-    """While entered, a signal is remembered until the loop asks. A later one acts as it always did, but not one within
-    REPEATED_S: whoever signals a whole group of processes, with a launcher in it that hands signals on, sends two.
+    """Context manager that remembers a signal until the loop asks for it.
+
+    A second signal acts as without it, except within REPEATED_S: a signal to a whole process group arrives twice if the
+    launcher in the group forwards it.
     """
 
     def __init__(self, world: World) -> None:
@@ -24,7 +26,7 @@ class Interruptions:
         self._previous: dict[int, object] = {}
 
     def asked(self) -> int:
-        """The number of the signal that any rank received, on every rank; 0: none."""
+        """Return the number of the signal that any rank received, or 0. Collective."""
         return int(self._world.max(torch.tensor(self._number)))
 
     def __enter__(self) -> "Interruptions":

@@ -2,12 +2,10 @@
 
     weights to the sampler -> prompts -> one rollout each -> rewards -> baseline -> advantages -> updates -> value tracker
 
-One response per prompt: no groups, no critic, no replay. The tracker remembers what other rollouts of a prompt would tell.
-The algorithms that MSSR is compared with run in the same loop: those with groups sample several responses per prompt and
-have no tracker.
+MSSR samples one response per prompt: no groups, no critic, no replay. The value tracker provides the baseline, from the
+rewards of earlier rollouts of the prompt. The algorithms that MSSR is compared with run in the same loop; those with groups
+sample several responses per prompt and have no tracker.
 """
-
-from contextlib import nullcontext
 
 from mssr.algorithms.advantages import ALGORITHMS
 from mssr.algorithms.value_tracker import ValueTracker
@@ -29,13 +27,13 @@ from mssr.training.tracking import drift_of_previous_responses, initialise_track
 
 
 def train(config: Config, *, resume: bool = False) -> None:
-    """Train `config.model.path` by RL; all outputs are in `config.run_dir`.
+    """Train `config.model.path` by RL; all outputs go to `config.run_dir`.
 
     resume: continue from the newest checkpoint. On a CPU the resumed run equals an uninterrupted one exactly.
 
     Raises:
-        UserError: the run cannot start (model, data, an earlier run in the folder) or go on (disk, log-prob gap).
-        Interrupted: a signal asked for the end; the last step is saved.
+        UserError: the run cannot start (model, data, an earlier run in the folder) or continue (disk, log-prob gap).
+        Interrupted: a signal ended the run; the last step is saved.
     """
     with Run(config) as run, Bookkeeping(run, resume=resume) as book:
         _train(run, book)
@@ -53,15 +51,16 @@ def _train(run: Run, book: Bookkeeping) -> None:
     tracker = ValueTracker(config.algorithm.tracker)
     rollout_phase = RolloutPhase(run, engine, share, tracker)
     loss = PolicyGradient(policy_loss(config.algorithm))
-    recompute = config.algorithm.old_logp == "recompute"
     peak = peak_tflops(world.device, config.log.peak_tflops)
     reference = make_reference(config.algorithm, config.model, engine)
 
-    is_new = book.saved is None
-    if not is_new:
+    if not book.is_new:
         refuse_missing_start(config.algorithm, book.saved["tracker"])
-    rollout_phase.prepare(book.start(engine, {"tracker": tracker, "lengths": rollout_phase.lengths}))
-    if is_new:
+    first_step = book.start(engine, {"tracker": tracker, "lengths": rollout_phase.lengths})
+    rollout_phase.prepare(first_step)
+
+    # A new run starts with a validation and with rollouts of every prompt for the tracker.
+    if book.is_new:
         with rollout_phase.awake(0) as sampler:
             metrics = run.validate(sampler)
             if algorithm.tracked:
@@ -74,29 +73,35 @@ def _train(run: Run, book: Bookkeeping) -> None:
         for step in steps:
             clock = Stopwatch(world.device)
 
-            # One response per prompt (or a group of them), and its reward.
+            # Sample one response per prompt (or a group of them) and grade it.
             sampled = rollout_phase.take(step, clock)
             rollouts = sampled.rollouts
 
-            # The baseline is read before the tracker sees these rewards; A is normalised over the whole batch.
+            # The baseline is read before the tracker sees these rewards. Advantages use the responses of all ranks.
             baseline = tracker.values(rollouts.keys) if algorithm.tracked else None
             outcomes = share.outcomes(rollouts, baseline, config.rollout.responses_per_prompt)
             advantage = share.own(algorithm.advantages(outcomes))
 
+            # Score with the weights from before the updates: how far each prompt's policy has drifted since its last
+            # visit, the old log-probs of the policy ratio, and the KL reference.
             if algorithm.tracked:
-                with clock("drift") if tracker.wants_responses else nullcontext():
-                    drift = drift_of_previous_responses(tracker, engine, rollouts.prompts)
-            with clock("old_logp") if recompute else nullcontext():
-                old_logp = engine.score(rollouts) if recompute else rollouts.logp
-            with clock("reference") if reference else nullcontext():
-                ref_logp = reference.score(engine, rollouts) if reference else None
+                drift = drift_of_previous_responses(tracker, engine, rollouts.prompts, clock)
+            old_logp = rollouts.logp
+            if config.algorithm.old_logp == "recompute":
+                with clock("old_logp"):
+                    old_logp = engine.score(rollouts)
+            ref_logp = None
+            if reference is not None:
+                with clock("reference"):
+                    ref_logp = reference.score(engine, rollouts)
             batch = UpdateBatch(
                 rollouts.prompts, rollouts.tokens, rollouts.mask,
                 rollouts.loss_mask, rollouts.logp, advantage, old_logp, ref_logp,
             )  # fmt: skip
 
-            # Entropy shaping, clipping and the KL term are inside the fused loss. The first update's log-probs come from the
-            # weights that sampled (one step off: from the next ones). If the sampler disagrees, no update is made.
+            # Update. Entropy shaping, clipping and KL term are inside the fused loss. The first gradient pass also yields
+            # log-probs under the weights that sampled (one step off: the next ones). If they disagree with the sampler's,
+            # the step's gradients would be noise, so no update is made.
             first, *rest = share.updates(batch)
             accumulated = engine.accumulate(first, loss, clock)
             gap = measure_gap(accumulated.logp, first.logp, first.loss_mask, world)
@@ -106,6 +111,7 @@ def _train(run: Run, book: Bookkeeping) -> None:
             else:
                 updates = [engine.discard(accumulated, clock)]
 
+            # Now the tracker learns the rewards, unless the policy did not learn from them.
             metrics = step_metrics(rollouts, updates, gap, clock, world) | sampled.metrics(step)
             if agrees:
                 metrics |= utilisation(work_of_step(engine.policy, config.model, batch, updates), clock, world, peak)
@@ -113,6 +119,7 @@ def _train(run: Run, book: Bookkeeping) -> None:
             if algorithm.tracked and any(update.applied for update in updates):
                 metrics |= track(tracker, share, rollouts, batch, outcomes.reward, drift, updates)
 
+            # Count costs, validate, record, save a checkpoint.
             done = step + 1
             metrics |= book.count(done, gap, updates, sampled, clock)
             if book.validates(done):

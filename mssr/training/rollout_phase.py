@@ -1,13 +1,13 @@
-"""Rollout phase of a training step: sync, generate, grade, replace groups without a signal.
+"""Rollout phase of a training step: sync weights, generate, grade, and replace groups without a gradient.
 
 In turn (default):          sync(k)  generate(k)  train(k)               sync(k+1)  generate(k+1)  train(k+1) ...
 One step off (servers):     sync(k)  train(k) beside generate(k+1)       sync(k+1)  train(k+1) beside generate(k+2) ...
 
-One step off, step k trains on samples of the weights of step k-1: staleness exactly 1 (0 for the first batch). Recomputed
-old log-probs and truncated importance weights correct for it.
+One step off, step k trains on samples of the weights of step k-1: staleness is exactly 1 (0 for the first batch).
+Recomputed old log-probs and truncated importance weights correct for it.
 
-A prompt has `rollout.responses_per_prompt` responses, adjacent in the global batch. Dynamic sampling (DAPO, arXiv
-2503.14476) replaces prompts whose responses all earned the same, round by round.
+Each prompt has `rollout.responses_per_prompt` responses, adjacent in the global batch. Dynamic sampling (DAPO, arXiv
+2503.14476) replaces prompts whose responses all get the same reward, in several rounds.
 """
 
 import time
@@ -33,10 +33,10 @@ from mssr.training.shares import Shares
 
 @dataclass(frozen=True, eq=False)
 class StepRollouts:
-    """Rollouts of a step on this rank, and what they cost.
+    """Rollouts of a step on this rank, and their cost.
 
-    seconds: of their generation, however long the loop waited for it.
-    responses, tokens: generated, also those that were then replaced.
+    seconds: generation time, even if the loop did not wait for all of it.
+    responses, tokens: everything generated, including replaced responses.
     """
 
     rollouts: GradedRollouts
@@ -45,15 +45,17 @@ class StepRollouts:
     tokens: int
 
     def metrics(self, step: int) -> dict[str, float]:
-        """perf/rollout_seconds: generation on this rank; perf/generate_seconds is the wait, which is less one step off.
-        rollout/staleness: training steps between the weights that sampled and those of this step."""
+        """Return perf/rollout_seconds and rollout/staleness, the age of the sampler's weights in training steps.
+
+        perf/rollout_seconds is generation time on this rank; perf/generate_seconds is the wait, shorter one step off.
+        """
         staleness = (step - self.rollouts.weight_version).double().mean()
         return {"perf/rollout_seconds": self.seconds, "rollout/staleness": float(staleness)}
 
 
 @dataclass(frozen=True, eq=False)
 class _Request:
-    """Prompts of one generation, their noise streams and expected lengths."""
+    """Prompts to answer in one call, with their noise streams and expected response lengths."""
 
     prompts: list[Prompt]
     streams: list[int]
@@ -70,11 +72,11 @@ class _Sampled:
 class RolloutPhase:
     """Owns the sampler: makes room for it, syncs its weights, and returns each step's rollouts.
 
-    lengths: of past responses; the longest expected ones start first. Part of a checkpoint.
+    lengths: of past responses, to start the longest expected ones first. Part of a checkpoint.
     """
 
     def __init__(self, run: Run, engine: PolicyEngine, share: Shares, tracker: ValueTracker) -> None:
-        """tracker: of every prompt's value, for prioritised sampling."""
+        """tracker: for prioritised sampling."""
         self.lengths = ResponseLengths()
         self._run, self._engine, self._share = run, engine, share
         self._config = run.config.rollout
@@ -91,9 +93,9 @@ class RolloutPhase:
 
     @contextmanager
     def awake(self, version: int, clock: Stopwatch | None = None) -> Iterator[RolloutEngine]:
-        """The sampler with the policy's current weights, which are `version` steps old; it releases its memory afterwards."""
+        """Yield the sampler with the policy's weights after `version` steps; release its memory afterwards."""
         if self._next is not None:
-            wait([self._next])  # the sampler does one thing at a time
+            wait([self._next])  # the sampler handles one request at a time
         with self._engine.optimizer_offloaded() if self._config.offload_optimizer else nullcontext():
             with clock("sync") if clock else nullcontext():
                 self._rollout.update_weights(self._engine.policy, version)
@@ -104,7 +106,7 @@ class RolloutPhase:
         """Return the step's rollouts. One step off, also start the next step's generation.
 
         Raises:
-            UserError: they were sampled from other weights than this step's (one step off: the previous step's).
+            UserError: they were not sampled from this step's weights (one step off: the previous step's).
         """
         coming, self._next = self._next, None
         if coming is None:
@@ -120,7 +122,7 @@ class RolloutPhase:
             with clock("data"):
                 request = self._request(step + 1, self._rows.rows(step + 1))
             with clock("sync"):
-                if coming is not None:  # else the sampler has this step's weights already
+                if coming is not None:  # otherwise the sampler already has this step's weights
                     self._rollout.update_weights(self._engine.policy, step)
             self._next = self._beside.submit(self._generate, request)
         return taken
@@ -135,7 +137,7 @@ class RolloutPhase:
             for round in range(self._rounds):
                 taken = self._refill(taken, rows, seen, step, round, clock)
             if self._rounds:
-                self.prepare(step + 1)  # loading a refill ended what `_request` had begun
+                self.prepare(step + 1)  # again, because loading a refill cancels it
         return taken
 
     def _answer(self, request: _Request, clock: Stopwatch) -> StepRollouts:
@@ -152,25 +154,24 @@ class RolloutPhase:
     def _refill(
         self, taken: StepRollouts, rows: list[int], seen: set[int], step: int, round: int, clock: Stopwatch
     ) -> StepRollouts:
-        """Replace prompts whose responses all earned the same; after the last round they stay, with advantage 0. Collective.
+        """Replace prompts whose responses all get the same reward. Collective.
 
-        rows: of the step's prompts; seen: all rows that the step had so far. Both are updated.
+        After the last round such prompts stay, with advantage 0.
+        rows: of the step's prompts. seen: all rows that the step has had so far. Both are updated.
         """
         group = self._config.responses_per_prompt
-        silent = zero_variance(self._share.gather(taken.rollouts.reward), group)
-        replaced = [prompt for prompt in range(len(rows)) if silent[prompt * group]]
+        equal = zero_variance(self._share.gather(taken.rollouts.reward), group)
+        replaced = [prompt for prompt in range(len(rows)) if equal[prompt * group]]
         if not replaced:
             return taken
         for prompt, row in zip(replaced, self._rows.refill(step, seen, len(replaced), round)):
             rows[prompt] = row
             seen.add(row)
-        own = [place for place, slot in enumerate(self._share.slots) if silent[slot]]
+        own = [place for place, slot in enumerate(self._share.slots) if equal[slot]]
         slots = [self._share.slots[place] for place in own]
         with clock("data"):
-            prompts = self._run.problems.load(rows[slot // group] for slot in slots)
-        streams = noise_streams(self._run.config.seed, f"refill {round}", step, slots)
-        expected = self.lengths.expected([prompt.key for prompt in prompts])
-        others = self._answer(_Request(prompts, streams, expected), clock)
+            request = self._load(rows, slots, f"refill {round}", step)
+        others = self._answer(request, clock)
         return StepRollouts(
             taken.rollouts.with_rows(own, others.rollouts) if own else taken.rollouts,
             taken.seconds + others.seconds,
@@ -179,23 +180,28 @@ class RolloutPhase:
         )
 
     def _request(self, step: int, rows: list[int]) -> _Request:
-        """Load the step's prompts; all collectives and data work of a generation are here."""
-        prompts = self._run.problems.load(self._own(rows))
+        """Load the step's prompts, and start to prepare the next step's."""
+        request = self._load(rows, self._share.slots, "train", step)
         self.prepare(step + 1)
-        streams = noise_streams(self._run.config.seed, "train", step, self._share.slots)
+        return request
+
+    def _load(self, rows: list[int], slots: list[int], purpose: str, step: int) -> _Request:
+        """Load the prompt of each slot. rows: of every prompt of the step. purpose: tells noise streams apart."""
+        prompts = self._run.problems.load(self._rows_of(rows, slots))
+        streams = noise_streams(self._run.config.seed, purpose, step, slots)
         return _Request(prompts, streams, self.lengths.expected([prompt.key for prompt in prompts]))
 
     def prepare(self, step: int) -> None:
         """Start to prepare the prompts of `step` in the background.
 
-        Not with prioritised sampling, which chooses them only after the tracker has seen this step.
+        Not with prioritised sampling, which needs the tracker's state after the step before.
         """
         if step < self._run.config.train.steps and not self._prioritised:
-            self._run.problems.begin(self._own(self._rows.rows(step)))
+            self._run.problems.begin(self._rows_of(self._rows.rows(step), self._share.slots))
 
-    def _own(self, rows: list[int]) -> list[int]:
-        """Row of each of this rank's responses. rows: of every prompt of the step."""
-        return [rows[slot // self._config.responses_per_prompt] for slot in self._share.slots]
+    def _rows_of(self, rows: list[int], slots: list[int]) -> list[int]:
+        """Return the row of each slot. rows: of every prompt of the step."""
+        return [rows[slot // self._config.responses_per_prompt] for slot in slots]
 
     def _generate(self, request: _Request) -> _Sampled:
         started = time.perf_counter()
@@ -211,8 +217,10 @@ class RolloutPhase:
 
 
 def refuse_other_weights(rollouts: Rollouts, step: int, version: int) -> None:
-    """Raises:
-    UserError: a response was sampled from weights that are not `version` steps old: a sync was missed.
+    """Check that every response was sampled from the weights after `version` steps.
+
+    Raises:
+        UserError: a weight sync was missed.
     """
     others = rollouts.weight_version[rollouts.weight_version != version]
     if len(others):

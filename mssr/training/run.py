@@ -1,4 +1,4 @@
-"""What every command sets up before its own work: processes, folder, data, policy, sampler, reward, records."""
+"""Set-up that all commands share: processes, data, policy, sampler, reward, metrics."""
 
 from contextlib import ExitStack
 from functools import cached_property
@@ -26,7 +26,7 @@ from mssr.rollout.base import RolloutEngine
 
 
 class Run:
-    """The parts of a run that are not the algorithm. Data and model load on first use; a bad path fails before either."""
+    """The parts of a run that are not the algorithm. Data and model load on first use; a bad path fails at once."""
 
     def __init__(self, config: Config) -> None:
         check_model_path(config.model.path)
@@ -49,7 +49,7 @@ class Run:
         return None if self.config.data.val is None else self.dataset(self.config.data.val)
 
     def dataset(self, path: str) -> ProblemDataset:
-        """The ranks check its rows together: a collective. Its threads end with the run."""
+        """Open a dataset until the end of the run. Collective: the ranks check its rows together."""
         problems = ProblemDataset(path, self._encoder, self.config.data, world=self.world)
         self._open.callback(problems.close)
         return problems
@@ -65,12 +65,12 @@ class Run:
         )
 
     def frozen_policy(self) -> Policy:
-        """The model for inference alone: what `mssr eval` evaluates."""
+        """Load the model for inference only (`mssr eval`)."""
         dtype = getattr(torch, dtype_name(self.config.model.dtype, self.world.device.type))
         return load_frozen_policy(self.config.model.path, dtype, self.world.device, self.config.model)
 
     def rollout_engine(self, policy: Policy) -> RolloutEngine:
-        """The run's engine, closed when the run is."""
+        """Start the rollout engine; it is closed with the run."""
         engine = make_rollout_engine(self.config, policy, self.tokenizer, self.world)
         self._open.callback(engine.close)
         return engine
@@ -80,11 +80,11 @@ class Run:
         return self.grader.begin(rollouts.prompts).finish(rollouts)
 
     def evaluate(self, rollout: RolloutEngine) -> Evaluation:
-        """Every held-out problem (or the first eval.max_problems) answered once."""
+        """Answer every held-out problem (or the first eval.max_problems) once."""
         return evaluate(self.held_out, rollout, self.judge, self.world, self.config.eval, seed=self.config.seed)
 
     def validate(self, rollout: RolloutEngine) -> dict[str, float]:
-        """Metrics on the held-out problems; empty where the run has none."""
+        """Return metrics on the held-out problems; empty if there are none."""
         if self.held_out is None:
             return {}
         result = self.evaluate(rollout)
@@ -95,10 +95,10 @@ class Run:
         }
 
     def open_records(self, *, resume_at: int | None = None) -> None:
-        """Starts (or continues) metrics.jsonl and writes the configuration beside it.
+        """Start (or continue) metrics.jsonl and write the configuration beside it.
 
         Raises:
-            UserError: an earlier run's metrics are there, or nothing can be written there.
+            UserError: the folder holds an earlier run's metrics, or cannot be written.
         """
         if not self.world.is_main:
             return
@@ -115,7 +115,7 @@ class Run:
             self._metrics.write(step, values)
 
     def state_dict(self) -> dict[str, Any]:
-        """What ties a checkpoint to its records and its data."""
+        """Return what a resumed run must match, and the length of the metrics file."""
         return {
             "metrics_position": self._metrics.position if self._metrics is not None else 0,
             "fingerprint": self.problems.fingerprint,
@@ -125,8 +125,10 @@ class Run:
         }
 
     def refuse_other_data(self, saved: dict[str, Any]) -> None:
-        """Raises:
-        UserError: the checkpoint's run drew other prompts than this one would, or does not tell.
+        """Refuse a checkpoint of a run that sampled other prompts than this one would.
+
+        Raises:
+            UserError: seed, batch or data differ.
         """
         if "responses_per_prompt" not in saved:
             raise UserError(

@@ -1,4 +1,4 @@
-"""`mssr sft`: the warm start. Imitates each row's `solution`, so that RL starts from a policy that is sometimes right."""
+"""`mssr sft`: supervised warm start on each row's `solution`, so that RL starts from a policy that is sometimes right."""
 
 import torch
 
@@ -15,7 +15,7 @@ from mssr.training.shares import Shares
 
 
 def sft(config: Config) -> dict[str, float]:
-    """Trains `config.model.path` on `config.sft.data`; the result is `run_dir/model`. Returns the last validation's metrics.
+    """Train `config.model.path` on `config.sft.data` into `run_dir/model`; return the last validation's metrics.
 
     Raises:
         UserError: a row without a solution; an earlier run in the folder.
@@ -45,7 +45,7 @@ def _sft(run: Run, config: Config) -> dict[str, float]:
         for step in range(settings.steps):
             clock = Stopwatch(world.device)
             prompts = problems.load(own_rows(step))
-            problems.begin(own_rows(step + 1))  # beside this step's update
+            problems.begin(own_rows(step + 1))  # in the background
             batch = demonstrations(prompts, run.tokenizer, problems.source)
             stats = engine.update(batch, CrossEntropy())
             logp, tokens = world.sum(torch.stack([stats.logp.sum().double(), batch.mask.sum().double()])).tolist()

@@ -1,4 +1,4 @@
-"""Which rows of the global batch a rank owns."""
+"""How the global batch is split over ranks."""
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from mssr.errors import UserError
 class Shares:
     """Splits a step's global batch over ranks so that each optimiser step sees the same rows on any number of ranks.
 
-    The batch is cut into updates first, and each update into one contiguous share a rank: update u of rank r is
+    The batch is cut into updates, and each update into one contiguous share per rank: update u of rank r is
     the slots u * responses_per_update + [r * share, (r + 1) * share).
 
-    key: the configuration's name for `responses_per_update`, for the error.
+    key: the configuration key of `responses_per_update`, for the error.
     slots: this rank's positions in the global batch, in the order of its updates.
     """
 
@@ -31,18 +31,18 @@ class Shares:
         self._order = slots.transpose(0, 1).flatten()  # global slot of each gathered row
 
     def updates(self, batch: UpdateBatch) -> list[UpdateBatch]:
-        """This rank's rows of each optimiser step."""
+        """Return this rank's rows of each optimiser step."""
         return [batch.rows(start, start + self._share) for start in range(0, len(batch), self._share)]
 
     def gather(self, values: Tensor) -> Tensor:
-        """[B_rank] of every rank -> [B] in global order, on every rank."""
+        """Gather [B_rank] from every rank to [B] in global order, on every rank."""
         gathered = torch.cat(self._world.gather(values))
         whole = torch.empty_like(gathered)
         whole[self._order] = gathered
         return whole
 
     def gather_list(self, values: list) -> list:
-        """`gather` for any objects."""
+        """Gather a list of any objects, as `gather`."""
         gathered = [value for part in self._world.gather(values) for value in part]
         whole = [None] * len(gathered)
         for slot, value in zip(self._order.tolist(), gathered):
@@ -50,10 +50,10 @@ class Shares:
         return whole
 
     def own(self, whole: Tensor) -> Tensor:
-        """[B] in global order -> this rank's [B_rank]."""
+        """Return this rank's [B_rank] of [B] in global order."""
         return whole[self.slots]
 
     def outcomes(self, rollouts: GradedRollouts, baseline: Tensor | None, group: int) -> Outcomes:
-        """Gather what the responses of all ranks earned. group: responses per prompt, in adjacent slots."""
+        """Gather the outcomes of all ranks' responses. group: responses per prompt, in adjacent slots."""
         baseline = None if baseline is None else self.gather(baseline)
         return Outcomes(self.gather(rollouts.reward), baseline, self.gather(rollouts.loss_mask.sum(1)), group)

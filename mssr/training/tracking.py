@@ -1,5 +1,6 @@
-"""The value tracker in a run: its first rollouts, and how far the policy has moved since each prompt's last visit."""
+"""The value tracker in a run: its first rollouts, drift since each prompt's last visit, updates."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,15 +14,18 @@ from mssr.errors import UserError
 from mssr.policy.engine import PolicyEngine, UpdateStats
 from mssr.rewards.grading import settle_truncated
 from mssr.rollout.base import RolloutEngine, noise_streams
+from mssr.stopwatch import Stopwatch
 from mssr.training.run import Run
 from mssr.training.shares import Shares
 
 
 def refuse_missing_start(algorithm: AlgorithmConfig, saved: dict[str, Any]) -> None:
-    """saved: the tracker's state in a checkpoint.
+    """Refuse to resume with a tracker from a checkpoint without one: only a new run makes the first rollouts.
+
+    saved: the tracker's state in the checkpoint.
 
     Raises:
-        UserError: it knows no prompt, and first rollouts, which only a new run makes, are asked for.
+        UserError: the tracker is empty, and algorithm.tracker.n_init is not 0.
     """
     if ALGORITHMS[algorithm.name].tracked and algorithm.tracker.n_init and not saved["keys"]:
         raise UserError(
@@ -31,17 +35,17 @@ def refuse_missing_start(algorithm: AlgorithmConfig, saved: dict[str, Any]) -> N
 
 
 def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) -> tuple[int, int]:
-    """Answers every training problem `n_init` times with the starting policy; the rewards set each prompt's start.
+    """Answer every training problem `n_init` times with the initial policy; the rewards set each prompt's initial state.
 
-    The last of these responses is also the first one whose drift is measured.
-    Returns how many responses this rank generated, and their tokens.
+    The last of these responses is the first one whose drift is measured.
+    Returns the numbers of responses and tokens that this rank generated.
     """
     config, world = run.config, run.world
     size, at_once = len(run.problems), config.responses_per_step // world.size  # never 0: updates are shared evenly
     total = size * tracker.config.n_init
     visits = [divmod(visit, size) for visit in range(world.rank, total, world.size)]
     seen, tokens = [], 0
-    # As often on every rank: ranks that share a sampler ask it together.
+    # Every rank makes the same number of calls: ranks that share a sampler call it together.
     for start in range(0, -(-total // world.size), at_once):
         chosen = visits[start : start + at_once]
         prompts = run.problems.load(row for _, row in chosen)
@@ -51,7 +55,7 @@ def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) 
         kept = previous_responses(graded) if tracker.wants_responses else [None] * len(graded)
         tokens += int(graded.lengths.sum())
         seen += zip(chosen, graded.keys, graded.reward.tolist(), kept)
-    # In the order of the visits, whatever the number of ranks.
+    # Sorted by visit, so that the result does not depend on the number of ranks.
     everyone = sorted((row for part in world.gather(seen) for row in part), key=lambda row: row[0])
     keys = [key for _, key, _, _ in everyone]
     tracker.initialise(keys, torch.tensor([reward for _, _, reward, _ in everyone]))
@@ -60,18 +64,22 @@ def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) 
     return len(visits), tokens
 
 
-def drift_of_previous_responses(tracker: ValueTracker, engine: PolicyEngine, prompts: list[Prompt]) -> Tensor:
-    """[B] float32, mean |log-prob now - when sampled| over the tokens of each prompt's previous response.
+def drift_of_previous_responses(
+    tracker: ValueTracker, engine: PolicyEngine, prompts: Sequence[Prompt], clock: Stopwatch
+) -> Tensor:
+    """Return the mean |log-prob now - at sampling| over the tokens of each prompt's previous response, [B] float32.
 
-    0 on a prompt's first visit, and for all where the tracker goes by something else than per-prompt drift.
+    0 on a prompt's first visit, and for all prompts if the tracker does not use per-prompt drift.
+    clock: gets the phase drift.
     """
     drift = torch.zeros(len(prompts))
     if not tracker.wants_responses:
         return drift
-    known = {row: previous for row, prompt in enumerate(prompts) if (previous := tracker.previous(prompt.key))}
-    past = Sequences.of([prompts[row] for row in known], [response.token_ids for response in known.values()])
-    sampled_logp = pad_rows([response.logp for response in known.values()], past.tokens.shape[1])
-    drift[list(known)] = response_drift(engine.score(past), sampled_logp, past.mask)
+    with clock("drift"):
+        known = {row: previous for row, prompt in enumerate(prompts) if (previous := tracker.previous(prompt.key))}
+        past = Sequences.of([prompts[row] for row in known], [response.token_ids for response in known.values()])
+        sampled_logp = pad_rows([response.logp for response in known.values()], past.tokens.shape[1])
+        drift[list(known)] = response_drift(engine.score(past), sampled_logp, past.mask)
     return drift
 
 
@@ -84,10 +92,10 @@ def track(
     drift: Tensor,
     updates: list[UpdateStats],
 ) -> dict[str, float]:
-    """Tell the tracker what all ranks' responses earned, in the global order, so that every rank's copy stays equal.
+    """Update the tracker with all ranks' rewards, in global order, so that every rank's copy stays equal.
 
     reward: [B] of all ranks. drift: [B_rank] per prompt, measured before the updates.
-    updates: of the step; their log-probs give the batch's mean drift.
+    updates: of the step; their log-probs give the batch's mean drift (tracker.drift batch).
     Returns metrics.
     """
     if tracker.config.drift == "batch":
@@ -113,7 +121,7 @@ def track(
 
 
 def previous_responses(rollouts: Rollouts) -> list[PreviousResponse]:
-    """Each row's response without padding, as the tracker keeps it: copies, because a view keeps its whole batch alive."""
+    """Return each row's response without padding, copied: a view would keep the whole batch in memory."""
     lengths = rollouts.lengths.tolist()
     tokens = rollouts.tokens.to(torch.int32)
     return [PreviousResponse(tokens[row, :n].clone(), rollouts.logp[row, :n].clone()) for row, n in enumerate(lengths)]

@@ -34,6 +34,7 @@ from mssr.policy.loading import load_frozen_policy
 from mssr.policy.loss import CrossEntropy, PolicyGradient
 from mssr.rollout.base import noise_streams
 from mssr.rollout.hf import HFRollout, end_token_ids
+from mssr.stopwatch import Stopwatch
 from mssr.training.checkpoint import Checkpoints
 from mssr.training.tracking import drift_of_previous_responses, previous_responses
 
@@ -133,7 +134,7 @@ def drift_of_few(world, batch):
     known = batch.rows(0, 3)
     tracker.initialise(known.keys, torch.zeros(3))
     tracker.remember(known.keys, previous_responses(known))
-    return drift_of_previous_responses(tracker, engine, list(batch.prompts[3 * world.rank :][:3]))
+    return drift_of_previous_responses(tracker, engine, batch.prompts[3 * world.rank :][:3], Stopwatch(world.device))
 
 
 def test_drift_where_one_rank_has_no_previous_response(ranks, prompts, plain):
@@ -149,7 +150,8 @@ def test_drift_of_the_second_of_three_alone(world, prompts, plain):
     tracker, known = ValueTracker(TrackerConfig(drift="prompt")), batch.rows(1, 2)
     tracker.initialise(known.keys, torch.zeros(1))
     tracker.remember(known.keys, previous_responses(known))
-    first, second, third = drift_of_previous_responses(tracker, make_engine(world=world), list(batch.prompts)).tolist()
+    drift = drift_of_previous_responses(tracker, make_engine(world=world), batch.prompts, Stopwatch(world.device))
+    first, second, third = drift.tolist()
     gap = (plain_logp(plain, known).float() - known.logp).abs().sum() / 9
     assert (first, third) == (0, 0) and second == pytest.approx(float(gap), abs=1e-5)
 

@@ -62,7 +62,7 @@ def test_a_sync_of_zero_3_in_many_buckets(world, prompts, monkeypatch):
 
 def test_a_sync_that_comes_a_step_late(step):
     with pytest.raises(
-        UserError, match=r"^step 2: left out, rollout and trainer disagree by .* check that weights and caches"
+        UserError, match=r"^step 2: skipped: rollout and trainer disagree by .* check that weights and caches"
     ):
         step.check_gap()
 

@@ -68,13 +68,13 @@ def test_steps_left_out_are_counted_and_too_many_in_a_row_end_the_run():
     assert skipped.observe(good, [update(True), update(True)]) is None
     for number in (4, 5):
         reason = skipped.observe(good, [update(True), update(False)])
-        assert "1 of 2 updates left out, their gradients are not finite" in reason
+        assert "1 of 2 updates skipped: gradients are not finite" in reason
         skipped.refuse_to_go_on(number, good, reason)
     assert skipped.metrics() == {"train/skipped_steps": 4}
     resumed = SkippedSteps(2, max_gap=0.5)
     resumed.load_state_dict(skipped.state_dict())
     reason = resumed.observe(good, [update(False)])
-    with pytest.raises(UserError, match="^step 6: 1 of 1 updates.*after 2 steps that were left out"):
+    with pytest.raises(UserError, match="^step 6: 1 of 1 updates.*after 2 skipped steps"):
         resumed.refuse_to_go_on(6, good, reason)
 
 

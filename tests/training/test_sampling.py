@@ -243,7 +243,7 @@ def test_dynamic_sampling_prepares_the_next_step_again_after_a_refill(material, 
         taken = rollouts.take(0, Stopwatch(run.world.device))
     sampler = PromptSampler(64, 4, run.config.seed)
     first, second = ([row for row in sampler.rows(step) for _ in range(4)] for step in (0, 1))
-    assert taken.rollouts == 32
+    assert taken.responses == 32
     assert [name for name, _ in asked] == ["load", "begin", "load", "begin"]
     assert asked[0][1] == first and not set(asked[2][1]) & set(first)
     assert asked[1][1] == asked[3][1] == second
