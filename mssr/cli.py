@@ -124,15 +124,14 @@ def plan(
     context: Annotated[
         str | None, typer.Option(help="mean PROMPT,RESPONSE tokens for the step time; default: half of the limits")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
 ) -> None:
     """Predict GPU memory and step time; nothing is loaded. Exit code 1: it does not fit."""
     settings = _load(config, overrides)
     from mssr.planning.plan import plan_run
-    from mssr.planning.report import as_json, print_plan
+    from mssr.planning.report import print_plan
 
     found = plan_run(settings, gpu, gpus, context)
-    print(as_json(found)) if json else print_plan(found)
+    print_plan(found)
     raise typer.Exit(found.exit_code)
 
 

@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to a validated `Config`:
+"""Reads a YAML file and `key=value` overrides into a validated `Config`:
 
     mssr train configs/tiny.yaml train.optimizer.lr=1e-4 algorithm.name=mvsr
 
@@ -6,6 +6,7 @@ An unknown key is refused with the nearest known one.
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +20,20 @@ from mssr.config.schema import Config
 from mssr.errors import UserError
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Config:
     """Read a YAML file, apply `key=value` overrides, validate.
 
     Raises:
-        UserError: file missing or not YAML, a key twice or unknown (names the nearest), value of the wrong type or range.
+        UserError: file missing or not YAML, duplicate or unknown key (names the nearest), value of the wrong type or range.
     """
     values = read_keys(Path(path), "config")
-    for override in overrides:
+    for override in overrides or ():
         apply_override(values, override)
     return validate_config(values, source=str(path))
 
 
 def validate_config(values: dict[str, Any], source: str = "config") -> Config:
-    """Validate a dict that is already in memory. The DeepSpeed JSON that it names is read here."""
+    """Validate a dict of values; reads the DeepSpeed JSON that it names."""
     _refuse_unknown_keys(values, Config, prefix="", source=source)
     try:
         config = Config.model_validate(with_stage_of_json(with_preset(values)))
@@ -105,7 +106,7 @@ def read_keys(path: Path, what: str) -> dict[str, Any]:
     """Return the file's top-level keys; an empty file has none. what: kind of file, for messages ("config").
 
     Raises:
-        UserError: missing or unreadable, not YAML, a key twice, something else than keys at the top.
+        UserError: missing or unreadable, not YAML, a duplicate key, or no mapping at the top level.
     """
     try:
         values = yaml.load(path.read_text(), _UniqueKeys)
@@ -123,7 +124,7 @@ def read_keys(path: Path, what: str) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a repeated key, which YAML silently lets win."""
+    """Refuses a duplicate key, of which YAML would silently take the last value."""
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value]
