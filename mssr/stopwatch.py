@@ -1,4 +1,4 @@
-"""Where a step's seconds go, and its memory."""
+"""Seconds and memory of each phase of a step."""
 
 import time
 import warnings
@@ -13,12 +13,12 @@ GIB = 2**30
 
 
 class Stopwatch:
-    """Seconds spent in each named phase of a step, and the memory of each.
+    """Measures seconds and memory of each named phase of a step.
 
-    memory: metrics in GiB, the most over a phase's visits. On a GPU `memory/<phase>_gib` is torch's peak of tensors in the
-    phase, `memory/<phase>_reserved_gib` of what its allocator held for them, and `memory/device_used_gib` what was in use
-    on the device by everybody (vLLM has an allocator of its own) at a phase's end. On a CPU `memory/<phase>_rss_gib` is
-    the process's resident memory at the phase's end.
+    memory: metrics in GiB, the maximum over a phase's visits. On a GPU, `memory/<phase>_gib` is the peak of torch's tensors,
+    `memory/<phase>_reserved_gib` the peak of torch's allocator, and `memory/device_used_gib` the memory in use by all
+    processes and allocators (vLLM has its own) at a phase's end. On a CPU, `memory/<phase>_rss_gib` is the process's
+    resident memory at the phase's end.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -61,9 +61,9 @@ class Stopwatch:
 
 
 def used_device_bytes(index: int) -> int | None:
-    """Memory in use on the device by everybody, vLLM and other processes included; None where NVML cannot tell, said once.
+    """Memory in use on the device, vLLM and other processes included; None if NVML cannot be read (warns once).
 
-    index: torch's, among the visible devices.
+    index: torch's index among the visible devices.
     """
     handle = _nvml_handle(index)
     if handle is None:
@@ -77,7 +77,6 @@ def used_device_bytes(index: int) -> int | None:
 def _nvml_handle(index: int):
     try:
         import pynvml
-        import torch
 
         pynvml.nvmlInit()
         uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"  # CUDA_VISIBLE_DEVICES renumbers

@@ -56,7 +56,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 class _Fused(torch.autograd.Function):
-    """query [S, H, L, d], key and value [S, H_kv, L, d] -> [S, H, L, d]; keeps its inputs, its result and one number per row."""
+    """query [S, H, L, d], key and value [S, H_kv, L, d] -> [S, H, L, d]; keeps inputs, result and one number per row."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
