@@ -32,19 +32,18 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """Element-wise sum over ranks, on the input's device; with one rank the input itself."""
-        if self.size == 1:
-            return values
-        total = values.to(self.device, copy=True)
-        dist.all_reduce(total)
-        return total.to(values.device)
+        return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Tensor) -> Tensor:
-        """Element-wise maximum over ranks."""
+        """Element-wise maximum over ranks, on the input's device; with one rank the input itself."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp) -> Tensor:
         if self.size == 1:
             return values
-        largest = values.to(self.device, copy=True)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return largest.to(values.device)
+        reduced = values.to(self.device, copy=True)
+        dist.all_reduce(reduced, op=operation)
+        return reduced.to(values.device)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""

@@ -34,30 +34,26 @@ def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Con
 
 def validate_config(values: dict[str, Any], source: str = "config") -> Config:
     """Validate a dict of values; reads the DeepSpeed JSON that it names."""
-    _refuse_unknown_keys(values, Config, prefix="", source=source)
     try:
         config = Config.model_validate(with_stage_of_json(with_preset(values)))
         refuse_conflicts(config)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{source}: {key + ': ' if key else ''}{message}{given}") from None
+        raise UserError(f"{source}: {_first_problem(error)}") from None
     except ValueError as conflict:
         raise UserError(f"{source}: {conflict}") from None
     return config
 
 
-def _refuse_unknown_keys(values: dict[str, Any], section: type[BaseModel], prefix: str, source: str) -> None:
-    for key, value in values.items():
-        field = section.model_fields.get(key)
-        if field is None:
-            known = _all_keys(Config)
-            near = difflib.get_close_matches(prefix + str(key), known, n=1, cutoff=0.0)
-            raise UserError(f"{source}: unknown key {prefix}{key}; did you mean {near[0]}?")
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and isinstance(value, dict):
-            _refuse_unknown_keys(value, field.annotation, f"{prefix}{key}.", source)
+def _first_problem(error: ValidationError) -> str:
+    """Describe one problem in a line, an unknown key first."""
+    problems = error.errors()
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _all_keys(Config), n=1, cutoff=0.0)
+        return f"unknown key {key}; did you mean {near[0]}?"
+    given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+    return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{given}"
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

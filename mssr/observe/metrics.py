@@ -68,14 +68,9 @@ class MetricsLog:
 
     def _cut(self, size: int) -> None:
         content = self.path.read_bytes() if self.path.exists() else b""
-        if size > len(content):
+        if size and content[size - 1 : size] != b"\n":  # too short, or edited
             raise UserError(
-                f"{self.path} has {len(content)} bytes, the checkpoint was saved at {size}: "
-                "restore the file, or start in another run_dir"
-            )
-        if size and content[size - 1 : size] != b"\n":
-            raise UserError(
-                f"{self.path} was edited: the checkpoint's position {size} is inside a line; "
+                f"{self.path} has no line that ends at byte {size}, where the checkpoint was saved: "
                 "restore the file, or start in another run_dir"
             )
         with self.path.open("ab") as file:

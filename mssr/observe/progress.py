@@ -11,6 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.table import Column as TableColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -143,11 +144,7 @@ class TrainProgress:
 
     def _panel(self) -> RenderableType:
         """Build the panel. Runs in the live display's thread, too, possibly during `update`, so it only reads."""
-        bar = Table.grid(padding=(0, 2), expand=True)
-        bar.add_column(no_wrap=True)
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True)
-        bar.add_column(no_wrap=True)
+        bar = Table.grid("", TableColumn(ratio=1), "", "", padding=(0, 2), expand=True)
         bar.add_row(
             Text.assemble("step ", (f"{self._step}", "bold"), f"/{self._total}"),
             ProgressBar(total=self._total, completed=self._step),
@@ -164,13 +161,9 @@ class TrainProgress:
                     Text(_sparkline(self._history[column.key][-SPARK_WIDTH:]), "cyan"),
                     Text(f"best {best}" if best else "", "green"),
                 )
-        rest = Text("   ").join(self._styled(column) for column in self._columns if not column.trend)
+        rest = Text("   ".join(self._cell(column) for column in self._columns if not column.trend))
         width = min(self._console.width, PANEL_WIDTH)
         return Panel(Group(bar, trends, rest), title=self._title, title_align="left", border_style="dim", width=width)
-
-    def _styled(self, column: Column) -> Text:
-        parts = ((column.label, "dim"), (column.show(self._last(column)), "bold"), (column.unit, "dim"))
-        return Text(" ").join(Text(*part) for part in parts if part[0])
 
     def _last(self, column: Column) -> float | None:
         history = self._history[column.key]
