@@ -1,6 +1,6 @@
-"""Liger's fused linear GRPO loss replaced by its import line: equal results, memory and time of both.
+"""Replace Liger's fused linear GRPO loss by changing its import; compare results, memory and time.
 
-`train_step` is all there is to it; the rest builds a batch and measures. Needs `pip install liger-kernel` to compare with.
+`train_step` is the whole example; the rest builds a batch and measures. The comparison needs `pip install liger-kernel`.
 """
 
 import resource
@@ -24,7 +24,7 @@ def train_step(loss_class, hidden, weight, batch):
 def make_batch():
     torch.manual_seed(0)
     hidden = torch.randn(COMPLETIONS, TOKENS, WIDTH, requires_grad=True)
-    weight = torch.randn(VOCABULARY, WIDTH).mul_(0.05).requires_grad_()  # in place: no peak before the step's
+    weight = torch.randn(VOCABULARY, WIDTH).mul_(0.05).requires_grad_()  # in place: no memory peak before the step
     tokens = torch.randint(VOCABULARY, (COMPLETIONS, TOKENS))
     logp = -11 - torch.rand(COMPLETIONS, TOKENS)
     return hidden, weight, {
@@ -37,7 +37,7 @@ def make_batch():
 
 
 def measure(loss_class, pipe):
-    """Seconds and peak MiB of one step beyond its inputs, and what came out."""
+    """Send seconds, peak MiB beyond the inputs, and results of one step."""
     hidden, weight, batch = make_batch()
     before, start = peak_mib(), time.perf_counter()
     values = train_step(loss_class, hidden, weight, batch)
@@ -54,7 +54,7 @@ def in_a_process_of_its_own(loss_class):
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=measure, args=(loss_class, sender))
     process.start()
-    sender.close()  # a process that fails ends the wait
+    sender.close()  # so that recv fails if the process does
     found = receiver.recv()
     process.join()
     return found
@@ -64,7 +64,7 @@ if __name__ == "__main__":
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss as Liger
     except ImportError:
-        raise SystemExit("this comparison needs Liger: pip install 'liger-kernel>=0.8,<0.9'") from None
+        raise SystemExit("this comparison needs Liger: pip install 'liger-kernel>=0.8.5,<0.9'") from None
     results = {"liger_kernel": in_a_process_of_its_own(Liger)}
     results["mssr_kernels"] = in_a_process_of_its_own(LigerFusedLinearGRPOLoss)
     for name, (seconds, mib, (loss, divergence, clipped), *_) in results.items():

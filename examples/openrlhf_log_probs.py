@@ -1,7 +1,7 @@
 """OpenRLHF's Actor without logits: the same log-probs, entropy and gradients after one call of `install`.
 
-In a run, `install` has to be called in every process that has an Actor: docs/INTEGRATIONS.md says how. Here a tiny Qwen2 in
-a real Actor takes one policy step with ours, and after `uninstall` one with OpenRLHF's own functions.
+In a run, call `install` in every process that has an Actor; docs/INTEGRATIONS.md says how. Here a real Actor with a tiny
+Qwen2 computes a policy gradient with our functions, and after `uninstall` with OpenRLHF's own.
 """
 
 import sys
@@ -23,7 +23,7 @@ def tiny_model() -> Qwen2ForCausalLM:
 
 
 def scores(actor, sequences) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [B, 16] of the last 16 tokens, and the head's gradient of a small policy loss."""
+    """Log-probs and entropies of the last 16 tokens, [B, 16], and the head's gradient of a simple policy loss."""
     actor.zero_grad()
     mask = torch.ones_like(sequences)
     log_probs, output = actor(
@@ -39,7 +39,7 @@ def main() -> None:
     from openrlhf.models import Actor
 
     actor, sequences = Actor(tiny_model(), temperature=0.8), torch.randint(2048, (4, 32))
-    actor.packing_samples = False  # what a run takes from --ds.packing_samples
+    actor.packing_samples = False  # in a run, --ds.packing_samples
     found = scores(actor, sequences)
     openrlhf.uninstall()
     theirs = scores(actor, sequences)

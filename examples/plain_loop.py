@@ -1,8 +1,8 @@
-"""Policy gradients in plain PyTorch, one rollout a prompt: once on the model's logits, once on the patched model.
+"""Policy gradients in plain PyTorch with one rollout per prompt, on the model's logits and on the patched model.
 
     python examples/plain_loop.py
 
-The same four steps either way, each in a process of its own, whose peak memory tells what the logits cost.
+Both run the same four steps, each in its own process, whose peak memory shows the cost of the logits.
 """
 
 import resource
@@ -27,7 +27,7 @@ def tiny_model():
 
 
 def loss_of_logits(model, tokens, target, advantage, old_logp):
-    """The clipped policy loss as everyone writes it: the logits of all positions, and as much again for the softmax."""
+    """The usual clipped policy loss: the logits of all positions, and the same memory again for the softmax."""
     log_p = torch.log_softmax(model(tokens).logits.float(), dim=-1)
     logp = log_p.gather(2, target.clamp(min=0)[..., None])[..., 0]
     ratio = torch.exp(logp - (logp.detach() if old_logp is None else old_logp))
@@ -36,7 +36,7 @@ def loss_of_logits(model, tokens, target, advantage, old_logp):
 
 
 def fused_loss(model, tokens, target, advantage, old_logp):
-    """The same from the patched model; the result also has entropies, clipped tokens and sums to log."""
+    """The same loss from the patched model, which also returns entropies, clipped tokens and metrics."""
     out = model(
         tokens, target=target, advantage=advantage, old_logp=old_logp, config=CLIP, workspace_bytes=16 << 20
     )  # fmt: skip
@@ -50,7 +50,7 @@ def train(patched: bool, pipe):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     losses, before = [], 0
     for step in range(STEPS):
-        if step % 2 == 0:  # a rollout for two updates; reward: how many of the response's tokens are even
+        if step % 2 == 0:  # a rollout for two updates; reward: share of even tokens in the response
             prompts = torch.randint(VOCABULARY, (PROMPTS, PROMPT))
             tokens = model.generate(prompts, max_new_tokens=RESPONSE, do_sample=True, top_k=0)
             in_response = torch.arange(tokens.shape[1]).expand_as(tokens) >= PROMPT
@@ -77,7 +77,7 @@ def in_a_process_of_its_own(patched: bool):
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=train, args=(patched, sender))
     process.start()
-    sender.close()  # a process that fails ends the wait
+    sender.close()  # so that recv fails if the process does
     found = receiver.recv()
     process.join()
     return found

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer, with its own language-model head and with ours: the same curves, without the logits.
+"""TRL's GRPOTrainer with its own language-model head and with ours: the same curves, without logits.
 
     python examples/trl_grpo.py
 
@@ -39,7 +39,7 @@ def train(trainer_class, model: Path, dataset: Dataset) -> list[dict[str, float]
         bf16=False,
     )
     trainer = trainer_class(str(model), reward_funcs=reward, args=config, train_dataset=dataset)
-    trainer.remove_callback(PrinterCallback)  # the table below says it
+    trainer.remove_callback(PrinterCallback)  # the table below shows its values
     trainer.train()
     return [step for step in trainer.state.log_history if "loss" in step]
 

@@ -1,8 +1,8 @@
-"""MSSR in TRL: one generation a prompt, a value tracker in place of the group (arXiv 2512.18215).
+"""MSSR in TRL: one generation per prompt, a value tracker instead of a group (arXiv 2512.18215).
 
     python examples/trl_mssr.py
 
-A GRPOTrainer script needs MSSRTrainer for GRPOTrainer and MSSRConfig for GRPOConfig; rewards must be in [0, 1].
+To convert a GRPOTrainer script, use MSSRTrainer and MSSRConfig instead; rewards must be in [0, 1].
 """
 
 import tempfile
@@ -25,12 +25,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = [f"{a} + {b} = {a + b}" for a in range(10) for b in range(10)]
         model = write_tiny_model(Path(folder) / "model", corpus, family="qwen2", hidden=64, vocabulary=300)
-        # `id` is what the tracker knows a prompt by; without it, the prompt's content.
+        # The tracker recognises a prompt by its `id`, or without one by its content.
         rows = [{"id": a, "prompt": [{"role": "user", "content": f"{a} + {a} ="}]} for a in range(16)]
         config = MSSRConfig(
             output_dir=str(Path(folder) / "run"),
             per_device_train_batch_size=8,
-            steps_per_generation=2,  # two updates on 16 responses, of 16 prompts
+            steps_per_generation=2,  # two updates on 16 responses to 16 prompts
             max_completion_length=8,
             max_steps=24,
             learning_rate=3e-3,
@@ -44,7 +44,7 @@ def main() -> None:
             bf16=False,
         )
         trainer = MSSRTrainer(str(model), reward_funcs=reward, args=config, train_dataset=Dataset.from_list(rows))
-        trainer.remove_callback(PrinterCallback)  # the table below says it
+        trainer.remove_callback(PrinterCallback)  # the table below shows its values
         trainer.train()
     print(f"{'step':>4} {'reward':>8} {'tracker':>8} {'rho':>8} {'entropy':>8} {'shaping':>8}")
     for step in trainer.state.log_history:

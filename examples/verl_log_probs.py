@@ -1,12 +1,12 @@
-"""verl's fused forward with our log-probs and entropy in it: the same numbers, from one import.
+"""verl's fused forward with our log-probs and entropy: the same results, after one import.
 
-In a verl run this is a switch, and nothing else:
+In a verl run, three options are enough:
 
     actor_rollout_ref.model.external_lib=mssr.integrations.verl_external_lib
     actor_rollout_ref.model.use_fused_kernels=True
     actor_rollout_ref.model.fused_kernel_options.impl_backend=torch
 
-Here a tiny Qwen2 gets verl's forward, and is asked for log-probs, entropy and gradients with verl's own function and ours.
+Here a tiny Qwen2 with verl's forward computes log-probs, entropy and gradients with verl's function and with ours.
 """
 
 import sys
@@ -28,7 +28,7 @@ def tiny_model() -> Qwen2ForCausalLM:
 
 
 def scores(model, tokens) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probs [B, T] of the next tokens, the entropies [B, T], and the head's gradient of a small policy loss."""
+    """Log-probs of the next tokens, [B, T], their entropies, [B, T], and the head's gradient of a simple policy loss."""
     model.zero_grad()
     out = model(input_ids=tokens, temperature=0.8, return_dict=True)
     (-out.log_probs.mean() - 0.01 * out.entropy.mean()).backward()

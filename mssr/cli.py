@@ -1,6 +1,6 @@
 """The command line: mssr train | sft | eval | serve | plot | export | plan | doctor.
 
-Heavy imports wait until a command needs them.
+Each command imports heavy libraries only when it runs.
 """
 
 import errno
@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-import mssr.environment  # noqa: F401  first: torch and transformers read it when they load
-from mssr.config import Config, load_config
+import mssr.environment  # noqa: F401  first: torch and transformers read it on import
+from mssr.config import load_config
 from mssr.errors import Diverged, Interrupted, UserError
 
 app = typer.Typer(
@@ -24,17 +24,17 @@ app = typer.Typer(
 )
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file; see configs/")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override keys of the file")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override keys of the YAML file")]
 
 
 @app.command()
 def train(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in run_dir")] = False,
+    resume: Annotated[bool, typer.Option(help="continue from the newest checkpoint in run_dir")] = False,
 ) -> None:
-    """Train by single-rollout RL. Several ranks: torchrun --nproc-per-node N -m mssr train ..."""
-    settings = _load(config, overrides)
+    """Train with single-rollout RL. On several GPUs: torchrun --nproc-per-node N -m mssr train ..."""
+    settings = load_config(config, overrides)
     from mssr.training.loop import train
 
     train(settings, resume=resume)
@@ -42,8 +42,8 @@ def train(
 
 @app.command()
 def sft(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Warm start: imitate the `solution` of each row, then write run_dir/model."""
-    settings = _load(config, overrides)
+    """Warm start: supervised training on the `solution` of each row; writes run_dir/model."""
+    settings = load_config(config, overrides)
     from mssr.training.sft import sft
 
     validation = sft(settings)
@@ -53,10 +53,10 @@ def sft(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command("eval")
 def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Accuracy of model.path on data.val."""
-    settings = _load(config, overrides)
+    """Measure the accuracy of model.path on data.val."""
+    settings = load_config(config, overrides)
     if settings.data.val is None:
-        raise UserError(f"{config}: data.val is not set; name the problems to evaluate on")
+        raise UserError(f"{config}: data.val is not set; set it to the problems to evaluate on")
     from mssr.training.run import Run
 
     with Run(settings) as run:
@@ -66,7 +66,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
         result = run.evaluate(rollout)
     _say(
         f"accuracy {result.accuracy:.1%} on {result.problems} problems of {settings.data.val} "
-        f"({result.response_tokens:.1f} tokens a response, {result.truncated:.1%} truncated)"
+        f"({result.response_tokens:.1f} tokens per response, {result.truncated:.1%} truncated)"
     )
 
 
@@ -74,11 +74,11 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
 def serve(
     config: ConfigFile,
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0 for trainers on other hosts")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 for trainers on other hosts")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> None:
-    """Start a vLLM server for `rollout.engine: servers`; one a GPU, or a tensor-parallel group of them."""
-    settings = _load(config, overrides)
+    """Start a vLLM server for `rollout.engine: servers`: one per GPU, or per tensor-parallel group of GPUs."""
+    settings = load_config(config, overrides)
     from mssr.rollout.servers.serve import serve
 
     serve(settings, host, port)
@@ -86,12 +86,12 @@ def serve(
 
 @app.command()
 def plot(
-    runs: Annotated[list[Path], typer.Argument(help="run folders, or metrics.jsonl files")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders or metrics.jsonl files")],
     out: Annotated[
         Path | None, typer.Option(help="PNG to write; default: curves.png in the first run's folder")
     ] = None,
 ) -> None:
-    """Draw the curves of one run, or of several side by side."""
+    """Draw the curves of one run, or compare several runs."""
     from mssr.observe.plots import plot_curves
 
     files = [run if run.is_file() else run / "metrics.jsonl" for run in runs]
@@ -102,12 +102,14 @@ def plot(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a training run")],
-    out: Annotated[Path, typer.Option(help="folder to write; must not be there yet")],
-    step: Annotated[int | None, typer.Option(help="the checkpoint's; default: the newest")] = None,
-    adapter: Annotated[bool, typer.Option("--adapter", help="with model.lora: the adapter alone, for peft")] = False,
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; default: the run's")] = None,
+    out: Annotated[Path, typer.Option(help="folder to write; must not exist yet")],
+    step: Annotated[int | None, typer.Option(help="step of the checkpoint; default: the newest")] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="with model.lora: export only the adapter, for peft")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float32; default: as in the run")] = None,
 ) -> None:
-    """Write a checkpoint as a Hugging Face directory."""
+    """Export a checkpoint as a Hugging Face directory."""
     if dtype not in (None, "bfloat16", "float32"):
         raise UserError(f"--dtype {dtype}: choose bfloat16 or float32")
     from mssr.training.export import export
@@ -119,30 +121,29 @@ def export(
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="a100, h100, h200, rtx4090, ...; another name lists them")] = "h100",
-    gpus: Annotated[int, typer.Option(min=1, help="ranks of the run, one a GPU")] = 8,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200, rtx4090, ...; an unknown name lists all")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, help="number of ranks, one per GPU")] = 8,
     context: Annotated[
         str | None, typer.Option(help="mean PROMPT,RESPONSE tokens for the step time; default: half of the limits")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
 ) -> None:
-    """Predict GPU memory and step time; nothing is loaded. Exit code 1: it does not fit."""
-    settings = _load(config, overrides)
+    """Predict GPU memory and step time without loading the model. Exit code 1: the run does not fit."""
+    settings = load_config(config, overrides)
     from mssr.planning.plan import plan_run
-    from mssr.planning.report import as_json, print_plan
+    from mssr.planning.report import print_plan
 
     found = plan_run(settings, gpu, gpus, context)
-    print(as_json(found)) if json else print_plan(found)
+    print_plan(found)
     raise typer.Exit(found.exit_code)
 
 
 @app.command()
 def doctor(
     integration: Annotated[
-        str | None, typer.Option(help="Compare our scores with those of: transformers, trl, verl, openrlhf or liger.")
+        str | None, typer.Option(help="compare our scores with those of transformers, trl, verl, openrlhf or liger")
     ] = None,
 ) -> None:
-    """What is installed, what will be used, what is missing, and the command that mends it."""
+    """Show what is installed, what will be used and what is missing, with the commands that fix it."""
     if integration is not None:
         from mssr.integrations.check import check_integration
 
@@ -158,7 +159,7 @@ def main() -> None:
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Runs a command; a user's mistake, or a full disk, is one line on stderr and exit code 2; a diverged run 3."""
+    """Run a command. A UserError or a full disk is one line on stderr and exit code 2; a diverged run exits with 3."""
     try:
         command()
     except UserError as error:
@@ -176,13 +177,9 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def _say(text: str) -> None:
-    """Prints once, not once a rank."""
+    """Print on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(text)
-
-
-def _load(path: Path, overrides: list[str] | None) -> Config:
-    return load_config(path, overrides or [])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One process a device: start-up, and the few collectives the loop needs."""
+"""One process per device: start-up and the collectives that the training loop needs."""
 
 import os
 import socket
@@ -13,14 +13,14 @@ from torch import Tensor
 from mssr.config.resolve import device_type
 from mssr.errors import UserError
 
-# How long a rank may wait for the others: while rank 0 writes a model, or samples longer. One that has died ends the job
-# through its launcher long before.
+# Longest wait for other ranks, for example while rank 0 writes a model or one rank samples longer. If a rank dies, its
+# launcher ends the job long before.
 TIMEOUT = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among its peers, and the device it owns."""
+    """This process's rank, the number of ranks, and the device it owns."""
 
     rank: int
     size: int
@@ -31,20 +31,19 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Element-wise sum over ranks, on the input's device; on one rank the input itself."""
-        if self.size == 1:
-            return values
-        total = values.to(self.device, copy=True)
-        dist.all_reduce(total)
-        return total.to(values.device)
+        """Element-wise sum over ranks, on the input's device; with one rank the input itself."""
+        return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Tensor) -> Tensor:
-        """Element-wise maximum over ranks."""
+        """Element-wise maximum over ranks, on the input's device; with one rank the input itself."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp) -> Tensor:
         if self.size == 1:
             return values
-        largest = values.to(self.device, copy=True)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return largest.to(values.device)
+        reduced = values.to(self.device, copy=True)
+        dist.all_reduce(reduced, op=operation)
+        return reduced.to(values.device)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
@@ -60,12 +59,12 @@ class World:
 
 
 def start_world(device: str = "auto") -> World:
-    """Joins the launcher's process group (`torchrun`, `deepspeed`), or starts a group of one.
+    """Join the launcher's process group (`torchrun`, `deepspeed`), or start a group of one.
 
-    device: "auto" takes a GPU where there is one.
+    device: as `config.device`.
 
     Raises:
-        UserError: a GPU is asked for and there is none; the rendezvous port is taken.
+        UserError: device is "cuda" and there is no GPU, or the rendezvous port is in use.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda, but torch sees no GPU; run `mssr doctor`, or set device=cpu")
@@ -104,15 +103,17 @@ def free_port() -> int:
 
 
 def address_towards(host: str) -> str:
-    """This machine's address as another one sees it; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
-        way.connect((host, 9))
-        return way.getsockname()[0]
+    """Return this machine's address as seen from `host`; sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return probe.getsockname()[0]
 
 
 def _keep_deepspeed_from_compiling() -> None:
-    """DeepSpeed builds a C++ shared-memory all-reduce on first use on a CPU: half a minute, and a compiler that a
-    user's machine may lack. gloo serves."""
+    """Disable DeepSpeed's C++ shared-memory all-reduce on CPUs: it takes half a minute to build and needs a compiler.
+
+    gloo replaces it.
+    """
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

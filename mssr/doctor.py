@@ -4,13 +4,11 @@ Reads package metadata instead of importing packages; the few questions that onl
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +50,6 @@ PACKAGES = {
     "rich": Use("display"),
     "tensorboard": Use("metrics"),
     "matplotlib": Use("curves"),
-    "nvidia-ml-py": Use("GPU readings"),
     "vllm": Use("fast rollouts", extra="vllm", needed=False),
     "flash-attn": Use("attention", extra="flash", needed=False),
     "liger-kernel": Use("norms, SwiGLU; benchmarks", extra="liger", needed=False),
@@ -66,7 +63,7 @@ ASK_TORCH = "import torch; print(torch.version.cuda, torch.cuda.is_available())"
 @dataclass(frozen=True)
 class Gpu:
     name: str
-    memory_gib: float
+    memory: str
     compute_capability: str
     driver: str
 
@@ -169,21 +166,17 @@ def _unsupported(versions: dict[str, str]) -> list[Finding]:
 
 
 def _import_findings(versions: dict[str, str], gpus: Sequence[Gpu], probe: Callable[[str], Probe]) -> list[Finding]:
-    """What versions cannot tell. The probes run side by side: each imports torch, which takes seconds."""
-    if "torch" not in versions:
-        return []
-    breakable = [name for name in BREAKABLE if name in versions]
-    questions = [f"import {name}" for name in breakable] + [ASK_TORCH] * bool(gpus)
-    with ThreadPoolExecutor(max_workers=3) as pool:
-        answers = dict(zip(questions, pool.map(probe, questions)))
-    # vLLM needs torchvision; its installer installs a build that can be imported.
-    fix = INSTALL_VLLM if "vllm" in versions else f"pip uninstall {' '.join(BREAKABLE)}"
-    findings = [
-        Finding(f"{name} {versions[name]} cannot be imported beside torch {versions['torch']}: {answer.text}", fix)
-        for name in breakable
-        if not (answer := answers[f"import {name}"]).ok
-    ]
-    return findings + (_cuda_findings(answers[ASK_TORCH], versions["torch"], gpus[0]) if gpus else [])
+    """What versions cannot tell."""
+    findings = []
+    breakable = [name for name in BREAKABLE if name in versions and "torch" in versions]
+    if breakable and not (answer := probe(f"import {', '.join(breakable)}")).ok:
+        names = ", ".join(f"{name} {versions[name]}" for name in breakable)
+        # vLLM needs torchvision; its installer installs a build that can be imported.
+        fix = INSTALL_VLLM if "vllm" in versions else f"pip uninstall {' '.join(BREAKABLE)}"
+        findings.append(Finding(f"{names} cannot be imported beside torch {versions['torch']}: {answer.text}", fix))
+    if gpus and "torch" in versions:
+        findings += _cuda_findings(probe(ASK_TORCH), versions["torch"], gpus[0])
+    return findings
 
 
 def _cuda_findings(answer: Probe, version: str, gpu: Gpu) -> list[Finding]:
@@ -220,27 +213,14 @@ def _installed() -> dict[str, str]:
 
 
 def _gpus() -> list[Gpu]:
-    if importlib.util.find_spec("pynvml") is None:
+    query = "--query-gpu=name,memory.total,compute_cap,driver_version"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=60
+        )
+    except (FileNotFoundError, subprocess.TimeoutExpired):  # no driver
         return []
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return []  # no driver
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [
-            Gpu(
-                name=pynvml.nvmlDeviceGetName(handle),
-                memory_gib=pynvml.nvmlDeviceGetMemoryInfo(handle).total / 2**30,
-                compute_capability="{}.{}".format(*pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
-                driver=pynvml.nvmlSystemGetDriverVersion(),
-            )
-            for handle in handles
-        ]
-    finally:
-        pynvml.nvmlShutdown()
+    return [] if done.returncode else [Gpu(*line.split(", ")) for line in done.stdout.splitlines()]
 
 
 def _machine(gpus: Sequence[Gpu]) -> dict[str, str]:
@@ -251,7 +231,7 @@ def _machine(gpus: Sequence[Gpu]) -> dict[str, str]:
         "CPU": f"{cores} cores, {_memory_bytes() / 2**30:.1f} GiB memory",
     }
     for index, gpu in enumerate(gpus):
-        about = f"{gpu.name}, {gpu.memory_gib:.0f} GiB, capability {gpu.compute_capability}, driver {gpu.driver}"
+        about = f"{gpu.name}, {gpu.memory}, capability {gpu.compute_capability}, driver {gpu.driver}"
         facts[f"GPU {index}"] = about
     return facts if gpus else facts | {"GPU": "none with an NVIDIA driver: training runs on the CPU"}
 

@@ -1,4 +1,4 @@
-"""The errors a user can cause and mend, and the end that a signal asks for."""
+"""Errors that a user can cause and fix, and the end of a run by a signal."""
 
 import signal
 
@@ -11,11 +11,11 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """Training broke the policy, or can make no step any more; the command line exits with 3."""
+    """Training broke the policy or cannot continue; the command line exits with 3."""
 
 
 class Interrupted(Exception):
-    """It ends because a signal asked for it, and can go on. exit_code: as a shell reports it."""
+    """A signal ended the run, which can be resumed. exit_code: the shell's code for this signal."""
 
     def __init__(self, number: int, what_is_kept: str) -> None:
         super().__init__(f"{signal.Signals(number).name}: {what_is_kept}")
@@ -23,7 +23,7 @@ class Interrupted(Exception):
 
 
 class BadRow(UserError):
-    """A dataset row that cannot be used; `data.on_bad_row: skip` counts it and goes on."""
+    """A dataset row that cannot be used; `data.on_bad_row: skip` counts and skips it."""
 
     def __init__(self, row: int, source: str, reason: str) -> None:
         super().__init__(f"{source}, row {row}: {reason}")

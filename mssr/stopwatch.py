@@ -1,10 +1,8 @@
-"""Where a step's seconds go, and its memory."""
+"""Seconds and memory of each phase of a step."""
 
 import time
-import warnings
 from collections import defaultdict
 from contextlib import contextmanager
-from functools import cache
 
 import psutil
 import torch
@@ -13,12 +11,12 @@ GIB = 2**30
 
 
 class Stopwatch:
-    """Seconds spent in each named phase of a step, and the memory of each.
+    """Measures seconds and memory of each named phase of a step.
 
-    memory: metrics in GiB, the most over a phase's visits. On a GPU `memory/<phase>_gib` is torch's peak of tensors in the
-    phase, `memory/<phase>_reserved_gib` of what its allocator held for them, and `memory/device_used_gib` what was in use
-    on the device by everybody (vLLM has an allocator of its own) at a phase's end. On a CPU `memory/<phase>_rss_gib` is
-    the process's resident memory at the phase's end.
+    memory: metrics in GiB, the maximum over a phase's visits. On a GPU, `memory/<phase>_gib` is the peak of torch's tensors,
+    `memory/<phase>_reserved_gib` the peak of torch's allocator, and `memory/device_used_gib` the memory in use by all
+    processes and allocators (vLLM has its own) at a phase's end. On a CPU, `memory/<phase>_rss_gib` is the process's
+    resident memory at the phase's end.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -44,9 +42,8 @@ class Stopwatch:
         if self._device.type == "cuda":
             self._keep_most(f"{phase}_gib", torch.cuda.max_memory_allocated(self._device))
             self._keep_most(f"{phase}_reserved_gib", torch.cuda.max_memory_reserved(self._device))
-            used = used_device_bytes(torch.cuda.current_device())
-            if used is not None:
-                self._keep_most("device_used_gib", used)
+            free, total = torch.cuda.mem_get_info(self._device)
+            self._keep_most("device_used_gib", total - free)
         else:
             self._keep_most(f"{phase}_rss_gib", psutil.Process().memory_info().rss)
 
@@ -58,32 +55,3 @@ class Stopwatch:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
-
-def used_device_bytes(index: int) -> int | None:
-    """Memory in use on the device by everybody, vLLM and other processes included; None where NVML cannot tell, said once.
-
-    index: torch's, among the visible devices.
-    """
-    handle = _nvml_handle(index)
-    if handle is None:
-        return None
-    import pynvml
-
-    return pynvml.nvmlDeviceGetMemoryInfo(handle).used
-
-
-@cache
-def _nvml_handle(index: int):
-    try:
-        import pynvml
-        import torch
-
-        pynvml.nvmlInit()
-        uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"  # CUDA_VISIBLE_DEVICES renumbers
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        pynvml.nvmlDeviceGetMemoryInfo(handle)
-    except Exception as error:  # no package, no driver, no permission: NVML has an error class for each
-        warnings.warn(f"no memory/device_used_gib: NVML cannot be read ({type(error).__name__}: {error})", stacklevel=2)
-        return None
-    return handle

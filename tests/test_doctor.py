@@ -9,7 +9,7 @@ from rich.console import Console
 from mssr.doctor import PACKAGES, Gpu, Probe, diagnose, print_report
 from mssr.versions import SUPPORTED, TESTED, requirement
 
-H200 = Gpu("NVIDIA H200", 139.8, "9.0", "580.95")
+H200 = Gpu("NVIDIA H200", "143771 MiB", "9.0", "580.95")
 
 
 def works(code):
@@ -47,7 +47,7 @@ def test_a_machine_with_everything_has_no_findings(check):
     code, text = show(check(gpus=[H200]))
     assert code == 0
     assert check(gpus=[H200]).findings == ()
-    assert "NVIDIA H200, 140 GiB, capability 9.0, driver 580.95" in text
+    assert "NVIDIA H200, 143771 MiB, capability 9.0, driver 580.95" in text
     assert "everything the trainer needs is here" in text
     for name in PACKAGES:
         supported = requirement(name).removeprefix(name)

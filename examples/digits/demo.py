@@ -1,9 +1,9 @@
-"""`make demo`: from nothing to a vision-language model that got better at reading handwritten digits by RL.
+"""`make demo`: trains a tiny vision-language model to read handwritten digits by RL, starting from random weights.
 
     digits -> a tiny random Qwen2.5-VL -> warm start (`mssr sft`) -> RL (`mssr train`) -> curves, summary
 
-The warm start (`examples.digits.start`) and RL are the commands `mssr sft` and `mssr train`, a rank a core on a CPU (two at
-most: the model is small).
+The warm start (`examples.digits.start`) and RL run the commands `mssr sft` and `mssr train`, on a CPU with one rank per core
+(at most two, since the model is small).
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from examples.digits.start import launch, warm_start, write_problems
-from mssr.cli import run_command  # first: sets up the environment that torch reads
+from mssr.cli import run_command  # sets environment variables that torch reads on import
 from mssr.config import Config, load_config
 from mssr.config.resolve import device_type, engine_name
 from mssr.errors import UserError
@@ -29,19 +29,19 @@ MARKER = "made_by_demo.txt"
 
 
 def demo(seed: int, run_dir: Path, overrides: Sequence[str] = ()) -> dict:
-    """Runs everything into `run_dir` (an earlier demo there is replaced) and returns the summary.
+    """Run all steps in `run_dir`, replacing an earlier demo; return the summary.
 
     overrides: `key=value`, for both the warm start and RL.
     """
     started = time.monotonic()
     replace_earlier_demo(run_dir)
 
-    print("1/4  digits: 1,797 real scans from scikit-learn, pairs of them as pictures with a question", flush=True)
+    print("1/4  digits: pairs of 1,797 real scans from scikit-learn, with a question about each pair", flush=True)
     files = write_problems(run_dir, seed)
     ranks = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
 
     print(
-        "2/4  warm start: a tiny random Qwen2.5-VL imitates answers until it is right about half of the time",
+        "2/4  warm start: a tiny random Qwen2.5-VL learns to answer until about half of its answers are right",
         flush=True,
     )
     model = warm_start(run_dir, CONFIG, files, seed, overrides, ranks=ranks)
@@ -61,19 +61,19 @@ def demo(seed: int, run_dir: Path, overrides: Sequence[str] = ()) -> dict:
 
 
 def replace_earlier_demo(run_dir: Path) -> None:
-    """Removes what an earlier demo left.
+    """Remove an earlier demo's files.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds other files.
     """
     if run_dir.exists() and any(run_dir.iterdir()):
         if not (run_dir / MARKER).is_file():
             raise UserError(
-                f"{run_dir} exists and is not a demo's; name another folder with RUN_DIR=... (or --run-dir)"
+                f"{run_dir} exists and is not from a demo; choose another folder with RUN_DIR=... (or --run-dir)"
             )
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / MARKER).write_text("This folder was written by `make demo`, which replaces it on its next run.\n")
+    (run_dir / MARKER).write_text("`make demo` wrote this folder and replaces it on its next run.\n")
 
 
 def summarise(config: Config, train_seconds: float, total_seconds: float, curves: Path) -> dict:

@@ -1,11 +1,11 @@
-"""Handwritten digits side by side, and a question about them: two of them for the demo, more for a harder task.
+"""Images of handwritten digits side by side, with a question: two digits for the demo, more for a harder task.
 
-Of two digits the question asks the sum, the difference or the larger. Of more it asks a chain of these, one digit after the
-other, and the solution thinks of the digits first, then of each result on the way: each digit more is one thing more to see
-and one step more to get right.
+For two digits the question asks for the sum, the difference or the larger one. For more it asks for a chain of these
+operations, one digit after the other; the solution lists the digits, then each intermediate result. Each further digit is
+one more to read and one more step to compute.
 
-The digits are the 1,797 real 8x8 scans that come inside scikit-learn. Which scans are for training, validation and
-testing never changes, whatever the seed, so no seed trains on another one's test digits.
+The digits are the 1,797 real 8x8 scans in scikit-learn. The split of scans into training, validation and test does not
+depend on the seed, so no seed trains on the test digits of another.
 """
 
 import argparse
@@ -38,12 +38,12 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "difference": lambda a, b: abs(a - b),
     "larger": max,
 }
-QUESTIONS = {  # about two digits: operation -> wordings
+QUESTIONS = {  # for two digits: operation -> wordings
     "sum": ("What is the sum of the two digits?", "Add the two digits."),
     "difference": ("What is the difference of the two digits?", "Subtract the smaller digit from the larger."),
     "larger": ("Which digit is larger?", "What is the larger of the two digits?"),
 }
-CHAIN = {  # about more: operation -> as the first one of a chain, as one that goes on
+CHAIN = {  # for more digits: operation -> wording as the first of a chain, as a later one
     "sum": ("Add the first two digits", "add the {}"),
     "difference": ("Take the difference of the first two digits", "the difference of that and the {}"),
     "larger": ("Take the larger of the first two digits", "the larger of that and the {}"),
@@ -58,7 +58,7 @@ FEATURES = Features(
 
 @dataclass(frozen=True)
 class Problem:
-    """scans: indices of the pictured scans, from the left. digits: what they show. results: of each operation in turn."""
+    """scans: indices of the scans, from the left. digits: their values. results: of each operation in turn."""
 
     scans: tuple[int, ...]
     question: str
@@ -76,16 +76,16 @@ def write_digits(
     digits: int = 2,
     format: Literal["parquet", "jsonl"] = "parquet",
 ) -> dict[str, Path]:
-    """Writes train, val and test problems of disjoint scans; returns their files. Same seed, same bytes.
+    """Write train, val and test problems of disjoint scans; return their files. The same seed gives the same bytes.
 
-    digits: how many a picture shows, 2 to 6; the question chains digits - 1 operations.
-    parquet holds the images; JSON lines have them as PNG files in a folder beside it.
+    digits: per image, 2 to 6; the question chains digits - 1 operations.
+    format: parquet includes the images; jsonl has them as PNG files in a folder beside it.
 
     Raises:
-        UserError: more problems are asked for than the scans give, or pictures of fewer or more digits.
+        UserError: more problems than the scans allow, or a number of digits out of range.
     """
     if not 2 <= digits <= MOST_DIGITS:
-        raise UserError(f"digits: digits={digits}: a picture shows 2 to {MOST_DIGITS} of them")
+        raise UserError(f"digits: digits={digits}: an image shows 2 to {MOST_DIGITS} digits")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     source = load_digits()
@@ -101,7 +101,7 @@ def write_digits(
 
 
 def split_scans(labels: np.ndarray) -> dict[str, list[int]]:
-    """Indices of the scans of each split: disjoint, every digit in the same shares, always the same."""
+    """Return the indices of each split's scans: disjoint, stratified by digit, always the same."""
     rng = random.Random(SPLIT_SEED)
     splits: dict[str, list[int]] = {split: [] for split in SPLIT_SHARES}
     for digit in range(10):
@@ -118,10 +118,10 @@ def split_scans(labels: np.ndarray) -> dict[str, list[int]]:
 def _problems(
     scans: list[int], labels: np.ndarray, digits: int, count: int, rng: random.Random, split: str
 ) -> Iterator[Problem]:
-    """`count` problems, of which no two show the same scans in the same order and ask for the same."""
+    """Yield `count` problems; no two have the same scans in the same order and the same operations."""
     available = math.perm(len(scans), digits) * len(OPERATIONS) ** (digits - 1)
-    if count > available // 2:  # drawing until new ones turn up stays quick
-        raise UserError(f"digits: {split}={count} is more than the {available // 2} problems its scans give")
+    if count > available // 2:  # so that rejection sampling stays fast
+        raise UserError(f"digits: {split}={count} is more than the {available // 2} problems that its scans allow")
     drawn = set()
     while len(drawn) < count:
         shown = tuple(rng.sample(scans, digits))
@@ -142,7 +142,7 @@ def _question(operations: tuple[str, ...], rng: random.Random) -> str:
 
 
 def _results(digits: tuple[int, ...], operations: tuple[str, ...]) -> tuple[int, ...]:
-    """Each operation takes what the ones before it gave, and the next digit."""
+    """Apply each operation to the previous result and the next digit."""
     operation = iter(operations)
     return tuple(accumulate(digits, lambda value, digit: OPERATIONS[next(operation)](value, digit)))[1:]
 
@@ -160,7 +160,7 @@ def _row(problem: Problem, scans: np.ndarray) -> dict[str, Any]:
 
 
 def _picture(scans: list[np.ndarray]) -> bytes:
-    """PNG of scans ([8, 8], values 0..16) side by side, light on dark as they were scanned."""
+    """Return a PNG of scans ([8, 8], values 0..16) side by side, light on dark."""
     row = PILImage.new("RGB", (len(scans) * DIGIT_SIDE, DIGIT_SIDE))
     for number, scan in enumerate(scans):
         small = PILImage.fromarray((scan * (255 / 16)).astype(np.uint8))

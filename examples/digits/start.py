@@ -1,8 +1,8 @@
-"""What RL on the handwritten digits starts from: problems, a tiny Qwen2.5-VL, and its warm start by `mssr sft`.
+"""The starting point of RL on handwritten digits: problems, a tiny Qwen2.5-VL, and its warm start by `mssr sft`.
 
     digits -> a tiny random Qwen2.5-VL -> `mssr sft`, up to sft.stop_at_accuracy
 
-The demo trains one; a study trains one a seed, from which all that it compares begin.
+The demo trains one; a study trains one per seed, which all of its arms start from.
 """
 
 import json
@@ -29,10 +29,10 @@ _SPLITS = ("train", "val", "test")
 
 
 class DigitsSettings(Section):
-    """The task, and the size of the model that learns it."""
+    """Settings of the task, and the size of the model."""
 
-    digits: int = Field(2, ge=2, le=MOST_DIGITS, description="in a picture; 3 and more: a chain of operations")
-    train: int = Field(4096, gt=0, description="problems to train on, from their own scans")
+    digits: int = Field(2, ge=2, le=MOST_DIGITS, description="digits per image; 3 and more: a chain of operations")
+    train: int = Field(4096, gt=0, description="training problems; each split has its own scans")
     val: int = Field(512, gt=0)
     test: int = Field(512, gt=0)
     hidden: int = Field(128, gt=0, multiple_of=64, description="width of the model")
@@ -42,7 +42,7 @@ class DigitsSettings(Section):
 
 @dataclass(frozen=True)
 class DigitsStart:
-    """model: what RL starts from. train, val, test: files of problems."""
+    """model: the policy that RL starts from. train, val, test: files of problems."""
 
     model: Path
     train: Path
@@ -51,7 +51,7 @@ class DigitsStart:
 
     @property
     def overrides(self) -> list[str]:
-        """What a run on it sets."""
+        """Overrides of a run on it."""
         return [f"model.path={self.model}", f"data.train={self.train}", f"data.val={self.val}"]
 
 
@@ -62,12 +62,12 @@ def digits_start(
     overrides: Sequence[str] = (),
     settings: DigitsSettings = DigitsSettings(),
 ) -> DigitsStart:
-    """The start of this seed in `folder`: the finished one that is there, or a new one in place of half of one.
+    """Return the finished start of this seed in `folder`, or make one, replacing an unfinished one.
 
-    overrides: `key=value` for the warm start. It runs on one rank; what it prints goes to `folder/sft.log`.
+    overrides: `key=value` for the warm start. It runs on one rank; its output goes to `folder/sft.log`.
 
     Raises:
-        UserError: the start there was made from other settings, the folder holds something else, or the warm start failed.
+        UserError: the start there has other settings, the folder holds other files, or the warm start failed.
     """
     folder = Path(folder)
     files = {split: folder / "data" / f"{split}.parquet" for split in _SPLITS}
@@ -90,7 +90,7 @@ def digits_start(
 
 
 def write_problems(folder: Path, seed: int, settings: DigitsSettings = DigitsSettings()) -> dict[str, Path]:
-    """Writes `folder/data`; returns the file of each split."""
+    """Write `folder/data`; return the file of each split."""
     counts = {split: getattr(settings, split) for split in _SPLITS}
     return write_digits(folder / "data", seed=seed, digits=settings.digits, **counts)
 
@@ -106,13 +106,13 @@ def warm_start(
     ranks: int = 1,
     log: Path | None = None,
 ) -> Path:
-    """Writes a tiny random model, `folder/untrained`, and trains it into `folder/sft/model`, which it returns.
+    """Write a tiny random model, `folder/untrained`, and train it; return `folder/sft/model`.
 
-    files: of `write_problems`. log: where `mssr sft` prints; None: as this process does.
+    files: from `write_problems`. log: file for the output of `mssr sft`; None: this process's output.
     """
     from examples.digits.tiny_model import (
-        write_tiny_model,  # seconds of imports that a study's file with a mistake does without
-    )
+        write_tiny_model,
+    )  # imports for seconds; a mistake in a study's file shows first
 
     overrides = _warm_start_overrides(folder, files, seed, overrides)
     write_tiny_model(
@@ -130,10 +130,10 @@ def warm_start(
 def launch(
     command: str, config_file: Path, overrides: Sequence[str], *, ranks: int = 1, log: Path | None = None
 ) -> None:
-    """`mssr COMMAND CONFIG KEY=VALUE ...` in processes of its own.
+    """Run `mssr COMMAND CONFIG KEY=VALUE ...` in its own processes.
 
     Raises:
-        UserError: it failed.
+        UserError: the command failed.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     full = [sys.executable, *torchrun, "-m", "mssr", command, str(config_file), *overrides]
@@ -147,7 +147,7 @@ def launch(
 
 
 def corpus(train_file: Path, config: Config) -> list[str]:
-    """What the tokenizer's merges are learned from: the training problems' texts and the fixed text around them."""
+    """Return texts for training the tokenizer: the training problems and the fixed text around them."""
     rows = open_rows(str(train_file))
     fixed = ["user\n", "assistant\n", "\n" + config.data.instruction]
     texts = []
@@ -159,7 +159,7 @@ def corpus(train_file: Path, config: Config) -> list[str]:
 
 def _warm_start_overrides(folder: Path, files: Mapping[str, Path], seed: int, overrides: Sequence[str]) -> list[str]:
     return [
-        "rollout.engine=hf",  # its few validations are over before vLLM has started
+        "rollout.engine=hf",  # its few validations take less time than starting vLLM
         f"seed={seed}",
         f"data.train={files['train']}",
         f"data.val={files['val']}",
@@ -170,7 +170,7 @@ def _warm_start_overrides(folder: Path, files: Mapping[str, Path], seed: int, ov
 
 
 def _made_from(config: Config, settings: DigitsSettings) -> dict[str, Any]:
-    """By key, what decides how a start turns out; no path, so that a folder can be moved."""
+    """Return the settings that determine a start, by key; without paths, so that a folder can be moved."""
     parts = {
         "seed": True,
         "data": {"instruction", "max_prompt_tokens", "min_pixels", "max_pixels"},
@@ -188,25 +188,27 @@ def _refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, 
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key):
             raise UserError(
-                f"{folder}: its warm start was made with {key} {there.get(key)}, asked for is {here.get(key)}; "
-                "remove the folder, or name another one"
+                f"{folder}: its warm start was made with {key} {there.get(key)}, this run has {here.get(key)}; "
+                "remove the folder, or choose another one"
             )
 
 
 def _read_marker(folder: Path) -> dict[str, Any]:
-    """Raises:
-    UserError: the folder has data or models that are not a start's.
+    """Read the state of the start in `folder`.
+
+    Raises:
+        UserError: the folder holds other files.
     """
     marker = folder / MARKER
     if marker.is_file():
         return json.loads(marker.read_text())
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not a warm start's; name another folder")
+        raise UserError(f"{folder} exists and is not a warm start; choose another folder")
     return {"finished": False}
 
 
 def _write_marker(folder: Path, **state: Any) -> None:
-    """At no moment is half of it there."""
+    """Write the marker atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{MARKER}"
     partial.write_text(json.dumps(state, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""A tiny model of a real architecture, with a tokenizer trained on the task's own text: for the demo and tests."""
+"""Writes a tiny model of a real architecture with a tokenizer trained on the task's text, for the demo and tests."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,11 +18,11 @@ from mssr.policy.families import FAMILIES, Family
 
 TEXT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SPECIAL_TOKENS = [*TEXT_TOKENS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-HEAD_DIM = 32  # the smallest that vLLM's attention takes on a CPU
+HEAD_DIM = 32  # the smallest that vLLM's CPU attention supports
 
-INITIALIZER_RANGE = 0.06  # about 1 / sqrt(width) of so narrow a model; the family's 0.02 doubles the warm start
+INITIALIZER_RANGE = 0.06  # about 1 / sqrt(width); with the family's 0.02 the warm start takes twice as long
 
-# Qwen's format: one turn each, an image as <|vision_start|><|image_pad|><|vision_end|>.
+# Qwen's chat format; an image is <|vision_start|><|image_pad|><|vision_end|>.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -45,9 +45,9 @@ def write_tiny_model(
     vocabulary: int = 512,
     tied: bool = False,
 ) -> Path:
-    """Writes a randomly initialised model, its tokenizer and any image processor as a Hugging Face directory.
+    """Write a randomly initialised model, its tokenizer and image processor (if any) as a Hugging Face directory.
 
-    corpus: texts the tokenizer's merges are learned from (byte-level BPE: any text can be encoded).
+    corpus: texts for training the tokenizer (byte-level BPE, so any text can be encoded).
     family: a `model_type` of `families.FAMILIES`.
     hidden: width; a multiple of 64 (heads of 32).
     """
@@ -69,9 +69,9 @@ def write_tiny_model(
 def train_tokenizer(
     corpus: Iterable[str], vocabulary: int, special_tokens: list[str] = SPECIAL_TOKENS
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with Qwen's special tokens and chat format.
+    """Train a byte-level BPE tokenizer with Qwen's special tokens and chat format.
 
-    Merges may cross words, so a fixed phrase becomes one token and sequences stay short; digits are never merged.
+    Merges may cross words, so that a fixed phrase becomes one token and sequences stay short; digits are never merged.
     """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -93,7 +93,7 @@ def train_tokenizer(
     )
 
 
-# The image processor's settings, where they are not Qwen2-VL's.
+# Settings of the image processor that differ from Qwen2-VL's.
 _IMAGES: dict[str, dict[str, Any]] = {
     "qwen3_vl": {
         "patch_size": 16,
@@ -126,8 +126,8 @@ def _tiny_config(
 def _text_config(family: str, kind: Family, tokenizer, *, hidden: int, layers: int) -> dict[str, Any]:
     token = tokenizer.convert_tokens_to_ids
     heads = hidden // HEAD_DIM
-    # Short sequences, small images: frequencies high enough, and enough of them for the image's columns, that the
-    # left half of a picture can be told from the right.
+    # Sequences are short and images small: rotary frequencies must be high enough, with enough of them for columns, to
+    # distinguish the left half of an image from the right.
     rotary = {"rope_type": "default", "rope_theta": 100.0}
     if family == "qwen3_vl":
         rotary |= {"mrope_section": [6, 5, 5], "mrope_interleaved": True}

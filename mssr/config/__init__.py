@@ -1,4 +1,4 @@
-"""A run's configuration: `schema` has the keys, `load` reads a file, `resolve` says what "auto" stands for."""
+"""A run's configuration: `schema` defines the keys, `load` reads a file, `resolve` decides what "auto" stands for."""
 
 from mssr.config.load import load_config, validate_config
 from mssr.config.schema import (
@@ -19,20 +19,7 @@ from mssr.config.schema import (
 )
 
 __all__ = [
-    "AlgorithmConfig",
-    "BudgetConfig",
-    "Config",
-    "DataConfig",
-    "EvalConfig",
-    "LogConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "SftConfig",
-    "TrackerConfig",
-    "TrainConfig",
-    "load_config",
+    "AlgorithmConfig", "BudgetConfig", "Config", "DataConfig", "EvalConfig", "LogConfig", "LoraConfig", "ModelConfig",
+    "OptimizerConfig", "RewardConfig", "RolloutConfig", "SftConfig", "TrackerConfig", "TrainConfig", "load_config",
     "validate_config",
-]
+]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A user's DeepSpeed JSON: what it may say. `deepspeed_settings` makes the engine's settings of it."""
+"""Reads and checks a user's DeepSpeed JSON. `policy.deepspeed_settings` turns it into the engine's settings."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from mssr.errors import UserError
 AUTO = "auto"  # Hugging Face's word for what the trainer fills in
 ZERO = "zero_optimization"
 
-# What the trainer decides, and the keys it is told by.
+# Sections that the trainer fills in, and the keys that set them.
 OWNED = {
     "optimizer": "train.optimizer",
     "scheduler": "train.optimizer.schedule",
@@ -23,7 +23,7 @@ OWNED = {
     "amp": "model.dtype",
 }
 
-# Sections that change speed, memory and what is printed, used as they are.
+# Sections that change speed, memory or logging; passed to DeepSpeed as they are.
 USED = {
     ZERO, "activation_checkpointing", "comms_logger", "communication_data_type", "csv_monitor", "data_types",
     "dump_state", "flops_profiler", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients",
@@ -31,9 +31,9 @@ USED = {
     "zero_force_ds_cpu_optimizer",
 }  # fmt: skip
 
-# Keys of ZeRO's section that cannot be served, and what to do instead.
-UNSERVED = {
-    "zenflow": "it steps an optimizer of its own; use offload_optimizer",
+# Keys of ZeRO's section that are not supported, and what to do instead.
+UNSUPPORTED = {
+    "zenflow": "it has its own optimizer; use offload_optimizer",
     "cpu_offload": 'use "offload_optimizer": {"device": "cpu"}',
     "cpu_offload_param": 'use "offload_param": {"device": "cpu"}',
     "cpu_offload_use_pin_memory": "use pin_memory in offload_optimizer and offload_param",
@@ -41,17 +41,17 @@ UNSERVED = {
 
 
 def read_deepspeed_json(path: str) -> dict[str, Any]:
-    """The file's sections without those that the trainer fills in, and without any "auto".
+    """Return the file's sections without those that the trainer fills in, and without any "auto".
 
     path: relative to the current directory.
 
     Raises:
-        UserError: missing, not JSON, without a ZeRO stage, or with a setting that is the trainer's or cannot be served.
+        UserError: missing, not JSON, without a ZeRO stage, or with a setting that the trainer owns or does not support.
     """
     sections = _read(path)
     for key, value in sections.items():
         if key in OWNED and not _left_to_trainer(key, value):
-            raise UserError(f'{path}: {key} is the trainer\'s: remove it or make it "auto", and set {OWNED[key]}')
+            raise UserError(f'{path}: {key} is set by the trainer: remove it or make it "auto", and set {OWNED[key]}')
         if key not in OWNED and key not in USED:
             raise UserError(f"{path}: {key} is not used by the trainer; remove it")
     settings = _without_auto({key: value for key, value in sections.items() if key in USED})
@@ -110,7 +110,7 @@ def _left_to_trainer(key: str, value: Any) -> bool:
 
 
 def _without_auto(value: Any) -> Any:
-    """DeepSpeed's own defaults hold where Hugging Face's trainer would have filled something in."""
+    """Remove every "auto", so that DeepSpeed's own defaults apply."""
     if not isinstance(value, dict):
         return value
     return {key: _without_auto(part) for key, part in value.items() if part != AUTO}
@@ -119,7 +119,7 @@ def _without_auto(value: Any) -> Any:
 def _check_zero(zero: Any, path: str) -> None:
     if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3) or isinstance(zero["stage"], bool):
         raise UserError(f"{path}: {ZERO}.stage must be 0, 1, 2 or 3")
-    for key, remedy in UNSERVED.items():
+    for key, remedy in UNSUPPORTED.items():
         if zero.get(key):
             raise UserError(f"{path}: {ZERO}.{key} is not supported: {remedy}")
     for section in ("offload_optimizer", "offload_param"):
@@ -131,11 +131,11 @@ def _check_zero(zero: Any, path: str) -> None:
                 "from memory, not from NVMe"
             )
     if _device(zero, "offload_param") == "cpu" and zero["stage"] != 3:
-        raise UserError(f"{path}: {ZERO}.offload_param needs stage 3, which shares the weights; it has {zero['stage']}")
+        raise UserError(f"{path}: {ZERO}.offload_param needs stage 3, which shards the weights; it has {zero['stage']}")
     optimizer = zero.get("offload_optimizer") or {}
     if optimizer.get("super_offload") or optimizer.get("ratio", 1.0) != 1.0:
         raise UserError(
-            f"{path}: {ZERO}.offload_optimizer: super_offload and ratio step optimizers of their own; remove them"
+            f"{path}: {ZERO}.offload_optimizer: super_offload and ratio have their own optimizers; remove them"
         )
 
 

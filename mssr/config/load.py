@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` overrides to a validated `Config`:
+"""Reads a YAML file and `key=value` overrides into a validated `Config`:
 
     mssr train configs/tiny.yaml train.optimizer.lr=1e-4 algorithm.name=mvsr
 
@@ -6,6 +6,7 @@ An unknown key is refused with the nearest known one.
 """
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +20,40 @@ from mssr.config.schema import Config
 from mssr.errors import UserError
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Config:
     """Read a YAML file, apply `key=value` overrides, validate.
 
     Raises:
-        UserError: file missing or not YAML, a key twice or unknown (names the nearest), value of the wrong type or range.
+        UserError: file missing or not YAML, duplicate or unknown key (names the nearest), value of the wrong type or range.
     """
     values = read_keys(Path(path), "config")
-    for override in overrides:
+    for override in overrides or ():
         apply_override(values, override)
     return validate_config(values, source=str(path))
 
 
 def validate_config(values: dict[str, Any], source: str = "config") -> Config:
-    """Validate a dict that is already in memory. The DeepSpeed JSON that it names is read here."""
-    _refuse_unknown_keys(values, Config, prefix="", source=source)
+    """Validate a dict of values; reads the DeepSpeed JSON that it names."""
     try:
         config = Config.model_validate(with_stage_of_json(with_preset(values)))
         refuse_conflicts(config)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{source}: {key + ': ' if key else ''}{message}{given}") from None
+        raise UserError(f"{source}: {_first_problem(error)}") from None
     except ValueError as conflict:
         raise UserError(f"{source}: {conflict}") from None
     return config
 
 
-def _refuse_unknown_keys(values: dict[str, Any], section: type[BaseModel], prefix: str, source: str) -> None:
-    for key, value in values.items():
-        field = section.model_fields.get(key)
-        if field is None:
-            known = _all_keys(Config)
-            near = difflib.get_close_matches(prefix + str(key), known, n=1, cutoff=0.0)
-            raise UserError(f"{source}: unknown key {prefix}{key}; did you mean {near[0]}?")
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel) and isinstance(value, dict):
-            _refuse_unknown_keys(value, field.annotation, f"{prefix}{key}.", source)
+def _first_problem(error: ValidationError) -> str:
+    """Describe one problem in a line, an unknown key first."""
+    problems = error.errors()
+    first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, _all_keys(Config), n=1, cutoff=0.0)
+        return f"unknown key {key}; did you mean {near[0]}?"
+    given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+    return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{given}"
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -105,7 +102,7 @@ def read_keys(path: Path, what: str) -> dict[str, Any]:
     """Return the file's top-level keys; an empty file has none. what: kind of file, for messages ("config").
 
     Raises:
-        UserError: missing or unreadable, not YAML, a key twice, something else than keys at the top.
+        UserError: missing or unreadable, not YAML, a duplicate key, or no mapping at the top level.
     """
     try:
         values = yaml.load(path.read_text(), _UniqueKeys)
@@ -123,7 +120,7 @@ def read_keys(path: Path, what: str) -> dict[str, Any]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a repeated key, which YAML silently lets win."""
+    """Refuses a duplicate key, of which YAML would silently take the last value."""
 
     def construct_mapping(self, node, deep=False):
         names = [key.value for key, _ in node.value]

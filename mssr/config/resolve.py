@@ -1,6 +1,6 @@
-"""What "auto" stands for, once for trainer, server, planner and doctor; and the loss that the settings make.
+"""What "auto" stands for, for trainer, server, planner and doctor; and the loss that the settings describe.
 
-device: "cpu" or "cuda" everywhere. Libraries load when a function needs them.
+device is "cpu" or "cuda" in every function. Libraries load when a function needs them.
 """
 
 from __future__ import annotations
@@ -16,24 +16,31 @@ if TYPE_CHECKING:
 
 
 def device_type(setting: str) -> str:
-    """Return what `device` stands for on this machine: "cuda" where torch sees a GPU, unless it is "cpu"."""
+    """Return the device that `device` stands for on this machine: "cuda" if torch sees a GPU, unless it is "cpu"."""
     import torch
 
     return "cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def dtype_name(setting: str, device: str) -> str:
-    """Return what `model.dtype` stands for: auto is bfloat16 with fp32 master weights on a GPU, float32 on a CPU."""
+    """Return the dtype that `model.dtype` stands for: auto is bfloat16 with fp32 masters on a GPU, float32 on a CPU."""
     if setting != "auto":
         return setting
     return "bfloat16" if device == "cuda" else "float32"
 
 
 def engine_name(setting: str, device: str) -> str:
-    """Return the rollout engine that `rollout.engine` stands for: auto is vllm where it can be used, else hf."""
+    """Return the rollout engine that `rollout.engine` stands for: auto is vllm if it can be used here, else hf."""
     if setting != "auto":
         return setting
     return "hf" if why_no_vllm(device) else "vllm"
+
+
+def planned_engine(setting: str, device: str) -> str:
+    """Return the rollout engine of a machine that is planned for, where auto does not depend on what is installed here."""
+    if setting != "auto":
+        return setting
+    return "vllm" if device == "cuda" else "hf"
 
 
 def why_no_vllm(device: str) -> str | None:

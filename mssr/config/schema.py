@@ -1,4 +1,4 @@
-"""Every key of a run's configuration: type, range, default and meaning. Validation opens no file."""
+"""All keys of a run's configuration: type, range, default and meaning. Validation opens no file."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -1,1 +1,1 @@
-"""Our loss inside other trainers. Each module is for one of them, and is imported by whoever has it installed."""
+"""Our loss in other trainers, one module per framework. Import only those whose framework is installed."""

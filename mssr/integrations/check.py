@@ -1,6 +1,6 @@
-"""`mssr doctor --integration NAME`: the installed framework and ours score the same tokens of a tiny model.
+"""`mssr doctor --integration NAME`: compares our scores with the installed framework's on the same tokens of a tiny model.
 
-An integration hangs on what a framework does inside; its version says what to expect, this says whether it is so.
+An integration depends on a framework's internals, for which its version is no proof.
 """
 
 import importlib.metadata
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from mssr.errors import UserError
 from mssr.integrations.versions import require_version
+from mssr.versions import requirement
 from mssr_kernels import check_patch, patch
 
 ALLOWED = 1e-4  # float32 on both sides
@@ -20,18 +21,18 @@ TEMPERATURE = 0.8
 
 
 class Agreement(NamedTuple):
-    """differences: what was compared -> the largest difference, in nats; gradients relative to their largest entry."""
+    """differences: quantity -> largest difference, in nats; of gradients relative to their largest entry."""
 
     framework: str
     differences: dict[str, float]
 
     def __str__(self) -> str:
         found = ", ".join(f"{what} {difference:.1e}" for what, difference in self.differences.items())
-        return f"✓ {self.framework}: the largest differences to its own results on a tiny model are {found}"
+        return f"✓ {self.framework}: largest differences from its own results on a tiny model: {found}"
 
 
 class Scores(NamedTuple):
-    """Of the tokens, [B, T - 1], and the head's gradient by a loss of both, [V, D]."""
+    """Log-probs and entropy of the tokens, [B, T - 1], and the head's gradient of a loss of both, [V, D]."""
 
     logp: Tensor
     entropy: Tensor
@@ -39,13 +40,13 @@ class Scores(NamedTuple):
 
 
 def check_integration(name: str) -> Agreement:
-    """Runs the check of one of CHECKS.
+    """Run one of CHECKS.
 
     Raises:
-        UserError: there is no such integration, the framework is missing or of another version, or results differ.
+        UserError: unknown integration, framework missing or of another version, or results differ.
     """
     if name not in CHECKS:
-        raise UserError(f"--integration {name}: there is none of that name; known: {', '.join(CHECKS)}")
+        raise UserError(f"--integration {name}: unknown; choose from {', '.join(CHECKS)}")
     found = CHECKS[name]()
     for what, difference in found.differences.items():
         if not difference <= ALLOWED:
@@ -120,8 +121,8 @@ def _liger() -> Agreement:
         from liger_kernel import chunked_loss as theirs
     except ImportError:
         raise UserError(
-            "liger-kernel is not installed, so there is nothing to compare with (mssr_kernels.liger works without); "
-            "pip install 'liger-kernel>=0.8.1,<0.9'"
+            "liger-kernel is not installed, so there is nothing to compare with (mssr_kernels.liger works without it); "
+            f"pip install '{requirement('liger-kernel')}'"
         ) from None
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 32, generator=generator)

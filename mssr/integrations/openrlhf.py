@@ -1,11 +1,11 @@
 """OpenRLHF's log-probs and entropy without logits.
 
-Its `Actor` (policy, reference, SFT, DPO) makes the logits of every token, and hands them to `compute_entropy` and
-`log_probs_from_logits`. After `install` the head, called by the model's own forward, is given the shifted tokens and returns
-`Scores` in the place of logits; these two functions take out of them what they would have computed. Everything else, the
-packing, positions, image inputs, ring attention, masks, ZeRO and LoRA, stays OpenRLHF's.
+OpenRLHF's `Actor` (policy, reference, SFT, DPO) computes the logits of every token and passes them to `compute_entropy` and
+`log_probs_from_logits`. After `install`, the head gets the shifted tokens and returns `Scores` instead of logits; the two
+functions read their results from these. Everything else (packing, positions, image inputs, ring attention, masks, ZeRO,
+LoRA) stays OpenRLHF's.
 
-OpenRLHF has no switch for it: `install` has to run in every process that has an Actor. docs/INTEGRATIONS.md says how.
+OpenRLHF has no switch for this: call `install` in every process that has an Actor; docs/INTEGRATIONS.md says how.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mssr.errors import UserError
-from mssr.integrations.versions import require_version
+from mssr.integrations.versions import require_parameters, require_version
 from mssr_kernels import FusedLMHead
 
 _PARAMETERS = {
@@ -35,12 +35,10 @@ _PARAMETERS = {
 
 
 def install() -> str:
-    """From here on every Actor computes log-probs and entropy without logits. Again: nothing changes.
-
-    Returns OpenRLHF's version.
+    """Make every Actor compute log-probs and entropy without logits; return OpenRLHF's version. May be called again.
 
     Raises:
-        UserError: OpenRLHF is not installed, not of a supported version, or its functions take other arguments.
+        UserError: OpenRLHF is not installed, its version is not supported, or its functions take other arguments.
     """
     version = require_version("openrlhf")
     try:
@@ -49,7 +47,8 @@ def install() -> str:
         raise UserError(f"openrlhf {version} cannot be imported: {error}; install what it needs") from None
     if hasattr(module.Actor.forward, "_without_logits"):
         return version
-    _require_parameters(module, version)
+    for name, expected in _PARAMETERS.items():
+        require_parameters(f"openrlhf {version}", functools.reduce(getattr, name.split("."), module), expected)
     module.Actor.forward = _without_logits(module.Actor.forward, module.unpad_and_slice_tensor)
     module.compute_entropy = _entropy_or(module.compute_entropy)
     module.log_probs_from_logits = _log_probs_or(module.log_probs_from_logits)
@@ -57,7 +56,7 @@ def install() -> str:
 
 
 def uninstall() -> None:
-    """Gives OpenRLHF its own functions back; heads that have scored stay `nn.Linear` to everyone who calls them."""
+    """Restore OpenRLHF's own functions; heads that were replaced still work as `nn.Linear`."""
     module = sys.modules.get("openrlhf.models.actor")
     if module is not None and hasattr(module.Actor.forward, "_without_logits"):
         for owner, name in ((module.Actor, "forward"), (module, "compute_entropy"), (module, "log_probs_from_logits")):
@@ -65,9 +64,10 @@ def uninstall() -> None:
 
 
 class Scores(NamedTuple):
-    """What stands in the place of logits, each [B, T] float32: of the shifted tokens, temperature included.
+    """Log-probs and entropy of the shifted tokens, each [B, T] float32, in the place of logits.
 
-    A tuple, so that ZeRO-3 finds its tensors. OpenRLHF casts logits and divides them by the temperature: both are done.
+    A tuple, so that ZeRO-3 finds its tensors. OpenRLHF casts logits and divides them by the temperature: here both are
+    already done, so these methods change nothing.
     """
 
     logp: Tensor
@@ -89,7 +89,7 @@ class Scores(NamedTuple):
 
 
 class _ScoringHead(FusedLMHead):
-    """The head of an Actor: logits as ever, and for the time of `scoring` the scores of these targets."""
+    """The head of an Actor: returns logits, or within `scoring` the scores of its targets."""
 
     _targets: Tensor | None = None
     _temperature: float = 1.0
@@ -131,11 +131,11 @@ def _without_logits(forward, unpad_and_slice):
 
 
 def _head(model: nn.Module) -> _ScoringHead:
-    """The head of a transformers model that may be inside of PEFT's and DeepSpeed's wrappers, ready to score."""
+    """Return the head of a transformers model, which PEFT and DeepSpeed may wrap, ready to score."""
     transformer = next(module for module in model.modules() if hasattr(module, "get_output_embeddings"))
     head = transformer.get_output_embeddings()
     if type(head) is nn.Linear:
-        # In place: ZeRO-3's hooks and the tie to the embedding are with this very module.
+        # In place, since ZeRO-3's hooks and the tie to the embedding belong to this module.
         head.__class__ = _ScoringHead
     if not isinstance(head, _ScoringHead):
         raise UserError(
@@ -161,19 +161,8 @@ def _log_probs_or(log_probs_from_logits):
         if temperature != 1.0 or labels.shape != logits.logp.shape:
             raise UserError(
                 f"log_probs_from_logits got labels {list(labels.shape)} at temperature {temperature} for tokens "
-                f"{list(logits.logp.shape)} that are scored already: this use of OpenRLHF's Actor is not supported"
+                f"{list(logits.logp.shape)} that are already scored: this use of OpenRLHF's Actor is not supported"
             )
         return logits.logp
 
     return log_probs
-
-
-def _require_parameters(module, version: str) -> None:
-    for name, expected in _PARAMETERS.items():
-        function = functools.reduce(getattr, name.split("."), module)
-        found = list(inspect.signature(function).parameters)
-        if found != expected:
-            raise UserError(
-                f"openrlhf {version}: {name} takes ({', '.join(found)}), not ({', '.join(expected)}): "
-                "this version is not supported, see docs/INTEGRATIONS.md"
-            )

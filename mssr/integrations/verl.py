@@ -1,15 +1,13 @@
 """verl's fused log-probs and entropy, computed by `mssr_kernels`.
 
-With `actor_rollout_ref.model.use_fused_kernels=True` verl gives the model a forward that asks one of two functions for the
-log-probs and the entropy, as `fused_kernel_options.impl_backend` says: `FusedLinearForPPO` ("torch", "liger") or
-`linear_cross_entropy` ("triton", and Megatron). `install` puts ours in the place of both; models, shifted labels, packing
-and sharding stay verl's. In every worker, from verl's own switch:
+With `actor_rollout_ref.model.use_fused_kernels=True` verl's forward computes log-probs and entropy with one of two functions,
+selected by `fused_kernel_options.impl_backend`: `FusedLinearForPPO` ("torch", "liger") or `linear_cross_entropy` ("triton",
+and Megatron). `install` replaces both; models, shifted labels, packing and sharding stay verl's. To call it in every worker:
 
     actor_rollout_ref.model.external_lib=mssr.integrations.verl_external_lib
 """
 
 import importlib
-import inspect
 import sys
 
 import torch
@@ -18,12 +16,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mssr.errors import UserError
-from mssr.integrations.versions import require_version
+from mssr.integrations.versions import require_parameters, require_version
 from mssr_kernels import linear_logprob_entropy
 
 _FUNCTION_MODULE = "verl.utils.kernel.linear_cross_entropy"
 _CLASS_MODULE = "verl.utils.experimental.torch_functional"
-# They bind the function when they are imported, which may be before `install`. The models' forwards import it at each call.
+# These bind the function on import, perhaps before `install`; the models' forwards import it at each call.
 _FUNCTION_IMPORTERS = ("verl.models.mcore.model_forward_fused", "verl.models.mcore.model_forward_1f1b_overlap")
 
 _FUNCTION_PARAMETERS = ["hidden", "weight", "labels", "temperature", "reduction", "dist_process_group"]
@@ -31,12 +29,10 @@ _CLASS_PARAMETERS = ["hidden_states", "vocab_weights", "input_ids", "temperature
 
 
 def install() -> str:
-    """From here on verl's fused forwards call `mssr_kernels`, whatever impl_backend is. Again: nothing changes.
-
-    Returns verl's version.
+    """Make verl's fused forwards call `mssr_kernels`, whatever impl_backend is; return verl's version. May be called again.
 
     Raises:
-        UserError: verl is not installed, not of a supported version, or its functions take other arguments.
+        UserError: verl is not installed, its version is not supported, or its functions take other arguments.
     """
     version = require_version("verl")
     try:
@@ -46,15 +42,15 @@ def install() -> str:
     original = classes.FusedLinearForPPO
     if issubclass(original, _Ours):
         return version
-    _require_parameters(functions.LinearCrossEntropy.forward, ["ctx", *_FUNCTION_PARAMETERS], version)
-    _require_parameters(original.forward, ["self", *_CLASS_PARAMETERS], version)
+    require_parameters(f"verl {version}", functions.LinearCrossEntropy.forward, ["ctx", *_FUNCTION_PARAMETERS])
+    require_parameters(f"verl {version}", original.forward, ["self", *_CLASS_PARAMETERS])
     classes.FusedLinearForPPO = type("FusedLinearForPPO", (_Ours, original), {})
     _bind(linear_cross_entropy)
     return version
 
 
 def uninstall() -> None:
-    """Gives verl its own functions back; nothing happens where they never left."""
+    """Restore verl's own functions."""
     classes = sys.modules.get(_CLASS_MODULE)
     if classes is None or not issubclass(classes.FusedLinearForPPO, _Ours):
         return
@@ -78,11 +74,11 @@ def linear_cross_entropy(
     temperature         number > 0
     reduction           "none"
     dist_process_group  None, or the ranks over which the vocabulary is split, as Megatron's tensor parallelism does.
-                        The gradient by hidden is handed back as verl does it: summed over the group it is the whole one,
-                        which Megatron's sequence parallelism does.
+                        Each rank returns its part of hidden's gradient, as verl does; Megatron's sequence parallelism
+                        sums them over the group.
 
     Raises:
-        ValueError, TypeError: arguments that do not fit, or a weight that is sharded.
+        ValueError, TypeError: arguments of wrong shapes or types, or a sharded weight.
     """
     if str(reduction).lower() != "none":
         raise ValueError(f"linear_cross_entropy got reduction {reduction!r}: only 'none', as verl's forwards have it")
@@ -94,20 +90,20 @@ def linear_cross_entropy(
 
 
 class _Ours:
-    """What `install` puts before verl's own `FusedLinearForPPO`: the same construction, another forward."""
+    """Mixin before verl's own `FusedLinearForPPO`: the same construction, another forward."""
 
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """(log-probs, entropy) of input_ids (already shifted), of its shape; both float32, verl's entropy is in 16 bits."""
+        """(log-probs, entropy) of the shifted input_ids, in their shape; both float32, where verl's entropy has 16 bits."""
         logp, entropy = _logp_entropy(hidden_states, vocab_weights, input_ids, temperature)
         return logp.view(input_ids.shape), entropy.view(input_ids.shape)
 
 
 class _ShareOfGradient(torch.autograd.Function):
-    """Identity, whose gradient is divided by the number of ranks that will sum it up again.
+    """Identity with a gradient divided by the number of ranks that will sum it.
 
-    Ours arrives summed over the group; verl's kernel leaves every rank with the part of its own columns.
+    Our gradient is already summed over the group; verl's kernel returns the part of the rank's own columns.
     """
 
     @staticmethod
@@ -145,12 +141,3 @@ def _bind(function) -> None:
     for name in (_FUNCTION_MODULE, *_FUNCTION_IMPORTERS):
         if name in sys.modules:
             sys.modules[name].linear_cross_entropy = function
-
-
-def _require_parameters(function, expected: list[str], version: str) -> None:
-    found = list(inspect.signature(function).parameters)
-    if found != expected:
-        raise UserError(
-            f"verl {version}: {function.__qualname__} takes ({', '.join(found)}), not ({', '.join(expected)}): "
-            "this version is not supported, see docs/INTEGRATIONS.md"
-        )

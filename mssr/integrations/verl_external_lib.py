@@ -1,4 +1,4 @@
-"""Imported for its effect: `actor_rollout_ref.model.external_lib=mssr.integrations.verl_external_lib`.
+"""Import this module for its side effect: `actor_rollout_ref.model.external_lib=mssr.integrations.verl_external_lib`.
 
 verl imports it in every process that reads the model's configuration, before the model is built.
 """

@@ -1,1 +1,1 @@
-"""What a run leaves to look at: metrics, a live display, curves, sampled rollouts. Nothing here touches training."""
+"""Metrics, live display, curves and sampled rollouts of a run. Nothing here changes training."""

@@ -1,6 +1,6 @@
-"""Floating-point operations of a model's pass, from its configuration and what passed through.
+"""Floating-point operations of a model's forward and backward pass, from its configuration and its inputs.
 
-Matrix products only, two operations a multiply-add; norms, activations and rotary positions are left out (below 1 %).
+Counts matrix products only, two operations per multiply-add; norms, activations and rotary positions are below 1 %.
 Causal attention counts the half of its scores that are used, whatever a kernel computes.
 """
 
@@ -15,11 +15,11 @@ TEXT_MODELS = ("qwen2", "qwen3", "llama")
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one forward pass.
+    """FLOPs of one forward pass.
 
     text: linear layers of the decoder. attention: its scores and their products with the values. head: LM head.
-    vision: blocks of the vision tower, with their attention. patches: patch embedding. mergers: into the text's width.
-    text_last, vision_last: of these, the last product of each layer.
+    vision: blocks of the vision tower, with their attention. patches: patch embedding. mergers: to the text's width.
+    text_last, vision_last: the last product of each layer, which text and vision include.
     """
 
     text: float = 0.0
@@ -36,7 +36,7 @@ class Flops:
         return self.text + self.attention + self.head + self.vision + self.patches + self.mergers
 
     def backward(self, *, train_vision: bool = True, lora: bool = False) -> float:
-        """Twice the forward pass: by the inputs and by the weights; the pixels need no gradient, frozen weights neither."""
+        """FLOPs of the gradients of inputs and of trained weights; pixels need no gradient."""
         weights = 0.0 if lora else 1.0
         language = 2 * self.attention + (1 + weights) * (self.text + self.head)
         if lora or not train_vision:
@@ -44,9 +44,9 @@ class Flops:
         return language + 2 * (self.vision + self.mergers) + self.patches
 
     def recomputed(self, *, train_vision: bool = True, lora: bool = False) -> float:
-        """Of gradient checkpointing: the layers' forward pass once more. No part of a model's FLOPs, so not of the MFU.
+        """FLOPs of the second forward pass with gradient checkpointing. They are not model FLOPs, so not in the MFU.
 
-        A layer's last product is left out: its result is kept nowhere, and its inputs are there by then.
+        A layer's last product is not recomputed: the backward pass needs only its inputs.
         """
         text = self.text - self.text_last + self.attention
         return text if lora or not train_vision else text + self.vision - self.vision_last
@@ -56,25 +56,23 @@ class Flops:
 
 
 def countable(config: PretrainedConfig) -> bool:
-    """Whether `forward_flops` knows the architecture; of others nothing is reported rather than something wrong."""
+    """Whether `forward_flops` knows the architecture; for others no FLOPs are reported."""
     return config.model_type in (*VISION_TOWERS, *TEXT_MODELS)
 
 
 def forward_flops(
     config: PretrainedConfig, lengths: Sequence[int], head_tokens: int, grids: Iterable[Sequence[int]] = ()
 ) -> Flops:
-    """One forward pass over packed sequences.
+    """Count one forward pass over packed sequences.
 
-    lengths: tokens of each sequence, prompt and response. head_tokens: those whose logits are computed.
+    lengths: tokens of each sequence, prompt and response. head_tokens: tokens whose logits are computed.
     grids: (frames, height, width) of each image in patches: `image_grid_thw`.
 
     Raises:
-        ValueError: an architecture that is not known here.
+        ValueError: the architecture is unknown.
     """
     if not countable(config):
-        raise ValueError(
-            f"the FLOPs of {config.model_type} are not known; of {VISION_TOWERS} and {TEXT_MODELS} they are"
-        )
+        raise ValueError(f"the FLOPs of {config.model_type} are unknown; known are {VISION_TOWERS} and {TEXT_MODELS}")
     text = config.get_text_config()
     width, layers = text.hidden_size, text.num_hidden_layers
     head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
@@ -84,7 +82,7 @@ def forward_flops(
     squares = sum(length * length for length in lengths)
     return Flops(
         text=2.0 * layers * linear * sum(lengths),
-        attention=2.0 * layers * queries * squares,  # two products of 2 operations, half of each used
+        attention=2.0 * layers * queries * squares,  # two products, 2 operations each, half of them used
         head=2.0 * width * text.vocab_size * head_tokens,
         text_last=2.0 * layers * width * text.intermediate_size * sum(lengths),
         **_vision(config.vision_config, config.model_type, grids) if config.model_type in VISION_TOWERS else {},
@@ -119,7 +117,7 @@ def _vision(vision: PretrainedConfig, model_type: str, grids: Iterable[Sequence[
 
 
 def _window_squares(grid: Sequence[int], vision: PretrainedConfig) -> int:
-    """Sum of the squared patch counts of Qwen2.5-VL's attention windows; those at the edges are smaller."""
+    """Sum of squared patch counts over Qwen2.5-VL's attention windows, which are smaller at the edges."""
     frames, height, columns = grid
     side = vision.spatial_merge_size
     window = vision.window_size // side // vision.patch_size

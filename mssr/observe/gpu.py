@@ -1,4 +1,4 @@
-"""NVIDIA GPUs: memory, speed and links of the common models, by the name that the driver gives."""
+"""Memory, speed and links of common NVIDIA GPUs, by the name that the driver reports."""
 
 import re
 from dataclasses import dataclass
@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """key: short name. pattern: of the whole name that the driver gives. memory_gib: as usable.
+    """key: short name. pattern: of the driver's full name. memory_gib: usable memory.
 
-    tflops: bfloat16 matrix products with float32 accumulation, dense (no sparsity), 1e12 operations a second.
-    bandwidth: of its memory; link: to the other GPUs of the node, in one direction; GB (1e9 bytes) a second.
+    tflops: dense bfloat16 matrix products with float32 accumulation, 1e12 operations per second.
+    bandwidth: of memory; link: to the node's other GPUs, in one direction; GB (1e9 bytes) per second.
     """
 
     key: str
@@ -20,8 +20,8 @@ class Gpu:
     link: float
 
 
-# NVIDIA's data sheets of each (where they give the rate with sparsity, half of it), and for the GeForce and RTX models
-# the tables of the architecture white papers (GA102, Ada, RTX Blackwell). Links: NVLink as on HGX boards, else PCIe.
+# From NVIDIA's data sheets (half of rates given with sparsity), and for GeForce and RTX models from the architecture
+# white papers (GA102, Ada, RTX Blackwell). Links: NVLink as on HGX boards, else PCIe.
 GPUS = (
     Gpu("a100-40", r"A100-(SXM4|PCIE)-40GB", 39.5, 312.0, 1555, 300),
     Gpu("a100-pcie", r"A100 80GB PCIe", 79.2, 312.0, 1935, 25),
@@ -45,6 +45,6 @@ GPUS = (
 
 
 def known_gpu(name: str) -> Gpu | None:
-    """The GPU that the driver, or torch, calls by this name; None for one that is not in the table, a MIG slice too."""
+    """Return the GPU with this name in the driver or torch; None if it is not in the table (a MIG slice is not)."""
     name = name.removeprefix("NVIDIA ").strip()
     return next((gpu for gpu in GPUS if re.fullmatch(gpu.pattern, name)), None)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, the record of a run, which a resumed run continues; the same scalars for TensorBoard."""
+"""`metrics.jsonl`, the record of a run that a resumed run continues; TensorBoard gets the same scalars."""
 
 import json
 import math
@@ -11,17 +11,17 @@ from mssr.errors import UserError
 FILE_NAME = "metrics.jsonl"
 
 
-Metric = float | list  # a list (a table, a histogram) is for the file alone
+Metric = float | list  # lists (tables, histograms) go into the file only
 
 
 class MetricsLog:
-    """Appends one JSON object a line: `step`, `time` (unix), then `group/name` floats, or lists of finite numbers.
+    """Appends one JSON object per line: `step`, `time` (unix), then `group/name` floats or lists of finite numbers.
 
-    run_dir: where `metrics.jsonl` and, if asked for, `tensorboard/` are.
-    resume_at: `position` as the checkpoint saved it; later lines (whole or torn) are dropped. None: a new run.
+    run_dir: folder of `metrics.jsonl` and, with tensorboard=True, `tensorboard/`.
+    resume_at: `position` from the checkpoint; later lines, complete or not, are dropped. None: a new run.
 
     Raises:
-        UserError: a new run over an old one's metrics, or a file that does not reach back to `resume_at`.
+        UserError: the metrics of another run are there, or the file ends before `resume_at`.
     """
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, resume_at: int | None = None) -> None:
@@ -36,7 +36,7 @@ class MetricsLog:
         self._board = self._open_board(run_dir) if tensorboard else None
 
     def write(self, step: int, values: dict[str, Metric]) -> None:
-        """Adds a line and flushes it: kill -9 can tear at most the line being written."""
+        """Append a line and flush it: kill -9 can cut off only the line being written."""
         scalars = {key: float(value) for key, value in values.items() if not isinstance(value, list)}
         record = {"step": step, "time": round(time.time(), 3)}
         record |= values | {key: finite_or_none(value) for key, value in scalars.items()}
@@ -51,7 +51,7 @@ class MetricsLog:
 
     @property
     def position(self) -> int:
-        """Bytes written so far, on disk: a checkpoint must never point beyond what survives a power cut."""
+        """Bytes on disk so far; synced, since a checkpoint must not point beyond what survives a power cut."""
         os.fsync(self._file.fileno())
         return self._file.tell()
 
@@ -68,31 +68,26 @@ class MetricsLog:
 
     def _cut(self, size: int) -> None:
         content = self.path.read_bytes() if self.path.exists() else b""
-        if size > len(content):
+        if size and content[size - 1 : size] != b"\n":  # too short, or edited
             raise UserError(
-                f"{self.path} has {len(content)} bytes, the checkpoint was saved at {size}: "
-                "restore the file, or start in another run_dir"
-            )
-        if size and content[size - 1 : size] != b"\n":
-            raise UserError(
-                f"{self.path} was edited: the checkpoint's position {size} is inside a line; "
+                f"{self.path} has no line that ends at byte {size}, where the checkpoint was saved: "
                 "restore the file, or start in another run_dir"
             )
         with self.path.open("ab") as file:
             file.truncate(size)
 
     def _open_board(self, run_dir: Path):
-        from torch.utils.tensorboard import SummaryWriter  # a second of imports that most readers of metrics do without
+        from torch.utils.tensorboard import SummaryWriter  # imports for a second; readers of metrics do not need it
 
         kept = read_metrics(self.path)
         return SummaryWriter(run_dir / "tensorboard", purge_step=kept[-1]["step"] + 1 if kept else 0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Metric]]:
-    """The lines of a `metrics.jsonl`, null as NaN. A last line torn by a kill is left out.
+    """Return the lines of a `metrics.jsonl`, null as NaN, without a last line that a kill cut off.
 
     Raises:
-        UserError: no such file, or a line before the last that is not JSON.
+        UserError: no such file, or a line other than the last is not JSON.
     """
     try:
         lines = Path(path).read_bytes().splitlines()
@@ -111,5 +106,5 @@ def read_metrics(path: Path) -> list[dict[str, Metric]]:
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """JSON has no NaN and no infinity: null stands for them."""
+    """Return None for NaN and infinity, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None

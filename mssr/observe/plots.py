@@ -1,11 +1,11 @@
-"""A run's curves, or several runs' over each other, as one PNG."""
+"""Draws the curves of one run, or of several runs in the same panels, as one PNG."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure  # never pyplot: it keeps every figure and picks a backend for the whole process
+from matplotlib.figure import Figure  # not pyplot: it keeps every figure and sets a backend for the process
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
@@ -20,7 +20,7 @@ Points = tuple[list[int], list[float]]
 
 @dataclass(frozen=True)
 class Series:
-    """One metric in a panel. style: `line`, `smooth` (raw values faint behind) or `markers` (measured now and then)."""
+    """One metric in a panel. style: `line`, `smooth` (raw values faint behind it) or `markers` (rarely measured)."""
 
     key: str
     label: str
@@ -59,12 +59,12 @@ PANELS = (
 
 
 def plot_curves(runs: dict[str, Path], out: Path) -> Path:
-    """Draws the curves of `runs` (label -> its metrics.jsonl) into the PNG `out`. A panel without data is left out.
+    """Draw the curves of `runs` (label -> metrics.jsonl) into the PNG `out`. Panels without data are left out.
 
-    One run: a colour a metric. Several: a colour a run, and metrics that share a panel differ by their line.
+    One run: one colour per metric. Several: one colour per run; metrics in the same panel differ in line style.
 
     Raises:
-        UserError: a metrics file that is missing or has nothing to plot.
+        UserError: a metrics file is missing or has nothing to plot.
     """
     curves = {label: _read_curves(path) for label, path in runs.items()}
     panels = [panel for panel in PANELS if any(s.key in run for s in panel.series for run in curves.values())]
@@ -84,7 +84,7 @@ def plot_curves(runs: dict[str, Path], out: Path) -> Path:
 
 
 def _read_curves(path: Path) -> dict[str, Points]:
-    """Steps and finite values of every metric the panels know."""
+    """Return steps and finite values of each metric that a panel shows."""
     known = {series.key for panel in PANELS for series in panel.series}
     curves: dict[str, Points] = {}
     for record in read_metrics(path):
@@ -99,7 +99,7 @@ def _read_curves(path: Path) -> dict[str, Points]:
 
 
 def _cells(figure: Figure, panels: list[Panel]):
-    """Two rows (one for up to three cells), filled from the left; yields each panel's place in the grid."""
+    """Yield each panel's cells in a grid of two rows (one for up to three cells), filled from the left."""
     slots = sum(panel.slots for panel in panels)
     rows = 1 if slots <= 3 else 2
     columns = max(math.ceil(slots / rows), max(panel.slots for panel in panels))
@@ -136,7 +136,7 @@ def _draw_panel(axes: Axes, panel: Panel, curves: dict[str, dict[str, Points]]) 
 
 
 def _whole_decades(axes: Axes, values: list[float]) -> None:
-    """A log scale from power of ten to power of ten; linear when everything is 0, as an exact gap can be."""
+    """Set a log scale between powers of ten; keep it linear if all values are 0, as an exact gap can be."""
     positive = [value for value in values if value > 0]
     if positive:
         low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
@@ -147,7 +147,7 @@ def _whole_decades(axes: Axes, values: list[float]) -> None:
 
 def _draw_series(axes: Axes, series: Series, points: Points, colour: str, line: str) -> None:
     steps, values = points
-    marker = "o" if series.style == "markers" or len(steps) < 3 else ""  # a line of one point cannot be seen
+    marker = "o" if series.style == "markers" or len(steps) < 3 else ""  # a line through one point is invisible
     if series.style == "smooth":
         axes.plot(steps, values, color=colour, lw=0.9, alpha=0.3)
         values = _smooth(values)
@@ -171,7 +171,7 @@ def _colour(index: int) -> str:
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Exponential mean over about a tenth of the run, without the bias of a zero start."""
+    """Exponential moving average over about a tenth of the run, corrected for its zero start."""
     span = min(max(len(values) / 10, 1.0), 25.0)
     keep = 1 - 2 / (span + 1)
     total = weight = 0.0

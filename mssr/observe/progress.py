@@ -1,4 +1,4 @@
-"""The live display of a run: a panel in a terminal, a plain line now and then elsewhere."""
+"""Live display of a run: a panel in a terminal, otherwise a plain line every few seconds."""
 
 import math
 import sys
@@ -11,13 +11,14 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.table import Column as TableColumn
 from rich.table import Table
 from rich.text import Text
 
 LINE_EVERY_S = 5.0
 PANEL_WIDTH = 92
 SPARK_WIDTH = 32
-PACE_WINDOW = 50  # steps whose mean pace predicts the time left: long enough to hold a validation and a checkpoint
+PACE_WINDOW = 50  # steps that predict the time left; enough to include validations and checkpoints
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -26,8 +27,8 @@ class Column:
     """One shown metric.
 
     format: of the value, for `format()`; the unit follows it.
-    trend: in the panel, a row of its own with a sparkline.
-    validation: rarely measured: also shows the best so far, and always gets a plain line.
+    trend: the panel shows it in its own row with a sparkline.
+    validation: rarely measured: the best value so far is shown, and each new value prints a plain line.
     """
 
     key: str
@@ -58,12 +59,12 @@ SFT_COLUMNS = (Column("sft/loss", "loss", ".3f", trend=True), _VALIDATION, *_PAC
 
 
 class TrainProgress:
-    """Shows a run while it goes: `with TrainProgress("demo", 200) as progress: ... progress.update(step, values)`.
+    """Shows a run's progress: `with TrainProgress("demo", 200) as progress: ... progress.update(step, values)`.
 
-    start_step: steps done before (a resumed run), so that the time left counts only what was timed here.
-    enabled: False shows nothing (every rank but the first).
-    columns: what is shown; a metric not seen yet shows as "-".
-    console, clock: where it is shown, and monotonic seconds.
+    start_step: steps of earlier sessions (resumed run), which the time left does not count.
+    enabled: False shows nothing (all ranks but the first).
+    columns: metrics to show; "-" until the first value.
+    console, clock: output, and monotonic seconds.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class TrainProgress:
             self._live = None
 
     def update(self, step: int, values: dict[str, float]) -> None:
-        """Metrics of a finished step; keys that are not shown are ignored, keys not given keep their last value."""
+        """Show metrics of a finished step; other keys are ignored, missing keys keep their last value."""
         if not self._enabled:
             return
         now = self._clock()
@@ -123,7 +124,7 @@ class TrainProgress:
                 self._print(self._line())
 
     def note(self, text: str) -> None:
-        """Prints a line above the display."""
+        """Print a line above the display."""
         if self._enabled:
             self._print(text)
 
@@ -142,12 +143,8 @@ class TrainProgress:
         return " ".join(part for part in parts if part)
 
     def _panel(self) -> RenderableType:
-        """Also runs in the live display's thread, between two lines of `update`: it reads, and only whole values."""
-        bar = Table.grid(padding=(0, 2), expand=True)
-        bar.add_column(no_wrap=True)
-        bar.add_column(ratio=1)
-        bar.add_column(no_wrap=True)
-        bar.add_column(no_wrap=True)
+        """Build the panel. Runs in the live display's thread, too, possibly during `update`, so it only reads."""
+        bar = Table.grid("", TableColumn(ratio=1), "", "", padding=(0, 2), expand=True)
         bar.add_row(
             Text.assemble("step ", (f"{self._step}", "bold"), f"/{self._total}"),
             ProgressBar(total=self._total, completed=self._step),
@@ -164,13 +161,9 @@ class TrainProgress:
                     Text(_sparkline(self._history[column.key][-SPARK_WIDTH:]), "cyan"),
                     Text(f"best {best}" if best else "", "green"),
                 )
-        rest = Text("   ").join(self._styled(column) for column in self._columns if not column.trend)
+        rest = Text("   ".join(self._cell(column) for column in self._columns if not column.trend))
         width = min(self._console.width, PANEL_WIDTH)
         return Panel(Group(bar, trends, rest), title=self._title, title_align="left", border_style="dim", width=width)
-
-    def _styled(self, column: Column) -> Text:
-        parts = ((column.label, "dim"), (column.show(self._last(column)), "bold"), (column.unit, "dim"))
-        return Text(" ").join(Text(*part) for part in parts if part[0])
 
     def _last(self, column: Column) -> float | None:
         history = self._history[column.key]
@@ -189,7 +182,7 @@ class TrainProgress:
 
 
 def _stdout_console() -> Console:
-    # FORCE_COLOR, set in many CI systems, makes rich take a pipe for a terminal: no live panel into a log file.
+    # FORCE_COLOR, set in many CI systems, makes rich treat a pipe as a terminal; a log file must not get the panel.
     return Console(force_interactive=None if sys.stdout.isatty() else False)
 
 

@@ -1,4 +1,4 @@
-"""A few rollouts of a step, kept to be read: what was asked, what the policy said, what it was given for it."""
+"""Saves a few rollouts of a step for people to read: problem, response, reward and advantage."""
 
 import html
 import json
@@ -22,10 +22,10 @@ SIGNATURES = (
 def save_rollouts(
     run_dir: Path, step: int, rollouts: GradedRollouts, baseline: Tensor | None, advantage: Tensor, count: int
 ) -> Path:
-    """Writes the first `count` rows to `run_dir/rollouts/step_000040/` and returns that folder.
+    """Write the first `count` rows to `run_dir/rollouts/step_000040/`; return that folder.
 
-    It holds `rollouts.jsonl`, the images as files, and `index.html`, which shows both. A folder the same step left
-    before is replaced: a resumed run does its steps again.
+    It holds `rollouts.jsonl`, the images as files, and `index.html`, which shows both. An earlier folder of the same step
+    is replaced: a resumed run repeats its last steps.
 
     baseline, advantage: [B] of the rows; no baseline without a value tracker.
     """
@@ -73,7 +73,7 @@ def _extension(image: bytes) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    # A lone surrogate in a dataset's text is no reason to end a training run.
+    # A lone surrogate in a dataset's text must not end a training run.
     path.write_text(text, encoding="utf-8", errors="replace")
 
 

@@ -1,4 +1,4 @@
-"""What a step's line in the metrics says."""
+"""Metrics of a training step."""
 
 import torch
 
@@ -16,9 +16,9 @@ from mssr.stopwatch import Stopwatch
 def step_metrics(
     rollouts: GradedRollouts, updates: list[UpdateStats], gap: LogpGap, clock: Stopwatch, world: World
 ) -> dict[str, float]:
-    """Means over the step's responses, tokens or updates on all ranks; the same on every rank but for the timings.
+    """Means over the step's responses, tokens or updates on all ranks; the same on every rank except for timings.
 
-    Under dynamic sampling of the responses that were kept: train/reward then says little of the policy's own accuracy.
+    With dynamic sampling they cover only the responses that were kept: train/reward is then not the policy's accuracy.
 
     policy/*: over response tokens; entropy is the exact one, entropy_proxy the sampled token's -p log p.
     rollout/*: over responses; train/grad_norm: over the updates, before clipping.
@@ -52,10 +52,10 @@ def step_metrics(
 
 
 def outcome_metrics(outcomes: Outcomes) -> dict[str, Metric]:
-    """How good the baselines were; with groups, how many responses said nothing.
+    """Quality of the baselines; with groups, the share of groups whose responses all get the same reward.
 
-    tracker/baseline_mean; tracker/brier and tracker/bins: see `calibration`. rollout/zero_variance: share of the responses
-    whose prompt's responses all earned the same.
+    tracker/baseline_mean; tracker/brier and tracker/bins: see `calibration`. rollout/zero_variance: share of responses
+    in groups whose responses all get the same reward.
     """
     metrics = {}
     if outcomes.baseline is not None:

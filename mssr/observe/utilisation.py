@@ -1,4 +1,4 @@
-"""How much of the devices a step used: model FLOPs and their share of the peak, tokens, padding."""
+"""Device utilisation of a step: model FLOPs and their share of the peak, tokens, padding."""
 
 from dataclasses import dataclass
 
@@ -20,12 +20,12 @@ SCORING_PHASES = ("drift", "old_logp", "reference")
 
 @dataclass(frozen=True)
 class Work:
-    """What this rank computed in a step.
+    """Work of this rank in a step.
 
-    tokens: prompt and response tokens of its rows. slots: token positions that attention computed for them, padding
-        included (`PackedLayout.slots` over the update's micro-batches).
-    forward: one pass over its rows; None for an architecture whose FLOPs are not known.
-    train_vision, lora: what the backward pass left out. checkpointing: the forward pass was recomputed for it.
+    tokens: prompt and response tokens of its rows. slots: token positions that attention computed, padding included
+        (`PackedLayout.slots` over the update's micro-batches).
+    forward: one pass over its rows; None for an architecture whose FLOPs are unknown.
+    train_vision, lora: whether parts of the backward pass were skipped. checkpointing: the forward pass ran twice.
     """
 
     tokens: int
@@ -37,7 +37,7 @@ class Work:
 
     @property
     def training_flops(self) -> float:
-        """Forward and backward; what is recomputed does not count."""
+        """FLOPs of forward and backward pass, without recomputation."""
         return self.forward.forward + self.forward.backward(train_vision=self.train_vision, lora=self.lora)
 
     @property
@@ -72,7 +72,7 @@ def batch_flops(config: PretrainedConfig, batch: Sequences) -> Flops | None:
 
 
 def peak_tflops(device: torch.device, setting: float | None) -> float | None:
-    """Of one device: log.peak_tflops, or what is known of the GPU; None for others, a CPU too."""
+    """TFLOP/s of one device: log.peak_tflops, or the known GPU's; None for other devices."""
     if setting is not None or device.type != "cuda":
         return setting
     gpu = known_gpu(torch.cuda.get_device_name(device))
@@ -80,13 +80,13 @@ def peak_tflops(device: torch.device, setting: float | None) -> float | None:
 
 
 def utilisation(work: Work, clock: Stopwatch, world: World, peak: float | None) -> dict[str, float]:
-    """Metrics of a step, means over the devices; a collective. peak: TFLOP/s of one device, None: no MFU.
+    """Metrics of a step, means over the devices; a collective. peak: TFLOP/s of one device; None: no MFU.
 
-    perf/tokens_per_second_per_gpu: of the whole step. perf/padding: slots computed for nothing, per token.
-    perf/update_tflops, perf/mfu: model FLOPs of forward and backward passes by the time of the phase forward_backward.
-    perf/hardware_tflops: the same, with what gradient checkpointing recomputes.
-    perf/step_tflops, perf/step_mfu: these FLOPs and the scoring passes', by the time of the whole step; sampling is in
-        the time alone.
+    perf/tokens_per_second_per_gpu: over the whole step. perf/padding: padded slots per token.
+    perf/update_tflops, perf/mfu: model FLOPs of forward and backward passes over the time of the phase forward_backward.
+    perf/hardware_tflops: the same, including recomputation by gradient checkpointing.
+    perf/step_tflops, perf/step_mfu: these FLOPs and those of scoring passes, over the time of the whole step, which
+        includes sampling.
     """
     known = work.forward is not None
     scored = sum(phase in clock.seconds for phase in SCORING_PHASES) * work.forward.forward if known else 0.0

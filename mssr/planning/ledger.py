@@ -1,4 +1,4 @@
-"""How much memory a computation takes, found by doing it without memory: on the meta device."""
+"""Counts the memory of a computation by running it on the meta device, which allocates nothing."""
 
 import weakref
 from functools import partial
@@ -12,10 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class MemoryLedger(TorchDispatchMode):
-    """Bytes of the tensors that operations in here made and that are still alive, and the most there ever were.
+    """Bytes of live tensors that operations in this mode made, and their peak.
 
-    Counts storages, not tensors: views and in-place results are free. Also sees the backward pass. What existed before,
-    such as parameters, is not counted.
+    Counts storages, not tensors: views and in-place results are free. Includes the backward pass. Tensors that existed
+    before, such as parameters, do not count.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class MemoryLedger(TorchDispatchMode):
 
 
 class FusedAttention(TorchFunctionMode):
-    """In here `scaled_dot_product_attention` takes the memory of the fused kernels on any device: no scores are kept."""
+    """Gives `scaled_dot_product_attention` the memory of the fused kernels on any device: no scores are kept."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
@@ -56,11 +56,11 @@ class FusedAttention(TorchFunctionMode):
 
 
 class _Fused(torch.autograd.Function):
-    """query [S, H, L, d], key and value [S, H_kv, L, d] -> [S, H, L, d]; keeps its inputs, its result and a number a row."""
+    """query [S, H, L, d], key and value [S, H_kv, L, d] -> [S, H, L, d]; keeps inputs, result and one number per row."""
 
     @staticmethod
     def forward(ctx, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # As the kernels do: the result's heads are neighbours in memory, so that going on with [S, L, H * d] copies nothing.
+        # As in the kernels, the result's heads are adjacent in memory: a view as [S, L, H * d] copies nothing.
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, rows)

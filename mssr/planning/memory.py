@@ -1,6 +1,6 @@
-"""Memory of one rank by phase and part: on its device, and in host memory.
+"""Memory of one rank by phase and part, on its device and in host memory.
 
-Parts are what is there at the phase's worst moment, so they add up to its peak.
+The parts are those at the phase's peak, so they add up to it.
 """
 
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ import torch
 from transformers import PretrainedConfig
 
 from mssr.config import Config
-from mssr.config.resolve import dtype_name
+from mssr.config.resolve import dtype_name, planned_engine
 from mssr.planning.trace import MicroBatchShape, Trace, planned_policy, trace
 from mssr.planning.zero import FP32, Parameters, TrainerState, Zero, offloaded, trainer_state
 from mssr.policy.deepspeed_settings import deepspeed_settings
 from mssr.policy.weights import BUCKET_BYTES
 from mssr.stopwatch import GIB
 
-CONTEXT_BYTES = int(1.5 * GIB)  # an assumption: CUDA context, cuBLAS workspaces, NCCL's buffers
+CONTEXT_BYTES = int(1.5 * GIB)  # assumed: CUDA context, cuBLAS workspaces, NCCL's buffers
 
 
 @dataclass(frozen=True)
 class Machine:
-    """device: "cuda" or "cpu". gpus: ranks, one a GPU. memory: bytes of one device; None: not looked at."""
+    """device: "cuda" or "cpu". gpus: ranks, one per GPU. memory: bytes of one device; None: not considered."""
 
     device: str
     gpus: int
@@ -49,14 +49,14 @@ class Memory:
 
 
 class MemoryPlanner:
-    """Predicts memory; remembers the traces, which are what takes time."""
+    """Predicts memory; caches the traces, which take most of the time."""
 
     def __init__(self, model: PretrainedConfig, machine: Machine) -> None:
         self._model, self._machine = model, machine
         self._traces: dict[tuple, tuple[Parameters, Trace]] = {}
 
     def predict(self, config: Config, shape: MicroBatchShape, *, micro_batches: int = 2) -> Memory:
-        """shape: the micro-batch. micro_batches: of an update; from 2 on gradients are there when one begins."""
+        """shape: of a micro-batch. micro_batches: per update; from 2 on, gradients of earlier ones are kept."""
         dtype = plan_dtype(config, self._machine)
         zero = Zero.of(deepspeed_settings(config.train.optimizer, config.train, dtype))
         parameters, micro_batch = self._traced(config, dtype, shape, zero.stage == 0, micro_batches)
@@ -67,14 +67,13 @@ class MemoryPlanner:
         resident = {"weights": state.weights, "fp32 masters": state.masters, "AdamW moments": state.moments}
         if self._machine.device == "cuda":
             resident |= {"CUDA context, libraries": CONTEXT_BYTES}
-        reference, reference_host = self._reference(config, parameters)
-        resident |= {"reference": reference.resident}
+        resident["reference"], reference_in_pass, reference_host = self._reference(config, parameters)
         phases = {
             "scoring": resident
             | {
                 "one pass": micro_batch.scoring,
                 "gathered weights": state.gathered,
-                "reference in its pass": reference.in_pass,
+                "reference in its pass": reference_in_pass,
             },
             "forward_backward": resident | _forward_backward(state, micro_batch),
             "optimizer": resident | {"gradients": state.stepping},
@@ -84,7 +83,7 @@ class MemoryPlanner:
         host = {
             "offloaded by DeepSpeed": offloaded_bytes,
             "optimizer while generating": (state.masters + state.moments) * config.rollout.offload_optimizer,
-            "copy that is being saved": _saved_copy(config, parameters, self._machine.gpus),
+            "copy for saving": _saved_copy(config, parameters, self._machine.gpus),
             "reference": reference_host,
             "prompts": int(config.data.cache_gib * GIB) * (1 + (config.data.val is not None)),
         }
@@ -94,7 +93,7 @@ class MemoryPlanner:
         self, config: Config, dtype: torch.dtype, shape: MicroBatchShape, accumulated: bool, micro_batches: int
     ) -> tuple[Parameters, Trace]:
         options = config.model
-        # flash-attn's presence on the machine that is planned for cannot be known here.
+        # Whether flash-attn is installed on the machine that is planned for is not known here.
         padded = options.attention != "flash"
         key = (options.model_dump_json(), dtype, shape, accumulated, micro_batches)
         if key not in self._traces:
@@ -112,18 +111,17 @@ class MemoryPlanner:
             self._traces[key] = parameters, seen
         return self._traces[key]
 
-    def _reference(self, config: Config, parameters: Parameters) -> tuple["_Reference", int]:
-        """(on the device, in host memory)"""
-        if not config.loads_reference:
-            return _Reference(0, 0), 0
-        size = parameters.total * parameters.itemsize
+    def _reference(self, config: Config, parameters: Parameters) -> tuple[int, int, int]:
+        """(bytes on the device all the time, more during its pass, bytes in host memory)"""
+        size = parameters.total * parameters.itemsize if config.loads_reference else 0
+        ranks = self._machine.gpus
         if config.model.reference == "copy":
-            return _Reference(size, 0), 0
+            return size, 0, 0
         if config.model.reference == "cpu":
-            return _Reference(0, size if self._machine.device == "cuda" else 0), size
+            return 0, size * (self._machine.device == "cuda"), size
         zero = Zero(3)
         live = min(size, (zero.max_live + zero.prefetch_bucket) * parameters.itemsize)
-        return _Reference(-(-size // self._machine.gpus), live if self._machine.gpus > 1 else 0), 0
+        return -(-size // ranks), live * (ranks > 1), 0
 
     def _generate(self, config: Config, resident: dict[str, int], parameters: Parameters, zero: Zero) -> dict[str, int]:
         parts = dict(resident)
@@ -135,30 +133,24 @@ class MemoryPlanner:
         size = parameters.total * parameters.itemsize
         if zero.stage == 3:
             parts["weights gathered for the sync"] = min(size, int(rollout.sync_gib * GIB))
-        if self._machine.device == "cuda" and rollout.engine != "hf":
+        if self._machine.device == "cuda" and planned_engine(rollout.engine, "cuda") == "vllm":
             weights = vllm_weight_bytes(config, parameters)
             room = int(rollout.gpu_memory * (self._machine.memory or 0))
             return parts | {"vLLM weights": weights, "vLLM KV cache, activations": max(0, room - weights)}
-        if zero.stage == 3:  # a whole copy that generates
-            parts |= {"weights gathered for the sync": min(size, BUCKET_BYTES), "whole copy that generates": size}
+        if zero.stage == 3:  # a full copy generates
+            parts |= {"weights gathered for the sync": min(size, BUCKET_BYTES), "full copy that generates": size}
         return parts
 
 
-@dataclass(frozen=True)
-class _Reference:
-    resident: int
-    in_pass: int
-
-
 def _forward_backward(state: TrainerState, micro_batch: Trace) -> dict[str, int]:
-    """The larger of two moments: activations at their most, or the end, where gradients are reduced and nothing else is."""
+    """Parts at the larger of two moments: the peak of activations, or the end, where only gradients are left to reduce."""
     begin = micro_batch.peak + state.gradients + state.reducing + state.gathered
     end = state.gradients + state.last_reduction
     if end > begin:
         return {"gradients": state.gradients, "gradients being reduced": state.last_reduction}
     return {
         "activations": micro_batch.kept,
-        "one layer, gradients in the making": micro_batch.peak - micro_batch.kept,
+        "one layer, its gradients": micro_batch.peak - micro_batch.kept,
         "gradients": state.gradients,
         "gradients being reduced": state.reducing,
         "gathered weights": state.gathered,
@@ -166,7 +158,7 @@ def _forward_backward(state: TrainerState, micro_batch: Trace) -> dict[str, int]
 
 
 def vllm_weight_bytes(config: Config, parameters: Parameters) -> int:
-    """On one GPU, in vLLM's own copy."""
+    """Bytes of vLLM's own copy on one GPU."""
     itemsize = 1 if config.rollout.quantization == "fp8" else min(parameters.itemsize, 2)
     return parameters.total * itemsize // config.rollout.tensor_parallel
 
@@ -176,5 +168,5 @@ def plan_dtype(config: Config, machine: Machine) -> torch.dtype:
 
 
 def _saved_copy(config: Config, parameters: Parameters, ranks: int) -> int:
-    """Masters and moments of this rank."""
+    """Bytes of this rank's masters and moments, copied for train.async_save."""
     return 3 * FP32 * -(-parameters.trained // ranks) if config.train.async_save else 0

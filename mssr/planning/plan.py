@@ -1,15 +1,15 @@
-"""`mssr plan`: puts the prediction of a run together."""
+"""`mssr plan`: the prediction of a run's memory and step time."""
 
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
-
 from mssr.config import Config
+from mssr.config.resolve import planned_engine
 from mssr.errors import UserError
 from mssr.observe.gpu import GPUS, Gpu
 from mssr.planning.advice import Advice, advise
 from mssr.planning.memory import Machine, Memory, MemoryPlanner
 from mssr.planning.step_time import StepTime, step_time
+from mssr.planning.trace import MicroBatchShape
 from mssr.planning.workload import Workload
 from mssr.policy.architectures import model_config
 from mssr.stopwatch import GIB
@@ -17,12 +17,11 @@ from mssr.stopwatch import GIB
 
 @dataclass(frozen=True)
 class RunPlan:
-    """longest: what the memory is predicted for. mean: what the time is. advice: None where it fits, or nothing helps."""
+    """mean: the lengths that the step time is for. advice: None if the run fits, or if nothing helps."""
 
     model: str
     gpu: Gpu
     machine: Machine
-    longest: Workload
     mean: Workload
     memory: Memory
     time: StepTime | None
@@ -39,37 +38,34 @@ class RunPlan:
 
 
 def plan_run(config: Config, gpu: str, gpus: int, context: str | None = None) -> RunPlan:
-    """Nothing is loaded: the architecture comes from config.json, and its layers run without memory.
+    """Predict a run without loading it: the architecture comes from config.json, and its layers run on the meta device.
 
-    gpu: a key of GPUS. gpus: ranks, one each. context: mean lengths, see `Workload.parse`; None: half of the limits.
+    gpu: a key of GPUS. gpus: ranks, one per GPU. context: mean lengths, see `Workload.parse`; None: half of the limits.
 
     Raises:
-        UserError: no such GPU, lengths that are none, or a model whose config.json cannot be read.
+        UserError: unknown GPU, invalid lengths, or a model whose config.json cannot be read.
     """
     device = _gpu(gpu)
     model = model_config(config.model.path)
     machine = Machine("cuda", gpus, int(device.memory_gib * GIB))
     longest = Workload.longest(config, model)
-    mean = Workload.parse(context, config, model) if context else _half(longest)
-    shape = longest.micro_batch(config.train.micro_batch_tokens, model)
+    mean = Workload.parse(context, config, model) if context else longest.half()
     planner = MemoryPlanner(model, machine)
 
-    def predict(changed: Config) -> Memory:
-        own = longest.micro_batch(changed.train.micro_batch_tokens, model)
-        return planner.predict(changed, own)
+    def predict(config: Config) -> Memory:
+        return planner.predict(config, longest.micro_batch(config.train.micro_batch_tokens, model))
 
-    memory = planner.predict(config, shape)
+    memory = predict(config)
     advice = None if memory.peak <= machine.memory else advise(config, predict, machine.memory, gpus)
     return RunPlan(
         model=config.model.path,
         gpu=device,
         machine=machine,
-        longest=longest,
         mean=mean,
         memory=memory,
         time=step_time(config, model, mean, memory, machine, device),
         advice=advice,
-        assumptions=_assumptions(config, model, longest, len(shape.lengths), shape.tokens),
+        assumptions=_assumptions(config, longest, longest.micro_batch(config.train.micro_batch_tokens, model)),
     )
 
 
@@ -77,25 +73,19 @@ def _gpu(key: str) -> Gpu:
     for gpu in GPUS:
         if gpu.key == key.lower():
             return gpu
-    raise UserError(f"--gpu {key}: not known; these are: {', '.join(gpu.key for gpu in GPUS)}")
+    raise UserError(f"--gpu {key}: unknown; choose from {', '.join(gpu.key for gpu in GPUS)}")
 
 
-def _half(longest: Workload) -> Workload:
-    return Workload(max(1, longest.prompt // 2), max(1, longest.response // 2), longest.image // 2)
-
-
-def _assumptions(
-    config: Config, model: PretrainedConfig, longest: Workload, sequences: int, tokens: int
-) -> tuple[str, ...]:
+def _assumptions(config: Config, longest: Workload, shape: MicroBatchShape) -> tuple[str, ...]:
     notes = [
-        f"memory: micro-batches of {sequences} sequences, {tokens} tokens, at the limits: prompts of {longest.prompt} "
-        f"({longest.image} of an image), responses of {longest.response}",
-        "1.5 GiB a GPU for the CUDA context and libraries; nothing for what PyTorch's allocator loses between tensors",
+        f"memory: micro-batches of {len(shape.lengths)} sequences, {shape.tokens} tokens, at the limits: prompts of "
+        f"{longest.prompt} tokens ({longest.image} of an image), responses of {longest.response}",
+        "1.5 GiB per GPU for the CUDA context and libraries; fragmentation of PyTorch's allocator is not included",
     ]
     if config.model.attention != "flash":
-        notes.append("attention by SDPA; flash-attn (model.attention=flash) takes less where lengths differ")
+        notes.append("attention by SDPA; flash-attn (model.attention=flash) needs less memory if lengths differ")
     if config.model.liger != "off":
-        notes.append("transformers' own layers; liger-kernel's keep less")
-    if config.rollout.engine in ("auto", "vllm"):
-        notes.append("vLLM takes rollout.gpu_memory of the GPU while it generates, and nothing while it sleeps")
+        notes.append("transformers' own layers; liger-kernel's keep fewer activations")
+    if planned_engine(config.rollout.engine, "cuda") == "vllm":
+        notes.append("vLLM uses rollout.gpu_memory of the GPU while it generates, and none while it sleeps")
     return tuple(notes)

@@ -1,7 +1,4 @@
-"""A plan as tables for people and as JSON for programs; both say the same."""
-
-import json
-from typing import Any
+"""Prints a plan: memory by phase, the changes that make the run fit, step time, assumptions."""
 
 from rich.console import Console
 from rich.padding import Padding
@@ -9,44 +6,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mssr.planning.plan import RunPlan
+from mssr.planning.step_time import NOTES
 from mssr.stopwatch import GIB
 
 PHASES = ("generate", "scoring", "forward_backward", "optimizer")
-
-
-def as_json(plan: RunPlan) -> str:
-    """One object; memory in GiB, time in seconds."""
-    return json.dumps(_as_dict(plan), indent=2)
-
-
-def _as_dict(plan: RunPlan) -> dict[str, Any]:
-    memory, parameters = plan.memory, plan.memory.parameters
-    return {
-        "model": plan.model,
-        "parameters": parameters.total,
-        "trained_parameters": parameters.trained,
-        "gpu": plan.gpu.key,
-        "gpus": plan.machine.gpus,
-        "device_gib": _gib(plan.machine.memory),
-        "memory_gib": {
-            phase: {part: _gib(size) for part, size in parts.items()} | {"total": _gib(memory.total(phase))}
-            for phase, parts in memory.phases.items()
-        },
-        "peak_gib": _gib(memory.peak),
-        "peak_phase": memory.worst,
-        "host_gib_per_rank": {part: _gib(size) for part, size in memory.host.items()},
-        "fits": plan.fits,
-        "advice": None
-        if plan.advice is None
-        else {"changes": plan.advice.changes, "peak_gib": _gib(plan.advice.peak), "fits": plan.advice.fits},
-        "step_seconds_estimate": None
-        if plan.time is None
-        else {phase: round(seconds, 2) for phase, seconds in plan.time.seconds.items()}
-        | {"total": round(plan.time.total, 2)},
-        "concurrent_responses": None if plan.time is None else plan.time.concurrent,
-        "mean_tokens": {"prompt": plan.mean.prompt, "response": plan.mean.response, "image": plan.mean.image},
-        "assumptions": [*plan.assumptions, *(plan.time.notes if plan.time else ())],
-    }
 
 
 def print_plan(plan: RunPlan, console: Console | None = None) -> None:
@@ -56,17 +19,17 @@ def print_plan(plan: RunPlan, console: Console | None = None) -> None:
         f"{plan.model}: {parameters.total / 1e9:.2f} billion parameters, {parameters.trained / 1e9:.2f} trained, "
         f"on {plan.machine.gpus} x {plan.gpu.key} ({_gib(plan.machine.memory)} GiB)"
     )
-    console.print(Text("\nGPU memory of a rank at each phase's peak, GiB (predicted)", "bold"))
+    console.print(Text("\nPredicted GPU memory per rank at each phase's peak, GiB", "bold"))
     console.print(_memory_table(plan))
     _print_verdict(plan, console)
     if plan.memory.host:
         parts = ", ".join(f"{part} {_gib(size)}" for part, size in plan.memory.host.items())
         total = sum(plan.memory.host.values())
-        console.print(f"\nHost memory: {_gib(total)} GiB a rank, {_gib(total * plan.machine.gpus)} for all ({parts})")
+        console.print(f"\nHost memory: {_gib(total)} GiB per rank, {_gib(total * plan.machine.gpus)} for all ({parts})")
     if plan.time is not None:
         _print_time(plan, console)
-    console.print(Text("\nAssumed", "bold"))
-    for note in (*plan.assumptions, *(plan.time.notes if plan.time else ())):
+    console.print(Text("\nAssumptions", "bold"))
+    for note in (*plan.assumptions, *(NOTES if plan.time else ())):
         console.print(Padding(Text(note, "dim"), (0, 0, 0, 2)))
 
 
@@ -94,9 +57,9 @@ def _print_verdict(plan: RunPlan, console: Console) -> None:
         return
     console.print(Text(f"✗ does not fit: {peak} of {room} GiB, in {plan.memory.worst}", "bold red"))
     if plan.advice is None:
-        console.print("  nothing that was tried takes less; use more GPUs, or larger ones")
+        console.print("  no setting that was tried needs less; use more GPUs, or larger ones")
         return
-    end = "with" if plan.advice.fits else "not enough, but the least that was found, with"
+    end = "with" if plan.advice.fits else "is the least that was found, not enough, with"
     console.print(f"  {_gib(plan.advice.peak)} GiB {end}")
     for change in plan.advice.changes:
         console.print(Text(f"    {change}", "bold"), soft_wrap=True)
@@ -105,9 +68,9 @@ def _print_verdict(plan: RunPlan, console: Console) -> None:
 def _print_time(plan: RunPlan, console: Console) -> None:
     mean = plan.mean
     console.print(
-        Text("\nSeconds of a step, an estimate from data sheets: nothing was measured", "bold"),
+        Text("\nSeconds per step, estimated from data sheets: nothing was measured", "bold"),
         f"  (prompts of {mean.prompt} tokens, responses of {mean.response}, "
-        f"{plan.time.concurrent} decoded at once on a rank)",
+        f"{plan.time.concurrent} decoded at once per rank)",
     )
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for phase in (*plan.time.seconds, "total"):

@@ -1,4 +1,4 @@
-"""What one micro-batch takes beside the weights: the real layers, on the meta device."""
+"""Memory of one micro-batch besides the weights, from the real layers on the meta device."""
 
 from dataclasses import dataclass
 
@@ -38,11 +38,11 @@ class MicroBatchShape:
 
 @dataclass(frozen=True)
 class Trace:
-    """Bytes beside the weights.
+    """Bytes besides the weights.
 
-    kept: what the forward pass keeps for the backward pass, the head's gradients included.
-    peak: the most of both passes; with `accumulated` the gradients from before and those that are made.
-    scoring: the most of a forward pass that keeps nothing.
+    kept: activations that the forward pass keeps for the backward pass, and the head's gradients.
+    peak: of both passes; with `accumulated` it includes the gradients.
+    scoring: peak of a forward pass that keeps nothing.
     """
 
     kept: int
@@ -51,22 +51,22 @@ class Trace:
 
 
 def planned_policy(config: PretrainedConfig, dtype: torch.dtype, options: ModelConfig, *, padded: bool) -> Policy:
-    """The policy as `load_policy` makes it, without memory. padded: attention views sequences as one padded batch (SDPA)."""
+    """Return the policy as `load_policy` makes it, on the meta device. padded: attention pads sequences to a batch (SDPA)."""
     family = family_of(config)
     with torch.device("meta"):
         policy = Policy(family.auto_class.from_config(config, dtype=dtype, attn_implementation=_PADDED))
-    # Which kernels compute attention and layers depends on the machine; here they are stood in for.
+    # The kernels of attention and layers depend on the machine; stand-ins replace them here.
     apply_options(policy, options.model_copy(update={"attention": "sdpa", "liger": "off"}), CPU)
     policy.model.set_attn_implementation(_PADDED if padded else _PACKED)
     return policy.train()
 
 
 def trace(policy: Policy, shape: MicroBatchShape, *, device: str, accumulated: bool, micro_batches: int = 2) -> Trace:
-    """A micro-batch through a `planned_policy`, forward and backward.
+    """Run a micro-batch through a `planned_policy`, forward and backward.
 
     device: "cuda" or "cpu", for the head's kernels.
-    accumulated: each parameter keeps its gradient, and later micro-batches (the most that are looked at is 2) add to it;
-        False: ZeRO takes each as soon as it is made, into memory that is counted elsewhere.
+    accumulated: each parameter keeps its gradient, to which later micro-batches add (at most 2 are run);
+        False: ZeRO takes each gradient as soon as it is made; its memory is counted elsewhere.
     """
     workspace = _head_workspace(policy.model.lm_head.weight, shape, device)
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
@@ -93,7 +93,7 @@ def _drop_gradient(parameter: nn.Parameter) -> None:
 
 
 def _hidden(policy: Policy, shape: MicroBatchShape) -> Tensor:
-    """[N, D]: what the policy gives its head."""
+    """Hidden states of the policy's head, [N, D]."""
     ids = torch.zeros(1, shape.tokens, dtype=torch.int64, device="meta")
     embeddings = policy.model.get_input_embeddings()(ids)
     if policy.family.has_vision and shape.grids:
@@ -113,8 +113,8 @@ def _with_images(policy: Policy, embeddings: Tensor, shape: MicroBatchShape) -> 
     vision = policy.model.config.vision_config
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     pixels = torch.zeros(shape.patches, width, device="meta").to(embeddings.dtype)
-    # What the tower reads the grids for: positions (only their shape matters here), and who attends to whom. Two windows
-    # take the memory of a hundred, and a fiftieth of the time here.
+    # The tower reads the grids for positions (only their shape matters here) and for the attention windows. Two windows
+    # take the same memory as a hundred, in a fiftieth of the time.
     grids = torch.tensor(shape.grids)
     half = shape.patches // 2
     windows = torch.tensor([0, half, shape.patches] if half else [0, shape.patches], dtype=torch.int32)
@@ -131,7 +131,7 @@ def _with_images(policy: Policy, embeddings: Tensor, shape: MicroBatchShape) -> 
 
 
 def _head_workspace(weight: Tensor, shape: MicroBatchShape, device: str) -> int:
-    """Bytes: the bound, or where that is less, the logits of all rows at once and as much scratch as they may use."""
+    """Bytes of the head's workspace: its limit, or if that is less, the logits of all rows and their scratch."""
     vocabulary, width = weight.shape
     rows = shape.response_tokens
     plan = explain(rows, width, vocabulary, dtype=weight.dtype, device=device, weight_grad=weight.requires_grad)
@@ -140,7 +140,7 @@ def _head_workspace(weight: Tensor, shape: MicroBatchShape, device: str) -> int:
 
 
 class _Head(torch.autograd.Function):
-    """The fused loss's memory: its gradients are made in the forward pass, in float32, and rounded in the backward pass."""
+    """Memory of the fused loss: the forward pass makes its gradients in float32, the backward pass rounds them."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, workspace: int) -> Tensor:
@@ -159,7 +159,7 @@ class _Head(torch.autograd.Function):
 
 
 def _padded(*args, **kwargs):
-    with FusedAttention():  # in here, not around the model: a recomputed layer runs inside the backward pass
+    with FusedAttention():  # here, not around the model: a recomputed layer runs inside the backward pass
         return packed_sdpa(*args, **kwargs)
 
 

@@ -1,4 +1,4 @@
-"""What a run computes: the lengths that a plan goes by, and the micro-batches they make."""
+"""The lengths of prompts and responses that a plan assumes, and the micro-batches they make."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from mssr.planning.trace import MicroBatchShape
 
 @dataclass(frozen=True)
 class Workload:
-    """Mean tokens of a prompt, of its response, and of the image that is part of the prompt (0: none)."""
+    """Mean tokens of a prompt, of its response, and of the image in the prompt (0: no image)."""
 
     prompt: int
     response: int
@@ -24,10 +24,10 @@ class Workload:
 
     @classmethod
     def parse(cls, text: str, config: Config, model: PretrainedConfig) -> "Workload":
-        """text: "prompt,response" or "prompt,response,image tokens".
+        """Read "prompt,response" or "prompt,response,image tokens".
 
         Raises:
-            UserError: something else.
+            UserError: any other text.
         """
         try:
             numbers = [int(number) for number in text.split(",")]
@@ -36,19 +36,22 @@ class Workload:
             numbers, image = [], [0, 0]
         if len(image) > 1 or not numbers or min(prompt, response) < 1 or min(numbers) < 0 or sum(image) > prompt:
             raise UserError(
-                f"--context {text}: expected mean lengths as PROMPT,RESPONSE or PROMPT,RESPONSE,IMAGE in tokens, "
-                "the image's among the prompt's: 600,1200,400"
+                f"--context {text}: expected mean lengths in tokens, PROMPT,RESPONSE or PROMPT,RESPONSE,IMAGE; "
+                "the prompt includes the image: 600,1200,400"
             )
         return cls(prompt, response, image[0] if image else _image_tokens(prompt, config, model))
 
     @classmethod
     def longest(cls, config: Config, model: PretrainedConfig) -> "Workload":
-        """Prompts and responses at their limits: what memory has to be there for."""
+        """Prompts and responses at their limits, which the memory must be enough for."""
         prompt = config.data.max_prompt_tokens
         return cls(prompt, config.rollout.max_response_tokens, _image_tokens(prompt, config, model))
 
+    def half(self) -> "Workload":
+        return Workload(max(1, self.prompt // 2), max(1, self.response // 2), self.image // 2)
+
     def grid(self, model: PretrainedConfig) -> tuple[int, int, int] | None:
-        """(1, height, width) in patches of a nearly square image of about as many tokens."""
+        """(1, height, width) in patches of a nearly square image of about `image` tokens."""
         if not self.image:
             return None
         side = model.vision_config.spatial_merge_size
@@ -56,17 +59,17 @@ class Workload:
         return 1, height * side, max(1, round(self.image / height)) * side
 
     def micro_batch(self, budget: int, model: PretrainedConfig) -> MicroBatchShape:
-        """A full micro-batch, one sequence more or less; a sequence longer than the budget is alone."""
+        """Return a micro-batch that fills the budget; a sequence longer than the budget is alone in it."""
         count = max(1, budget // self.tokens)
         lengths = [self.tokens] * count
-        left = max(0, budget - count * self.tokens)  # a shorter sequence, its parts in the same proportion
+        left = max(0, budget - count * self.tokens)  # a shorter sequence with the same share of response tokens
         responses = count * self.response + left * self.response // self.tokens
         grid = self.grid(model)
         return MicroBatchShape(tuple(lengths + [left] * (left > 0)), max(1, responses), (grid,) * count if grid else ())
 
 
 def _image_tokens(prompt: int, config: Config, model: PretrainedConfig) -> int:
-    """Of one image: as large as data.max_pixels lets it be, in nine tenths of the prompt."""
+    """Tokens of an image of data.max_pixels, at most nine tenths of the prompt."""
     vision = getattr(model, "vision_config", None)
     if vision is None:
         return 0

@@ -1,6 +1,6 @@
-"""What DeepSpeed's ZeRO keeps on each rank, from its settings."""
+"""Memory that DeepSpeed's ZeRO keeps on each rank, from its settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 FP32 = 4
@@ -8,7 +8,7 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Zero:
-    """DeepSpeed's settings that decide about memory; sizes are in elements, with DeepSpeed's own defaults.
+    """DeepSpeed's settings that affect memory; sizes are in elements, with DeepSpeed's own defaults.
 
     double_buckets: overlap_comm reduces one bucket while the next fills.
     """
@@ -24,7 +24,7 @@ class Zero:
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "Zero":
-        """settings: DeepSpeed's, whole."""
+        """Read DeepSpeed's settings."""
         zero = settings["zero_optimization"]
         names = {
             "reduce_bucket": "reduce_bucket_size",
@@ -44,7 +44,7 @@ class Zero:
 
 @dataclass(frozen=True)
 class Parameters:
-    """total, trained: elements of the model, over all ranks. largest: of its largest tensor. itemsize: bytes of one."""
+    """total, trained: elements of the whole model. largest: elements of its largest tensor. itemsize: bytes per element."""
 
     total: int
     trained: int
@@ -60,10 +60,10 @@ class Parameters:
 class TrainerState:
     """Bytes on one rank.
 
-    weights, masters, moments: there all the time.
-    gradients: kept from one micro-batch to the next. reducing: buffers that gradients pass through in a backward pass,
-        while activations are there. last_reduction: the same at its end, where no activation is left.
-    gathered: weights of layers that are whole while they compute. stepping: gradients as the optimizer's step has them.
+    weights, masters, moments: resident all the time.
+    gradients: kept from one micro-batch to the next. reducing: buffers for gradients in a backward pass, beside
+        activations. last_reduction: the same at its end, when no activations are left.
+    gathered: full weights of layers while they compute. stepping: gradients during the optimizer's step.
     """
 
     weights: int
@@ -77,19 +77,22 @@ class TrainerState:
 
 
 def trainer_state(parameters: Parameters, zero: Zero, ranks: int, *, eager: bool, micro_batches: int) -> TrainerState:
-    """eager: the device reserves a buffer's memory whole when it is made (CUDA), not as it is written to (the CPU)."""
+    """Bytes of the trainer's state on one rank.
+
+    eager: the device reserves a buffer's memory at once (CUDA), not as it is written to (CPU).
+    """
     size, trained = parameters.itemsize, parameters.trained
     own = -(-trained // ranks)
     state = {
         "weights": parameters.total * size,
-        "masters": FP32 * own if zero.stage else 0,  # of float32 weights too
+        "masters": FP32 * own if zero.stage else 0,  # also for float32 weights
         "moments": 2 * FP32 * (own if zero.stage else trained),
         "gathered": 0,
     }
     bucket = zero.reduce_bucket if eager else min(zero.reduce_bucket, trained)
     bucket *= size * (2 if zero.double_buckets else 1)
     if zero.stage == 0:
-        # The micro-batch's trace has these gradients. At its end they are summed over ranks in flat copies.
+        # The micro-batch's trace includes these gradients. At its end, flat copies are summed over ranks.
         flat = min(trained, zero.reduce_bucket + parameters.largest) * FP32
         return TrainerState(
             **state, gradients=0, reducing=0, last_reduction=trained * FP32 + flat, stepping=trained * FP32
@@ -99,7 +102,7 @@ def trainer_state(parameters: Parameters, zero: Zero, ranks: int, *, eager: bool
             state["weights"] = -(-parameters.total // ranks) * size
         live = min(parameters.total, zero.max_live) if ranks > 1 or zero.offload_param else 0
         state["gathered"] = min(parameters.total, live + zero.prefetch_bucket) * size if live else 0
-        # A bucket is cut for the ranks in a copy of it.
+        # A copy of a bucket is split among the ranks.
         return TrainerState(
             **state,
             gradients=own * size,
@@ -108,7 +111,7 @@ def trainer_state(parameters: Parameters, zero: Zero, ranks: int, *, eager: bool
             stepping=own * size + min(own, zero.sub_group) * FP32 * parameters.mixed,
         )
     shared = own if zero.stage == 2 else trained
-    # The sum over micro-batches, and beside it this micro-batch's part once the first bucket is full.
+    # The sum over micro-batches; once the first bucket is full, also this micro-batch's share.
     kept = shared * size if micro_batches > 1 else 0
     passes_early = trained > zero.reduce_bucket
     return TrainerState(
@@ -116,17 +119,17 @@ def trainer_state(parameters: Parameters, zero: Zero, ranks: int, *, eager: bool
         gradients=kept,
         reducing=(bucket if eager or passes_early else 0) + (shared * size if passes_early else 0),
         last_reduction=bucket + shared * size,
-        # Flat, beside the list that it is made of, and in float32.
+        # A flat copy, the list that it is made from, and a float32 copy.
         stepping=shared * size + own * size + own * FP32 * parameters.mixed,
     )
 
 
 def offloaded(state: TrainerState, parameters: Parameters, zero: Zero, ranks: int) -> tuple[TrainerState, int]:
-    """(what stays on the device, bytes in this rank's host memory) with DeepSpeed's own offloading."""
+    """(state that stays on the device, bytes in this rank's host memory) with DeepSpeed's own offloading."""
     own, host = -(-parameters.trained // ranks), 0
-    values = dict(state.__dict__)
+    values = {}
     if zero.offload_optimizer:
-        # The float32 gradients, of which the host's AdamW makes its step, too; up to ZeRO-2 also the rounded weights.
+        # The host's AdamW also keeps float32 gradients, and up to ZeRO-2 the rounded weights.
         rounded = own * parameters.itemsize if zero.stage < 3 else 0
         host += state.masters + state.moments + own * FP32 + rounded
         values |= {"masters": 0, "moments": 0, "stepping": 0}
@@ -136,4 +139,4 @@ def offloaded(state: TrainerState, parameters: Parameters, zero: Zero, ranks: in
     if zero.offload_param:
         host += state.weights
         values["weights"] = 0
-    return TrainerState(**values), host
+    return replace(state, **values), host

@@ -91,7 +91,7 @@ def test_only_an_earlier_demo_is_replaced(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="exists and is not a demo's; name another folder"):
+    with pytest.raises(UserError, match="exists and is not from a demo; choose another folder"):
         replace_earlier_demo(mine)
     assert (mine / "thesis.txt").exists()
     (mine / MARKER).write_text("")

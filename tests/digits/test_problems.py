@@ -124,7 +124,7 @@ def test_the_command_writes_as_many_as_it_is_told(tmp_path, monkeypatch, capsys)
 
 
 def test_more_problems_than_scans_give(tmp_path):
-    with pytest.raises(UserError, match=r"^digits: val=1000000 is more than the \d+ problems its scans give$"):
+    with pytest.raises(UserError, match=r"^digits: val=1000000 is more than the \d+ problems that its scans allow$"):
         write_digits(tmp_path, train=1, val=1_000_000)
 
 
@@ -198,5 +198,5 @@ def test_chains_go_on_to_the_sixth_digit_and_share_no_scan(tmp_path):
 
 @pytest.mark.parametrize("digits", [1, 7])
 def test_too_few_or_too_many_digits(tmp_path, digits):
-    with pytest.raises(UserError, match=rf"^digits: digits={digits}: a picture shows 2 to 6 of them$"):
+    with pytest.raises(UserError, match=rf"^digits: digits={digits}: an image shows 2 to 6 digits$"):
         write_digits(tmp_path, digits=digits)

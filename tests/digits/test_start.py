@@ -66,16 +66,16 @@ def test_a_finished_start_is_taken_as_it_is(started, config_file):
 @pytest.mark.parametrize(
     ("seed", "override", "settings", "said"),
     [
-        (6, "seed=6", SMALL, "seed 5, asked for is 6"),
-        (5, "sft.optimizer.lr=0.5", SMALL, "sft.optimizer.*asked for is.*0.5"),
-        (5, "eval.max_problems=4", SMALL, "eval.max_problems None, asked for is 4"),
-        (5, "seed=5", SMALL.model_copy(update={"digits": 4}), "start.digits 3, asked for is 4"),
+        (6, "seed=6", SMALL, "seed 5, this run has 6"),
+        (5, "sft.optimizer.lr=0.5", SMALL, "sft.optimizer.*this run has.*0.5"),
+        (5, "eval.max_problems=4", SMALL, "eval.max_problems None, this run has 4"),
+        (5, "seed=5", SMALL.model_copy(update={"digits": 4}), "start.digits 3, this run has 4"),
     ],
 )
 def test_a_start_made_otherwise_is_not_taken(started, config_file, seed, override, settings, said):
     folder, _ = started
     before = contents(folder)
-    with pytest.raises(UserError, match=rf"its warm start was made with {said}.*remove the folder, or name another"):
+    with pytest.raises(UserError, match=rf"its warm start was made with {said}.*remove the folder, or choose another"):
         digits_start(folder, config_file, seed, [*SHORT, override], settings)
     assert contents(folder) == before
 
@@ -83,7 +83,7 @@ def test_a_start_made_otherwise_is_not_taken(started, config_file, seed, overrid
 def test_nothing_else_is_removed(tmp_path, config_file):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="exists and is not a warm start's; name another folder"):
+    with pytest.raises(UserError, match="exists and is not a warm start; choose another folder"):
         digits_start(tmp_path, config_file, 0)
     assert (tmp_path / "data" / "thesis.txt").exists()
 

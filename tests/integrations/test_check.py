@@ -50,7 +50,7 @@ def test_a_result_that_is_no_number_is_no_agreement(name, monkeypatch):
 
 
 def test_a_name_that_is_none():
-    with pytest.raises(UserError, match="--integration tlr: there is none of that name; known: transformers, trl,"):
+    with pytest.raises(UserError, match="--integration tlr: unknown; choose from transformers, trl,"):
         check.check_integration("tlr")
 
 

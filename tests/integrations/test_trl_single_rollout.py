@@ -235,5 +235,5 @@ def test_a_prompt_is_known_by_its_id_or_its_content():
     assert len(set(keys)) == 3
     assert prompt_key(question("a", 1) | {"answer": "8"}) == keys[0]
     assert prompt_key(json.loads('{"prompt": "a", "images": null}')) == prompt_key({"prompt": "a"})
-    with pytest.raises(UserError, match=r"^a prompt holds a Tensor, .* give the dataset a column `id`$"):
+    with pytest.raises(UserError, match=r"^a prompt contains a Tensor, .* add a column `id` to the dataset$"):
         prompt_key({"prompt": "a", "image": torch.zeros(1)})

@@ -75,7 +75,9 @@ def test_a_run_resumed_at_its_very_start_begins_an_empty_file(tmp_path):
 def test_a_file_shorter_than_the_checkpoint_says_is_refused(tmp_path):
     log = MetricsLog(tmp_path, tensorboard=False)
     log.write(1, {})
-    with pytest.raises(UserError, match=f"has {log.position} bytes, the checkpoint was saved at {log.position + 1}"):
+    with pytest.raises(
+        UserError, match=f"has no line that ends at byte {log.position + 1}, where the checkpoint was saved"
+    ):
         MetricsLog(tmp_path, tensorboard=False, resume_at=log.position + 1)
 
 
@@ -84,7 +86,7 @@ def test_a_position_inside_a_line_is_refused_and_the_file_left_alone(tmp_path):
     log.write(1, {"train/reward": 0.5})
     log.close()
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="inside a line"):
+    with pytest.raises(UserError, match="has no line that ends at byte"):
         MetricsLog(tmp_path, tensorboard=False, resume_at=len(before) - 3)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 

@@ -59,13 +59,13 @@ def test_bytes_per_parameter(stage, ranks, dtype, weights, masters, moments, gra
     step = memory.phases["optimizer"]
     assert step == {part: size for part, size in expected.items() if size} | {"gradients": stepping * ALL}
     assert memory.phases["forward_backward"].get("gradients", 0) == gradients * ALL
-    assert memory.host["copy that is being saved"] == (4 + 8) * ALL // ranks
+    assert memory.host["copy for saving"] == (4 + 8) * ALL // ranks
 
 
 def test_gradients_of_earlier_micro_batches_are_counted_once():
     """Without ZeRO they are in the trace of the micro-batch, with ZeRO in DeepSpeed's buffers; the rest is the same."""
     plain, zero = (predict(train={"zero_stage": stage}).phases["forward_backward"] for stage in (0, 1))
-    making = "one layer, gradients in the making"
+    making = "one layer, its gradients"
     assert "gradients" not in plain and zero["gradients"] == 4 * ALL
     assert plain["activations"] == zero["activations"]
     assert plain[making] == zero[making] + zero["gradients"]
@@ -76,7 +76,7 @@ def test_zero_takes_each_gradient_as_soon_as_it_is_made():
     """So with few tokens, beside what the forward pass kept, there is never as much as the gradients of one layer."""
     shape = MicroBatchShape((4, 4), 2)
     parts = predict(train={"zero_stage": 3}, shape=shape, ranks=2).phases["forward_backward"]
-    assert parts["one layer, gradients in the making"] < 4 * LAYER
+    assert parts["one layer, its gradients"] < 4 * LAYER
 
 
 def test_activations_of_a_layer():
@@ -109,7 +109,7 @@ def test_with_lora_only_adapters_have_gradients_and_moments():
         "gradients": (4 + 4) * adapters,
     }
     assert memory.phases["forward_backward"]["gradients"] == 4 * adapters
-    assert memory.host["copy that is being saved"] == (4 + 8) * adapters
+    assert memory.host["copy for saving"] == (4 + 8) * adapters
 
 
 @pytest.mark.parametrize(("where", "device", "gathered"), [("copy", 4, 0), ("cpu", 0, 0), ("sharded", 2, 4)])

@@ -1,13 +1,13 @@
-"""TRL's online trainers with our language-model head: their objectives, options and metrics, without the logits.
+"""TRL's online trainers with our language-model head: the same objectives, options and metrics, without logits.
 
-    from mssr.integrations.trl import FusedGRPOTrainer as GRPOTrainer      # that is the whole change
+    from mssr.integrations.trl import FusedGRPOTrainer as GRPOTrainer      # the only change
 
-`FusedHead` does it for a trainer of your own. `mssr.integrations.trl.single_rollout` has MSSR's objective in TRL.
+`FusedHead` is a mixin for your own trainer. `mssr.integrations.trl.single_rollout` has MSSR's objective.
 """
 
 from mssr.integrations.versions import require_version
 
-require_version("trl")  # before anything of it is imported: what an unsupported version lacks should not speak first
+require_version("trl")  # before importing TRL: an unsupported version would fail with another error
 
 from mssr.integrations.trl.trainers import FusedGRPOTrainer, FusedHead, FusedRLOOTrainer  # noqa: E402
 

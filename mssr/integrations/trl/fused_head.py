@@ -1,6 +1,6 @@
-"""The forward that TRL gives a model, `model(..., labels=labels, fused_lm_head=True)`, computed by our head.
+"""TRL's scoring forward, `model(..., labels=labels, fused_lm_head=True)`, computed by our head.
 
-TRL 1.15 and 1.16 score tokens there and nowhere else: the policy, the policy before its updates and the frozen reference.
+TRL 1.15 and 1.16 score all tokens there: of the policy, of the policy before its updates and of the frozen reference.
 """
 
 import functools
@@ -18,36 +18,28 @@ from mssr_kernels import FusedLMHead, PolicyLossConfig, PolicyMetrics
 
 
 class PolicyRows:
-    """What the policy loss of a micro-batch needs besides the model, for a loss that is formed in the forward pass.
+    """Inputs of a micro-batch's policy loss besides the model, for a loss that the forward pass computes.
 
-    mask                    [B, C] bool, the last C labels' tokens that the loss counts
-    advantage, old_logp, ref_logp, rollout_logp
-                            [B, C] float32; all but the advantage may be None (`mssr_kernels.linear_policy_loss`)
-    normalizer              0-d tensor or number that the sum over the tokens is divided by
+    mask        [B, C] bool, True at the tokens of the loss, which are the last C labels
+    normalizer  0-d tensor or number that the sum over the tokens is divided by
+    tensors     advantage, old_logp, ref_logp, rollout_logp of `mssr_kernels.linear_policy_loss`, [B, C] float32;
+                all but the advantage may be None
 
-    No dataclass, no tuple: FSDP's mixed precision would find the tensors in it and round them to 16 bits.
+    Not a dataclass or tuple: FSDP's mixed precision would find the tensors in it and round them to 16 bits.
     """
 
     def __init__(
-        self,
-        mask: Tensor,
-        advantage: Tensor,
-        *,
-        old_logp: Tensor | None,
-        ref_logp: Tensor | None,
-        rollout_logp: Tensor | None,
-        normalizer: Tensor | float,
-        config: PolicyLossConfig,
+        self, mask: Tensor, *, normalizer: Tensor | float, config: PolicyLossConfig, **tensors: Tensor | None
     ) -> None:
         self.mask = mask
-        self.tensors = dict(advantage=advantage, old_logp=old_logp, ref_logp=ref_logp, rollout_logp=rollout_logp)
+        self.tensors = tensors
         self.normalizer = normalizer
         self.config = config
 
 
 @dataclass
 class PolicyLossOutput(FusedCausalLMOutput):
-    """TRL's output for a call with `PolicyRows`. `loss` alone carries gradient.
+    """TRL's output for a call with `PolicyRows`. Only `loss` carries a gradient.
 
     ratio, shaped_advantage: [B, labels - 1] float32, as `log_probs`.
     metrics: sums over the micro-batch's tokens.
@@ -59,10 +51,10 @@ class PolicyLossOutput(FusedCausalLMOutput):
 
 
 def fuse_head(model: PreTrainedModel, temperature: float) -> None:
-    """Replaces the scoring forward that TRL gave `model`; every other call goes where it went before.
+    """Replace the scoring forward that TRL gave `model`; all other calls are unchanged.
 
-    The head stays the same module with the same parameters, so that saving, generation, weight sync and optimizers see
-    no difference, and is called as a module: DeepSpeed and FSDP gather its weight then, and nowhere else.
+    The head stays the same module with the same parameters, so saving, generation, weight sync and optimizers see no
+    difference. It is called as a module, because DeepSpeed and FSDP gather its weight only then.
 
     Raises:
         UserError: the model's head is not a plain nn.Linear, or its logits are multiplied by a number <= 0.
@@ -82,11 +74,11 @@ def fuse_head(model: PreTrainedModel, temperature: float) -> None:
 
 
 def _score(model, settings, policy_rows, *args, labels: Tensor, **kwargs) -> FusedCausalLMOutput:
-    """labels: [B, L] int64, -100 where nothing is scored. Rows without a label reach no matmul of the head."""
+    """Score labels, [B, L] int64, -100 for tokens that are not scored, which the head skips."""
     outputs = model.base_model(*args, use_cache=False, **kwargs)
     hidden = outputs.last_hidden_state
-    labels = labels.to(hidden.device)  # a model that is split over devices ends on another one than it begins
-    target = F.pad(labels[:, 1:], (0, 1), value=-100)  # no copy of `hidden`, as cutting off its last row would be
+    labels = labels.to(hidden.device)  # a model that is split over devices ends on another device
+    target = F.pad(labels[:, 1:], (0, 1), value=-100)  # cutting off the last row of `hidden` would copy it
     head = model.get_output_embeddings()
     aux_loss = _load_balancing_loss(model.config.get_text_config(), outputs, kwargs)
     if policy_rows is None:
@@ -97,7 +89,7 @@ def _score(model, settings, policy_rows, *args, labels: Tensor, **kwargs) -> Fus
         )
 
     def place(value: Tensor) -> Tensor:
-        """[B, C] of the last C labels -> [B, L] of the positions that predict them."""
+        """Move [B, C] of the last C labels to [B, L], at the positions that predict them."""
         return F.pad(value, (target.shape[1] - value.shape[1] - 1, 1))
 
     target = target.masked_fill(~place(policy_rows.mask), -100)
@@ -118,12 +110,12 @@ def _score(model, settings, policy_rows, *args, labels: Tensor, **kwargs) -> Fus
 
 
 def _as_labels(value: Tensor, target: Tensor) -> Tensor:
-    """[B * L] of the positions -> [B, L - 1] of the labels but the first, as TRL has it."""
+    """Reshape [B * L] of the positions to [B, L - 1] of all labels but the first, TRL's layout."""
     return value.view(target.shape)[:, :-1]
 
 
 def _linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
-    """The head, and PEFT's trained copy of it where there is one (`modules_to_save`)."""
+    """Return the head, and PEFT's trained copy of it if there is one (`modules_to_save`)."""
     head = model.get_output_embeddings()
     layers = [] if head is None else [module for module in head.modules() if not list(module.children())]
     for layer in layers or [head]:
@@ -136,9 +128,9 @@ def _linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
 
 
 def _softmax_settings(config: PretrainedConfig, temperature: float) -> dict[str, float | None]:
-    """temperature and softcap of the head for logits that the model multiplies by a number before the softcap.
+    """Return temperature and softcap of the head, for a model that scales its logits before the softcap.
 
-    Models name that number differently; the names are those that TRL reads. It goes into the other two, exactly:
+    Models name the scale differently; the names are those that TRL reads. It is folded into the other two exactly:
     cap * tanh(s x / cap) / T = (cap / s) * tanh(x / (cap / s)) / (T / s).
     """
     names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -153,7 +145,7 @@ def _softmax_settings(config: PretrainedConfig, temperature: float) -> dict[str,
 
 
 def _load_balancing_loss(config: PretrainedConfig, outputs, kwargs: dict) -> Tensor | None:
-    """Of a mixture of experts, where it was asked for."""
+    """Return the auxiliary loss of a mixture of experts, if requested."""
     if not kwargs.get("output_router_logits"):
         return None
     return load_balancing_loss_func(

@@ -1,4 +1,4 @@
-"""The metrics of a policy loss under the names that TRL's GRPOTrainer gives them."""
+"""Metrics of a policy loss under the names of TRL's GRPOTrainer."""
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +11,7 @@ from mssr_kernels import PolicyLossConfig
 def policy_metrics(
     output: PolicyLossOutput, mask: Tensor, config: PolicyLossConfig, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Of one micro-batch, over all ranks: means over tokens, and the extremes of the sequences' own means.
+    """Metrics of one micro-batch over all ranks: means over tokens, and extremes of the sequences' means.
 
     mask: [B, C], non-zero at the tokens of the loss, which are the last C labels.
     """
@@ -20,17 +20,8 @@ def policy_metrics(
     low = (ratio < 1 - config.clip_low) & (advantage < 0) & mask
     high = (ratio > 1 + config.clip_high) & (advantage > 0) & mask
     sums = output.metrics
-    totals = torch.stack(
-        [
-            sums.rows,
-            sums.entropy_sum,
-            low.sum(),
-            high.sum(),
-            sums.dual_clipped_sum,
-            sums.shaping_sum,
-            sums.kl_sum,
-        ]
-    )
+    clipped = (low.sum(), high.sum(), sums.dual_clipped_sum)
+    totals = torch.stack([sums.rows, sums.entropy_sum, *clipped, sums.shaping_sum, sums.kl_sum])
     totals = accelerator.reduce(totals, reduction="sum")
     entropy, low_mean, high_mean, dual, shaping, kl = (totals[1:] / totals[0].clamp(min=1)).tolist()
     tokens = mask.sum(1)

@@ -1,4 +1,4 @@
-"""What the value tracker knows a prompt by."""
+"""Keys by which the value tracker recognises prompts."""
 
 import hashlib
 import json
@@ -9,16 +9,16 @@ from PIL import Image
 
 from mssr.errors import UserError
 
-_CONTENT = ("prompt", "image", "images")  # the columns that TRL makes the model's input of
+_CONTENT = ("prompt", "image", "images")  # the columns from which TRL builds the model's input
 
 
 def prompt_key(row: Mapping[str, Any]) -> str:
-    """The dataset's `id` of a prompt where it has one, else a hash of its text and its pixels.
+    """Return the dataset's `id` of a prompt if it has one, else a hash of its text and pixels.
 
-    So a run may be resumed with rows added, removed or reordered. Rows with the same `id` share one baseline.
+    A run can therefore resume with rows added, removed or reordered. Rows with the same `id` share one baseline.
 
     Raises:
-        UserError: the prompt holds something that has no content to hash.
+        UserError: the prompt contains an object that cannot be hashed.
     """
     if row.get("id") is not None:
         return str(row["id"])
@@ -32,6 +32,6 @@ def _digest(value: Any) -> list:
     if isinstance(value, bytes):
         return [hashlib.sha256(value).hexdigest()]
     raise UserError(
-        f"a prompt holds a {type(value).__name__}, which the value tracker cannot tell from another; give the dataset a "
-        "column `id`"
+        f"a prompt contains a {type(value).__name__}, which cannot be hashed to recognise the prompt; add a column `id` to "
+        "the dataset"
     )

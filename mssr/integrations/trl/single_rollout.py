@@ -1,4 +1,4 @@
-"""MSSR in TRL: one generation a prompt, a value tracker for the baseline, entropy-shaped advantages (arXiv 2512.18215).
+"""MSSR in TRL: one generation per prompt, a value tracker as baseline, entropy-shaped advantages (arXiv 2512.18215).
 
 from mssr.integrations.trl.single_rollout import MSSRConfig, MSSRTrainer
 
@@ -34,16 +34,16 @@ class MSSRTrainer(FusedGRPOTrainer):
         A  = reward - v(prompt), normalised over the generation batch of all ranks
         A' = A + min(alpha * H, |A| / kappa), token by token, H the policy's exact entropy
 
-    The loss and its gradients are formed in the forward pass (`mssr_kernels.linear_policy_loss`): 6 NDV of matmul work
-    for the head rather than 8. A prompt is known by its column `id`, else by its content. Every rank holds the whole
-    tracker. rho goes by the drift of the last generation batch during its updates; nothing is rescored for it. A
-    response that no reward function scored (None) trains nothing and is no visit.
+    The forward pass computes the loss and its gradients (`mssr_kernels.linear_policy_loss`): 6 NDV of matmul work for
+    the head instead of 8. A prompt is recognised by its column `id`, else by its content. Every rank holds the whole
+    tracker. rho follows the drift of the last generation batch during its updates, without rescoring. A response that no
+    reward function scored (None) is not trained on and does not count as a visit.
 
-    Metrics are GRPOTrainer's, but for `frac_reward_zero_std`, which needs a group, and besides:
+    Metrics are GRPOTrainer's without `frac_reward_zero_std`, which needs a group, and in addition:
     clip_ratio/dual_mean, shaping/mean, tracker/value_mean, tracker/rho, tracker/drift.
 
     Raises:
-        UserError: arguments that are no MSSRConfig, a reward that is not in [0, 1], a checkpoint without a tracker.
+        UserError: args is not an MSSRConfig, a reward is not in [0, 1], or a checkpoint has no tracker.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -53,13 +53,13 @@ class MSSRTrainer(FusedGRPOTrainer):
         algorithm = self.args.algorithm()
         self.loss = policy_loss(algorithm)
         self.tracker = ValueTracker(algorithm.tracker)
-        self._moved = torch.zeros(2)  # sum of the responses' drifts since the last generation, and their number
-        self._visit: tuple[list[str], Tensor] | None = None  # keys and rewards [B] of all ranks, of the batch at hand
+        self._moved = torch.zeros(2)  # sum of the responses' drifts since the last generation, and their count
+        self._visit: tuple[list[str], Tensor] | None = None  # keys and rewards [B] of the current batch, all ranks
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if self.environments is not None and any(row.get("id") is None for row in inputs):
-            raise UserError("MSSRTrainer: prompts made by an environment need a column `id` to be recognised by")
+            raise UserError("MSSRTrainer: prompts from an environment need a column `id`")
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         total[rewards.isnan().all(dim=1)] = torch.nan
         self._visit = gather_object([prompt_key(row) for row in inputs]), total.float().cpu()
@@ -73,7 +73,7 @@ class MSSRTrainer(FusedGRPOTrainer):
         first = self.accelerator.process_index * len(inputs)
         output["advantages"] = advantage[first : first + len(inputs)].to(output["advantages"].device)
 
-        logged = self._logs["advantages"]  # TRL has put those of groups of one there
+        logged = self._logs["advantages"]  # TRL has logged the advantages of groups of one
         for _ in range(min(len(logged), len(advantage))):
             logged.pop()
         logged.extend(advantage.tolist())
@@ -83,7 +83,7 @@ class MSSRTrainer(FusedGRPOTrainer):
         return output
 
     def _advantages(self, keys: list[str], reward: Tensor) -> Tensor:
-        """[B] of all ranks; 0 for a response without a reward, which no other's normalisation sees."""
+        """Advantages of all ranks, [B]; 0 for responses without a reward, which the normalisation leaves out."""
         scored = ~reward.isnan()
         outcomes = Outcomes(
             reward=reward[scored],
@@ -96,7 +96,7 @@ class MSSRTrainer(FusedGRPOTrainer):
         return advantage
 
     def _track(self, keys: list[str], reward: Tensor) -> None:
-        """Counts the visits, in the order of the ranks, the same on each."""
+        """Update the tracker with all ranks' visits in rank order, so that every rank holds the same."""
         scored = [(key, value) for key, value in zip(keys, reward.tolist()) if value == value]
         moved = self._moved_on_all_ranks()
         drift = moved[0] / moved[1].clamp(min=1)
@@ -136,7 +136,7 @@ class MSSRTrainer(FusedGRPOTrainer):
         return loss
 
     def _policy_rows(self, inputs, mask: Tensor, mode: str) -> PolicyRows:
-        """The normalizer is that of TRL's `dapo`: tokens of an optimiser step of all ranks, whose gradients are averaged."""
+        """Use TRL's `dapo` normalizer: tokens of an optimiser step over all ranks, whose gradients are averaged."""
         normalizer = inputs["num_items_in_batch"].clamp(min=1).float() / self.accelerator.num_processes
         if mode == "train":
             normalizer = normalizer * self.current_gradient_accumulation_steps / self.args.steps_per_generation
@@ -147,7 +147,7 @@ class MSSRTrainer(FusedGRPOTrainer):
             rollout_logp = torch.where(sampled.isnan(), old_logp, sampled)
         return PolicyRows(
             mask,
-            inputs["advantages"][:, None].expand(mask.shape).float(),
+            advantage=inputs["advantages"][:, None].expand(mask.shape).float(),
             old_logp=old_logp,
             ref_logp=inputs.get("ref_per_token_logps"),
             rollout_logp=rollout_logp,
@@ -157,7 +157,7 @@ class MSSRTrainer(FusedGRPOTrainer):
 
     def _observe_drift(self, inputs, logp: Tensor, mask: Tensor) -> None:
         sampled = inputs.get("sampling_per_token_logps", inputs.get("old_per_token_logps"))
-        if sampled is None:  # TRL scores the policy before the updates only where there are several
+        if sampled is None:  # with one update per batch TRL does not score the old policy
             return
         drift = response_drift(logp, torch.where(sampled.isnan(), logp, sampled), mask)[mask.any(1)]
         self._moved += torch.tensor([float(drift.sum()), len(drift)])
@@ -182,7 +182,7 @@ class MSSRTrainer(FusedGRPOTrainer):
 
 
 class _PolicyLossCall:
-    """A model as TRL's scoring method calls it, for which it forms the loss of `rows` too."""
+    """A model for TRL's scoring method that also computes the loss of `rows`."""
 
     def __init__(self, model, rows: PolicyRows) -> None:
         self._model, self._rows = model, rows

@@ -1,4 +1,4 @@
-"""The options of MSSR inside TRL: a GRPOConfig with one generation a prompt."""
+"""Options of MSSR in TRL: a GRPOConfig with one generation per prompt."""
 
 from dataclasses import dataclass, field
 
@@ -8,9 +8,9 @@ from trl import GRPOConfig
 from mssr.config import AlgorithmConfig, TrackerConfig
 from mssr.errors import UserError
 
-# What GRPOConfig offers and this objective does not have: the value it must keep, and what there is instead.
+# Options of GRPOConfig that this objective does not have: the required value, and the reason or the alternative.
 _FIXED = {
-    "num_generations": (1, "a prompt is compared with its own history, not with a group"),
+    "num_generations": (1, "the value tracker is the baseline, not a group"),
     "loss_type": ("dapo", "the loss is the mean over the tokens of an optimiser step, which is what dapo divides by"),
     "importance_sampling_level": ("token", "the ratio is clipped token by token"),
     "scale_rewards": ("batch", "advantages are normalised over the generation batch"),
@@ -25,7 +25,7 @@ _FIXED = {
 
 @dataclass
 class MSSRConfig(GRPOConfig):
-    """GRPOConfig for MSSR (arXiv 2512.18215). What is not listed here means what it means in TRL.
+    """GRPOConfig for MSSR (arXiv 2512.18215). Options that are not listed here have TRL's meaning.
 
     epsilon, epsilon_high   the ratio is clipped to [1 - epsilon, 1 + epsilon_high]
     beta                    weight of the KL term, k3 against the frozen reference
@@ -38,7 +38,7 @@ class MSSRConfig(GRPOConfig):
     Rewards, weighted and summed, must be in [0, 1]: the tracker is a Beta distribution.
 
     Raises:
-        UserError: an option that this objective does not have, or a value out of its range.
+        UserError: an option that this objective does not support, or a value out of range.
     """
 
     num_generations: int | None = field(default=1, metadata={"help": "One: the value tracker is the baseline."})
@@ -68,10 +68,10 @@ class MSSRConfig(GRPOConfig):
         self.algorithm()
 
     def algorithm(self) -> AlgorithmConfig:
-        """The same options as MSSR's own trainer has them.
+        """Return the options as MSSR's own trainer defines them.
 
         Raises:
-            UserError: a value out of its range.
+            UserError: a value is out of range.
         """
         corrected = self.use_vllm and self.vllm_importance_sampling_correction
         try:
@@ -100,10 +100,10 @@ class MSSRConfig(GRPOConfig):
             raise UserError(f"MSSRConfig, {'.'.join(map(str, first['loc'])) or 'tracker'}: {first['msg']}") from None
 
     def _responses_per_rank(self) -> int:
-        """What GRPOConfig's checks see as the group, which must be two or more and divide the generation batch.
+        """Return the group size for GRPOConfig's checks, which must be two or more and divide the generation batch.
 
         Raises:
-            UserError: a generation batch of one response a rank, from which nothing is learned about that batch.
+            UserError: a generation batch of one response per rank, whose normalised advantage would be 0.
         """
         if self.generation_batch_size is not None:
             responses = self.generation_batch_size

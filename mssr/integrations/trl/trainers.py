@@ -1,4 +1,4 @@
-"""TRL's own trainers, whose log-probs and entropy come from our head."""
+"""TRL's own trainers, with log-probs and entropy from our head."""
 
 from trl import GRPOTrainer, RLOOTrainer
 
@@ -7,22 +7,24 @@ from mssr.integrations.trl.fused_head import fuse_head
 
 
 class FusedHead:
-    """Mixin, to the left of a TRL trainer that scores by `fused_lm_head=True`: GRPOTrainer, RLOOTrainer and their heirs.
+    """Mixin, to the left of a TRL trainer that scores with `fused_lm_head=True`: GRPOTrainer, RLOOTrainer or a subclass.
 
         class MyTrainer(FusedHead, MyGRPOTrainer): ...
 
-    Changes who computes log-probs and entropies (in float32, of the scored tokens only, without the logits), for the
-    policy and the frozen reference; everything else is the trainer's own. The entropy comes out of the same pass and
-    costs a backward pass only where the loss depends on it.
+    Our head computes log-probs and entropies of the policy and the frozen reference (in float32, of the scored tokens
+    only, without logits); everything else is the trainer's own. The entropy comes from the same pass and needs a
+    backward pass only if the loss depends on it.
 
     Raises:
-        UserError: an option or a model that our head does not do; at construction, in one line.
+        UserError: at construction, an option or a model that our head does not support.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self, GRPOTrainer | RLOOTrainer):  # others ask the head for more than log-probs and entropy
-            raise UserError(f"FusedHead: {type(self).__name__} is no GRPOTrainer or RLOOTrainer; leave the mixin out")
+        if not isinstance(self, GRPOTrainer | RLOOTrainer):  # others need more of the head than log-probs and entropy
+            raise UserError(
+                f"FusedHead: {type(self).__name__} is not a GRPOTrainer or RLOOTrainer; leave the mixin out"
+            )
         if getattr(self.args, "cast_lm_head_to_fp32", False):
             raise UserError(
                 "cast_lm_head_to_fp32: the fused head computes in float32 from 16-bit weights anyway; set it to False, "
@@ -34,7 +36,7 @@ class FusedHead:
 
 
 class FusedGRPOTrainer(FusedHead, GRPOTrainer):
-    """TRL's GRPOTrainer with our head: every `loss_type`, option and metric is its own."""
+    """TRL's GRPOTrainer with our head; every `loss_type`, option and metric is unchanged."""
 
 
 class FusedRLOOTrainer(FusedHead, RLOOTrainer):
@@ -42,5 +44,5 @@ class FusedRLOOTrainer(FusedHead, RLOOTrainer):
 
 
 def _base_model(model):
-    """The model under PEFT's wrapper, which TRL patches too."""
+    """Return the model inside PEFT's wrapper, which TRL also patches."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
