@@ -2,7 +2,7 @@
 
     python -m bench.readme [--check]
 
-Between `<!-- bench:NAME -->` and `<!-- /bench -->` in README.md and kernels/README.md stands what is generated of NAME.json,
+Between `<!-- bench:NAME -->` and `<!-- /bench -->` in docs/BENCHMARKS.md and the READMEs stands what is generated of NAME.json,
 a report of kernels (`kernels`, or `kernels_` and what of), `step` or `scaling`: of the newest folder below bench/results
 that has it, for each machine. Folders are named <machine>_<date>. Those with a report of kernels also get a README.md of
 their own: every case, and the plots that are there.
@@ -21,7 +21,7 @@ from . import losses, markdown
 from .reports import KERNELS, SCALING, load, load_kernels, name
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = ("README.md", "kernels/README.md")
+READMES = ("README.md", "docs/BENCHMARKS.md", "kernels/README.md")
 RESULTS = "bench/results"
 PLOTS = ("time.png", "memory.png", "roof.png", "accuracy.png", "scaling.png")
 OPEN, CLOSE = re.compile(r"<!-- bench:([\w-]+) -->\n"), "<!-- /bench -->"

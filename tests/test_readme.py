@@ -1,5 +1,6 @@
-"""The examples of the READMEs are run as they stand."""
+"""The examples of the READMEs are run as they stand, and the numbers of the first table are those of its results."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,10 +9,48 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+# A row of the first table -> the providers that it shows, with gradients and without.
+ROWS = {
+    "eager PyTorch": ("eager", "eager"),
+    "torch.compile": ("torch.compile", "torch.compile"),
+    "Liger GRPO loss (no entropy)": ("liger GRPO", None),
+    "Liger cross-entropy (no policy loss)": ("liger CE", None),
+    "**mssr `exact`** (default)": ("mssr L", "mssr forward"),
+    "**mssr `recompute`** (for any loss)": ("mssr G", "mssr forward"),
+}
+
+
+def test_the_first_table_is_what_was_measured():
+    report = json.loads((ROOT / "bench/results/nvidia-h200_2026-11-27/gpu_1.json").read_text())
+    cases = {case["task"]: case for case in report["measurements"] if case["rows"] == "realistic"}
+    shape = {key: cases["loss"][key] for key in ("model", "n", "d", "v", "dtype")}
+    assert shape == {"model": "qwen2.5-vl-7b", "n": 8192, "d": 3584, "v": 152064, "dtype": "bfloat16"}
+    lines = re.findall(r"^\| (.*) \|$", README.read_text(), re.MULTILINE)[:8]
+    cells = {row: rest for row, *rest in (re.split(r" ?\| ?", line) for line in lines) if row in ROWS}
+    assert list(cells) == list(ROWS)
+    for row, (with_gradient, without) in ROWS.items():
+        loss = cases["loss"]["providers"][with_gradient]
+        forward = cases["forward"]["providers"][without] if without else None
+        expected = [cost(loss), cost(forward) if forward else "", nats(loss["errors"].get("logp"))]
+        assert cells[row] == expected, row
+
+
+def cost(found: dict) -> str:
+    mib = found["peak_extra_mib"]
+    memory = f"{mib / 1024:.1f} GiB" if mib >= 1000 else f"{mib:.0f} MiB"
+    return f"{1e3 * found['seconds']:.1f} ms, {memory}"
+
+
+def nats(error: float | None) -> str:
+    if error is None:
+        return ""
+    return f"{error:.2f}" if error > 0.01 else f"{error:.0e}".replace("e-0", "e-")
 
 
 def test_the_fused_loss_in_five_lines():
+    """It is the plain clipped loss, nothing added to the user's objective."""
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(example.strip().splitlines()) - example.count("\n\n") == 5
     config = Qwen2Config(
         vocab_size=97,
         hidden_size=32,
@@ -24,21 +63,20 @@ def test_the_fused_loss_in_five_lines():
     model = Qwen2ForCausalLM(config)
     input_ids = torch.randint(97, (3, 12))
     with torch.no_grad():
-        logits = model(input_ids).logits[:, :-1]
-        logp = torch.log_softmax(logits, -1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-    advantage, old_logp = torch.randn(3, 11), logp.clone()
+        logits = model(input_ids).logits[:, :-1].flatten(0, 1)
+        logp = torch.log_softmax(logits, -1).gather(-1, input_ids[:, 1:].reshape(-1, 1)).squeeze(-1)
+    advantage, old_logp = torch.randn(33), logp - 0.5 * torch.randn(33)
     names = {"model": model, "input_ids": input_ids, "advantage": advantage, "old_logp": old_logp}
     exec(example, names)
 
     out = names["out"]
-    torch.testing.assert_close(out.logp.view(3, 11), logp)
-    entropy = torch.distributions.Categorical(logits=logits).entropy()
-    torch.testing.assert_close(out.entropy.view(3, 11), entropy)
-    shaped = advantage + torch.minimum(0.4 * entropy, advantage.abs() / 2)
-    torch.testing.assert_close(out.loss, -shaped.mean())
+    torch.testing.assert_close(out.logp, logp)
+    torch.testing.assert_close(out.entropy, torch.distributions.Categorical(logits=logits).entropy())
+    ratio = torch.exp(logp - old_logp)
+    clipped = ratio.clamp(0.8, 1.2)
+    assert not clipped.equal(ratio)
+    torch.testing.assert_close(out.loss, -torch.minimum(ratio * advantage, clipped * advantage).mean())
     assert all(parameter.grad is not None for parameter in model.parameters())
-    with torch.no_grad():
-        torch.testing.assert_close(model(input_ids).logits[:, :-1], logits)
 
 
 def test_the_kernels_own_readme():

@@ -1,4 +1,7 @@
-"""All keys of a run's configuration: type, range, default and meaning. Validation opens no file."""
+"""Every key of a run's configuration: type, range, default and meaning. Validation opens no file.
+
+docs/CONFIG.md is generated from here, by `mssr.config.reference`.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,47 +21,50 @@ class Section(BaseModel):
 
 
 class LoraConfig(Section):
-    """Adapters on the language model's linear layers; everything else stays as it was, the vision tower too."""
+    """Adapters on the language model's linear layers. All other weights are frozen, the vision tower included."""
 
-    rank: int = Field(64, gt=0)
-    alpha: float = Field(128.0, gt=0, description="the adapters' product is scaled by alpha / rank")
+    rank: int = Field(64, gt=0, description="rank of the adapters")
+    alpha: float = Field(128.0, gt=0, description="the adapter's output is scaled by alpha / rank")
     targets: list[str] = Field(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         min_length=1,
-        description="names of the layers that get an adapter",
+        description="names of the linear layers that get an adapter",
     )
 
 
 class ModelConfig(Section):
-    path: str = Field(description="Hugging Face directory or hub name of the policy to start from")
+    path: str = Field(description="Hugging Face directory or hub name of the initial policy")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto: bfloat16 with fp32 master weights on a GPU, float32 on a CPU"
+        "auto", description="auto: bfloat16 with float32 master weights on a GPU, float32 on a CPU"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     attention: Literal["auto", "flash", "sdpa"] = Field(
-        "auto", description="of packed sequences; auto: flash-attn where it is installed (GPU, 16 bits), else sdpa"
+        "auto",
+        description="kernel for packed attention; auto: flash-attn where installed (GPU, 16 bits), else PyTorch's SDPA",
     )
     liger: Literal["auto", "on", "off"] = Field(
-        "off", description="liger-kernel's RMSNorm, SwiGLU and rotary layers; auto: on a GPU where it is installed"
+        "off", description="liger-kernel's RMSNorm, SwiGLU and rotary embeddings; auto: on a GPU where it is installed"
     )
-    train_vision: bool = Field(True, description="false: the vision tower stays as it was")
-    lora: LoraConfig | None = Field(None, description="train adapters instead of the weights")
+    train_vision: bool = Field(True, description="false: freeze the vision tower")
+    lora: LoraConfig | None = Field(None, description="train LoRA adapters instead of the weights; null: off")
     reference: Literal["copy", "sharded", "cpu"] = Field(
         "copy",
-        description="the KL term's reference model: on every rank, over all ranks, or on the CPU between its passes; "
-        "with lora it is the policy without adapters and takes nothing",
+        description="where the KL term's reference model is kept: a copy per rank, sharded over the ranks, or on the CPU "
+        "between its passes; with lora it is the policy without its adapters and uses no memory",
     )
 
 
 class DataConfig(Section):
-    train: str = Field(description="parquet or JSON lines file, directory, or hub name (name:split for a split)")
-    val: str | None = Field(None, description="held-out problems in the same format")
-    instruction: str = Field(DEFAULT_INSTRUCTION, description="text that follows the problem in every prompt")
-    max_prompt_tokens: int = Field(2048, gt=0, description="longest prompt, image tokens included")
+    train: str = Field(description="training problems: parquet or JSON lines file, directory, or hub name (name:split)")
+    val: str | None = Field(None, description="validation problems, same format; null: no validation")
+    instruction: str = Field(DEFAULT_INSTRUCTION, description="text appended to the problem in every prompt")
+    max_prompt_tokens: int = Field(2048, gt=0, description="maximum prompt length, image tokens included")
     min_pixels: int = Field(262_144, gt=0, description="smaller images are scaled up to this many pixels")
     max_pixels: int = Field(4_194_304, gt=0, description="larger images are scaled down to this many pixels")
-    on_bad_row: Literal["fail", "skip"] = Field("fail", description="what an unusable row does to the run")
-    cache_gib: float = Field(1.0, ge=0, description="preprocessed prompts each rank keeps in host memory")
+    on_bad_row: Literal["fail", "skip"] = Field(
+        "fail", description="unusable rows: fail stops the run, skip counts and ignores them"
+    )
+    cache_gib: float = Field(1.0, ge=0, description="host memory per rank for preprocessed prompts")
 
     @model_validator(mode="after")
     def _pixels_ordered(self):
@@ -68,22 +74,27 @@ class DataConfig(Section):
 
 
 class RewardConfig(Section):
-    format_weight: float = Field(0.0, ge=0, le=1, description="reward = (1 - w) * correct + w * well-formed")
-    timeout_s: float = Field(5.0, gt=0, description="seconds a symbolic comparison may take before it is killed")
+    format_weight: float = Field(0.0, ge=0, le=1, description="w in: reward = (1 - w) * correct + w * well-formed")
+    timeout_s: float = Field(
+        5.0, gt=0, description="time limit of one symbolic answer check; a check that is killed counts as wrong"
+    )
 
 
 class TrackerConfig(Section):
-    """See `mssr.algorithms.value_tracker`."""
+    """Settings of the per-prompt baseline, see `mssr.algorithms.value_tracker`."""
 
     preset: Literal["default", "reference"] = Field(
-        "default", description="default: per-prompt drift, smoothed start; reference: the authors' rules"
+        "default", description="default: smoothed start, forgetting by drift; reference: the rules of the authors' code"
     )
-    n_init: int = Field(1, ge=0, description="rollouts of every prompt before training; 0 starts each at v = 0.5")
-    rho_min: float = Field(0.875, gt=0, lt=1, description="strongest forgetting; N0 = 1 / (1 - rho_min)")
+    n_init: int = Field(
+        1, ge=0, description="rollouts per prompt before training starts; 0: every prompt starts at v = 0.5"
+    )
+    rho_min: float = Field(0.875, gt=0, lt=1, description="strongest forgetting; initial weight N0 = 1 / (1 - rho_min)")
     rho_max: float = Field(0.96, gt=0, lt=1, description="weakest forgetting")
-    half_life: float = Field(0.06, gt=0, description="drift (nats a token) that halves the memory")
+    half_life: float = Field(0.06, gt=0, description="drift, in nats per token, that halves the memory")
     drift: Literal["prompt", "batch"] = Field(
-        "prompt", description="prompt: rescore each prompt's previous response; batch: last step's mean, no extra pass"
+        "prompt",
+        description="prompt: rescore the previous response of each prompt; batch: mean of the last step, no extra pass",
     )
 
     @model_validator(mode="after")
@@ -96,36 +107,40 @@ class TrackerConfig(Section):
 class AlgorithmConfig(Section):
     name: Literal[tuple(ALGORITHMS)] = Field(
         "mssr",
-        description="mssr, mvsr, spo: a baseline from the value tracker; grpo, rloo: from a prompt's other responses",
+        description="baseline from the value tracker (mssr, mvsr, spo), from the group (grpo, rloo) or none (reinforce_pp)",
     )
     tracker: TrackerConfig = TrackerConfig()
     prompt_sampling: Literal["uniform", "prioritised"] = Field(
-        "uniform", description="prioritised: prompts of uncertain value more often (what spo does by default)"
+        "uniform", description="prioritised: prompts of uncertain value are drawn more often (default of spo)"
     )
     dynamic_sampling: int = Field(
         0,
         ge=0,
-        description="DAPO: rounds of other prompts in place of those whose responses all earned the same; 0: off",
+        description="DAPO: rounds in which groups whose responses all get the same reward are replaced; 0: off",
     )
-    entropy_alpha: float = Field(0.4, ge=0, description="shaping strength (arXiv 2506.14758)")
-    entropy_kappa: float = Field(2.0, gt=0, description="shaping is at most |A| / kappa")
+    entropy_alpha: float = Field(0.4, ge=0, description="strength of the entropy shaping (arXiv 2506.14758)")
+    entropy_kappa: float = Field(2.0, gt=0, description="the shaping term is at most |A| / kappa")
     entropy_source: Literal["exact", "sampled_token"] = Field(
         "exact", description="exact: full-vocabulary entropy; sampled_token: the authors' -p log p proxy"
     )
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.3, gt=0)
-    dual_clip: float | None = Field(3.0, gt=1, description="bound of the ratio for negative advantages; null: off")
-    kl_coef: float = Field(0.01, ge=0, description="weight of the KL term; 0 loads no reference")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped to [1 - clip_low, 1 + clip_high]")
+    clip_high: float = Field(0.3, gt=0, description="see clip_low")
+    dual_clip: float | None = Field(
+        3.0, gt=1, description="where A' < 0 the objective is at least dual_clip * A'; null: off"
+    )
+    kl_coef: float = Field(0.01, ge=0, description="weight of the KL term; 0: no reference model is loaded")
     kl_to: Literal["reference", "text_only"] = Field(
         "reference",
-        description="k3(current || frozen reference), or || the policy itself at the step's start, images blank",
+        description="reference policy: the frozen initial policy, or the policy at the start of the step with blank images",
     )
     entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus in the loss")
     old_logp: Literal["rollout", "recompute"] = Field(
         "rollout",
-        description="rollout: the sampler's own log-probs, no extra pass; recompute: a trainer pass, with TIS",
+        description="rollout: the sampler's log-probs, no extra pass; recompute: one trainer pass, corrected by tis_cap",
     )
-    tis_cap: float | None = Field(2.0, gt=0, description="cap of the truncated importance weight; null: no correction")
+    tis_cap: float | None = Field(
+        2.0, gt=0, description="with old_logp recompute: cap of the truncated importance weight; null: no correction"
+    )
 
     @property
     def rescores_responses(self) -> bool:
@@ -142,109 +157,131 @@ class AlgorithmConfig(Section):
 
 
 class RolloutConfig(Section):
-    prompts_per_step: int = Field(2048, gt=0, description="prompts of one step over all ranks")
-    responses_per_prompt: int = Field(1, gt=0, description="the group that grpo and rloo compare; one for the others")
-    max_response_tokens: int = Field(4096, gt=0)
-    temperature: float = Field(1.0, gt=0)
+    prompts_per_step: int = Field(2048, gt=0, description="prompts per step, over all ranks")
+    responses_per_prompt: int = Field(1, gt=0, description="group size; grpo and rloo need 2 or more")
+    max_response_tokens: int = Field(4096, gt=0, description="maximum response length")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of the training rollouts")
     truncated: Literal["graded", "masked", "failed"] = Field(
         "graded",
-        description="responses cut by the token limit: graded like others, left out of the loss, or given reward 0",
+        description="responses cut by max_response_tokens: graded as usual, masked out of the loss, or failed (reward 0)",
     )
     max_gap: float = Field(
         0.1,
         gt=0,
-        description="largest mean |log-prob gap| sampler/trainer, nats; one step off it includes a step's updates",
+        description="a step is skipped if sampler and trainer log-probs differ by more than this on average, nats per token; "
+        "with one_step_off the gap also includes one step of policy drift",
     )
     engine: Literal["auto", "vllm", "servers", "hf"] = Field(
-        "auto", description="vllm: in the trainer's process; servers: elsewhere; auto: vllm where installed, else hf"
+        "auto",
+        description="vllm: in the trainer's process; servers: separate vLLM servers; hf: transformers; "
+        "auto: vllm if installed, else hf",
     )
-    batch_size: int = Field(256, gt=0, description="responses generated at once on a rank, or a server for a rank")
-    gpu_memory: float = Field(0.5, gt=0, le=1, description="share of the GPU for vLLM's weights and KV cache")
+    batch_size: int = Field(256, gt=0, description="responses generated at once per rank, or per server and rank")
+    gpu_memory: float = Field(0.5, gt=0, le=1, description="fraction of the GPU memory for vLLM's weights and KV cache")
     tensor_parallel: int = Field(1, gt=0, description="GPUs that share one copy of vLLM's weights")
-    quantization: Literal["fp8"] | None = Field(None, description="vLLM's weights; needs a GPU that has the format")
-    offload_optimizer: bool = Field(False, description="optimizer state on the CPU while responses are generated")
-    sync_gib: float = Field(1.0, gt=0, description="weights gathered at once for the sync under ZeRO-3")
-    servers: list[str] = Field([], description="addresses of servers started by `mssr serve`: http://host:port")
-    server_timeout_s: float = Field(600.0, gt=0, description="how long to wait for a server before it counts as dead")
-    one_step_off: bool = Field(False, description="servers generate the next batch while this one trains")
+    quantization: Literal["fp8"] | None = Field(
+        None, description="quantize vLLM's weights; the GPU must support the format"
+    )
+    offload_optimizer: bool = Field(
+        False, description="move the optimizer state to the CPU while responses are generated"
+    )
+    sync_gib: float = Field(1.0, gt=0, description="with ZeRO-3: weights gathered at once during the weight sync")
+    servers: list[str] = Field([], description="addresses of servers started by `mssr serve`, as http://host:port")
+    server_timeout_s: float = Field(
+        600.0, gt=0, description="time without an answer after which a server counts as lost"
+    )
+    one_step_off: bool = Field(False, description="servers generate the next batch while the current one trains")
 
 
 class OptimizerConfig(Section):
-    lr: float = Field(1e-6, gt=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(0.01, ge=0)
-    grad_clip: float = Field(0.5, gt=0, description="largest global gradient norm")
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_updates: int = Field(0, ge=0, description="updates of linear warm-up; 0: the full rate from the first one")
+    lr: float = Field(1e-6, gt=0, description="peak learning rate")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's betas, each in [0, 1)")
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay")
+    grad_clip: float = Field(0.5, gt=0, description="gradients are clipped to this global norm")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    warmup_updates: int = Field(0, ge=0, description="updates of linear warm-up; 0: full rate from the first update")
 
 
 class BudgetConfig(Section):
-    """Ends a run with the first step that has spent this much: what algorithms are compared at."""
+    """The run ends with the first step that has spent one of these. Use it to compare algorithms at equal cost."""
 
-    updates: int | None = Field(None, gt=0, description="optimiser steps")
-    rollouts: int | None = Field(None, gt=0, description="responses, the value tracker's start included")
-    tokens: int | None = Field(None, gt=0, description="tokens of these responses")
-    seconds: float | None = Field(None, gt=0, description="of training; validation does not count")
+    updates: int | None = Field(None, gt=0, description="end the run after this many optimizer updates; null: no limit")
+    rollouts: int | None = Field(
+        None, gt=0, description="the same for responses, the value tracker's first rollouts included"
+    )
+    tokens: int | None = Field(None, gt=0, description="the same for response tokens")
+    seconds: float | None = Field(None, gt=0, description="the same for training time; validation does not count")
 
 
 class TrainConfig(Section):
     steps: int = Field(150, gt=0, description="rollout steps")
     budget: BudgetConfig = BudgetConfig()
-    responses_per_update: int = Field(128, gt=0, description="responses of one optimiser step over all ranks")
-    micro_batch_tokens: int = Field(16_384, gt=0, description="packed tokens (prompt + response) of a micro-batch")
+    responses_per_update: int = Field(128, gt=0, description="responses per optimizer update, over all ranks")
+    micro_batch_tokens: int = Field(
+        16_384,
+        gt=0,
+        description="packed tokens (prompt and response) per micro-batch; changes memory and speed, not the result",
+    )
     vocab_drop_tol: float | None = Field(
-        None, gt=0, lt=1, description="probability of a token's row that its gradient may leave out; null: exact"
+        None,
+        gt=0,
+        lt=1,
+        description="kernel mode `sparse`: probability mass that the gradient of a token may leave out; null: exact",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        2, description="ranks share the optimiser's state from 1, gradients from 2, with 3 also the weights"
+        2, description="ZeRO stage: 1 shards the optimizer state, 2 also the gradients, 3 also the weights"
     )
     deepspeed: str | None = Field(
-        None, description="DeepSpeed JSON file (configs/deepspeed/): ZeRO's own settings, offloading; its stage counts"
+        None,
+        description="DeepSpeed JSON (configs/deepspeed/) for ZeRO settings and offloading; its stage replaces zero_stage",
     )
-    checkpoint_every: int = Field(10, gt=0, description="steps between checkpoints; the last step always saves")
-    checkpoint_minutes: float | None = Field(None, gt=0, description="also when the last one is this old")
-    keep_checkpoints: int = Field(2, gt=0, description="newest ones that are kept")
-    keep_best: bool = Field(False, description="save, and keep, at the best validation as well")
-    async_save: bool = Field(True, description="write while training goes on, from a copy in host memory")
+    checkpoint_every: int = Field(10, gt=0, description="steps between checkpoints; the last step is always saved")
+    checkpoint_minutes: float | None = Field(None, gt=0, description="also save when the last checkpoint is this old")
+    keep_checkpoints: int = Field(2, gt=0, description="number of newest checkpoints to keep")
+    keep_best: bool = Field(False, description="also save and keep the checkpoint with the best validation accuracy")
+    async_save: bool = Field(True, description="write checkpoints in the background, from a copy in host memory")
     max_skipped_steps: int = Field(
-        3, ge=0, description="steps in a row that may be left out (NaN, log-prob gap) before the run stops"
+        3,
+        ge=0,
+        description="consecutive steps that may be skipped (non-finite gradient, log-prob gap) before the run stops",
     )
 
 
 class SftConfig(Section):
-    data: str | None = Field(None, description="rows with a `solution` to imitate; null: data.train")
-    steps: int = Field(200, gt=0, description="optimiser steps at most")
-    eval_every: int = Field(50, gt=0, description="steps between validations")
+    data: str | None = Field(None, description="rows with a `solution` column to imitate; null: data.train")
+    steps: int = Field(200, gt=0, description="maximum number of optimizer updates")
+    eval_every: int = Field(50, gt=0, description="updates between validations")
     stop_at_accuracy: float | None = Field(
-        None, gt=0, le=1, description="end at the first validation this good: a start that leaves RL something to learn"
+        None, gt=0, le=1, description="stop at this validation accuracy, to leave RL something to learn"
     )
-    batch_size: int = Field(64, gt=0, description="responses of one optimiser step over all ranks")
+    batch_size: int = Field(64, gt=0, description="responses per optimizer update, over all ranks")
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, grad_clip=1.0, schedule="cosine")
 
 
 class EvalConfig(Section):
-    every: int = Field(5, gt=0, description="steps between validations during training")
-    temperature: float = Field(0.0, ge=0, description="0: greedy")
-    max_problems: int | None = Field(None, gt=0, description="first N held-out problems; null: all")
+    every: int = Field(5, gt=0, description="training steps between validations")
+    temperature: float = Field(0.0, ge=0, description="sampling temperature of validation and `mssr eval`; 0: greedy")
+    max_problems: int | None = Field(None, gt=0, description="validate on the first N problems; null: all")
 
 
 class LogConfig(Section):
-    tensorboard: bool = True
+    tensorboard: bool = Field(True, description="write TensorBoard files beside metrics.jsonl")
     peak_tflops: float | None = Field(
-        None, gt=0, description="of one device, for the MFU; null: known for common GPUs, else no MFU"
+        None, gt=0, description="peak TFLOP/s of one device, for the MFU; null: known for common GPUs, else no MFU"
     )
-    rollouts_every: int = Field(10, gt=0, description="steps between saved samples of rollouts")
-    rollouts_saved: int = Field(8, ge=0, description="rollouts in a sample, with their images")
+    rollouts_every: int = Field(10, gt=0, description="steps between saved rollout samples")
+    rollouts_saved: int = Field(8, ge=0, description="rollouts per sample, with their images")
 
 
 class Config(Section):
-    run_dir: Path = Field(description="everything the run leaves is in here")
+    run_dir: Path = Field(description="folder for everything the run writes")
     preset: Literal["default", "paper"] = Field(
-        "default", description="fills what is left open; paper: its authors' choices, see mssr/config/presets.py"
+        "default",
+        description="values for keys that are not set; paper: the authors' choices, docs/CONFIG.md lists them",
     )
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = Field(0, description="seed of prompt order and sampling noise")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if torch sees one")
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()

@@ -1,0 +1,82 @@
+"""README, docs/ and kernels/README.md: generated pages are current, and what they name exists."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from mssr.cli import app
+from mssr.config.reference import keys, page
+from mssr.config.schema import Config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "kernels/README.md",
+    ROOT / "tests/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+SECTIONS = [name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")]
+NO_KEYS = ("model.model", "model.lm_head", "rollout.generate", "rollout.update_weights")  # attributes and methods
+EXAMPLES = {"configs/my.yaml"}  # of a reader's own files
+FOLDERS = "mssr|kernels|bench|configs|docs|examples|tests"
+
+
+def pages(test):
+    return pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))(test)
+
+
+def found(pattern: str, file: Path) -> set[str]:
+    return set(re.findall(pattern, file.read_text()))
+
+
+def test_the_page_of_keys_is_what_the_schema_says():
+    assert (ROOT / "docs/CONFIG.md").read_text() == page(), "run python -m mssr.config.reference > docs/CONFIG.md"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 7000
+
+
+@pages
+def test_links_lead_somewhere(file):
+    for link in found(r"\]\(([^)\s]+)\)", file):
+        path, _, anchor = link.partition("#")
+        if path.startswith("http"):
+            continue
+        target = file.parent / path if path else file
+        assert target.exists(), f"{file.name}: {link}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), f"{file.name}: {link}"
+
+
+def slug(heading: str) -> str:
+    """The anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pages
+def test_keys_exist(file):
+    known = {key for key, _, _ in keys(Config, "", None)} | {"train.budget"}
+    named = found(rf"(?<![\w/.])((?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+)", file)
+    unknown = {key for key in named - known if not key.startswith(NO_KEYS)}
+    assert not unknown, f"{file.name}: {unknown}"
+
+
+@pages
+def test_commands_and_modules_exist(file):
+    commands = set(typer.main.get_command(app).commands)
+    assert found(r"(?:^|bin/|-m |`)mssr (?!is\b)([a-z]+)\b", file) <= commands
+    for module in found(r"python -m ([\w.]+)", file) - {"pytest"}:
+        assert importlib.util.find_spec(module), f"{file.name}: python -m {module}"
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert found(r"(?:^|`)make ([a-z-]+)", file) <= targets
+
+
+@pages
+def test_paths_exist(file):
+    for path in found(rf"[`\s]((?:{FOLDERS})/[\w./-]*\w/?)(?=[`\s,:;.)])", file) - EXAMPLES:
+        assert (ROOT / path).exists(), f"{file.name}: {path}"
