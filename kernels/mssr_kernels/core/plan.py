@@ -1,33 +1,32 @@
-"""What a call would do, without doing it."""
+"""`explain`: what a call would do and cost, without doing it."""
 
 from dataclasses import dataclass
 
 import torch
 
-from .api import WORKSPACE_BYTES
-from .backends import Backend, fitting, rows_per_chunk
-from .choice import backend_named, resolve
-from .inputs import HeadInputs
+from ..backends.base import Backend, fitting, rows_per_chunk
+from ..backends.choice import backend_named, resolve
+from .inputs import WORKSPACE_BYTES, HeadInputs
 
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one call with everything kept and every row with a gradient. Bytes are estimates, FLOPs those of the products."""
+    """Cost of one call in which every row has a gradient. Bytes are estimates; FLOPs are those of the matrix products."""
 
     backend: str
-    mode: str  # "reference", "forward", "G", "L" or "S"
+    mode: str  # "reference", "forward", "recompute", "exact" or "sparse"
     chunk_rows: int  # tokens whose logits are in memory at once; 0 where there are no chunks of tokens
     chunks: int
     flops: int
-    moved_bytes: int  # between device memory and the chip: weight, logits, hidden and gradients as often as they pass
+    moved_bytes: int  # between device memory and chip: weight, logits, hidden and gradients, each time they are moved
     workspace_bytes: int  # beside inputs, results and gradients
     gradient_bytes: int  # the gradients as they are accumulated
     eager_logits_bytes: int  # what the logits of all rows would take in float32
 
     def __str__(self) -> str:
-        chunks = {"forward": "no logits kept", "G": "a slab of columns of the logits at a time"}.get(
+        chunks = {"forward": "no logits kept", "recompute": "a slab of columns of the logits at a time"}.get(
             self.mode, f"{self.chunks} x {self.chunk_rows} rows of logits"
         )
         return (
@@ -38,23 +37,14 @@ class Plan:
 
 
 def explain(
-    n: int,
-    d: int,
-    v: int,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str | torch.device = "cuda",
-    loss: bool = True,
-    hidden_grad: bool = True,
-    weight_grad: bool = True,
-    backend: str = "auto",
-    workspace_bytes: int = WORKSPACE_BYTES,
+    n: int, d: int, v: int, *, dtype: torch.dtype = torch.bfloat16, device: str | torch.device = "cuda", loss: bool = True,
+    hidden_grad: bool = True, weight_grad: bool = True, backend: str = "auto", workspace_bytes: int = WORKSPACE_BYTES,
     vocab_drop_tol: float | None = None,
-) -> Plan:
-    """The plan of `linear_policy_loss` (loss=True) or `linear_logprob_entropy` for hidden [n, d] and weight [v, d].
+) -> Plan:  # fmt: skip
+    """Return the plan of `linear_policy_loss` (loss=True) or `linear_logprob_entropy` for hidden [n, d] and weight [v, d].
 
-    Nothing is allocated, and the device need not be there. For mode S, FLOPs and bytes are those of a chunk in which every
-    row is dense: its gain depends on the rows.
+    Nothing is allocated, and the device need not be there. In mode `sparse`, FLOPs and bytes are those of chunks in which
+    every row is dense, because the gain depends on the rows.
     """
     device = torch.device(device)
     name = resolve(backend, device, dtype, d, v, workspace_bytes)
@@ -69,28 +59,23 @@ def explain(
             gradient_bytes, logits,
         )  # fmt: skip
     implementation: Backend = backend_named(name)
-    # Shapes and dtypes without memory; whatever is not the CPU is taken for CUDA.
-    if device.type == "cpu":
-        number = torch.empty(1, dtype=dtype)
-        tensors = number.expand(n, d), number.expand(v, d), None, number.long().expand(n)
-    else:
-        number = torch.empty(1, dtype=dtype, device="meta")
-        tensors = number.new_empty(n, d), number.new_empty(v, d), None, number.new_empty(n, dtype=torch.int64)
-    head = HeadInputs(*tensors, 1.0, None, -100, workspace_bytes, None)
-    matmul = implementation.matmul(head)
     if not gradient or not loss:
-        mode = "G" if gradient else "forward"
+        mode = "recompute" if gradient else "forward"
         recomputed = gradient * (1 + hidden_grad + weight_grad)
-        # A slab of dW is rounded as soon as it is complete; dhidden is summed up in float32 and then rounded.
+        # A slab of dW is rounded as soon as it is complete; dhidden is accumulated in float32 and then rounded.
         gradient_bytes = n * d * (4 + size) * hidden_grad + size * d * v * weight_grad
         moved = weight * (1 + recomputed) + hidden * 2 + (2 * size * n * v * gradient) + gradient_bytes
         return Plan(name, mode, 0, 0, (1 + recomputed) * product, moved, workspace_bytes, gradient_bytes, logits)
-    row_bytes, other_bytes = implementation.tiles.bytes_needed(head, matmul, sparse=bool(vocab_drop_tol))
+    # Shapes and dtypes without memory; any device but the CPU counts as CUDA.
+    number = torch.empty(1, dtype=dtype, device="cpu" if device.type == "cpu" else "meta")
+    of_shape = number.expand if device.type == "cpu" else number.new_empty
+    head = HeadInputs(of_shape(n, d), of_shape(v, d), None, number.long().expand(n), workspace_bytes=workspace_bytes)
+    row_bytes, other_bytes = implementation.tiles.bytes_needed(head, implementation.matmul(head), bool(vocab_drop_tol))
     most = fitting(head, row_bytes, other_bytes, "one row of logits")
     rows = rows_per_chunk(n, most, implementation.tiles.aligned_rows)
     chunks = -(-n // max(rows, 1))
-    # Of each chunk: the logits are written, turned into the gradient in place and read by each of its products; the weight
-    # is read by both products with it; dW is read and written.
+    # Per chunk: the logits are written, turned into the gradient in place and read by each of its products; the weight is
+    # read by both products with it; dW is read and written.
     moved = n * row_bytes * (4 + weight_grad) + chunks * (weight * (1 + hidden_grad) + 8 * d * v * weight_grad)
-    mode = "S" if vocab_drop_tol else "L"
+    mode = "sparse" if vocab_drop_tol else "exact"
     return Plan(name, mode, rows, chunks, products * product, moved, workspace_bytes, gradient_bytes, logits)
