@@ -60,6 +60,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mssr", "mssr.*"]) + find_packages("kernels"),
     package_dir={"mssr_kernels": "kernels/mssr_kernels"},
+    package_data={"mssr_kernels": ["py.typed"]},
     install_requires=["torch>=2.11,<2.15", "triton>=3.6,<3.10; platform_system == 'Linux'"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mssr = mssr.cli:main"]},

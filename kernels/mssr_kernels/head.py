@@ -106,9 +106,7 @@ class FusedLMHead(nn.Linear):
         if target is None:
             if advantage is not None or options:
                 given = ["advantage"] * (advantage is not None) + sorted(options)
-                raise ValueError(
-                    f"FusedLMHead got {', '.join(given)} but no target: pass target, or hidden alone for logits"
-                )
+                raise ValueError(f"FusedLMHead got {', '.join(given)} but no target: pass target, or only hidden")
             return F.linear(hidden, self.weight, self._column_bias())
 
         if hidden.shape[:-1] != target.shape:

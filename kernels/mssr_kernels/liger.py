@@ -132,7 +132,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         dtype = compute_dtype(_input)
         ref_logp = self._reference(target, ref_per_token_logps, ref_input, ref_weight, ref_bias)
         advantage = advantages.detach().to(dtype).masked_fill(~mask.any(1), 0)[:, None]
-        old_logp, ref_logp = (_filled(logp, counted, dtype) for logp in (old_per_token_logps, ref_logp))
+        old_logp, ref_logp = (
+            None if logp is None else logp.detach().to(dtype).masked_fill(~counted, 0)
+            for logp in (old_per_token_logps, ref_logp)
+        )
         is_ratio = _importance(vllm_is_ratio, counted, dtype)
         batch = _Batch(mask.to(dtype), counted, advantage, old_logp, ref_logp, is_ratio)
         loss_of = self._row_local if self._is_row_local(batch) else self._general
@@ -276,10 +279,6 @@ def _tokens_per_rank(tokens: Tensor, num_items: Tensor | float | None) -> Tensor
     return tokens / ranks
 
 
-def _filled(value: Tensor | None, counted: Tensor, dtype: torch.dtype) -> Tensor | None:
-    return None if value is None else value.detach().to(dtype).masked_fill(~counted, 0)
-
-
 def _importance(is_ratio: Tensor | None, counted: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return the ratio as [B, 1] or [B, T], as it was given: VESPO sums over the padding, too."""
     if is_ratio is None:
@@ -307,6 +306,4 @@ def _check_shapes(hidden, token_ids, mask, advantages, per_token: dict[str, Tens
     if advantages.shape != shape[:1]:
         raise ValueError(f"advantages is {list(advantages.shape)}: it must be [B] = [{shape[0]}], one a completion")
     if is_ratio is not None and is_ratio.shape not in (shape[:1], (shape[0], 1), shape):
-        raise ValueError(
-            f"vllm_is_ratio is {list(is_ratio.shape)}: it must be [B], [B, 1] or [B, T], B, T = {list(shape)}"
-        )
+        raise ValueError(f"vllm_is_ratio is {list(is_ratio.shape)}: it must be [B], [B, 1] or [B, T] = {list(shape)}")

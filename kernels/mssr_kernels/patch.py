@@ -27,9 +27,7 @@ _HEAD_OWNS = ("hidden", "weight", "target", "bias", "softcap", "group")
 _HEAD_ARGUMENTS = tuple(name for name in inspect.signature(linear_policy_loss).parameters if name not in _HEAD_OWNS)
 _LOGPROB_ARGUMENTS = ("temperature", "ignore_index", "backend", "workspace_bytes")
 # What transformers passes on without naming it: lengths of packed sequences, and the backbone's return type.
-_PASSED_ON = (
-    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "is_causal", "return_dict",
-)  # fmt: skip
+_PASSED_ON = "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx is_causal return_dict".split()
 _NOT_WITH_TARGET = {
     "labels": "use target instead, see next_token_target",
     "logits_to_keep": "there are no logits; set target to -100 where nothing is to be computed",
@@ -178,9 +176,8 @@ class _Path:
         positional = dict(zip(self.forward_names, args, strict=False))
         twice = next((name for name in positional if name in kwargs), None)
         if twice is not None or len(args) > len(self.forward_names):
-            raise TypeError(
-                f"forward got {len(args)} positional arguments" + (f", and {twice} by name as well" if twice else "")
-            )
+            also = f", and {twice} by name as well" if twice else ""
+            raise TypeError(f"forward got {len(args)} positional arguments{also}")
         return positional | kwargs
 
     def refuse_without_target(self, kwargs: dict) -> None:

@@ -279,7 +279,7 @@ def test_gradient_where_weights_vanish():
     torch.testing.assert_close(found, pair.tiles[1].gradient(None, gradient)[0], atol=2e-6, rtol=2e-5)
 
 
-def test_what_mode_s_asks_for():
+def test_what_mode_sparse_asks_for():
     pair = Pair(rows=130, vocab=777, scale=6.0)
     ours, theirs = pair.tiles
     p = (pair.head.hidden @ pair.head.weight.T / 0.8).softmax(1)

@@ -26,15 +26,11 @@ def resolve(
     contiguous: whether the rows of the weight are.
     """
     if backend == "auto":
-        large_enough = (
-            vocab >= LEAST_VOCAB
-            and width >= LEAST_WIDTH
-            and workspace_bytes // (vocab * dtype.itemsize) >= LEAST_WORKSPACE_ROWS
-        )
+        rows = workspace_bytes // (vocab * dtype.itemsize)
+        large_enough = vocab >= LEAST_VOCAB and width >= LEAST_WIDTH and rows >= LEAST_WORKSPACE_ROWS
         half = dtype in (torch.bfloat16, torch.float16)
-        if device.type == "cuda" and half and large_enough and (contiguous and triton_runs_on(device)):
-            return "triton"
-        return "chunked"
+        here = device.type == "cuda" and (contiguous and triton_runs_on(device))
+        return "triton" if here and half and large_enough else "chunked"
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is not available: use 'auto', {', '.join(map(repr, BACKENDS))}")
     if backend == "triton":

@@ -18,12 +18,9 @@ ALIGNED = 8
 
 
 class HeadMatmul:
-    """Products with `weight` [V, D] or, in the methods that take `columns`, with that slice of its rows.
+    """Products with `weight` [V, D] or, in the methods that take `columns`, with that slice of its rows."""
 
-    `slab_bytes` limits the buffer for upcast slabs; `buffer_bytes` is its size.
-    """
-
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, slab_bytes: int):
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, slab_bytes: int):  # of the buffer, at most
         self.weight = weight.detach()
         self.compute_dtype = compute_dtype
         vocab, width = weight.shape

@@ -48,12 +48,10 @@ def call_policy_loss(
         *tensors,
         normalizer.detach() if is_tensor else None,
         *(None if field is None else field.detach() for field in rows),
-        normalizer_value=None if is_tensor or normalizer is None else float(normalizer),
-        vocab_drop_tol=vocab_drop_tol,
+        normalizer_value=None if is_tensor or normalizer is None else float(normalizer), vocab_drop_tol=vocab_drop_tol,
         wanted=[grad and t is not None and t.requires_grad for t in (head.hidden, head.weight, head.bias)],
-        **options,
-        **{name: getattr(config, name) for name in _CONFIG_NAMES},
-    )
+        **options, **{name: getattr(config, name) for name in _CONFIG_NAMES},
+    )  # fmt: skip
     return PolicyLoss(loss, logp, entropy, advantage, ratio, clipped, PolicyMetrics(*metrics.unbind()))
 
 
@@ -67,11 +65,9 @@ def _spread(head: HeadInputs, backend: str, group: ProcessGroup | None) -> tuple
     return (head.hidden, head.weight, head.bias, head.target, row_temperature), dict(
         temperature=1.0 if per_row else float(head.temperature),
         softcap=None if head.softcap is None else float(head.softcap),
-        ignore_index=head.ignore_index,
-        workspace_bytes=int(head.workspace_bytes),
-        backend=backend,
-        group=None if group is None else group.group_name,
-    )
+        ignore_index=head.ignore_index, workspace_bytes=int(head.workspace_bytes),
+        backend=backend, group=None if group is None else group.group_name,
+    )  # fmt: skip
 
 
 def _gather(

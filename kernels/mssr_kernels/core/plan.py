@@ -54,10 +54,8 @@ def explain(
     gradient_bytes = 4 * n * d * hidden_grad + 4 * d * v * weight_grad
     if name == "reference":
         # Logits, log-probs, probabilities and their gradient, float32 copies of both operands.
-        return Plan(
-            name, "reference", n, 1, products * product, 10 * logits + 3 * weight, 4 * logits + 4 * d * (n + v),
-            gradient_bytes, logits,
-        )  # fmt: skip
+        moved, workspace = 10 * logits + 3 * weight, 4 * logits + 4 * d * (n + v)
+        return Plan(name, "reference", n, 1, products * product, moved, workspace, gradient_bytes, logits)
     implementation: Backend = backend_named(name)
     if not gradient or not loss:
         mode = "recompute" if gradient else "forward"
