@@ -27,7 +27,7 @@ _HEAD_OWNS = ("hidden", "weight", "target", "bias", "softcap", "group")
 _HEAD_ARGUMENTS = tuple(name for name in inspect.signature(linear_policy_loss).parameters if name not in _HEAD_OWNS)
 _LOGPROB_ARGUMENTS = ("temperature", "ignore_index", "backend", "workspace_bytes")
 # What transformers passes on without naming it: lengths of packed sequences, and the backbone's return type.
-_PASSED_ON = "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx is_causal return_dict".split()
+_PASSED_ON = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "is_causal", "return_dict")
 _NOT_WITH_TARGET = {
     "labels": "use target instead, see next_token_target",
     "logits_to_keep": "there are no logits; set target to -100 where nothing is to be computed",
