@@ -20,8 +20,8 @@ def bytes_moved(provider: Provider, task: str, shape: Shape) -> float:
 
 
 def of_sparse(job: Callable[[], None], task: str, shape: Shape, device: str, workspace_bytes: int) -> dict:
-    """Mode S: {"flops", "f": share of mode L's backward products, "forward_rows": with those that were put off, which go
-    through the forward twice}. Counted from within during one run of `job`."""
+    """Mode sparse: {"flops", "f": share of the backward products of mode exact, "forward_rows": deferred rows count twice}.
+    Counted from within during one run of `job`."""
     from mssr_kernels import explain
     from mssr_kernels.backends import choice
     from mssr_kernels.backends.matmul import HeadMatmul
