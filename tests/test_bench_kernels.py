@@ -114,7 +114,7 @@ def test_everybody_is_right_and_whoever_cannot_is_listed():
                 gradients = {"loss": {"d_hidden", "d_weight"}, "frozen": {"d_hidden"}, "forward": set()}[task]
                 errors = providers[name]["errors"]
                 assert set(errors) == rows | gradients
-                # Mode S drops what its tolerance allows, of the gradient alone.
+                # Mode `sparse` drops what its tolerance allows, of the gradient alone.
                 assert all(errors[key] < 1e-4 for key in rows)
                 assert all(errors[key] < (5e-3 if name == "mssr sparse" else 1e-4) for key in gradients)
 

@@ -1,4 +1,4 @@
-"""Mode S: what it drops of every row is bounded, whatever the row, and nothing else differs from mode L.
+"""Mode `sparse`: what it drops of every row is bounded, whatever the row, and nothing else differs from mode `exact`.
 
 The weight is the identity, so that hidden are the logits and the gradient by hidden is the gradient by the logits.
 """
@@ -116,7 +116,9 @@ def test_peaked_rows_cost_a_fraction(kind):
     assert 150 < recorder.work / unit <= 1.5 * 150  # the forward pass, and less than half of dhidden
     with Recorder() as recorder:
         gradient_by_logits(flat(150), target, advantage, 2.0**-8)
-    assert recorder.work / unit == pytest.approx(300)  # as in mode L: forward and dhidden, the weight being frozen
+    assert recorder.work / unit == pytest.approx(
+        300
+    )  # as in mode `exact`: forward and dhidden, the weight being frozen
 
 
 def test_an_improbable_label_is_kept():
