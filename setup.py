@@ -47,6 +47,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["mssr", "mssr.*"]) + find_packages("kernels"),
     package_dir={"mssr_kernels": "kernels/mssr_kernels"},
+    package_data={"mssr_kernels": ["py.typed"]},
     install_requires=[requirement("torch"), f"{requirement('triton')}; platform_system == 'Linux'"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mssr = mssr.cli:main"]},

@@ -180,7 +180,7 @@ def result(
     def job():
         run(tensors, name, task, settings)
 
-    if name == "mssr S":
+    if name == "mssr sparse":
         tensors.hidden.grad = tensors.weight.grad = None
         found |= work.of_sparse(job, task, shape, settings.device, settings.workspace_bytes)
     if settings.device == "cuda":

@@ -41,10 +41,10 @@ TEST_FILES = (("wiring",), ("heads", "rows", "active"), ("bits", "memory"), ("la
 TEST_SHARE = 0.55  # of the budget; the rest is for the benchmark
 TEST_LIMIT, MEASURE_LIMIT, SYNC_LIMIT, STEP_LIMIT, LEAST = 150, 150, 90, 90, 15  # seconds
 GIB = 1 << 30
-OURS = ("mssr L", "mssr S", "mssr G", "mssr forward")
+OURS = ("mssr exact", "mssr sparse", "mssr recompute", "mssr forward")
 # All but our own eager reference, whose float32 products take longer than all of these together.
 ALL = (
-    *OURS, "mssr chunked L", "mssr chunked forward", "torch.compile", "liger GRPO", "liger CE", "torch linear CE",
+    *OURS, "mssr chunked exact", "mssr chunked forward", "torch.compile", "liger GRPO", "liger CE", "torch linear CE",
     "torch linear CE chunked",
 )  # fmt: skip
 # Apart from those: they may compile or try out configurations for long, or not run on this GPU at all.

@@ -22,7 +22,7 @@ class Settings(NamedTuple):
     repeats: int = 20
     seed: int = 0
     workspace_mib: int = 256
-    vocab_drop_tol: float = 2.0**-8  # of mode S
+    vocab_drop_tol: float = 2.0**-8  # of mode sparse
     input_sets: int = 2
 
     @property

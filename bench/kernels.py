@@ -83,7 +83,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--workspace-mib", type=positive, help="of ours and, at most, of peers' chunks (default 256, with --quick 8)"
     )
-    parser.add_argument("--vocab-drop-tol", type=float, default=2.0**-8, help="of mode S")
+    parser.add_argument("--vocab-drop-tol", type=float, default=2.0**-8, help="of mode sparse")
     parser.add_argument("--repeats", type=positive, help="turns (default 20, with --quick 32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

@@ -59,19 +59,19 @@ OURS = {
         POLICY, lambda inputs, _: specification(inputs).loss, lambda inputs, _: Rows(*specification(inputs)[1:3]),
         Counts(1, 2, 3), Counts(11, 16, 17),
     ),
-    "mssr L": ours_fused("auto", *LOSS_IN_FORWARD),
-    "mssr S": ours_fused(  # the products of the backward pass are counted as they are made
+    "mssr exact": ours_fused("auto", *LOSS_IN_FORWARD),
+    "mssr sparse": ours_fused(  # the products of the backward pass are counted as they are made
         "auto", Counts(1, 1, 1), Counts(0, 3, 3), sparse=True,
         note="gradients up to vocab_drop_tol; made products are counted",
     ),
-    "mssr G": Provider(
+    "mssr recompute": Provider(
         POLICY, loss_of(ours_rows("auto")), ours_rows("auto"), Counts(1, 3, 4), Counts(0, 2, 3), tasks=("loss", "frozen")
     ),
     "mssr forward": Provider(
         POLICY, None, ours_rows("auto"), Counts(1, 1, 1), Counts(0, 0, 0), tasks=("forward",)
     ),
     # On the CPU these are what "auto" is.
-    "mssr chunked L": ours_fused("chunked", *LOSS_IN_FORWARD, needs_cuda=True),
+    "mssr chunked exact": ours_fused("chunked", *LOSS_IN_FORWARD, needs_cuda=True),
     "mssr chunked forward": Provider(
         POLICY, None, ours_rows("chunked"), Counts(1, 1, 1), Counts(0, 0, 0), needs_cuda=True, tasks=("forward",)
     ),

@@ -1,6 +1,7 @@
 """Reading the reports of `bench.kernels`: where they lie, which case is which, what is ours, what a case is called."""
 
 import json
+import re
 from pathlib import Path
 
 from mssr.errors import UserError
@@ -19,7 +20,7 @@ def load(path: Path, name: str = KERNELS) -> dict:
     """
     file = path / name if path.is_dir() else path
     try:
-        report = json.loads(file.read_text())
+        report = json.loads(_with_mode_names(file.read_text()))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     except ValueError as error:
@@ -27,6 +28,12 @@ def load(path: Path, name: str = KERNELS) -> dict:
     if not isinstance(report, dict) or not isinstance(report.get("cases"), list):
         raise UserError(f"{file}: has no list `cases`, so it is no report of this version; measure again")
     return report
+
+
+def _with_mode_names(text: str) -> str:
+    """Reports up to November 2026 call the modes of our kernels by letters."""
+    modes = {"L": "exact", "S": "sparse", "G": "recompute"}
+    return re.sub(r"\b(mssr (?:chunked )?)([LSG])\b", lambda found: found[1] + modes[found[2]], text)
 
 
 def load_kernels(path: Path) -> dict:

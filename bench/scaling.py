@@ -2,7 +2,7 @@
 
     python -m bench.scaling [--out FOLDER]      # FOLDER/scaling.json; python -m bench.plots FOLDER draws it
 
-Eager, and ours in modes L, S and G, forward and backward; both forward alone. Each axis has four points, 1/2 to 4 times the
+Eager, and ours in each mode, forward and backward; both forward alone. Each axis has four points, 1/2 to 4 times the
 base shape, and an exponent, fitted in log-log: 1 is growth in proportion, 0 none. The workspace is small enough that no
 point's logits fit into it. On a CPU the whole takes about 4 minutes on 2 cores.
 
@@ -34,13 +34,13 @@ RANKS = (1, 2)
 # What is measured: the name in the report -> provider and task of `bench.kernels`.
 JOBS = {
     EAGER: (EAGER, "loss"),
-    "mssr L": ("mssr L", "loss"),
-    "mssr S": ("mssr S", "loss"),
-    "mssr G": ("mssr G", "loss"),
+    "mssr exact": ("mssr exact", "loss"),
+    "mssr sparse": ("mssr sparse", "loss"),
+    "mssr recompute": ("mssr recompute", "loss"),
     "eager forward": (EAGER, "forward"),
     "mssr forward": ("mssr forward", "forward"),
 }
-OURS = ("mssr L", "mssr S", "mssr G", "mssr forward")
+OURS = ("mssr exact", "mssr sparse", "mssr recompute", "mssr forward")
 MEASURES = ("seconds", "peak_extra_mib")
 # n, d, v, dtype, MiB of workspace.
 PRESETS = {"cpu": (512, 256, 16384, "float32", 8), "cuda": (4096, 2048, 65536, "bfloat16", 128)}

@@ -160,10 +160,10 @@ def _peak_extra_mib(tensors: Inputs, name: str, settings: Settings) -> float:
 
 def _run(tensors: Inputs, name: str, settings: Settings):
     options = dict(workspace_bytes=settings.workspace_bytes, group=dist.group.WORLD)
-    if name in ("mssr L", "mssr S"):
-        tolerance = settings.vocab_drop_tol if name == "mssr S" else None
+    if name in ("mssr exact", "mssr sparse"):
+        tolerance = settings.vocab_drop_tol if name == "mssr sparse" else None
         linear_policy_loss(*tensors[:5], config=CONFIG, vocab_drop_tol=tolerance, **options).loss.backward()
-    elif name == "mssr G":
+    elif name == "mssr recompute":
         logp, entropy, _ = linear_logprob_entropy(*tensors[:3], **options)
         clipped_loss(logp, entropy, tensors).backward()
     else:

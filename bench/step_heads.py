@@ -89,5 +89,5 @@ class Head(NamedTuple):
 HEADS = {
     "eager": Head(PROVIDERS["eager"].work, EagerHead),
     "liger": Head(PROVIDERS["liger GRPO"].work, LigerHead),
-    "mssr": Head(PROVIDERS["mssr L"].work, FusedLMHead),
+    "mssr": Head(PROVIDERS["mssr exact"].work, FusedLMHead),
 }

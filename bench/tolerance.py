@@ -38,7 +38,7 @@ def main():
 
 
 def errors(arguments: argparse.Namespace, kind: str) -> dict:
-    """Relative error of (hidden, weight) gradients by name: eager, mode L and every tolerance."""
+    """Relative error of (hidden, weight) gradients by name: eager, exact and every tolerance."""
     shape = (arguments.n, arguments.d, arguments.v)
     data = inputs.make(*shape, getattr(torch, arguments.dtype), arguments.device, kind)
     exact = [t.detach().double().requires_grad_() for t in data[:2]]
@@ -53,7 +53,7 @@ def errors(arguments: argparse.Namespace, kind: str) -> dict:
     for power in (None, *POWERS):
         tolerance = None if power is None else 2.0**power
         loss = linear_policy_loss(*data[:5], config=CONFIG, vocab_drop_tol=tolerance).loss
-        found["mode L" if power is None else f"2^{power}"] = error(loss)
+        found["exact" if power is None else f"2^{power}"] = error(loss)
     below = (p for p in POWERS if all(a <= b for a, b in zip(found[f"2^{p}"], found["eager"])))
     return {"mean_entropy": data.mean_entropy, "errors": found, "recommended": next(below, None)}
 

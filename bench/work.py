@@ -20,10 +20,11 @@ def bytes_moved(provider: Provider, task: str, shape: Shape) -> float:
 
 
 def of_sparse(job: Callable[[], None], task: str, shape: Shape, device: str, workspace_bytes: int) -> dict:
-    """Mode S: {"flops", "f": share of mode L's backward products, "forward_rows": with those that were put off, which go
-    through the forward twice}. Counted from within during one run of `job`."""
-    from mssr_kernels import choice, explain
-    from mssr_kernels.matmul import HeadMatmul
+    """Mode sparse: {"flops", "f": share of the backward products of mode exact, "forward_rows": deferred rows count twice}.
+    Counted from within during one run of `job`."""
+    from mssr_kernels import explain
+    from mssr_kernels.backends import choice
+    from mssr_kernels.backends.matmul import HeadMatmul
 
     n, d, v = shape.n, shape.d, shape.v
     dtype = getattr(torch, shape.dtype)

@@ -14,7 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mssr_kernels import PolicyLossConfig, next_token_target, patch
 
 STEPS, PROMPTS, PROMPT, RESPONSE, VOCABULARY = 4, 12, 8, 24, 65_536
-CLIP = PolicyLossConfig(clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_alpha=0.0)
+CLIP = PolicyLossConfig.ppo()
 
 
 def tiny_model():

@@ -32,7 +32,7 @@ def test_tolerance(tmp_path):
     report = json.loads((tmp_path / "out.json").read_text())
     for result in report["rows"].values():
         errors = result["errors"]
-        assert max(errors["2^-14"]) <= 2 * max(errors["mode L"]) < max(errors["eager"])
+        assert max(errors["2^-14"]) <= 2 * max(errors["exact"]) < max(errors["eager"])
         assert result["recommended"] <= -1
 
 

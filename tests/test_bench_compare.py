@@ -10,7 +10,7 @@ import pytest
 from bench import compare
 from mssr.errors import UserError
 
-SPEEDS = {"eager": 0.4, "mssr L": 0.36, "mssr S": 0.15, "torch linear CE": 0.35}
+SPEEDS = {"eager": 0.4, "mssr exact": 0.36, "mssr sparse": 0.15, "torch linear CE": 0.35}
 MACHINE = {"device": "a CPU, 2 threads", "torch": "2.13.0"}
 SHAPE = {"model": None, "n": 512, "d": 512, "v": 32768, "dtype": "float32", "rows": "realistic", "softcap": None}
 
@@ -65,8 +65,8 @@ def test_a_planted_slowdown_of_ours_is_flagged():
     """Of single cases one in a hundred may be missed; not of all cases at one time."""
     cases = 0
     for seed in range(40):
-        flagged = compare.compare(report(seed), report(1000 + seed, slower={"mssr L": 1.2})).flagged
-        assert flagged and all(": mssr L: " in line and "slower" in line for line in flagged)
+        flagged = compare.compare(report(seed), report(1000 + seed, slower={"mssr exact": 1.2})).flagged
+        assert flagged and all(": mssr exact: " in line and "slower" in line for line in flagged)
         cases += len(flagged)
     assert cases >= 0.95 * 80
 
@@ -78,35 +78,35 @@ def test_a_slower_peer_is_shown_and_not_flagged():
 
 
 def test_what_got_faster_is_said():
-    found = compare.compare(report(1), report(2, slower={"mssr S": 0.7}))
+    found = compare.compare(report(1), report(2, slower={"mssr sparse": 0.7}))
     assert found.flagged == [] and [each.verdict for each in found.cases[0][1]] == ["", "", "faster", ""]
 
 
 def test_a_change_within_the_noise_is_not_flagged():
     """The medians differ by more than 10 %, as those of so noisy turns may."""
     found = compare.compare(report(5, noise=0.5), report(15, noise=0.5))
-    (each,) = (each for each in found.cases[0][1] if each.provider == "mssr L")
+    (each,) = (each for each in found.cases[0][1] if each.provider == "mssr exact")
     assert each.ratio > compare.SLOWER and each.p_slower > compare.SIGNIFICANT and found.flagged == []
 
 
 def test_too_few_turns_are_said():
-    found = compare.compare(report(1, turns=3), report(2, turns=3, slower={"mssr L": 3.0}))
+    found = compare.compare(report(1, turns=3), report(2, turns=3, slower={"mssr exact": 3.0}))
     assert found.flagged == [] and any("3 and 3 turns are too few" in line for line in found.notes)
-    found = compare.compare(report(1, turns=5), report(2, turns=5, slower={"mssr L": 3.0}))
+    found = compare.compare(report(1, turns=5), report(2, turns=5, slower={"mssr exact": 3.0}))
     assert len(found.flagged) == 2 and not any("too few" in line for line in found.notes)
 
 
 @pytest.mark.parametrize(
     ("path", "value", "flag"),
     [
-        ("mssr L/peak_extra_mib", 331.0, "memory 300 -> 331 MiB"),
-        ("mssr L/peak_extra_mib", 329.0, None),  # 10 % are 30 MiB
+        ("mssr exact/peak_extra_mib", 331.0, "memory 300 -> 331 MiB"),
+        ("mssr exact/peak_extra_mib", 329.0, None),  # 10 % are 30 MiB
         ("torch linear CE/peak_extra_mib", 900.0, None),
-        ("mssr S/errors", {"logp": 3e-5, "d_weight": 3e-6}, "error of logp 2.0e-06 -> 3.0e-05"),
-        ("mssr S/errors", {"logp": 9e-6, "d_weight": 9e-6}, None),  # rounding
-        ("mssr S/errors", {"logp": 2e-6, "d_weight": float("nan")}, "error of d_weight 3.0e-06 -> nan"),
+        ("mssr sparse/errors", {"logp": 3e-5, "d_weight": 3e-6}, "error of logp 2.0e-06 -> 3.0e-05"),
+        ("mssr sparse/errors", {"logp": 9e-6, "d_weight": 9e-6}, None),  # rounding
+        ("mssr sparse/errors", {"logp": 2e-6, "d_weight": float("nan")}, "error of d_weight 3.0e-06 -> nan"),
         ("torch linear CE/errors", {"logp": 1.0, "d_weight": 1.0}, None),
-        ("mssr L", {"work": "", "error": "RuntimeError: no"}, "fails now: RuntimeError: no"),
+        ("mssr exact", {"work": "", "error": "RuntimeError: no"}, "fails now: RuntimeError: no"),
     ],
 )
 def test_memory_errors_and_failures(path, value, flag):
@@ -116,9 +116,9 @@ def test_memory_errors_and_failures(path, value, flag):
 
 
 def test_memory_of_small_cases_may_grow_by_16_mib():
-    before = changed(report(1), "mssr L/peak_extra_mib", 20.0)
-    assert compare.compare(before, changed(before, "mssr L/peak_extra_mib", 35.0)).flagged == []
-    assert len(compare.compare(before, changed(before, "mssr L/peak_extra_mib", 37.0)).flagged) == 1
+    before = changed(report(1), "mssr exact/peak_extra_mib", 20.0)
+    assert compare.compare(before, changed(before, "mssr exact/peak_extra_mib", 35.0)).flagged == []
+    assert len(compare.compare(before, changed(before, "mssr exact/peak_extra_mib", 37.0)).flagged) == 1
 
 
 def test_errors_of_16_bits_have_coarser_rounding():
@@ -126,8 +126,8 @@ def test_errors_of_16_bits_have_coarser_rounding():
     for case in before["cases"]:
         case["dtype"] = "bfloat16"
     rounding, wrong = ({"logp": 2e-6, "d_weight": error} for error in (3.5e-3, 5e-3))
-    assert compare.compare(before, changed(before, "mssr L/errors", rounding)).flagged == []
-    assert len(compare.compare(before, changed(before, "mssr L/errors", wrong)).flagged) == 1
+    assert compare.compare(before, changed(before, "mssr exact/errors", rounding)).flagged == []
+    assert len(compare.compare(before, changed(before, "mssr exact/errors", wrong)).flagged) == 1
 
 
 def test_what_only_one_has_is_said():
@@ -135,45 +135,45 @@ def test_what_only_one_has_is_said():
     after["machine"] = MACHINE | {"torch": "2.14.0"}
     after["settings"] = {"seed": 0, "repeats": 30}
     after["cases"][0]["providers"]["quack CE"] = {"work": "", "error": "ModuleNotFoundError: quack"}
-    del after["cases"][0]["providers"]["mssr S"]
+    del after["cases"][0]["providers"]["mssr sparse"]
     del before["cases"][0]["providers"]["eager"]["errors"]["logp"]
-    del after["cases"][0]["providers"]["mssr L"]["errors"]["logp"]
-    del after["cases"][0]["providers"]["mssr L"]["peak_extra_mib"]
+    del after["cases"][0]["providers"]["mssr exact"]["errors"]["logp"]
+    del after["cases"][0]["providers"]["mssr exact"]["peak_extra_mib"]
     found = compare.compare(before, after)
     notes = "\n".join(found.notes)
     for expected in (
-        "mssr L: error of logp is measured in A alone",
-        "mssr L: memory is measured in A alone",
+        "mssr exact: error of logp is measured in A alone",
+        "mssr exact: memory is measured in A alone",
         "torch 2.13.0 -> 2.14.0",
         "repeats 20 -> 30",
         "only in A: forward alone, N 512",
         "only in B: forward and backward, frozen head, N 512",
-        "only in A: mssr S",
+        "only in A: mssr sparse",
         "only in B: quack CE",
     ):
         assert expected in notes
     assert len(found.cases) == 1 and [each.provider for each in found.cases[0][1]] == [
         "eager",
-        "mssr L",
+        "mssr exact",
         "torch linear CE",
     ]
 
 
 def test_without_eager_seconds_are_compared():
     """At the longest inputs eager does not fit."""
-    before, after = report(1), report(2, slower={"mssr L": 1.3})
+    before, after = report(1), report(2, slower={"mssr exact": 1.3})
     for each in (before, after):
         each["cases"][0]["providers"]["eager"] = {"work": "", "error": "OutOfMemoryError"}
         for found in each["cases"][0]["providers"].values():
             found.pop("time_ratio", None)
     found = compare.compare(before, after)
-    assert sum(": mssr L: " in line for line in found.flagged) == 2
+    assert sum(": mssr exact: " in line for line in found.flagged) == 2
     assert any("without eager in both" in line for line in found.notes)
 
 
 def test_exit_codes_and_what_is_printed(tmp_path, capsys):
     a, b = tmp_path / "a", tmp_path / "b"
-    for folder, content in ((a, report(1)), (b, report(2, slower={"mssr L": 1.2}))):
+    for folder, content in ((a, report(1)), (b, report(2, slower={"mssr exact": 1.2}))):
         folder.mkdir()
         (folder / "kernels.json").write_text(json.dumps(content))
     assert compare.main([str(a), str(a / "kernels.json")]) == 0
@@ -205,6 +205,6 @@ def test_a_mistake_is_one_line_and_exits_with_2(content, says, tmp_path, capsys)
 
 def test_turns_that_do_not_belong_together_are_refused():
     after = report(2)
-    after["cases"][0]["providers"]["mssr L"]["seconds_all"].pop()
+    after["cases"][0]["providers"]["mssr exact"]["seconds_all"].pop()
     with pytest.raises(UserError, match="19 turns, eager's 20"):
         compare.compare(report(1), after)

@@ -20,9 +20,9 @@ SHAPE = Shape(None, 64, 32, 2048, "float32", "realistic")
 ON_CPU = [
     "eager",
     "mssr reference",
-    "mssr L",
-    "mssr S",
-    "mssr G",
+    "mssr exact",
+    "mssr sparse",
+    "mssr recompute",
     "mssr forward",
     "liger GRPO",
     "liger scaled CE",
@@ -39,7 +39,7 @@ def test_report(tmp_path, monkeypatch, capsys):
     (package / "torch_functional.py").write_text("import os, sys\nsys.stderr.write('out of order')\nos._exit(7)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    names = ["mssr S", "torch linear CE", "verl torch", "quack CE"]
+    names = ["mssr sparse", "torch linear CE", "verl torch", "quack CE"]
     words = [
         "--n",
         "64",
@@ -61,8 +61,8 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert [case["task"] for case in report["cases"]] == ["loss", "forward"] and report["not_run"] == []
     assert report["machine"]["torch"] and report["settings"]["repeats"] == 3 and report["seconds"] > 0
     loss, forward = report["cases"]
-    assert list(loss["providers"]) == ["eager", "mssr S", "torch linear CE", "quack CE", "verl torch"]
-    assert set(forward["providers"]) == set(loss["providers"]) - {"mssr S"}
+    assert list(loss["providers"]) == ["eager", "mssr sparse", "torch linear CE", "quack CE", "verl torch"]
+    assert set(forward["providers"]) == set(loss["providers"]) - {"mssr sparse"}
     for case in report["cases"]:
         assert {key: case[key] for key in ("model", "n", "d", "v", "softcap")} == {
             "model": None, "n": 64, "d": 32, "v": 2048, "softcap": None,
@@ -83,7 +83,7 @@ def test_report(tmp_path, monkeypatch, capsys):
             of_memory = found["bytes"] / report["roofs"]["copy_gb_per_s"] / 1e9
             assert found["share_of_roof"] == pytest.approx(max(of_products, of_memory) / found["seconds"])
     assert loss["providers"]["eager"]["flops"] == 3 * forward["providers"]["eager"]["flops"] == 6 * 64 * 32 * 2048
-    sparse = loss["providers"]["mssr S"]
+    sparse = loss["providers"]["mssr sparse"]
     assert 0 < sparse["f"] < 1 and sparse["flops"] < loss["providers"]["eager"]["flops"]
     # At its leanest eager holds two of the size of the logits at a time.
     assert loss["providers"]["eager"]["peak_extra_mib"] > 2 * 64 * 2048 * 4 / 2**20
@@ -114,9 +114,9 @@ def test_everybody_is_right_and_whoever_cannot_is_listed():
                 gradients = {"loss": {"d_hidden", "d_weight"}, "frozen": {"d_hidden"}, "forward": set()}[task]
                 errors = providers[name]["errors"]
                 assert set(errors) == rows | gradients
-                # Mode S drops what its tolerance allows, of the gradient alone.
+                # Mode `sparse` drops what its tolerance allows, of the gradient alone.
                 assert all(errors[key] < 1e-4 for key in rows)
-                assert all(errors[key] < (5e-3 if name == "mssr S" else 1e-4) for key in gradients)
+                assert all(errors[key] < (5e-3 if name == "mssr sparse" else 1e-4) for key in gradients)
 
 
 def test_a_wrong_provider_shows():
@@ -177,7 +177,7 @@ def test_turns_are_fair():
 def test_presets():
     quick = kernels.parse_arguments(["--quick", "--device", "cpu"])
     assert quick.repeats >= 20 and set(quick.task) == set(TASKS) and len(kernels.shapes_of(quick)) == 1
-    assert {"eager", "torch.compile", "mssr L", "mssr S", "liger GRPO", "trl", "cce torch_compile"} < set(
+    assert {"eager", "torch.compile", "mssr exact", "mssr sparse", "liger GRPO", "trl", "cce torch_compile"} < set(
         quick.providers
     )
     full = kernels.parse_arguments(["--full", "--device", "cuda"])
@@ -223,28 +223,30 @@ def test_where_we_lose_is_said():
     )  # fmt: skip
     said = losses.sentences({"cases": [case]}, lambda case: "here")
     assert said == [
-        "here: fair is faster (900 ms) than mssr L (1,000).",
-        "here: quick (less work: cross-entropy alone) is faster (500 ms) than mssr L (1,000), mssr G (800) and smaller "
-        "(20 MiB) than mssr G (25).",
+        "here: fair is faster (900 ms) than mssr exact (1,000).",
+        "here: quick (less work: cross-entropy alone) is faster (500 ms) than mssr exact (1,000), mssr recompute (800) "
+        "and smaller (20 MiB) than mssr recompute (25).",
     ]
     del case["providers"]["fair"], case["providers"]["quick"]
     assert losses.sentences({"cases": [case]}, lambda case: "here") == []
 
 
 def test_gpu_figures_beside_targets():
-    """7B head, bf16, N 8192: 2 NDV is 8.93 TFLOP; dW is 1.015 GiB in bf16, and mode L accumulates it in float32."""
+    """7B head, bf16, N 8192: 2 NDV is 8.93 TFLOP; dW is 1.015 GiB in bf16, and mode exact accumulates it in float32."""
     case = case_of(mssr_L=result(0.040, 3600), mssr_S=result(0.041, 3600)) | {"dtype": "bfloat16", "rows": "flat"}
     case |= {"model": "qwen2.5-vl-7b", "n": 8192, "d": 3584, "v": 152064}
     for found in case["providers"].values():
         found |= {"flops": 2.68e13, "bytes": 1e9}
     targets.with_rates(case, {"matmul_tflops": {"bfloat16": 790}, "copy_gb_per_s": 4000})
-    found = case["providers"]["mssr L"]
+    found = case["providers"]["mssr exact"]
     assert found["tflops"] == pytest.approx(670) and found["share_of_roof"] == pytest.approx(670 / 790)
     assert found["beyond_dw_gib"] == pytest.approx(3600 / 1024 - 6 * 152064 * 3584 / 2**30)
     lines = {line["what"]: line for line in targets.beside_targets([case, case | {"rows": "realistic"}], None)}
     assert (
-        lines["ours, L"]["time_met"] and lines["ours, L"]["memory_met"] and lines["ours, L"]["measured"].endswith("met")
+        lines["ours, exact"]["time_met"]
+        and lines["ours, exact"]["memory_met"]
+        and lines["ours, exact"]["measured"].endswith("met")
     )
-    assert lines["ours, S, flat rows"]["met"] and lines["ours, S, flat rows"]["measured"] == "1.02x"
+    assert lines["ours, sparse, flat rows"]["met"] and lines["ours, sparse, flat rows"]["measured"] == "1.02x"
     assert lines["QuACK CE (no entropy, no RL)"]["measured"] == "not run"
-    assert "mssr L" in str(tables.table(case).columns[0]._cells)
+    assert "mssr exact" in str(tables.table(case).columns[0]._cells)

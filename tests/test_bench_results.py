@@ -25,8 +25,8 @@ def found(seconds: float, mib: float, error: float, work: str = POLICY) -> dict:
 def kernels_report() -> dict:
     providers = {
         "eager": found(0.4, 300, 1e-6),
-        "mssr L": found(0.36, 80, 1.5e-6),
-        "mssr S": found(0.15, 85, 2e-4),
+        "mssr exact": found(0.36, 80, 1.5e-6),
+        "mssr sparse": found(0.15, 85, 2e-4),
         "torch linear CE": found(0.3, 300, 1e-6, CE),
         "quack CE": {"work": CE, "error": "not installed: pip install quack-kernels"},
     }
@@ -65,8 +65,8 @@ def scaling_report() -> dict:
             "axis": "n", "size": n, "n": n, "d": 64, "v": 1024, "ranks": 1,
             "providers": {
                 "eager": {"seconds": 1e-3 * n, "peak_extra_mib": 2.0 * n},
-                "mssr L": {"seconds": 5e-4 * n, "peak_extra_mib": 7.0},
-                "mssr S": {"error": "no"},
+                "mssr exact": {"seconds": 5e-4 * n, "peak_extra_mib": 7.0},
+                "mssr sparse": {"error": "no"},
             },
         }
         for n in (256, 512, 1024, 2048)
@@ -118,9 +118,18 @@ def test_a_table_is_written_and_then_checks(root, capsys):
     # The first case with task "loss" in full, the other one in short.
     assert "Forward and backward, N 512, D 256, V 32,768, float32, realistic rows**, mean entropy 0.43 nats" in text
     errors = "logp 8e-07, dW 2e-06"
-    assert cells(text, "**mssr L**") == ["**mssr L**", "360 ms", "0.90", "80 MiB", "0.27", "28%", errors, POLICY]
+    assert cells(text, "**mssr exact**") == [
+        "**mssr exact**",
+        "360 ms",
+        "0.90",
+        "80 MiB",
+        "0.27",
+        "28%",
+        errors,
+        POLICY,
+    ]
     assert cells(text, "quack CE")[1] == "failed: not installed: pip install quack-kernels"
-    assert "| **mssr L** | 0.90, 0.27 |" in text and "| quack CE | failed |" in text
+    assert "| **mssr exact** | 0.90, 0.27 |" in text and "| quack CE | failed |" in text
     for fact in ("`python -m bench.kernels --quick`, 2026-11-21, on a CPU, 2 threads", "torch 2.13.0", "float32 0.14"):
         assert fact in text
     assert "bench/results/cpu_2026-11-21/README.md" in text  # the page of the folder, also generated:
@@ -137,7 +146,7 @@ def test_a_figure_that_was_typed_or_measured_anew_is_found(root):
     file.write_text(text)
     assert readme.main(["--check"], root) == 0
     report = kernels_report()
-    report["cases"][0]["providers"]["mssr L"]["time_ratio"] = 0.7
+    report["cases"][0]["providers"]["mssr exact"]["time_ratio"] = 0.7
     write(root, "cpu_2026-11-21", kernels=report)
     assert readme.main(["--check"], root) == 1
 
@@ -175,7 +184,7 @@ def test_step_and_scaling_have_tables(root):
     assert (
         "79 M parameters, 4 layers" in text and "**mssr** is slower than eager in 1 of 1 cases, by up to 1.25x" in text
     )
-    assert cells(text, "**mssr L**") == ["**mssr L**", "1.00", "0.00"]
+    assert cells(text, "**mssr exact**") == ["**mssr exact**", "1.00", "0.00"]
     assert "](bench/results/cpu_2026-11-21/scaling.png)" in text
 
 
@@ -207,16 +216,16 @@ def test_where_we_lose_is_worked_out():
     text = losses.where_we_lose(kernels_report()["cases"])
     ours, sparse = text.splitlines()[2:]
     # 0.36 / 0.3; 1.5 times eager's error is less than twice.
-    assert ours == f"- **mssr L** is slower than torch linear CE ({CE}) in 2 of 2 cases, by up to 1.2x."
-    assert sparse == "- **mssr S** errs more than eager in 2 of 2 cases, by up to 200x."
+    assert ours == f"- **mssr exact** is slower than torch linear CE ({CE}) in 2 of 2 cases, by up to 1.2x."
+    assert sparse == "- **mssr sparse** errs more than eager in 2 of 2 cases, by up to 200x."
     noted = kernels_report()["cases"]
     for case in noted:
         case["providers"]["trl"] = found(0.1, 300, 1e-6, f"{POLICY}; products made again")
     assert "slower than trl in 2 of 2 cases" in losses.where_we_lose(noted).replace(f"torch linear CE ({CE})", "")
-    noted[0]["providers"]["mssr L"]["errors"]["logp"] = float("nan")
+    noted[0]["providers"]["mssr exact"]["errors"]["logp"] = float("nan")
     assert "errs more than eager in 2 of 2 cases, by up to infx" in losses.where_we_lose(noted).splitlines()[2]
-    alone = [{"providers": {"eager": found(0.4, 300, 1e-6), "mssr L": found(0.4, 300, 1e-6)}}]
-    assert losses.where_we_lose(alone).splitlines()[2] == "- **mssr L** loses to none of the others."
+    alone = [{"providers": {"eager": found(0.4, 300, 1e-6), "mssr exact": found(0.4, 300, 1e-6)}}]
+    assert losses.where_we_lose(alone).splitlines()[2] == "- **mssr exact** loses to none of the others."
 
 
 def test_what_the_figures_do_not_say_is_said(root):
@@ -267,7 +276,7 @@ def test_a_fast_wrong_provider_shows():
             "nan": found(0.01, 1, float("nan")),
         }
     axes = plots.plot_cases(report, "accuracy", plots.draw_accuracy).axes[1]
-    heights = dict(zip(("eager", "mssr L", "mssr S", "torch linear CE", "wrong"), axes.collections))
+    heights = dict(zip(("eager", "mssr exact", "mssr sparse", "torch linear CE", "wrong"), axes.collections))
     assert heights["wrong"].get_offsets()[0].tolist() == [0.01, 0.5]
     assert any("nan: not finite; quack CE: failed" in text.get_text() for text in axes.texts)
 
@@ -282,8 +291,8 @@ def test_exponents():
     assert scaling.exponent([(1, 4.0), (2, 2.0)]) == pytest.approx(-1)
     found = scaling_report()["slopes"]
     assert found["eager"]["n"] == pytest.approx({"seconds": 1.0, "peak_extra_mib": 1.0})
-    assert found["mssr L"]["n"] == pytest.approx({"seconds": 1.0, "peak_extra_mib": 0.0}, abs=1e-9)
-    assert "mssr S" not in found
+    assert found["mssr exact"]["n"] == pytest.approx({"seconds": 1.0, "peak_extra_mib": 0.0}, abs=1e-9)
+    assert "mssr sparse" not in found
 
 
 @pytest.mark.slow("6 s: processes of bench.scaling")
@@ -299,7 +308,7 @@ def test_a_shape_is_timed_and_one_may_fail():
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
 def test_ranks_are_timed_and_each_takes_a_part_of_the_memory():
     settings = Settings("cpu", repeats=1, workspace_mib=4, input_sets=1)
-    (found,) = on_ranks(2, Shape(None, 64, 256, 16384, "float32", "realistic"), ("mssr L",), settings).values()
+    (found,) = on_ranks(2, Shape(None, 64, 256, 16384, "float32", "realistic"), ("mssr exact",), settings).values()
     assert found["seconds"] > 0 and len(found["seconds_all"]) == 1
     whole = 256 * 16384 * 4 / 2**20  # MiB of dW; half of it lies on each rank
     assert whole / 2 < found["peak_extra_mib"] < whole + 4

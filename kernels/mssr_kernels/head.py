@@ -1,22 +1,47 @@
-"""The language-model head as a module that can return the loss instead of the logits."""
+"""The language-model head as a module that can return log-probs or the loss instead of logits."""
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypedDict, Unpack, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
-from .api import linear_logprob_entropy, linear_policy_loss
-from .types import LogprobEntropy, PolicyLoss
+from .config import LogprobEntropy, PolicyLoss, PolicyLossConfig
+from .loss import linear_logprob_entropy, linear_policy_loss
 
 _FORBIDDEN = "forbidden_bias"  # buffer [V]: 0, and -inf in the forbidden columns
+
+
+class ScoreOptions(TypedDict, total=False):
+    """Keyword arguments of `linear_logprob_entropy`, without the bias, which is the head's own."""
+
+    temperature: Tensor | float
+    softcap: float | None
+    ignore_index: int
+    backend: str
+    workspace_bytes: int
+    group: ProcessGroup | None
+
+
+class LossOptions(ScoreOptions, total=False):
+    """Keyword arguments of `linear_policy_loss`, without the bias."""
+
+    old_logp: Tensor | None
+    ref_logp: Tensor | None
+    rollout_logp: Tensor | None
+    shaping_entropy: Tensor | None
+    normalizer: Tensor | float | None
+    config: PolicyLossConfig
+    vocab_drop_tol: float | None
 
 
 class FusedLMHead(nn.Linear):
     """nn.Linear whose forward, given targets, computes log-probs and entropy or the policy loss without the logits.
 
-    The head must be *called*, not read: ZeRO-3 and FSDP gather its weight in the hooks of the module, and outside of
+    *Call* the head, do not read its weight: ZeRO-3 and FSDP gather the weight in the hooks of the module, and outside of
     them `lm_head.weight` is an empty shard.
 
     It adds no state to nn.Linear, so both of these keep the parameter objects, their names and their ties:
@@ -24,12 +49,12 @@ class FusedLMHead(nn.Linear):
         model.lm_head = FusedLMHead.from_linear(model.lm_head)
         model.lm_head.__class__ = FusedLMHead
 
-    `forbid` takes columns out of the distribution; what it keeps is no part of the state dict either.
+    The columns that `forbid` masks are not in the state dict either.
     """
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "FusedLMHead":
-        """A head that shares the very parameters of `linear` (a tied weight stays tied)."""
+        """Return a head that shares the parameters of `linear` (a tied weight stays tied)."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"FusedLMHead.from_linear needs an nn.Linear, got {type(linear).__name__}")
         head = cls(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -41,15 +66,14 @@ class FusedLMHead(nn.Linear):
         return head.train(linear.training)
 
     def forbid(self, token_ids: Iterable[int]) -> None:
-        """Takes these columns of the vocabulary out of the distribution, besides those already taken out.
+        """Remove these tokens from the distribution, besides those already removed.
 
-        Their probability is 0 in everything the head returns, logits included (-inf): a trainer whose sampler never draws
-        some tokens (image pads) needs the distribution without them, not a softmax that still pays for them. Nothing is
-        learned and nothing is saved: the weight keeps the columns, which get no gradient. A target that is one of them
-        has log-prob -inf, and a policy loss that uses it is not finite: check targets before.
+        Their probability is 0 in everything the head returns, logits included (-inf), as for a sampler that never draws some
+        tokens (image pads). Nothing is learned or saved: the weight keeps the columns, which get no gradient. As a target,
+        such a token has log-prob -inf, and a policy loss that uses it is not finite: check targets before.
 
         Raises:
-            IndexError: a token outside of [0, V).
+            IndexError: a token outside [0, V).
         """
         forbidden = list(token_ids)
         outside = [token for token in forbidden if not 0 <= token < self.out_features]
@@ -61,23 +85,28 @@ class FusedLMHead(nn.Linear):
             self.register_buffer(_FORBIDDEN, zeros, persistent=False)
         self._buffers[_FORBIDDEN][forbidden] = -math.inf
 
+    @overload
+    def forward(self, hidden: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, hidden: Tensor, target: Tensor, **options: Unpack[ScoreOptions]) -> LogprobEntropy: ...
+    @overload
     def forward(
-        self, hidden: Tensor, target: Tensor | None = None, advantage: Tensor | None = None, **kwargs
-    ) -> Tensor | LogprobEntropy | PolicyLoss:
-        """hidden [..., D].
+        self, hidden: Tensor, target: Tensor, advantage: Tensor, **options: Unpack[LossOptions]
+    ) -> PolicyLoss: ...
 
-        without target                the logits [..., V], as nn.Linear
+    def forward(self, hidden, target=None, advantage=None, **options):
+        """Return the logits, log-probs and entropies, or the policy loss. hidden [..., D].
+
+        without target                logits [..., V], as nn.Linear
         target [...]                  LogprobEntropy, each [N]; keyword arguments of `linear_logprob_entropy`
         target and advantage [...]    PolicyLoss, per-row results [N]; keyword arguments of `linear_policy_loss`
 
         Leading dimensions are flattened, N = their product; per-row arguments have the shape of target.
         """
         if target is None:
-            if advantage is not None or kwargs:
-                given = ["advantage"] * (advantage is not None) + sorted(kwargs)
-                raise ValueError(
-                    f"FusedLMHead got {', '.join(given)} but no target: pass target, or hidden alone for logits"
-                )
+            if advantage is not None or options:
+                given = ["advantage"] * (advantage is not None) + sorted(options)
+                raise ValueError(f"FusedLMHead got {', '.join(given)} but no target: pass target, or only hidden")
             return F.linear(hidden, self.weight, self._column_bias())
 
         if hidden.shape[:-1] != target.shape:
@@ -91,18 +120,19 @@ class FusedLMHead(nn.Linear):
                 raise ValueError(f"a per-row argument is {list(value.shape)} but target is {list(target.shape)}")
             return value.reshape(-1) if per_row else value
 
-        if kwargs.get("softcap") is not None and _FORBIDDEN in self._buffers:
-            raise ValueError("softcap makes -inf finite, so that forbidden columns come back: drop softcap or forbid")
-        kwargs = {name: flatten(value) for name, value in kwargs.items()}
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        labels = target.reshape(-1)
-        bias = self._column_bias()
+        if options.get("softcap") is not None and _FORBIDDEN in self._buffers:
+            raise ValueError("softcap makes -inf finite, which brings forbidden columns back: drop softcap or forbid")
+        options = {name: flatten(value) for name, value in options.items()}
+        rows, labels, bias = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1), self._column_bias()
         if advantage is None:
-            return linear_logprob_entropy(rows, self.weight, labels, bias=bias, **kwargs)
-        return linear_policy_loss(rows, self.weight, labels, flatten(advantage), bias=bias, **kwargs)
+            return linear_logprob_entropy(rows, self.weight, labels, bias=bias, **options)
+        return linear_policy_loss(rows, self.weight, labels, flatten(advantage), bias=bias, **options)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # nn.Module's takes and returns anything
 
     def _column_bias(self) -> Tensor | None:
-        """[V] in the weight's dtype: the bias, -inf in the forbidden columns; None where there is neither."""
+        """Return the bias [V] in the weight's dtype, -inf in the forbidden columns; None where there is neither."""
         forbidden = self._buffers.get(_FORBIDDEN)
         if forbidden is None:
             return self.bias

@@ -1,9 +1,9 @@
-"""What a model does between its backbone and its logits, measured: a soft cap and a scale, or nothing that is known.
+"""Measure what a model does between its backbone and its logits: a soft cap, a scale, or something unknown.
 
-It is not looked up. The model's own forward runs once on numbers in the place of its backbone and its head, and what comes
-out tells. Soft cap and scale are recognised however a family writes them (Gemma, Cohere, Granite, Falcon-H1, MiniCPM3);
-anything else is a ValueError, and so is what the forward makes for its backbone (positions, embeddings): a call with target
-goes past it.
+The model's own forward runs once with probes in place of its backbone and its head, so nothing is looked up by family: soft
+cap and scale are found however the code writes them (Gemma, Cohere, Granite, Falcon-H1, MiniCPM3). Anything else is a
+ValueError, and so are tensors that the forward makes for its backbone (positions, embeddings), which a call with target
+would skip.
 """
 
 import math
@@ -13,14 +13,13 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-# Logits put in the place of the head's: the slope at 0 tells the scale, the last one whether there is a cap, and the
-# others whether that is all.
+# Logits in place of the head's: the slope at 0 gives the scale, the last one shows a cap, the others verify both.
 _PROBE = (2.0**-20, 1.0, -1.0, 8.0, -8.0, 64.0, -64.0, 2.0**20)
-_EXACT = 1e-5  # relative; what a model computes in float32 agrees to 1e-7
+_EXACT = 1e-5  # relative; float32 computations agree to 1e-7
 
 
 class _OnlyHidden(tuple):
-    """Output of a backbone: (hidden,), and None for whatever else is asked of it by name."""
+    """Output of a backbone: (hidden,), and None for any other attribute."""
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
@@ -29,16 +28,16 @@ class _OnlyHidden(tuple):
 
 
 def measure(model: nn.Module, backbone: nn.Module, head: nn.Linear) -> tuple[float, float | None]:
-    """(scale, softcap) such that the model's logits are scale * softcap(head(hidden)).
+    """Return (scale, softcap) such that the model's logits are scale * softcap(head(hidden)).
 
-    The model's own forward runs between a backbone that returns powers of two and a head that returns `_PROBE`: no
-    weight is read but those between the two, so it works on meta tensors and empty shards. In float64, which no step
-    rounds; a factor on the way to the head counts as one on the logits.
+    The model's own forward runs between a backbone that returns powers of two and a head that returns `_PROBE`. Only weights
+    between the two are read, so it works on meta tensors and empty shards. Float64 keeps every step exact; a factor applied
+    before the head counts as one on the logits.
     """
     device = head.weight.device if head.weight.device.type != "meta" else torch.device("cpu")
     probe = torch.tensor(_PROBE, dtype=torch.float64, device=device)
     rows, width = len(_PROBE), head.in_features
-    # Unlike within a row and from row to row, so that no normalisation passes for a factor.
+    # Values differ within and between rows, so that a normalisation is not taken for a factor.
     pattern = torch.arange(rows * width, device=device).reshape(rows, width) % 5
     hidden = 2.0 ** (pattern + torch.arange(rows, device=device)[:, None]).double()[None]
     factors = []
@@ -77,7 +76,7 @@ def measure(model: nn.Module, backbone: nn.Module, head: nn.Linear) -> tuple[flo
 
 
 def _fit(logits: Tensor, probe: Tensor, columns: int) -> tuple[float, float | None]:
-    """The scale and cap that turn each probe into the logits, alike in all columns. ValueError where there are none."""
+    """Return the scale and cap that turn each probe into the logits, in all columns. ValueError where there are none."""
     if logits.requires_grad:
         raise ValueError("parameters are applied to the logits")
     if logits.shape != (1, len(probe), columns):
@@ -94,7 +93,7 @@ def _fit(logits: Tensor, probe: Tensor, columns: int) -> tuple[float, float | No
 
 
 def _as_written(value: float) -> float:
-    """What was written down as 0.1 and computed in float32 is 0.1."""
+    """Return the short decimal that the value was written as: 0.1 for 0.1 rounded to float32."""
     short = float(f"{value:.5g}")
     return short if math.isclose(short, value, rel_tol=2e-7) else value
 
@@ -105,7 +104,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _forward_of(module: nn.Module, forward) -> Iterator[None]:
-    """`module` with another forward. Its own is the class's, or an attribute that something else put there."""
+    """Replace the module's forward, and restore it: its class's, or an attribute of the instance."""
     before = vars(module).get("forward")
     module.forward = forward
     try:

@@ -1,12 +1,12 @@
-"""Gives a transformers model the fused head: `model(**inputs, target=target)` returns log-probs instead of logits.
+"""Give a transformers model the fused head: `model(**inputs, target=target)` returns log-probs instead of logits.
 
     patch(model)
     out = model(**inputs, target=next_token_target(input_ids, mask))          # LogprobEntropy, each [B, T]
     out = model(**inputs, target=target, advantage=advantage, old_logp=old)   # PolicyLoss
     unpatch(model)
 
-What a family does between its backbone and its logits (soft cap, scale) is measured (`logits_path`); what the fused head
-cannot compute is refused.
+`logits_path` measures what the model does between its backbone and its logits (soft cap, scale); what the fused head cannot
+compute raises an error.
 """
 
 import functools
@@ -17,21 +17,19 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from .api import linear_policy_loss
-from .checks import DTYPES
+from .config import LogprobEntropy, PolicyLoss
+from .core.checks import DTYPES
 from .head import FusedLMHead
 from .logits_path import measure
-from .types import LogprobEntropy, PolicyLoss
+from .loss import linear_policy_loss
 
 _HEAD_OWNS = ("hidden", "weight", "target", "bias", "softcap", "group")
 _HEAD_ARGUMENTS = tuple(name for name in inspect.signature(linear_policy_loss).parameters if name not in _HEAD_OWNS)
 _LOGPROB_ARGUMENTS = ("temperature", "ignore_index", "backend", "workspace_bytes")
-# What transformers passes on without naming it: lengths of packed sequences, and the form of what the backbone returns.
-_PASSED_ON = (
-    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "is_causal", "return_dict",
-)  # fmt: skip
+# What transformers passes on without naming it: lengths of packed sequences, and the backbone's return type.
+_PASSED_ON = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "is_causal", "return_dict")
 _NOT_WITH_TARGET = {
-    "labels": "target takes their place, see next_token_target",
+    "labels": "use target instead, see next_token_target",
     "logits_to_keep": "there are no logits; set target to -100 where nothing is to be computed",
     "output_hidden_states": "hidden states are not returned; call without target for them",
     "output_attentions": "attentions are not returned; call without target for them",
@@ -44,29 +42,28 @@ _NOT_WITH_TARGET = {
 
 
 def patch(model: nn.Module) -> nn.Module:
-    """Gives `model`'s forward the arguments of the fused head, in place; returns `model`.
+    """Add the arguments of the fused head to `model`'s forward, in place; return `model`.
 
     model: any transformers model with a backbone (`base_model_prefix`) and an nn.Linear as output embeddings, or a
-    PeftModel around one. Patch it before what wraps its modules or its forward: DDP, fully_shard, deepspeed.initialize,
-    accelerator.prepare, torch.compile. A patched model that is patched again (its head was resized) is measured anew.
+    PeftModel around one. Patch before anything wraps its modules or its forward: DDP, fully_shard, deepspeed.initialize,
+    accelerator.prepare, torch.compile. Patching again (after its head was resized) measures the model again.
 
     With target ([B, T] int64, aligned with positions, -100 where nothing is to be computed; see `next_token_target`):
 
         model(**inputs, target=target)                        LogprobEntropy; also temperature, backend, workspace_bytes
-        model(**inputs, target=target, advantage=advantage)   PolicyLoss; also all else of `linear_policy_loss`
+        model(**inputs, target=target, advantage=advantage)   PolicyLoss; also all other arguments of `linear_policy_loss`
 
-    Per-row arguments and results are [B, T] float32. Positions without target are never multiplied with the head. No
-    cache is kept unless use_cache is passed. A keyword that neither the head nor the model names is refused, where
-    transformers would ignore it. Without target forward is the model's own, and so is everything else: the parameters,
-    their names and ties, generate, save_pretrained, signature. Deep copies are patched models of their own; a pickled one
-    comes back unpatched. Model and forward refer to each other: `unpatch`, or gc.collect() after the last reference, gives
-    the memory back at once.
+    Per-row arguments and results are [B, T] float32. Positions without target are never multiplied with the head. No cache is
+    kept unless use_cache is passed. A keyword that neither the head nor the model names raises, where transformers would
+    ignore it. Without target, forward is the model's own; parameters, their names and ties, generate, save_pretrained and
+    the signature do not change. A deep copy is a patched model of its own; a pickled model comes back unpatched. Model and
+    forward refer to each other: call `unpatch`, or gc.collect() after the last reference, to free the memory at once.
 
-    Under mixed precision of FSDP2 pass MixedPrecisionPolicy(cast_forward_inputs=False), for the model and for the head:
-    the per-row arguments stay float32.
+    With FSDP2 mixed precision pass MixedPrecisionPolicy(cast_forward_inputs=False) for the model and the head, so that
+    per-row arguments stay float32.
 
     Raises:
-        TypeError: there is no backbone, or the head is no plain nn.Linear (quantised, wrapped by LoRA, sharded).
+        TypeError: there is no backbone, or the head is not a plain nn.Linear (quantised, wrapped by LoRA, sharded).
         ValueError: forward does something between the backbone and the logits that the fused head cannot compute.
     """
     given, model = model, _unwrapped(model)
@@ -80,13 +77,9 @@ def patch(model: nn.Module) -> nn.Module:
     scale, softcap = measure(model, backbone, head)
     stock = type(model).forward
     path = _Path(
-        head=next(path for path, module in model.named_modules() if module is head),
-        head_class=type(head),
-        scale=scale,
-        softcap=softcap,
-        forward_names=_parameter_names(stock),
-        backbone_names=_backbone_names(type(backbone).forward),
-    )
+        next(path for path, module in model.named_modules() if module is head), type(head), scale, softcap,
+        forward_names=_parameter_names(stock), backbone_names=_backbone_names(type(backbone).forward),
+    )  # fmt: skip
 
     def forward(self, *args, target: Tensor | None = None, **kwargs):
         if target is None:
@@ -94,7 +87,7 @@ def patch(model: nn.Module) -> nn.Module:
             return stock(self, *args, **kwargs)
         return path.score(self, path.by_name(args, kwargs), target)
 
-    # generate and trainers read the signature. No __wrapped__: accelerate's unwrap_model would go past this function.
+    # generate and trainers read the signature. No __wrapped__: accelerate's unwrap_model would skip this function.
     forward.__signature__, forward.__doc__ = inspect.signature(stock), stock.__doc__
     forward.mssr_path = path
     head.__class__ = FusedLMHead
@@ -104,31 +97,29 @@ def patch(model: nn.Module) -> nn.Module:
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Takes back what `patch` did, in place; returns `model`. Raises ValueError for a model that is not patched."""
+    """Undo `patch`, in place; return `model`. Raises ValueError for a model that is not patched."""
     given, model = model, _unwrapped(model)
     path = _path_of(model)
     if path is None:
         raise ValueError(f"unpatch: {type(model).__name__} is not patched, or its forward was wrapped since")
     head = path.head_in(model)
-    # A head that was resized is a new nn.Linear, and stays one.
+    # A resized head is a new nn.Linear, and stays one.
     if isinstance(head, FusedLMHead):
         if type(head) is not FusedLMHead:
-            raise ValueError(
-                f"unpatch: {path.head} is {type(head).__name__} by now: unpatch before the model is sharded"
-            )
+            raise ValueError(f"unpatch: {path.head} is now {type(head).__name__}: unpatch before the model is sharded")
         head.__class__ = path.head_class
     del model.forward
     return given
 
 
 def next_token_target(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The target of each position, which is the token after it; -100 at the last one.
+    """Return the target of each position, the token after it; -100 at the last one.
 
-    tokens   [..., T] int64, input_ids or labels with -100 where there is none
+    tokens   [..., T] int64: input_ids, or labels with -100 where there is none
     mask     None, or [..., T]: nonzero where the *token* counts (a response mask, an attention mask)
 
-    Per-row arguments of the loss go with the position that predicts, too: the response token t's advantage, old_logp and
-    so on belong at t - 1.
+    Per-row arguments of the loss belong to the predicting position, too: advantage, old_logp and so on of response token t
+    go at t - 1.
     """
     if mask is not None:
         if mask.shape != tokens.shape:
@@ -139,11 +130,11 @@ def next_token_target(tokens: Tensor, mask: Tensor | None = None) -> Tensor:
 
 @torch.no_grad()
 def check_patch(model: nn.Module, **inputs) -> float:
-    """The largest difference between the log-probs of a patched model and those of its own logits, in nats.
+    """Return the largest difference between log-probs of a patched model and those of its own logits, in nats.
 
-    inputs: what forward takes, with input_ids; a few tokens, for the logits of all of them are made. In eval mode, and
-    on all ranks where the model is sharded. Raises RuntimeError where rounding does not explain the difference: four times
-    the precision of the logits times their size (the model rounds them to its dtype, the fused head does not).
+    inputs: arguments of forward, with input_ids; a few tokens, because the logits of all of them are computed, in eval mode.
+    Call on all ranks where the model is sharded. Raises RuntimeError where the difference is more than rounding explains:
+    four times the precision of the logits times their size (the model rounds them to its dtype, the fused head does not).
     """
     target = next_token_target(inputs["input_ids"], inputs.get("attention_mask"))
     training = [module for module in model.modules() if module.training]
@@ -169,10 +160,10 @@ def check_patch(model: nn.Module, **inputs) -> float:
 
 @dataclass(frozen=True)
 class _Path:
-    """How a model comes from its inputs to log-probs."""
+    """How to get from a model's inputs to log-probs."""
 
     head: str  # the head's name in the model
-    head_class: type[nn.Linear]  # of the head as it was
+    head_class: type[nn.Linear]  # of the head before `patch`
     scale: float  # logits = scale * softcap(head(hidden))
     softcap: float | None
     forward_names: tuple[str, ...]  # parameters of the model's own forward
@@ -185,19 +176,18 @@ class _Path:
         positional = dict(zip(self.forward_names, args, strict=False))
         twice = next((name for name in positional if name in kwargs), None)
         if twice is not None or len(args) > len(self.forward_names):
-            raise TypeError(
-                f"forward got {len(args)} positional arguments" + (f", and {twice} by name as well" if twice else "")
-            )
+            also = f", and {twice} by name as well" if twice else ""
+            raise TypeError(f"forward got {len(args)} positional arguments{also}")
         return positional | kwargs
 
     def refuse_without_target(self, kwargs: dict) -> None:
-        """transformers ignores most keywords that it does not know; ignore_index is one that its own loss takes."""
+        """Raise for arguments of the head, which transformers would ignore (its own loss takes ignore_index)."""
         for name in _HEAD_ARGUMENTS:
             if name in kwargs and name not in (*self.forward_names, "ignore_index"):
                 raise ValueError(f"{name} is given but no target: pass target, or leave {name} out for logits")
 
     def score(self, model: nn.Module, kwargs: dict, target: Tensor) -> LogprobEntropy | PolicyLoss:
-        """What the head returns for the hidden states of the backbone, in target's shape."""
+        """Return what the head returns for the hidden states of the backbone, in target's shape."""
         arguments = {name: kwargs.pop(name) for name in _HEAD_ARGUMENTS if name in kwargs}
         self._check(model, arguments, kwargs)
         if "use_cache" in self.backbone_names and kwargs.get("use_cache") is None:
@@ -214,7 +204,7 @@ class _Path:
         copies = () if isinstance(head, FusedLMHead) else dict(getattr(head, "modules_to_save", {})).values()
         if not isinstance(head, FusedLMHead) and not (copies and all(isinstance(c, FusedLMHead) for c in copies)):
             raise TypeError(
-                f"{self.head} of {name} is {type(head).__name__} by now, which cannot take target: patch the model again "
+                f"{self.head} of {name} is now {type(head).__name__}, which cannot take target: patch the model again "
                 "after resizing its head, and leave the head out of LoRA's target_modules (modules_to_save is fine)"
             )
         for given, reason in _NOT_WITH_TARGET.items():
@@ -222,7 +212,8 @@ class _Path:
             if isinstance(value, Tensor) or value:
                 raise ValueError(f"{given} cannot be given with target: {reason}")
             kwargs.pop(given, None)
-        if _routes_aloud(model):
+        configs = (model.config, getattr(model.config, "text_config", None))
+        if any(getattr(config, "output_router_logits", False) for config in configs):
             raise ValueError(
                 f"config.output_router_logits of {name} is on, and with target the router's loss would be lost: set it to "
                 "False, or train without target"
@@ -239,9 +230,7 @@ class _Path:
             if value is None or given in self.backbone_names or given in _PASSED_ON:
                 continue
             if given in self.forward_names:
-                raise ValueError(
-                    f"{given} is used by the forward of {name} itself, which a call with target goes past: leave it out"
-                )
+                raise ValueError(f"{given} is for {name}'s own forward, which a call with target skips: leave it out")
             raise TypeError(
                 f"{given} is an argument neither of the head nor of {name}, which would ignore it: leave it out, or correct "
                 f"its name (of the head: {', '.join(_HEAD_ARGUMENTS)})"
@@ -257,7 +246,7 @@ def _path_of(model: nn.Module) -> _Path | None:
 
 
 def _is_wrapped(module: nn.Module) -> bool:
-    """Whether the instance has a forward of its own; a patched model that was pickled has its class's in its place."""
+    """Return whether the instance has its own forward; that of an unpickled patched model is its class's."""
     own = vars(module).get("forward")
     return own is not None and getattr(own, "__func__", None) is not type(module).forward
 
@@ -267,7 +256,7 @@ def _backbone_of(model: nn.Module) -> nn.Module:
 
 
 def _head_of(model: nn.Module) -> nn.Linear:
-    """The head, of a model that has all that `patch` needs."""
+    """Return the head. Raises TypeError for a model that `patch` does not support."""
     name = type(model).__name__
     if not isinstance(getattr(model, getattr(model, "base_model_prefix", None) or "", None), nn.Module):
         raise TypeError(
@@ -290,13 +279,8 @@ def _parameter_names(function) -> tuple[str, ...]:
 
 
 def _backbone_names(forward) -> tuple[str, ...]:
-    """With use_cache where the backbone does not name it and passes it on (Qwen3-VL, LLaVA), as it does past_key_values."""
+    """Return the parameter names, with use_cache if the backbone passes it on unnamed (Qwen3-VL, LLaVA)."""
     names = _parameter_names(forward)
     passes_on = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(forward).parameters.values())
     hidden = passes_on and "past_key_values" in names and "use_cache" not in names
     return (*names, "use_cache") if hidden else names
-
-
-def _routes_aloud(model: nn.Module) -> bool:
-    config = model.config
-    return any(getattr(c, "output_router_logits", False) for c in (config, getattr(config, "text_config", None)))

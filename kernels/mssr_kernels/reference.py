@@ -1,8 +1,8 @@
-"""The specification: the same functions in a few lines of eager PyTorch each, with autograd's own gradients.
+"""The specification: the public functions in a few lines of eager PyTorch each, with autograd's own gradients.
 
-Slow and hungry (it holds several [N, V] tensors), and meant to be read. Everything is computed in float32, whatever
-the dtype of the inputs, or in float64 throughout when they are float64. The arguments are those of the public
-functions in `api`, which validate them; `backend`, `workspace_bytes` and `vocab_drop_tol` have no meaning here.
+Slow, holds several [N, V] tensors, and is meant to be read. Everything is computed in float32 whatever the dtype of the
+inputs, or in float64 if they are float64. The arguments are those of the public functions in `loss`, which validate them;
+`backend`, `workspace_bytes` and `vocab_drop_tol` have no effect here.
 """
 
 import math
@@ -10,49 +10,26 @@ import math
 import torch
 from torch import Tensor
 
-from .row_loss import RowTerms, assemble
-from .types import LogprobEntropy, PolicyLoss, PolicyLossConfig
+from .config import LogprobEntropy, PolicyLoss, PolicyLossConfig
+from .core.row_loss import RowTerms, assemble
 
 
 def linear_logprob_entropy(
-    hidden,
-    weight,
-    target,
-    *,
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    ignore_index=-100,
-    backend="reference",
+    hidden, weight, target, *, bias=None, temperature=1.0, softcap=None, ignore_index=-100, backend="reference",
     workspace_bytes=None,
-) -> LogprobEntropy:
-    """Log-probability of the target, entropy and log-sum-exp of every row. See `api.linear_logprob_entropy`."""
+) -> LogprobEntropy:  # fmt: skip
+    """Return log-prob of the target, entropy and log-sum-exp of every row, each [N]. See `loss.linear_logprob_entropy`."""
     rows = (target != ignore_index).nonzero()[:, 0]
     kept = _statistics(hidden, weight, target, bias, temperature, softcap, rows)
     return LogprobEntropy(*(value.new_zeros(hidden.shape[0]).index_copy(0, rows, value) for value in kept))
 
 
 def linear_policy_loss(
-    hidden,
-    weight,
-    target,
-    advantage,
-    old_logp=None,
-    *,
-    ref_logp=None,
-    rollout_logp=None,
-    shaping_entropy=None,
-    normalizer=None,
-    config=PolicyLossConfig(),
-    bias=None,
-    temperature=1.0,
-    softcap=None,
-    ignore_index=-100,
-    backend="reference",
-    workspace_bytes=None,
-    vocab_drop_tol=None,
-) -> PolicyLoss:
-    """The whole loss of a row, in order. See `api.linear_policy_loss`."""
+    hidden, weight, target, advantage, old_logp=None, *, ref_logp=None, rollout_logp=None, shaping_entropy=None,
+    normalizer=None, config=PolicyLossConfig(), bias=None, temperature=1.0, softcap=None, ignore_index=-100,
+    backend="reference", workspace_bytes=None, vocab_drop_tol=None,
+) -> PolicyLoss:  # fmt: skip
+    """Return the policy loss; all terms of a row's loss, in order. See `loss.linear_policy_loss`."""
     rows = (target != ignore_index).nonzero()[:, 0]
     logp, entropy, _ = _statistics(hidden, weight, target, bias, temperature, softcap, rows)
     advantage, old_logp, ref_logp, rollout_logp, shaping_entropy = (
@@ -102,7 +79,7 @@ def linear_policy_loss(
 
 
 def _statistics(hidden, weight, target, bias, temperature, softcap, rows) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, entropy and lse of the given rows, each [len(rows)]. Rows not given are never touched."""
+    """Return logp, entropy and lse of the given rows, each [len(rows)]. Rows not given are never read."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden[rows].to(dtype) @ weight.to(dtype).T
     if bias is not None:

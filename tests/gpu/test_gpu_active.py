@@ -1,4 +1,4 @@
-"""Mode S: what it drops of every row is bounded, and on realistic rows its gradients are as near to L's as bf16 allows.
+"""Mode `sparse`: what it drops of every row is bounded, and on realistic rows gradients are as near to exact as bf16 allows.
 
 For the bound the weight is the identity, so that hidden are the logits and the gradient by hidden is that by the logits.
 """

@@ -41,7 +41,7 @@ def test_forward(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
-def test_mode_l_in_one_chunk(backend):
+def test_mode_exact_in_one_chunk(backend):
     inputs = problem(N, D, V)
     with torch.no_grad():
         rows = policy_rows(linear_logprob_entropy(*inputs, backend=backend).logp)
@@ -60,7 +60,7 @@ def test_mode_l_in_one_chunk(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
-def test_mode_s_in_one_chunk(backend):
+def test_mode_sparse_in_one_chunk(backend):
     data = realistic.make(N, D, V, torch.bfloat16, DEVICE, "peaked")
     inputs = [t.detach() for t in data[:3]]
     rows = dict(advantage=data.advantage, old_logp=data.old_logp)
@@ -75,7 +75,7 @@ def test_mode_s_in_one_chunk(backend):
     assert near(gradients[0][-LAST:], wanted[0][-LAST:], 2e-2)
 
 
-def test_mode_g_in_one_slab():
+def test_mode_recompute_in_one_slab():
     inputs, coefficients = problem(N, D, V), random(3, N)
     _, gradients = score(coefficients, *inputs, backend="triton", workspace_bytes=WORKSPACE["triton"])
     _, wanted = score(coefficients, *inputs, backend="triton")

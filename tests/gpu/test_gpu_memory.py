@@ -56,7 +56,7 @@ def test_forward_holds_no_logits(backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
-def test_mode_g(backend):
+def test_mode_recompute(backend):
     """Workspace, dW in bf16, dH in float32 and bf16, a copy of the hidden rows. One slab of dW before it is rounded is
     in the workspace; a second may be alive with it."""
     hidden, weight, target = inputs()
@@ -70,10 +70,10 @@ def test_mode_g(backend):
     assert extra <= WORKSPACE + rounding_slab + V * D * 2 + hidden_bytes(2 + 4 + 2) + SMALL
 
 
-@pytest.mark.parametrize("tol", [None, 2.0**-8], ids=["L", "S"])
+@pytest.mark.parametrize("tol", [None, 2.0**-8], ids=["exact", "sparse"])
 @pytest.mark.parametrize("weight_grad", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
-def test_modes_l_and_s(backend, weight_grad, tol):
+def test_modes_exact_and_sparse(backend, weight_grad, tol):
     """0.6 GiB for the workspace and dH (float32, and bf16 when handed out), and float32 dW. `backward` rounds dW to bf16, and
     both exist for a moment."""
     hidden, weight, target = inputs(weight_grad)

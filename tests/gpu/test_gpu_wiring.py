@@ -10,7 +10,7 @@ from gpu_problems import DEVICE, HEADS, learn, policy_rows, problem, random, sco
 from torch import nn
 
 from mssr_kernels import FusedLMHead, PolicyLossConfig, explain, linear_logprob_entropy, linear_policy_loss
-from mssr_kernels.matmul import HeadMatmul
+from mssr_kernels.backends.matmul import HeadMatmul
 
 HALVES = [torch.bfloat16, torch.float16]
 V, D = 5003, 512

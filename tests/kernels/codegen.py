@@ -21,9 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mssr_kernels import triton_forward, triton_slab, triton_tiles
-from mssr_kernels.triton_matmul import EXACT
-from mssr_kernels.triton_tuning import TileConfig, config
+from mssr_kernels.backends.triton import forward, slab
+from mssr_kernels.backends.triton import tiles as passes
+from mssr_kernels.backends.triton.logits_tile import EXACT
+from mssr_kernels.backends.triton.tuning import TileConfig, config
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -79,37 +80,37 @@ def matmul_cases():
         gradient = {} if everything else dict(slope=None, cap_scale=None)
         head = f"sm_{capability[0]}0 {TYPE_NAMES[dtype]} D={d} {options}"
         for name, kernel, more in (
-            ("forward", triton_forward.forward_kernel, unstored),
-            ("forward storing", triton_forward.forward_kernel, {}),
-            ("slab", triton_slab.slab_kernel, gradient),
+            ("forward", forward.forward_kernel, unstored),
+            ("forward storing", forward.forward_kernel, {}),
+            ("slab", slab.slab_kernel, gradient),
         ):
             yield Case(f"{name} {head}", kernel, capability, dtype, constants | more, tiles, d)
         if capability == (9, 0) and tiles.block_vocab == 256:  # the entropy's gradient puts the most into this tile
             constants.update(ROW_TEMPERATURE=True, cap_scale=None)
-            yield Case(f"slab with slope {head}", triton_slab.slab_kernel, capability, dtype, constants, tiles, d)
+            yield Case(f"slab with slope {head}", slab.slab_kernel, capability, dtype, constants, tiles, d)
 
 
 def pass_cases():
     for capability, dtype in (((9, 0), torch.bfloat16), ((8, 0), torch.bfloat16), ((8, 0), torch.float32)):
         blocks = dict(
             TILE=config(capability, dtype, 3584).block_vocab,
-            BLOCK_COLUMNS=triton_tiles.BLOCK_COLUMNS,
-            BLOCK_ROWS=triton_tiles.BLOCK_ROWS,
+            BLOCK_COLUMNS=passes.BLOCK_COLUMNS,
+            BLOCK_ROWS=passes.BLOCK_ROWS,
         )
         everywhere = dict(column_of=None, row_of=None, slope=None, cap_scale=None)
         for name, kernel, more in (
-            ("gradient", triton_tiles.gradient_kernel, everywhere),
-            ("gradient of rows, everything", triton_tiles.gradient_kernel, dict(column_of=None)),
-            ("compact gradient", triton_tiles.gradient_kernel, dict(slope=None, cap_scale=None)),
-            ("first ranks", triton_tiles.first_ranks_kernel, {}),
-            ("dropped mass", triton_tiles.dropped_mass_kernel, {}),
+            ("gradient", passes.gradient_kernel, everywhere),
+            ("gradient of rows, everything", passes.gradient_kernel, dict(column_of=None)),
+            ("compact gradient", passes.gradient_kernel, dict(slope=None, cap_scale=None)),
+            ("first ranks", passes.first_ranks_kernel, {}),
+            ("dropped mass", passes.dropped_mass_kernel, {}),
         ):
             head = f"sm_{capability[0]}0 {TYPE_NAMES[dtype]}"
             yield Case(f"{name} {head}", kernel, capability, dtype, blocks | more)
     for capability in ((9, 0), (8, 0)):
         for kernel, rows in (
-            (triton_forward.merge_kernel, triton_forward.MERGED_ROWS),
-            (triton_tiles.sum_parts_kernel, triton_tiles.BLOCK_ROWS),
+            (forward.merge_kernel, forward.MERGED_ROWS),
+            (passes.sum_parts_kernel, passes.BLOCK_ROWS),
         ):
             yield Case(
                 f"{kernel.__name__} sm_{capability[0]}0", kernel, capability, torch.float32, dict(BLOCK_ROWS=rows)

@@ -1,5 +1,7 @@
 """torch.compile of a caller: one node for each operator, no graph break, the same values and gradients."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -66,13 +68,17 @@ def test_the_operators_keep_the_rules_of_the_dispatcher(name):
     """Schema, fake tensors and autograd registration, by PyTorch's own check."""
     hidden, weight, target, advantage, _ = inputs()
     hidden.requires_grad_(), weight.requires_grad_()
-    head = (hidden, weight, None, target, None, 1.0, None, -100, 1 << 20, "chunked", None)
+    tensors = (hidden, weight, None, target, None)
+    options = dict(
+        temperature=1.0, softcap=None, ignore_index=-100, workspace_bytes=1 << 20, backend="chunked", group=None
+    )
     operator = getattr(torch.ops.mssr_kernels, name)
     if name == "policy_loss":
-        loss = (0.2, 0.3, 3.0, 0.4, 2.0, "exact", 0.0, "k3", 0.0, None)
-        head = (*head, advantage, *[None] * 5, 5.0, 0.0, [True, True, False], *loss)
+        tensors = (*tensors, None, advantage, *[None] * 4)
+        options |= dict(normalizer_value=5.0, vocab_drop_tol=0.0, wanted=[True, True, False])
+        options |= dataclasses.asdict(PolicyLossConfig())
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(operator, head, test_utils=tests)
+    torch.library.opcheck(operator, tensors, options, test_utils=tests)
 
 
 def test_gradient_scaler_and_autocast_as_with_a_linear():

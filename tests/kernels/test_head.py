@@ -1,6 +1,7 @@
 """FusedLMHead is an nn.Linear in every respect, and the functions when it is given targets."""
 
 import copy
+import typing
 
 import pytest
 import torch
@@ -143,6 +144,18 @@ def test_what_is_forbidden_follows_the_head():
     by_hand = head.half()
     by_hand.weight.data, by_hand.bias.data = by_hand.weight.data.float(), by_hand.bias.data.float()
     assert by_hand(hidden).dtype == torch.float32 and by_hand(hidden, target).logp.isfinite().all()
+
+
+def test_typed_overloads_say_what_forward_takes_and_returns():
+    """The option types are those of the functions, whose bias is the head's own."""
+    plain, scores, loss = typing.get_overloads(FusedLMHead.forward)
+    assert typing.get_type_hints(plain)["return"] is torch.Tensor
+    named = {"hidden", "weight", "target", "advantage", "bias"}
+    for overload, function in ((scores, linear_logprob_entropy), (loss, linear_policy_loss)):
+        hints, wanted = typing.get_type_hints(overload), typing.get_type_hints(function)
+        assert hints["return"] is wanted.pop("return")
+        (options,) = typing.get_args(hints["options"])
+        assert typing.get_type_hints(options) == {name: kind for name, kind in wanted.items() if name not in named}
 
 
 def test_errors():

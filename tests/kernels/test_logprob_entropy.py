@@ -1,4 +1,4 @@
-"""Mode G and the forward statistics, against the float64 oracle."""
+"""Mode `recompute` and the forward statistics, against the float64 oracle."""
 
 import math
 

@@ -12,7 +12,7 @@ fused      `LigerFusedLinearCrossEntropyLoss`, its Triton kernel under the inter
 
 Not run: cut-cross-entropy's own kernels and Liger's softcap, neither of which the interpreter can execute (libdevice, casts
 of numbers); Liger's CuTe and cuTile kernels (a GPU). cut-cross-entropy 25.1 has no bias, and its `filter_eps` only its
-kernels have; ours, which is bounded for every row, is in test_active_vocabulary.
+kernels have; ours, which is bounded for every row, is in test_sparse.
 
 Where the packages break and we do not, float64 is the oracle: NaN in an ignored row makes all of Liger's gradient of the
 weight NaN, and the mean of a batch without targets is NaN in cut-cross-entropy.

@@ -4,7 +4,8 @@ import pytest
 import torch
 from test_work_and_memory import WORKSPACE, D, N, Recorder, V, leaves, policy_loss_work
 
-from mssr_kernels import choice, explain, linear_logprob_entropy
+from mssr_kernels import explain, linear_logprob_entropy
+from mssr_kernels.backends import choice
 
 SEVEN_B = dict(n=8192, d=3584, v=152064)
 NDV = 2 * 8192 * 3584 * 152064
@@ -34,8 +35,8 @@ def test_a_named_backend_that_cannot_run_is_an_error():
 
 
 def test_flops_of_the_modes():
-    assert explain(**SEVEN_B).flops == 3 * NDV and explain(**SEVEN_B).mode == "L"
-    assert explain(**SEVEN_B, vocab_drop_tol=2**-8).mode == "S"
+    assert explain(**SEVEN_B).flops == 3 * NDV and explain(**SEVEN_B).mode == "exact"
+    assert explain(**SEVEN_B, vocab_drop_tol=2**-8).mode == "sparse"
     assert explain(**SEVEN_B, loss=False).flops == 4 * NDV
     assert explain(**SEVEN_B, weight_grad=False).flops == 2 * NDV  # a frozen head
     assert explain(**SEVEN_B, loss=False, weight_grad=False).flops == 3 * NDV
@@ -67,6 +68,6 @@ def test_nothing_to_do_is_planned_too():
 
 def test_it_reads_as_a_line():
     line = str(explain(**SEVEN_B))
-    assert "backend triton, mode L" in line and "26.79 TFLOP" in line and "workspace 256 MiB" in line
+    assert "backend triton, mode exact" in line and "26.79 TFLOP" in line and "workspace 256 MiB" in line
     assert "a slab of columns" in str(explain(**SEVEN_B, loss=False))
     assert "\n" not in line

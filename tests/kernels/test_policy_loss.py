@@ -1,5 +1,6 @@
-"""Mode L and the reference: hand-worked rows, then everything against the float64 oracle."""
+"""Mode `exact` and the reference: hand-worked rows, then everything against the float64 oracle."""
 
+import dataclasses
 import math
 
 import kernels_oracle as oracle
@@ -99,6 +100,22 @@ def test_whole_row_by_hand(backend):
         shaping_sum=shaping,
     )
     assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ppo_is_the_clipped_objective_alone(backend):
+    """Flat on the side that the clip bounds, and nowhere else: no shaping, and no bound at a large ratio of a bad token."""
+    ratios, config = torch.tensor([0.5, 1.1, 1.5, 9.0]), PolicyLossConfig.ppo()
+    for sign, objective in ((1.0, torch.tensor([0.5, 1.1, 1.2, 1.2])), (-1.0, -torch.tensor([0.8, 1.1, 1.5, 9.0]))):
+        result = linear_policy_loss(
+            two_logits([0.5] * 4), torch.eye(2), torch.zeros(4, dtype=torch.long), torch.full((4,), sign),
+            LOG(0.5) - ratios.log(), config=config, backend=backend,
+        )  # fmt: skip
+        torch.testing.assert_close(result.loss, -objective.mean())
+        assert (result.advantage == sign).all()
+    assert PolicyLossConfig.ppo(clip_high=0.28, kl_coef=0.1) == dataclasses.replace(config, clip_high=0.28, kl_coef=0.1)
+    with pytest.raises(ValueError, match="clip_low must be"):
+        PolicyLossConfig.ppo(-0.1)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

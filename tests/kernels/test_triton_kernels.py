@@ -7,21 +7,20 @@ Whether a kernel is interpreted is decided when its module is imported. Where th
 import pytest
 import torch
 
-from mssr_kernels import triton_tuning
-from mssr_kernels.inputs import HeadInputs
-from mssr_kernels.matmul import HeadMatmul, padded
-from mssr_kernels.statistics import UpstreamGradient, row_gradient, row_statistics
-from mssr_kernels.torch_tiles import TorchTiles
+from mssr_kernels.backends.matmul import HeadMatmul, padded
+from mssr_kernels.backends.torch.tiles import TorchTiles
+from mssr_kernels.backends.triton import tuning
+from mssr_kernels.core.inputs import HeadInputs
+from mssr_kernels.core.statistics import UpstreamGradient, row_gradient, row_statistics, take
 
-triton_forward = pytest.importorskip("mssr_kernels.triton_forward")  # triton is not there for every platform
-triton_matmul = pytest.importorskip("mssr_kernels.triton_matmul")
-triton_slab = pytest.importorskip("mssr_kernels.triton_slab")
-triton_tiles = pytest.importorskip("mssr_kernels.triton_tiles")
+pytest.importorskip("triton")  # not there for every platform
+from mssr_kernels.backends.triton import forward, logits_tile, slab
+from mssr_kernels.backends.triton.tiles import TritonTiles
 
 # The interpreter is NumPy: it warns of what the kernels mean, log 0 or a row of NaN, and of columns never stored.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.skipif(not triton_matmul.INTERPRETED, reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.skipif(not logits_tile.INTERPRETED, reason="needs TRITON_INTERPRET=1"),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -49,7 +48,7 @@ def oracle(h, weight, target, bias=None, temperature=1.0, softcap=None):
 
 
 def check_statistics(h, weight, target, bias=None, temperature=1.0, softcap=None, tolerance=2e-5):
-    sums = triton_forward.statistics(h, weight, bias, target, temperature, softcap)
+    sums = forward.statistics(h, weight, bias, target, temperature, softcap)
     found = row_statistics(sums)
     for value, wanted in zip(found, oracle(h, weight, target, bias, temperature, softcap)[1:]):
         torch.testing.assert_close(value.double(), wanted, atol=tolerance, rtol=2e-6)
@@ -90,8 +89,8 @@ def test_bias_temperature_and_softcap():
     check_statistics(h, weight, target, temperature=temperature)
     check_statistics(h, weight, target, softcap=15.0)
     check_statistics(h, weight, target, bias, temperature, 15.0)
-    number = triton_forward.statistics(h, weight, None, target, 0.7, None)
-    tensor = triton_forward.statistics(h, weight, None, target, torch.full((40,), 0.7), None)
+    number = forward.statistics(h, weight, None, target, 0.7, None)
+    tensor = forward.statistics(h, weight, None, target, torch.full((40,), 0.7), None)
     assert all(map(torch.equal, number, tensor))
 
 
@@ -103,14 +102,14 @@ def test_masked_columns():
     target.clamp_(min=600)
     check_statistics(h, weight, target, bias=bias)
     target[0] = 3
-    assert row_statistics(triton_forward.statistics(h, weight, bias, target, 1.0, None)).logp[0] == -torch.inf
+    assert row_statistics(forward.statistics(h, weight, bias, target, 1.0, None)).logp[0] == -torch.inf
 
 
 def test_nan_stays_in_its_row():
     h, weight, target = problem(5, 300, 64)
-    clean = row_statistics(triton_forward.statistics(h, weight, None, target, 1.0, None))
+    clean = row_statistics(forward.statistics(h, weight, None, target, 1.0, None))
     h[2, 7] = torch.nan
-    found = row_statistics(triton_forward.statistics(h, weight, None, target, 1.0, None))
+    found = row_statistics(forward.statistics(h, weight, None, target, 1.0, None))
     others = torch.tensor([0, 1, 3, 4])
     for name in ("logp", "entropy", "lse"):
         assert getattr(found, name)[2].isnan()
@@ -120,40 +119,40 @@ def test_nan_stays_in_its_row():
 def test_a_label_elsewhere_has_logit_minus_infinity():
     h, weight, target = problem(4, 300, 64)
     target[:3] = torch.tensor([-100, 300, 2**40])
-    label = triton_forward.statistics(h, weight, None, target, 1.0, None).label
+    label = forward.statistics(h, weight, None, target, 1.0, None).label
     assert (label[:3] == -torch.inf).all() and label[3].isfinite()
 
 
 def test_no_rows():
     h, weight, target = problem(4, 300, 64)
-    sums = triton_forward.statistics(h[:0], weight, None, target[:0], 1.0, None)
+    sums = forward.statistics(h[:0], weight, None, target[:0], 1.0, None)
     assert all(field.shape == (0,) for field in sums)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bits_do_not_depend_on_the_batch_or_on_storing(dtype):
     h, weight, target = problem(70, 1000, 72, dtype, scale=3.0)
-    whole = triton_forward.statistics(h, weight, None, target, 0.9, None)
+    whole = forward.statistics(h, weight, None, target, 0.9, None)
     for rows in (torch.arange(1), torch.arange(33, 70), torch.randperm(70)[:13]):
-        subset = triton_forward.statistics(h[rows], weight, None, target[rows], 0.9, None)
+        subset = forward.statistics(h[rows], weight, None, target[rows], 0.9, None)
         assert all(torch.equal(part, field[rows]) for part, field in zip(subset, whole))
-    stored = triton_forward.statistics(h, weight, None, target, 0.9, None, new_store(70, 1000, dtype))
+    stored = forward.statistics(h, weight, None, target, 0.9, None, new_store(70, 1000, dtype))
     assert all(map(torch.equal, stored, whole))
 
 
 def new_store(rows, vocab, dtype):
-    tiles = -(-vocab // triton_tuning.INTERPRETER.block_vocab)
+    tiles = -(-vocab // tuning.INTERPRETER.block_vocab)
     weights = torch.full((vocab, padded(rows)), torch.nan, dtype=dtype)[:, :rows]
-    return triton_forward.Store(weights, *torch.full((2, tiles, rows), torch.nan))
+    return forward.Store(weights, *torch.full((2, tiles, rows), torch.nan))
 
 
 def test_tma_descriptors_give_the_bits_of_pointers(monkeypatch):
     h, weight, target = problem(33, 1000, 72, torch.bfloat16, scale=3.0)
     results = []
     for tma in (False, True):
-        monkeypatch.setattr(triton_tuning, "INTERPRETER", triton_tuning.INTERPRETER._replace(tma=tma))
+        monkeypatch.setattr(tuning, "INTERPRETER", tuning.INTERPRETER._replace(tma=tma))
         store = new_store(33, 1000, torch.bfloat16)
-        results.append([*triton_forward.statistics(h, weight, None, target, 1.0, None, store), *store])
+        results.append([*forward.statistics(h, weight, None, target, 1.0, None, store), *store])
     assert all(map(torch.equal, *results))
 
 
@@ -161,9 +160,9 @@ def test_tma_descriptors_give_the_bits_of_pointers(monkeypatch):
 def test_stored_weights(dtype):
     h, weight, target = problem(19, 1000, 64, dtype, scale=3.0)
     store = new_store(19, 1000, dtype)
-    triton_forward.statistics(h, weight, None, target, 1.0, None, store)
+    forward.statistics(h, weight, None, target, 1.0, None, store)
     z = oracle(h, weight, target)[0].T
-    tile = triton_tuning.INTERPRETER.block_vocab
+    tile = tuning.INTERPRETER.block_vocab
     for number, columns in enumerate(z.split(tile)):
         torch.testing.assert_close(store.max[number].double(), columns.amax(0), atol=1e-5, rtol=1e-6)
         w = (columns - columns.amax(0)).exp()
@@ -191,7 +190,7 @@ def test_slab_gradient(dtype, softcap, masked, slope):
     if masked and softcap is None:
         bias[10:20] = -torch.inf
     upstream = upstream_of(37, slope)
-    statistics = row_statistics(triton_forward.statistics(h, weight, bias, target, temperature, softcap))
+    statistics = row_statistics(forward.statistics(h, weight, bias, target, temperature, softcap))
     gradient = row_gradient(target, statistics, upstream, temperature, softcap)
 
     x = (h.double() @ weight.double().T + bias.double()).requires_grad_()
@@ -204,7 +203,7 @@ def test_slab_gradient(dtype, softcap, masked, slope):
     wanted = torch.autograd.grad(total, x)[0].T
     for columns in (slice(0, 1000), slice(300, 700), slice(640, None)):
         out = torch.full((len(range(1000)[columns]), padded(37)), torch.nan)[:, :37]
-        triton_slab.slab_gradient(h, weight, bias, columns, gradient, temperature, softcap, out)
+        slab.slab_gradient(h, weight, bias, columns, gradient, temperature, softcap, out)
         torch.testing.assert_close(out.double(), wanted[columns], atol=2e-6, rtol=2e-5)
 
 
@@ -213,10 +212,10 @@ def test_slab_gradient_of_masked_columns_is_zero():
     bias = torch.zeros(300)
     bias[:150] = -torch.inf
     target.clamp_(min=200)
-    statistics = row_statistics(triton_forward.statistics(h, weight, bias, target, 1.0, None))
+    statistics = row_statistics(forward.statistics(h, weight, bias, target, 1.0, None))
     gradient = row_gradient(target, statistics, upstream_of(5, True), 1.0, None)
     out = torch.full((300, 5), torch.nan)
-    triton_slab.slab_gradient(h, weight, bias, slice(0, 300), gradient, 1.0, None, out)
+    slab.slab_gradient(h, weight, bias, slice(0, 300), gradient, 1.0, None, out)
     assert (out[:150] == 0).all() and out.isfinite().all()
 
 
@@ -228,7 +227,7 @@ class Pair:
         self.head = head_of(self.h, weight, self.target, bias, 0.8, softcap)
         self.rows, self.vocab = rows, vocab
         matmul = HeadMatmul(weight, torch.float32, 1 << 20)
-        self.tiles = [kind(self.head, matmul, capacity or rows) for kind in (triton_tiles.TritonTiles, TorchTiles)]
+        self.tiles = [kind(self.head, matmul, capacity or rows) for kind in (TritonTiles, TorchTiles)]
         self.fill()
 
     def fill(self):
@@ -256,7 +255,7 @@ def test_gradient_of_the_chunk(softcap, slope):
         torch.arange(45),
     ):
         pair.fill()
-        (found, order), (wanted, _) = (tiles.gradient(rows, gradient.take(rows)) for tiles in pair.tiles)
+        (found, order), (wanted, _) = (tiles.gradient(rows, take(gradient, rows)) for tiles in pair.tiles)
         assert torch.equal(order.sort().values, rows)
         torch.testing.assert_close(found, wanted[:, torch.searchsorted(rows, order)], atol=2e-6, rtol=2e-5)
 
@@ -264,7 +263,7 @@ def test_gradient_of_the_chunk(softcap, slope):
 def test_gradient_of_no_rows():
     pair = Pair(rows=3, vocab=300)
     none = torch.tensor([], dtype=torch.int64)
-    dz, order = pair.tiles[0].gradient(none, pair.gradient().take(none))
+    dz, order = pair.tiles[0].gradient(none, take(pair.gradient(), none))
     assert dz.shape == (300, 0) and order.shape == (0,)
 
 
@@ -280,7 +279,7 @@ def test_gradient_where_weights_vanish():
     torch.testing.assert_close(found, pair.tiles[1].gradient(None, gradient)[0], atol=2e-6, rtol=2e-5)
 
 
-def test_what_mode_s_asks_for():
+def test_what_mode_sparse_asks_for():
     pair = Pair(rows=130, vocab=777, scale=6.0)
     ours, theirs = pair.tiles
     p = (pair.head.hidden @ pair.head.weight.T / 0.8).softmax(1)
@@ -303,7 +302,7 @@ def test_what_mode_s_asks_for():
     active[pair.target[rows]] = True
     columns = active.nonzero()[:, 0]
     for slope in (False, True):
-        gradient = pair.gradient(slope).take(rows)
+        gradient = take(pair.gradient(slope), rows)
         found, wanted = (
             [torch.cat(parts) for parts in zip(*tiles.compact_gradient(columns, rows, gradient))]
             for tiles in pair.tiles
@@ -326,22 +325,22 @@ def test_compact_gradient_in_pieces():
 def test_float64_is_refused():
     h, weight, target = problem(2, 10, 4, torch.float64)
     with pytest.raises(TypeError, match="'chunked' or 'reference'"):
-        triton_forward.statistics(h, weight, None, target, 1.0, None)
+        forward.statistics(h, weight, None, target, 1.0, None)
 
 
 def test_a_cpu_is_refused_without_the_interpreter(monkeypatch):
-    monkeypatch.setattr(triton_matmul, "INTERPRETED", False)
+    monkeypatch.setattr(logits_tile, "INTERPRETED", False)
     h, weight, target = problem(2, 10, 4)
     with pytest.raises(RuntimeError, match="needs a CUDA device .*backend='chunked' runs there"):
-        triton_forward.statistics(h, weight, None, target, 1.0, None)
+        forward.statistics(h, weight, None, target, 1.0, None)
 
 
 def test_the_table_knows_nothing_of_the_number_of_rows():
     half = torch.bfloat16
-    assert triton_tuning.config((9, 0), half, 3584) == triton_tuning.SM90_WIDE
-    assert triton_tuning.config((9, 0), half, 3584, bias=True) == triton_tuning.SM90_BIAS
-    assert triton_tuning.config((9, 0), half, 3584, bias=True, softcap=True) == triton_tuning.SM90_SOFTCAP
-    assert triton_tuning.config((9, 0), half, 37) == triton_tuning.UNALIGNED
-    assert triton_tuning.config((8, 6), half, 3584) == triton_tuning.config((12, 0), half, 3584) == triton_tuning.SM80
-    assert triton_tuning.config((9, 0), torch.float32, 3584) == triton_tuning.FLOAT32
-    assert triton_tuning.tiles_per_part(152064, 256) == 9 and triton_tuning.tiles_per_part(5, 256) == 1
+    assert tuning.config((9, 0), half, 3584) == tuning.SM90_WIDE
+    assert tuning.config((9, 0), half, 3584, bias=True) == tuning.SM90_BIAS
+    assert tuning.config((9, 0), half, 3584, bias=True, softcap=True) == tuning.SM90_SOFTCAP
+    assert tuning.config((9, 0), half, 37) == tuning.UNALIGNED
+    assert tuning.config((8, 6), half, 3584) == tuning.config((12, 0), half, 3584) == tuning.SM80
+    assert tuning.config((9, 0), torch.float32, 3584) == tuning.FLOAT32
+    assert tuning.tiles_per_part(152064, 256) == 9 and tuning.tiles_per_part(5, 256) == 1

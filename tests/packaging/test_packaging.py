@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mssr import __version__ as VERSION
 from mssr.versions import TESTED
 
 ROOT = Path(__file__).parents[2]
@@ -68,6 +69,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel):
     source = {str(path.relative_to(ROOT)) for path in (ROOT / "mssr").rglob("*.py")}
     source |= {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels" / "mssr_kernels").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == source
+    assert "mssr_kernels/py.typed" in names
 
 
 def metadata(wheel):
@@ -100,11 +102,12 @@ linear_policy_loss(hidden, weight, target, advantage, config=PolicyLossConfig())
 assert weight.grad.abs().sum() > 0
 heavy = {"transformers", "deepspeed", "pydantic", "datasets", "mssr"} & set(sys.modules)
 assert not heavy, heavy
-print(mssr_kernels.__file__)
+print(mssr_kernels.__version__, mssr_kernels.__file__)
 """
     done = python("-c", code, installed=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(str(installed))
+    version, file = done.stdout.split(maxsplit=1)
+    assert file.startswith(str(installed)) and version == VERSION
 
 
 def test_the_installed_command_runs(installed, tmp_path):

@@ -1,8 +1,8 @@
 """Passes over a block of logits, [columns, rows], small enough to stay in the cache between them.
 
-A block becomes softmax weights in place, tile by tile of TILE columns: w = e^(z - maximum of the tile), with maximum and sum
-of each (tile, row) kept. The gradient by the logits is then one multiplication by a factor for each (tile, row).
-`scratch` is a flat tensor of at least the size of the block. See `statistics` for the mathematics.
+A block is turned into softmax weights in place, tile by tile of TILE columns: w = e^(z - maximum of the tile), with maximum
+and sum of each (tile, row) kept. The gradient by the logits is then one multiplication by a factor per (tile, row).
+`scratch` is a flat tensor of at least the size of the block. `core.statistics` has the mathematics.
 """
 
 from collections.abc import Iterator
@@ -10,28 +10,28 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .statistics import FLOOR, Partial, RowGradient, merge
+from ...core.statistics import FLOOR, Partial, PerRow, RowGradient, merge
 
 TILE = 64
-# About the share of the last-level cache one may hope for.
+# About the share of the last-level cache that is likely free.
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 
 def block_columns(rows: int, dtype: torch.dtype, device: torch.device, most_bytes: int) -> int:
-    """Columns of a block of so many rows: a multiple of TILE."""
+    """Return the number of columns of a block of so many rows: a multiple of TILE."""
     block_bytes = min(BLOCK_BYTES.get(device.type, BLOCK_BYTES["cuda"]), most_bytes)
     return TILE * min(max(1, block_bytes // max(1, rows * dtype.itemsize * TILE)), 64)
 
 
 def row_stride(rows: int, dtype: torch.dtype) -> int:
-    """The stride with which to store so many rows: GEMMs write lines of 64 bytes up to half again as fast if these begin at
+    """Return the stride with which to store so many rows: GEMMs write lines up to 1.5 times as fast if these begin at
     multiples of 64 bytes. Few rows are not worth the padding."""
     line = 64 // dtype.itemsize
     return rows if rows < 4 * line else -(-rows // line) * line
 
 
-def finish_logits_(x: Tensor, bias: Tensor | None, temperature: Tensor | float, softcap: float | None):
-    """W h^T -> z, in place. bias [columns]; temperature: [rows] or a number."""
+def finish_logits_(x: Tensor, bias: Tensor | None, temperature: PerRow, softcap: float | None):
+    """Turn W h^T into z, in place. bias [columns]."""
     if bias is not None:
         x.add_(bias[:, None])
     if softcap is not None:
@@ -41,9 +41,9 @@ def finish_logits_(x: Tensor, bias: Tensor | None, temperature: Tensor | float, 
 
 
 def to_weights_(z: Tensor, label: Tensor, masked: bool, scratch: Tensor) -> tuple[Partial, Tensor, Tensor]:
-    """Replace z by its weights; returns the sums over the block [rows] and (maximum, sum) of its tiles [tiles, rows].
+    """Replace z by its weights. Return the sums over the block [rows], and maximum and sum of its tiles [tiles, rows].
 
-    label [rows]: the label's column in the block, or a number outside of it. masked: there may be logits of -inf.
+    label [rows]: the label's column in the block, or a number outside of it. masked: logits may be -inf.
     """
     rows = z.shape[1]
     inside = (label >= 0) & (label < len(z))
@@ -52,7 +52,7 @@ def to_weights_(z: Tensor, label: Tensor, masked: bool, scratch: Tensor) -> tupl
     for tiles, panel in _panels(z, TILE):
         shifted = scratch[: panel.numel()].view(panel.shape)
         torch.amax(panel, dim=1, out=maximum[tiles])
-        if masked:  # a tile masked altogether: -inf - -inf is not a number
+        if masked:  # of a fully masked tile, -inf - -inf would be NaN
             maximum[tiles].clamp_(min=torch.finfo(z.dtype).min)
         torch.sub(panel, maximum[tiles, None], out=shifted)
         if masked:
@@ -77,16 +77,16 @@ def to_gradient_(w: Tensor, maximum: Tensor, label: Tensor, rows: RowGradient, s
         torch.log(panel, out=log_p).add_(log_factor).clamp_(min=FLOOR)
         panel.mul_(log_factor.exp_())
         if rows.cap_scale is not None:
-            # z / cap = (log p + lse) T / cap; where w is 0, so is p, and it does not matter what comes out.
+            # z / cap = (log p + lse) T / cap; where w is 0, p is 0 and the result does not matter.
             panel.mul_(((log_p + (rows.max + rows.log_sum)) * rows.cap_scale).square_().neg_().add_(1))
         panel.mul_(rows.constant if rows.slope is None else log_p.mul_(rows.slope).add_(rows.constant))
-    # A label outside the block adds zero to some column: no branch, hence no wait for the device.
+    # A label outside the block adds zero to some column: a branch would wait for the device.
     inside = (label >= 0) & (label < len(w))
     w.scatter_add_(0, label.clamp(0, len(w) - 1)[None], rows.label.masked_fill(~inside, 0)[None])
 
 
 def _panels(block: Tensor, tile: int) -> Iterator[tuple[slice, Tensor]]:
-    """The block as [tiles, tile, rows], and what is left over as a tile of its own."""
+    """Yield the block as [tiles, tile, rows], and the remainder as a tile of its own."""
     whole, rows = len(block) // tile, block.shape[1]
     if whole:
         yield slice(0, whole), block[: whole * tile].view(whole, tile, rows)

@@ -1,34 +1,32 @@
-"""Mode G: the gradient of log-probs and entropies for any upstream gradient, which arrives only in the backward pass.
+"""Mode `recompute`: the gradients of log-probs and entropies, for any upstream gradient.
 
-The logits are computed again, one slab of the vocabulary for all rows at a time: the row statistics are known by then, and
-each slab of dW is complete as soon as it is written. 8 NDV of matmul work with the forward pass.
+The upstream gradient arrives only in the backward pass, so the logits are computed again, one slab of the vocabulary for all
+rows at a time. The row statistics are known by then, and each slab of dW is complete when it is written. 8 NDV of matmul work
+with the forward pass.
 
-Only rows with a gradient enter a backward GEMM, and ignored rows enter none. Selecting them costs one wait for the device.
+Only rows with a gradient enter a backward product. Selecting them waits for the device once.
 """
 
 import torch
 from torch import Tensor
 
-from .backends import Backend, fitting
+from ..backends.base import Backend, fitting
 from .inputs import HeadInputs
-from .statistics import RowStatistics, UpstreamGradient, row_gradient
+from .statistics import RowStatistics, UpstreamGradient, row_gradient, take
 
 SLAB_MULTIPLE = 256  # columns: whole tiles of every backend, where there are so many
 
 
 def gradients(
-    head: HeadInputs,
-    statistics: RowStatistics,
-    upstream: UpstreamGradient,
-    wanted: tuple[bool, bool, bool],
+    head: HeadInputs, statistics: RowStatistics, upstream: UpstreamGradient, wanted: tuple[bool, bool, bool],
     backend: Backend,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by hidden, weight and bias, where wanted. statistics and upstream: [N], of all rows."""
-    hidden, weight, bias = head[:3]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the gradients of hidden, weight and bias, None where not wanted. statistics, upstream: [N], of all rows."""
+    hidden, weight, bias, *_ = head
     dtype, device = head.compute_dtype, hidden.device
     rows = head.kept_rows()
-    rows = rows[upstream.take(rows).nonzero_rows()]
-    statistics, upstream = statistics.take(rows), upstream.take(rows)
+    rows = rows[take(upstream, rows).nonzero_rows()]
+    statistics, upstream = take(statistics, rows), take(upstream, rows)
     d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=device) if wanted[0] else None
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=device) if wanted[1] else None
     d_bias = torch.empty(bias.shape, dtype=bias.dtype, device=device) if wanted[2] else None
@@ -37,7 +35,7 @@ def gradients(
         return d_hidden, *(None if gradient is None else gradient.zero_() for gradient in (d_weight, d_bias))
 
     matmul = backend.matmul(head)
-    # 16-bit operands: bring the coefficients to a size of about 1, so that fp16 does not underflow, and undo it after.
+    # 16-bit operands: rescale the coefficients to about 1, so that fp16 does not underflow, and undo it at the end.
     size = None
     if matmul.mixed:
         size = torch.stack([field.abs().amax() for field in upstream if field is not None]).amax()

@@ -1,29 +1,31 @@
-"""The validated arguments as the backends see them."""
+"""The validated arguments of a call, as the modes and backends see them."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .statistics import PerRow
 from .vocab_parallel import Shard
+
+WORKSPACE_BYTES = 256 << 20  # default of the public functions
 
 
 class HeadInputs(NamedTuple):
-    """The head and the tokens it scores."""
+    """The head, the tokens it scores, and the options of doing so."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D], or this rank's rows of it
     bias: Tensor | None  # [V]
     target: Tensor  # [N] int64, over the whole vocabulary
-    temperature: Tensor | float  # [N] or a number
-    softcap: float | None
-    ignore_index: int
-    workspace_bytes: int
-    shard: Shard | None  # None: this rank holds the whole vocabulary
+    temperature: PerRow = 1.0
+    softcap: float | None = None
+    ignore_index: int = -100
+    workspace_bytes: int = WORKSPACE_BYTES
+    shard: Shard | None = None  # None: this rank holds the whole vocabulary
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Statistics and accumulators: float32, or float64 when the inputs are (for oracles)."""
         return compute_dtype(self.hidden)
 
     @property
@@ -31,6 +33,7 @@ class HeadInputs(NamedTuple):
         return self.weight.shape[0] if self.shard is None else self.shard.total_columns
 
     def kept_rows(self) -> Tensor:
+        """Row numbers that are not ignored, [K] int64."""
         return (self.target != self.ignore_index).nonzero()[:, 0]
 
     def local_target(self, rows: Tensor) -> Tensor:
@@ -38,7 +41,7 @@ class HeadInputs(NamedTuple):
         target = self.target[rows]
         return target if self.shard is None else target - self.shard.first_column
 
-    def row_temperature(self, rows: Tensor) -> Tensor | float:
+    def row_temperature(self, rows: Tensor) -> PerRow:
         if isinstance(self.temperature, Tensor):
             return self.temperature[rows].to(self.compute_dtype)
         return self.temperature
@@ -58,4 +61,5 @@ class RowInputs(NamedTuple):
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """Dtype of statistics and accumulators: float32, or float64 when the inputs are float64 (for oracles)."""
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32

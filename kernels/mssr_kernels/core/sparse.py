@@ -1,17 +1,17 @@
-"""Mode S: the columns of the vocabulary that a chunk's gradient needs, and the rows for which they are enough.
+"""Mode `sparse`: choose the vocabulary columns that a chunk's gradient needs, and the rows for which they are enough.
 
-A sampled policy is peaked: most rows put all but a sliver of their probability on a handful of columns. The gradient by the
-logits of such a row is (up to the label) proportional to its probabilities, so dropping columns that hold a mass of delta
-changes it by delta |a| in the 1-norm and by no more. The choice, made anew for each chunk:
+A sampled policy is peaked: most rows put nearly all of their probability on a few columns. The gradient by the logits of
+such a row is (except for the label) proportional to its probabilities, so dropping columns that hold a mass of delta
+changes it by delta |a| in the 1-norm. The choice is made for each chunk:
 
-    1. a cut for each row, from the masses of its tiles alone: tiles below the cut hold half of what may be dropped
-    2. rows in the order of the number of tiles above their cut; for each column the first row that needs it. This gives
-       the size U_k of the union of the columns of the first k rows for every k at once
-    3. the k that costs least: k rows on U_k columns, the others on all V
-    4. the mass that these columns leave out is summed up for each of the k rows, from the probabilities themselves; a row
-       with more than its tolerance is done densely
+    1. For each row a cut, from the masses of its tiles alone: tiles below the cut hold half of what may be dropped.
+    2. Sort the rows by the number of tiles above their cut; find for each column the first row that needs it. This gives
+       the size U_k of the union of the columns of the first k rows, for every k at once.
+    3. Take the k that costs least: k rows on U_k columns, the others on all V.
+    4. Sum up, for each of the k rows, the probabilities of the columns that are left out. A row that would drop more than
+       its tolerance is computed densely.
 
-Steps 1 to 3 only decide what is worth trying; step 4 is what the bound rests on.
+Steps 1 to 3 only decide what is worth trying; the bound rests on step 4.
 """
 
 import math
@@ -20,28 +20,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.base import Tiles
 from .statistics import RowStatistics
 
 # Gathering a row of the weight and adding one to dW costs about as much as so many more rows in the two products: 20 D bytes
-# against 4 D FLOPs a row, at measured rates (CPU) and those of data sheets (CUDA).
+# against 4 D FLOPs per row, at measured rates (CPU) and data-sheet rates (CUDA).
 GATHER_ROWS = {"cpu": 96, "cuda": 1000}
 # The active columns must save at least this share of the backward products, or the choice is not worth its passes.
 LEAST_SAVING = 0.1
 CUT_STEPS = 8
 
 
-class ActiveVocabulary(NamedTuple):
+class Choice(NamedTuple):
     columns: Tensor  # [U] int64, ascending
     sparse_rows: Tensor  # [k] int64, positions in the chunk, ascending: these columns are enough
     dense_rows: Tensor  # [n - k] int64, ascending
 
 
 def row_tolerance(tolerance: float, statistics: RowStatistics, entropy_gradient: bool, vocab: int) -> Tensor:
-    """The mass [rows] a row may drop, so that |dropped part of dL/dz|_1 <= tolerance (|a| + |g|).
+    """Return the mass [rows] that each row may drop, so that |dropped part of dL/dz|_1 <= tolerance (|a| + |g|).
 
-    Without entropy gradient it is the tolerance itself. With it, columns of mass delta contribute at most
-    sum p |log p + H| <= sum p max(H, -log p) <= delta (H + log V - log delta), the entropy of delta being largest when it is
-    spread evenly. The largest delta for which that is small enough is the fixed point of an increasing map; the iteration
+    Without an entropy gradient it is the tolerance itself. With one, columns of mass delta contribute at most
+    sum p |log p + H| <= sum p max(H, -log p) <= delta (H + log V - log delta), because the entropy of delta is largest when
+    it is spread evenly. The largest delta that is small enough is the fixed point of an increasing map; the iteration
     starts below it and stays there.
     """
     delta = torch.full_like(statistics.max, tolerance)
@@ -53,13 +54,11 @@ def row_tolerance(tolerance: float, statistics: RowStatistics, entropy_gradient:
     return delta
 
 
-def choose(
-    tiles, rows: Tensor, target: Tensor, statistics: RowStatistics, tolerance: Tensor
-) -> ActiveVocabulary | None:
-    """The active vocabulary of the given rows of a chunk, or None where it does not pay.
+def choose(tiles: Tiles, rows: Tensor, target: Tensor, statistics: RowStatistics, tolerance: Tensor) -> Choice | None:
+    """Return the active vocabulary of the given rows of a chunk, or None where it does not pay.
 
-    rows [n]: positions in the chunk; target, tolerance and the statistics are those of the whole chunk, [C]. target: the
-    label's column, or a number outside [0, V) on a rank that does not hold it.
+    rows [n]: positions in the chunk. target, tolerance and statistics: of the whole chunk, [C]. target: the label's column,
+    or a number outside [0, V) on a rank that does not hold it.
     """
     mass = tiles.tile_mass(statistics)
     cut, needed = _cuts(mass, tolerance)
@@ -70,7 +69,7 @@ def choose(
     candidates = candidates[needed[candidates].argsort(stable=True)]
     ranks = torch.zeros_like(target).index_copy_(0, candidates, torch.arange(len(candidates), device=target.device))
     first = tiles.first_ranks(cut.masked_fill(~wanted, math.inf), ranks, statistics)
-    # A label is never dropped, however improbable.
+    # A label is never dropped, however improbable it is.
     vocab = len(first)
     own = candidates[(target[candidates] >= 0) & (target[candidates] < vocab)]
     first.scatter_reduce_(0, target[own], ranks[own], "amin")
@@ -86,16 +85,16 @@ def choose(
     enough = tiles.dropped_mass(active, statistics) <= tolerance
     sparse = wanted & (ranks < k) & enough
     dense = torch.zeros_like(wanted).index_fill_(0, rows, True) & ~sparse
-    return ActiveVocabulary(active.nonzero()[:, 0], sparse.nonzero()[:, 0], dense.nonzero()[:, 0])
+    return Choice(active.nonzero()[:, 0], sparse.nonzero()[:, 0], dense.nonzero()[:, 0])
 
 
 def _cuts(mass: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's cut, the largest for which the tiles below it hold at most half of the tolerance, and how many others
-    there are, both [C]."""
+    """Return each row's cut, the largest for which the tiles below it hold at most half of the tolerance, and the number
+    of tiles above it, both [C]."""
     cut = torch.full_like(tolerance, math.inf)
     for step in range(CUT_STEPS):
         level = tolerance * 4.0 ** (-0.5 - step)
         below = mass.masked_fill(mass > level, 0).sum(dim=0)
         cut = torch.where(cut.isinf() & (below <= tolerance / 2), level, cut)
-    # Where no level will do, the row is spread so evenly that it is done densely.
+    # Where no level is low enough, the row is so flat that it is computed densely.
     return cut, torch.where(cut.isinf(), len(mass), (mass > cut).sum(dim=0))

@@ -1,8 +1,8 @@
-"""Validation of the arguments, before any work: one line that says what, where and what to do.
+"""Validation of the arguments, before any work. An error is one line: what is wrong, where, and what to do.
 
-`check_head` and `check_rows` look at types and shapes only, so that a compiler can follow them. What only the data can tell
-(an out-of-range target) is left to `check_values`: eagerly on the CPU, and by `torch._assert_async` on CUDA, which does not
-wait for the device but stops the stream and surfaces at the next synchronisation.
+All but `check_values` look at types, shapes and options only, so that a compiler can trace them. `check_values` looks at the
+data (a target out of range): at once on the CPU, and by `torch._assert_async` on CUDA, which does not wait for the device
+but stops the stream, and surfaces at the next synchronisation.
 """
 
 import math
@@ -10,34 +10,31 @@ import math
 import torch
 from torch import Tensor
 
+from ..config import PolicyLossConfig
 from .inputs import HeadInputs, RowInputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_head(hidden, weight, target, bias, temperature, softcap, workspace_bytes):
-    """Check the arguments common to both public functions."""
+def check_head(head: HeadInputs):
+    """Check the arguments that both public functions take, by type and shape."""
+    hidden, weight, bias, target, temperature, softcap, _, workspace_bytes, _ = head
     _tensor("hidden", hidden, ndim=2, shape="[N, D]")
     _tensor("weight", weight, ndim=2, shape="[V, D]")
     if hidden.dtype not in DTYPES:
         raise TypeError(f"hidden must be float32, bfloat16, float16 or float64, got {_name(hidden.dtype)}")
     if weight.dtype != hidden.dtype:
-        raise TypeError(
-            f"hidden is {_name(hidden.dtype)} but weight is {_name(weight.dtype)}: cast one, or use autocast"
-        )
+        raise TypeError(f"hidden is {_name(hidden.dtype)} but weight is {_name(weight.dtype)}: cast one, or autocast")
     if weight.shape[0] == 0:
-        raise ValueError(
-            "weight is empty (V = 0): under ZeRO-3 or FSDP call the head as a module, so that it is gathered"
-        )
+        raise ValueError("weight is empty (V = 0): under ZeRO-3 or FSDP call the head as a module, which gathers it")
     if weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"hidden is [N, {hidden.shape[1]}] but weight is [V, {weight.shape[1]}]: D must agree")
-    rows, vocab = hidden.shape[0], weight.shape[0]
     _same_device("weight", weight, hidden)
     if bias is not None:
         _tensor("bias", bias, ndim=1, shape="[V]")
         _same_device("bias", bias, hidden)
-        if bias.shape[0] != vocab:
-            raise ValueError(f"bias has {bias.shape[0]} entries but weight has V = {vocab} rows")
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"bias has {bias.shape[0]} entries but weight has V = {weight.shape[0]} rows")
         if bias.dtype != weight.dtype:
             raise TypeError(f"weight is {_name(weight.dtype)} but bias is {_name(bias.dtype)}: cast one")
 
@@ -45,8 +42,8 @@ def check_head(hidden, weight, target, bias, temperature, softcap, workspace_byt
     _same_device("target", target, hidden)
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64, got {_name(target.dtype)}: pass target.long()")
-    if target.shape[0] != rows:
-        raise ValueError(f"target has {target.shape[0]} rows but hidden has {rows}")
+    if target.shape[0] != hidden.shape[0]:
+        raise ValueError(f"target has {target.shape[0]} rows but hidden has {hidden.shape[0]}")
 
     if isinstance(temperature, Tensor):
         _row_tensor("temperature", temperature, hidden)
@@ -59,7 +56,7 @@ def check_head(hidden, weight, target, bias, temperature, softcap, workspace_byt
 
 
 def check_values(head: HeadInputs):
-    """Targets and temperatures of the rows that are not ignored."""
+    """Check targets and temperatures of the rows that are not ignored."""
     target, vocab, kept = head.target, head.total_vocab, head.target != head.ignore_index
     wrong = ((target < 0) | (target >= vocab)) & kept
     _check_rows(wrong, "target", target, f"outside [0, {vocab}) and not ignore_index ({head.ignore_index})", IndexError)
@@ -68,39 +65,23 @@ def check_values(head: HeadInputs):
         _check_rows(wrong, "temperature", head.temperature, "not a finite number > 0", ValueError)
 
 
-def check_rows(hidden: Tensor, config, rows: RowInputs):
-    """Check the per-row arguments of the policy loss against the head's and against the configuration."""
+def check_loss(hidden: Tensor, rows: RowInputs, normalizer, config: PolicyLossConfig, vocab_drop_tol):
+    """Check the arguments of the policy loss, and that those which the configuration needs are there."""
     for name, value in zip(RowInputs._fields, rows):
         if value is not None or name == "advantage":
             _row_tensor(name, value, hidden)
-    _, old_logp, ref_logp, rollout_logp, _ = rows
-    if config.kl_coef > 0 and ref_logp is None:
-        raise ValueError(
-            f"config.kl_coef is {config.kl_coef} but ref_logp is missing: pass ref_logp or set kl_coef to 0"
-        )
-    if config.tis_cap is not None and (old_logp is None or rollout_logp is None):
-        missing = "old_logp" if old_logp is None else "rollout_logp"
+    if config.kl_coef > 0 and rows.ref_logp is None:
+        raise ValueError(f"config.kl_coef is {config.kl_coef} but ref_logp is missing: pass it or set kl_coef to 0")
+    if config.tis_cap is not None and (rows.old_logp is None or rows.rollout_logp is None):
+        missing = "old_logp" if rows.old_logp is None else "rollout_logp"
         raise ValueError(f"config.tis_cap is {config.tis_cap} but {missing} is missing: pass it or set tis_cap to None")
-
-
-def check_normalizer(normalizer):
     if isinstance(normalizer, Tensor):
         if normalizer.ndim != 0:
             raise ValueError(f"normalizer must be a number or a 0-d tensor, got shape {list(normalizer.shape)}")
     elif normalizer is not None and not 0 < normalizer < math.inf:
         raise ValueError(f"normalizer must be a finite number > 0, a 0-d tensor or None, got {normalizer!r}")
-
-
-def check_tolerance(vocab_drop_tol):
     if vocab_drop_tol is not None and not 0 <= vocab_drop_tol < 1:
         raise ValueError(f"vocab_drop_tol must be a probability in [0, 1) or None, got {vocab_drop_tol!r}")
-
-
-def check_group(group, backend: str):
-    if group is not None and backend == "reference":
-        raise ValueError(
-            "backend 'reference' has the whole vocabulary on every rank: drop group, or use another backend"
-        )
 
 
 def _tensor(name: str, value, ndim: int, shape: str):

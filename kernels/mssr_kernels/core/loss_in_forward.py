@@ -1,14 +1,13 @@
-"""Modes L and S: the policy loss, and its gradients in the same pass over chunks of tokens.
+"""Modes `exact` and `sparse`: the policy loss and its gradients in one pass over chunks of tokens.
 
-A chunk's logits give the statistics of its rows, these the derivative of the loss by each row's log-probability
-(`row_loss`), and this the gradient by the logits, written over them; two GEMMs later the chunk is done. 6 NDV of matmul
-work, the least an exact gradient can have; with a tolerance (`active_vocabulary`) 2 NDV and a few per cent of the
-other four. dW is accumulated in float32 over the chunks; `backward` only multiplies by the upstream scalar and rounds, once.
+The logits of a chunk give the statistics of its rows, the statistics give the derivative of the loss by each row's
+log-probability (`row_loss`), and this gives the gradient by the logits, which overwrites them; two products finish the chunk.
+6 NDV of matmul work, the least that an exact gradient can have; with a tolerance (`sparse`) 2 NDV and a few per cent of the
+other 4. dW is accumulated in float32 over the chunks; `backward` only multiplies by the upstream scalar and rounds, once.
 
-Only rows with a gradient enter a backward GEMM and ignored rows enter none. Selecting them costs one wait for the
-device per call and one per chunk.
+Only rows with a gradient enter a backward product. Selecting them waits for the device once per call and once per chunk.
 
-Memory beside the results and the workspace: float32 dW and float32 [N, D] for dhidden.
+Memory beside results and workspace: float32 dW, and float32 [N, D] for dhidden.
 """
 
 from typing import NamedTuple
@@ -16,15 +15,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import active_vocabulary
-from .backends import Backend
+from ..backends.base import Backend, Tiles
+from ..config import PolicyLoss, PolicyLossConfig
+from . import sparse
 from .inputs import HeadInputs, RowInputs
 from .row_loss import RowTerms, assemble, row_loss
-from .statistics import RowStatistics, UpstreamGradient, row_gradient
-from .types import PolicyLoss, PolicyLossConfig
+from .statistics import RowGradient, RowStatistics, UpstreamGradient, row_gradient, take
 
-# Dense rows of a sparse chunk add to all of dW, which is read and written for it: from so few rows that takes longer than
-# to compute their logits again, later and together. The break-even of measured rates (CPU) and of data sheets (CUDA).
+# The dense rows of a sparse chunk read and write all of dW. With fewer rows than this, it is faster to compute their logits
+# again, later, together with those of other chunks. Break-even from measured rates (CPU) and data-sheet rates (CUDA).
 DENSE_ROWS_WORTH_DW = {"cpu": 48, "cuda": 512}
 
 
@@ -38,15 +37,13 @@ class LossGradients(NamedTuple):
 
 
 def linear_policy_loss(
-    head: HeadInputs,
-    row_inputs: RowInputs,
-    normalizer: Tensor | float | None,
-    config: PolicyLossConfig,
-    tolerance: float,
-    wanted: tuple[bool, bool, bool],
-    backend: Backend,
-) -> tuple[PolicyLoss, LossGradients]:
-    """The loss and, as `wanted` says of (hidden, weight, bias), its gradients. tolerance 0 is mode L, above it mode S."""
+    head: HeadInputs, row_inputs: RowInputs, normalizer: Tensor | float | None, config: PolicyLossConfig, tolerance: float,
+    wanted: tuple[bool, bool, bool], backend: Backend,
+) -> tuple[PolicyLoss, LossGradients]:  # fmt: skip
+    """Return the loss and its gradients by those of (hidden, weight, bias) that are wanted.
+
+    tolerance 0 is mode `exact`, above 0 mode `sparse`.
+    """
     rows = head.kept_rows()
     normalizer = _divisor(normalizer, len(rows), head)
     one = torch.ones_like(normalizer)
@@ -56,19 +53,19 @@ def linear_policy_loss(
         result = assemble(terms, rows, len(head.target), terms.loss.sum() / normalizer)
         return result, LossGradients(None, None, None, one)
 
-    # In 16 bits the coefficients keep their natural size of about 1 (1 / normalizer underflows in fp16) and `backward`
-    # divides; otherwise they are divided here, which is free.
+    # In 16 bits the coefficients stay at about 1 (1 / normalizer underflows in fp16) and `backward` divides; otherwise they
+    # are divided here, which costs nothing.
     divisor, scale = (normalizer, one) if backend.matmul(head).mixed else (one, 1 / normalizer)
     gradients = _Accumulator(head, wanted, tolerance)
 
-    def add(chunk: Tensor, h: Tensor, statistics: RowStatistics, tiles) -> RowTerms:
+    def add(chunk: Tensor, h: Tensor, statistics: RowStatistics, tiles: Tiles) -> RowTerms:
         inputs = row_inputs.take(chunk, one.dtype)
         terms, slope = row_loss(statistics.logp, statistics.entropy, inputs, config)
         bonus = torch.full_like(slope, -config.entropy_coef) * scale if config.entropy_coef else None
         gradients.add_chunk(tiles, chunk, h, statistics, UpstreamGradient(slope * scale, bonus))
         return terms
 
-    # No name may hold the tiles of the last chunk when those of the deferred rows are made.
+    # No name may hold the tiles of the last chunk when those of the deferred rows are allocated.
     terms = [add(*parts) for parts in backend.chunks(head, rows, sparse=tolerance > 0)]
     gradients.add_deferred(backend)
     terms = RowTerms(*map(torch.cat, zip(*terms))) if terms else _no_terms(one)
@@ -77,7 +74,7 @@ def linear_policy_loss(
 
 
 class _Accumulator:
-    """The gradients by hidden, weight and bias, chunk by chunk, in the compute dtype."""
+    """Accumulates the gradients of hidden, weight and bias over the chunks, in the compute dtype."""
 
     def __init__(self, head: HeadInputs, wanted: tuple[bool, bool, bool], tolerance: float):
         self.head, self.tolerance = head, tolerance
@@ -88,7 +85,7 @@ class _Accumulator:
         self.bias = torch.zeros(head.bias.shape, **options) if wanted[2] else None
         self._deferred: list[tuple[Tensor, UpstreamGradient]] = []
 
-    def add_chunk(self, tiles, chunk: Tensor, h: Tensor, statistics: RowStatistics, upstream: UpstreamGradient):
+    def add_chunk(self, tiles: Tiles, chunk: Tensor, h: Tensor, statistics: RowStatistics, upstream: UpstreamGradient):
         active = upstream.nonzero_rows()
         if not len(active):
             return
@@ -97,24 +94,22 @@ class _Accumulator:
         dense = active
         if self.tolerance:
             share = self.tolerance if head.shard is None else self.tolerance / head.shard.ranks
-            tolerance = active_vocabulary.row_tolerance(
-                share, statistics, upstream.entropy is not None, head.total_vocab
-            )
-            chosen = active_vocabulary.choose(tiles, active, target, statistics, tolerance)
+            tolerance = sparse.row_tolerance(share, statistics, upstream.entropy is not None, head.total_vocab)
+            chosen = sparse.choose(tiles, active, target, statistics, tolerance)
             if chosen is not None:
-                dense, sparse = chosen.dense_rows, chosen.sparse_rows
-                self._add_sparse(tiles, chunk, h, chosen.columns, sparse, gradient.take(sparse))
+                dense, few = chosen.dense_rows, chosen.sparse_rows
+                self._add_sparse(tiles, chunk, h, chosen.columns, few, take(gradient, few))
                 # Ranks choose on their own: rows that only some of them defer cannot be exchanged again.
                 if head.shard is None and 0 < len(dense) < DENSE_ROWS_WORTH_DW.get(chunk.device.type, 0):
-                    self._deferred.append((chunk[dense], upstream.take(dense)))
+                    self._deferred.append((chunk[dense], take(upstream, dense)))
                     return
         if len(dense) == len(chunk):
             self._add_dense(tiles, chunk, h, None, gradient)
         elif len(dense):
-            self._add_dense(tiles, chunk, h, dense, gradient.take(dense))
+            self._add_dense(tiles, chunk, h, dense, take(gradient, dense))
 
     def add_deferred(self, backend: Backend):
-        """The rows that were put off, in chunks of their own."""
+        """Add the gradients of the deferred rows, in chunks of their own."""
         if not self._deferred:
             return
         rows, upstream = zip(*self._deferred)
@@ -122,10 +117,10 @@ class _Accumulator:
         self.tolerance, done = 0.0, 0
         for chunk, h, statistics, tiles in backend.chunks(self.head, torch.cat(rows), sparse=False):
             here = torch.arange(done, done + len(chunk), device=chunk.device)
-            self.add_chunk(tiles, chunk, h, statistics, upstream.take(here))
+            self.add_chunk(tiles, chunk, h, statistics, take(upstream, here))
             done += len(chunk)
 
-    def _add_dense(self, tiles, chunk, h, rows, gradient):
+    def _add_dense(self, tiles: Tiles, chunk: Tensor, h: Tensor, rows: Tensor | None, gradient: RowGradient):
         dz, rows = tiles.gradient(rows, gradient)
         if rows is not None:
             chunk, h = chunk[rows], h[rows]
@@ -139,7 +134,7 @@ class _Accumulator:
             tiles.matmul.add_weight_grad(dz, h, out=self.weight, beta=0 if self.weight_is_empty else 1)
             self.weight_is_empty = False
 
-    def _add_sparse(self, tiles, chunk, h, columns, rows, gradient):
+    def _add_sparse(self, tiles: Tiles, chunk: Tensor, h: Tensor, columns: Tensor, rows: Tensor, gradient: RowGradient):
         h = h[rows]
         dh = None if self.hidden is None else torch.zeros(h.shape, dtype=self.hidden.dtype, device=h.device)
         self._start_weight()
@@ -168,7 +163,7 @@ class _Accumulator:
 
 
 def _divisor(normalizer: Tensor | float | None, kept_rows: int, head: HeadInputs) -> Tensor:
-    """The divisor of the loss as a 0-d tensor; by default the number of rows, or 1 without any: loss 0, not 0 / 0."""
+    """Return the divisor of the loss, 0-d; by default the number of rows, or 1 without any: loss 0, not 0 / 0."""
     options = dict(dtype=head.compute_dtype, device=head.hidden.device)
     if isinstance(normalizer, Tensor):
         return normalizer.detach().to(**options)

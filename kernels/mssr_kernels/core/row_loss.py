@@ -13,8 +13,8 @@ For the row's log-probability l and entropy H, with everything else constant:
 
 so  a = dloss/dl = -r A' w [not flat] + kl_coef (1 - e^d)   and   g = dloss/dH = -entropy_coef.
 
-Clipping is decided by the sign of A', not of A, which is what makes kappa < 1 safe. Everything is row-local: that is
-why a gradient can be formed in the forward pass, while the logits of the row are at hand.
+The sign of A', not of A, decides where the ratio is clipped; this makes kappa < 1 safe. Everything is row-local, so a
+gradient can be formed in the forward pass, while the logits of the row are in memory.
 """
 
 from typing import NamedTuple
@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..config import PolicyLoss, PolicyLossConfig, PolicyMetrics
 from .inputs import RowInputs
-from .types import PolicyLoss, PolicyLossConfig, PolicyMetrics
 
 
 class RowTerms(NamedTuple):
@@ -43,7 +43,7 @@ class RowTerms(NamedTuple):
 
 
 def row_loss(logp: Tensor, entropy: Tensor, rows: RowInputs, config: PolicyLossConfig) -> tuple[RowTerms, Tensor]:
-    """Terms of the loss and its derivative by logp, each [rows], not divided by the normalizer.
+    """Return the terms of the loss and its derivative by logp, each [rows], not divided by the normalizer.
 
     The derivative by the entropy is the constant -config.entropy_coef.
     """
@@ -81,7 +81,7 @@ def row_loss(logp: Tensor, entropy: Tensor, rows: RowInputs, config: PolicyLossC
 
 
 def assemble(terms: RowTerms, rows: Tensor, total_rows: int, loss: Tensor) -> PolicyLoss:
-    """The public result: `terms` belong to the row numbers `rows` of `total_rows`, the others hold zeros."""
+    """Return the public result: `terms` belong to the row numbers `rows` of `total_rows`; all others hold zeros."""
     terms = RowTerms(*(term.detach() for term in terms))
 
     def scatter(value: Tensor) -> Tensor:
@@ -89,25 +89,15 @@ def assemble(terms: RowTerms, rows: Tensor, total_rows: int, loss: Tensor) -> Po
 
     metrics = PolicyMetrics(
         rows=torch.full_like(loss.detach(), len(rows)),
-        policy_loss_sum=terms.policy_loss.sum(),
-        kl_sum=terms.kl.sum(),
-        entropy_sum=terms.entropy.sum(),
-        clipped_sum=terms.clipped.sum(dtype=loss.dtype),
-        dual_clipped_sum=terms.dual_clipped.sum(dtype=loss.dtype),
-        ratio_sum=terms.ratio.sum(),
-        ratio_max=terms.ratio.max() if len(rows) else torch.zeros_like(loss.detach()),
-        tis_weight_sum=terms.tis_weight.sum(),
-        shaping_sum=terms.shaping.sum(),
-    )
+        policy_loss_sum=terms.policy_loss.sum(), kl_sum=terms.kl.sum(), entropy_sum=terms.entropy.sum(),
+        clipped_sum=terms.clipped.sum(dtype=loss.dtype), dual_clipped_sum=terms.dual_clipped.sum(dtype=loss.dtype),
+        ratio_sum=terms.ratio.sum(), ratio_max=terms.ratio.max() if len(rows) else torch.zeros_like(loss.detach()),
+        tis_weight_sum=terms.tis_weight.sum(), shaping_sum=terms.shaping.sum(),
+    )  # fmt: skip
     return PolicyLoss(
-        loss=loss,
-        logp=scatter(terms.logp),
-        entropy=scatter(terms.entropy),
-        advantage=scatter(terms.advantage),
-        ratio=scatter(terms.ratio),
-        clipped=scatter(terms.clipped | terms.dual_clipped),
-        metrics=metrics,
-    )
+        loss, logp=scatter(terms.logp), entropy=scatter(terms.entropy), advantage=scatter(terms.advantage),
+        ratio=scatter(terms.ratio), clipped=scatter(terms.clipped | terms.dual_clipped), metrics=metrics,
+    )  # fmt: skip
 
 
 def _shaping_entropy(logp: Tensor, entropy: Tensor, rows: RowInputs, config: PolicyLossConfig) -> Tensor:

@@ -1,23 +1,22 @@
 """Tile shapes of the Triton kernels: a checked-in table by architecture and dtype.
 
-Never by the number of tokens: a row's log-prob must not change a bit with the batch it is in, so neither may the order
-of its sums. For the same reason the vocabulary is cut into parts whose number depends on V alone.
+They never depend on the number of tokens: the bits of a row's log-prob must not depend on its batch, so the order of its sums
+must not. For the same reason the vocabulary is cut into parts whose number depends on V alone.
 
-    sm_90       128 x 256 x 64, the tile that keeps wgmma fed: 8 warps hold its float32 accumulators in 128 registers a
-                thread, TMA fills 3 stages of 48 KB, one program runs on an SM. With a bias 4 stages: 3 spill where weights
+    sm_90       128 x 256 x 64, the tile that keeps wgmma busy: 8 warps hold its float32 accumulators in 128 registers per
+                thread, TMA fills 3 stages of 48 KB, one program runs per SM. With a bias 4 stages: 3 spill where weights
                 are stored. On an H200 at the 7B head, N 8192, in ms for all rows (triton 3.6.0):
                                         plain   bias    storing     storing, bias
                     3 stages            12.1    13.5    14.6        15.4
                     4 stages            13.4    14.1    14.1        15.1
                     128 x 128 x 64      14.6    15.4    16.9        17.9
-                128 x 128 x 64 where the epilogue has a softcap: the wide tile has no registers left for it
+                128 x 128 x 64 with a softcap: the wide tile leaves no registers for it
     sm_80       128 x 128 x 64 by asynchronous copies: 96 KB, which its smaller siblings have too
-    unaligned   64 x 128 x 32: neither TMA nor wide copies take rows of D that is no multiple of 16, and a pointer for
-                every element costs registers
-    float32     64 x 64 x 16 by FMA on the general cores, exact (no tf32)
+    unaligned   64 x 128 x 32: with D not a multiple of 16 neither TMA nor wide copies work, and a pointer per element
+                costs registers
+    float32     64 x 64 x 16 by FMA without tensor cores, exact (no tf32)
 
-Larger tiles, fewer stages, flattened loops and warp specialisation are axes of tuning. Whoever changes an entry runs
-tests/kernels/test_codegen.py, which compiles every entry and refuses spills.
+After changing an entry, run tests/kernels/test_codegen.py: it compiles every entry and fails on spills.
 """
 
 from typing import NamedTuple
@@ -36,7 +35,7 @@ class TileConfig(NamedTuple):
     block_d: int
     warps: int
     stages: int
-    group_rows: int  # row tiles which share a pass over the weight: their hidden states stay in L2
+    group_rows: int  # row tiles that share a pass over the weight: their hidden states stay in L2
     tma: bool = False
 
 
@@ -52,10 +51,10 @@ INTERPRETER = TileConfig(64, 512, 128, warps=4, stages=1, group_rows=2)
 def config(
     device_capability: tuple[int, int] | None, dtype: torch.dtype, d: int, bias: bool = False, softcap: bool = False
 ) -> TileConfig:
-    """device_capability: None under the interpreter. dtype: of the operands. d: width of the hidden states. bias, softcap:
-    whether the head has them.
+    """Return the tile for this head; architectures that are not in the table use that of sm_80.
 
-    Architectures that are not in the table run the code for sm_80.
+    device_capability: None under the interpreter. dtype: of the operands. d: width of the hidden states. bias, softcap:
+    whether the head has them.
     """
     if device_capability is None:
         return INTERPRETER
@@ -71,6 +70,6 @@ def config(
 
 
 def tiles_per_part(vocab: int, block_vocab: int) -> int:
-    """Vocabulary tiles which one program of the forward walks through."""
+    """Return how many vocabulary tiles one program of the forward processes."""
     tiles = -(-vocab // block_vocab)
     return -(-tiles // min(tiles, VOCABULARY_PARTS))

@@ -1,29 +1,26 @@
 """The three products with the head's weight, accumulated and returned in float32 whatever the operands.
 
-Log-probs from logits rounded to bf16 are the main source of trainer/sampler mismatch, so no product is ever rounded to
-the 16-bit dtype of the weight. How that is done depends on the machine:
+Log-probs from logits rounded to bf16 are the main source of trainer/sampler mismatch, so no product is rounded to the 16-bit
+dtype of the weight. How depends on dtype and device:
 
     operands float32 (or float64)   plain GEMM
     16-bit on CUDA                  tensor cores with `out_dtype=torch.float32`
-    16-bit on CPU                   no such GEMM: slabs of the weight are upcast into a small reused buffer
+    16-bit on CPU                   there is no such GEMM: slabs of the weight are upcast into a small reused buffer
 """
 
 import torch
 from torch import Tensor
 
-SLAB = 2048  # rows of the weight which are copied at a time, upcast or padded
-# A GEMM of 16-bit operands on CUDA sums over a multiple of 8 terms. Of other sums the cuBLAS of CUDA 13.0 can leave the last
-# term out: of 10,241 terms, bf16 or fp16, for a result [128, 2048], on an H200. They are slower, too.
+SLAB = 2048  # rows of the weight that are copied at a time, upcast or padded
+# GEMMs of 16-bit operands on CUDA get sums over a multiple of 8 terms. In other sums cuBLAS of CUDA 13.0 can lose the last
+# term: seen with 10,241 terms, bf16 and fp16, result [128, 2048], on an H200. They are slower, too.
 ALIGNED = 8
 
 
 class HeadMatmul:
-    """Products with `weight` [V, D] or, for the methods that take `columns`, with that slice of its rows.
+    """Products with `weight` [V, D] or, in the methods that take `columns`, with that slice of its rows."""
 
-    `slab_bytes` bounds the buffer for upcast slabs; `buffer_bytes` is what it takes.
-    """
-
-    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, slab_bytes: int):
+    def __init__(self, weight: Tensor, compute_dtype: torch.dtype, slab_bytes: int):  # of the buffer, at most
         self.weight = weight.detach()
         self.compute_dtype = compute_dtype
         vocab, width = weight.shape
@@ -50,7 +47,7 @@ class HeadMatmul:
     def add_hidden_grad(self, dz: Tensor, out: Tensor, columns: slice | Tensor | None = None, beta: int = 1):
         """out = beta * out + dz^T @ W[columns]; dz [columns, rows] in `operand_dtype`, out [rows, D] in `compute_dtype`.
 
-        columns may be column numbers, few of them: these rows of the weight are copied.
+        columns may be a few column numbers: these rows of the weight are copied.
         """
         for here, w in self._slabs(columns):
             whole = len(w) - self._ragged(len(w))
@@ -65,7 +62,7 @@ class HeadMatmul:
         """out = beta * out + dz @ h; dz [columns, rows], h [rows, D] in `operand_dtype`, out [columns, D] in
         `compute_dtype`. With beta 0 `out` may be uninitialised.
 
-        Where the lines of dz are `padded(rows)` long, their padding is overwritten, and dz needs no copy; nor does h if it
+        If the lines of dz are `padded(rows)` long, their padding is overwritten and dz is not copied. h is not copied if it
         comes from `with_padding`.
         """
         rows = dz.shape[1]
@@ -79,18 +76,18 @@ class HeadMatmul:
         self._addmm(out, dz, self.with_padding(h), beta)
 
     def with_padding(self, h: Tensor) -> Tensor:
-        """h [rows, D], followed by the rows of zeros that a product which sums over the rows wants."""
+        """Return h [rows, D] followed by the rows of zeros that a sum over the rows needs."""
         return zero_padded(h, 0) if self._ragged(len(h)) else h
 
     def narrow(self, dz: Tensor) -> Tensor:
-        """dz [columns, rows] in `operand_dtype`, as `add_weight_grad` likes it best."""
+        """Return dz [columns, rows] in `operand_dtype`, with padded lines so that `add_weight_grad` does not copy it."""
         if not self.mixed:
             return dz
         lines = torch.empty(len(dz), padded(dz.shape[1]), dtype=self.operand_dtype, device=dz.device)
         return lines[:, : dz.shape[1]].copy_(dz)
 
     def _ragged(self, terms: int) -> int:
-        """How many terms of a sum over so many stand beyond the last multiple that a GEMM can be trusted with."""
+        """Return how many terms of a sum are beyond the last multiple of ALIGNED, where that matters; else 0."""
         return terms % ALIGNED if self.mixed else 0
 
     def _addmm(self, out: Tensor, a: Tensor, b: Tensor, beta: int):
@@ -113,11 +110,11 @@ class HeadMatmul:
 
 
 def padded(rows: int) -> int:
-    """Length of a line of a vocabulary-major matrix for so many rows: vectors and TMA want multiples of 16 elements."""
+    """Return the length of a line of a vocabulary-major matrix: vector loads and TMA need multiples of 16 elements."""
     return -(-rows // 16) * 16
 
 
 def zero_padded(matrix: Tensor, dim: int) -> Tensor:
-    """A copy of the matrix with zeros after it in `dim`, up to a multiple of ALIGNED."""
+    """Return a copy of the matrix padded with zeros along `dim` to a multiple of ALIGNED."""
     more = -matrix.shape[dim] % ALIGNED
     return torch.nn.functional.pad(matrix, (0, more) if dim == 1 else (0, 0, 0, more))

@@ -1,18 +1,18 @@
 """Statistics of every row in one pass over the vocabulary, without logits in memory.
 
-A program takes a tile of rows and a part of the vocabulary, tile by tile of its columns. Each tile of logits yields,
-while it is still in registers,
+A program takes a tile of rows and a part of the vocabulary, one tile of columns after the other. Each tile of logits
+yields, while it is still in registers,
 
     m = max z        s = sum e^(z - m)        t = sum e^(z - m) (z - m)        z_y if y is among the columns
 
-which merge into the running sums of the part (`statistics` has the mathematics). The parts go to memory,
-[parts, rows], and a second kernel merges them in order: no atomics, no sum whose order depends on the number of rows.
+which merge into the running sums of the part (`core.statistics` has the mathematics). The parts go to memory,
+[parts, rows], and a second kernel merges them in order: no atomics, and no sum whose order depends on the number of rows.
 
-With a `store` the weights e^(z - m) go to memory as well, vocabulary-major, next to m and s of their tiles: what
-modes L and S need for a backward without recomputation. The statistics do not change by a bit.
+With a `store` the weights e^(z - m) go to memory as well, vocabulary-major, with m and s of their tiles, so that modes
+`exact` and `sparse` need no recomputation for the backward. This does not change a bit of the statistics.
 
-m starts at the lowest finite number. A tile of nothing but -inf keeps it, with s = t = 0, and merges away. A NaN
-reaches s and t, hence logp and entropy, even though the maximum does not see it.
+m starts at the lowest finite number. A tile that is all -inf keeps it, with s = t = 0, and has no effect in the merge. A NaN
+reaches s and t, and so logp and entropy, even though the maximum ignores it.
 """
 
 from typing import NamedTuple
@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .statistics import Partial
-from .triton_matmul import (
+from ...core.statistics import Partial, PerRow
+from .logits_tile import (
     EXACT,
     LOG_FLOOR,
     LOWEST,
@@ -40,13 +40,13 @@ from .triton_matmul import (
     tile_config,
     transposed_target,
 )
-from .triton_tuning import tiles_per_part
+from .tuning import TileConfig, tiles_per_part
 
-MERGED_ROWS = 128  # rows of a program of `merge_kernel`
+MERGED_ROWS = 128  # rows per program of `merge_kernel`
 
 
 class Store(NamedTuple):
-    """Where the weights of a chunk of C rows go, in tiles of `tile_config(...).block_vocab` columns.
+    """Buffers for the weights of a chunk of C rows, in tiles of `tile_config(...).block_vocab` columns.
 
     weights [V, C], in the dtype of the operands, has lines of `padded(C)` elements; the padding may be overwritten.
     """
@@ -58,9 +58,9 @@ class Store(NamedTuple):
 
 @triton.jit
 def merge_sums(maximum, total, weighted, other_maximum, other_total, other_weighted):
-    """(m, s, t) of the union of two sets of columns."""
+    """Return (m, s, t) of the union of two sets of columns."""
     merged = tl.maximum(maximum, other_maximum)
-    # Floored: a bias may mask by the lowest number, and many times that is -inf, which times 0 is NaN.
+    # Floored: a bias may mask by the lowest number, a multiple of which is -inf, and -inf times 0 is NaN.
     shift, other_shift = tl.maximum(maximum - merged, LOG_FLOOR), tl.maximum(other_maximum - merged, LOG_FLOOR)
     scale, other_scale = tl.exp(shift), tl.exp(other_shift)
     weighted = scale * (weighted + shift * total) + other_scale * (other_weighted + other_shift * other_total)
@@ -78,24 +78,12 @@ def forward_kernel(
     sums,  # [4, parts, rows] float32: m, s, t, z_y
     weights,  # [vocab, store_stride] or None
     tile_maximum,  # [tiles, rows] float32 or None
-    tile_total,  # likewise
-    rows,
-    vocab,
-    width,
-    h_stride,
-    weight_stride,
-    store_stride,
-    parts,
-    tiles_of_part,
-    ROW_TEMPERATURE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_VOCAB: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-    TMA: tl.constexpr,
-    STORE_TMA: tl.constexpr,
-):
-    """One program for each row tile and part of the vocabulary."""
+    tile_total,  # as tile_maximum
+    rows, vocab, width, h_stride, weight_stride, store_stride, parts, tiles_of_part,
+    ROW_TEMPERATURE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_VOCAB: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP_ROWS: tl.constexpr, TMA: tl.constexpr, STORE_TMA: tl.constexpr,
+):  # fmt: skip
+    """One program per row tile and part of the vocabulary."""
     row_tile, part = grouped_tile(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), parts, GROUP_ROWS)
     first_row = row_tile * BLOCK_ROWS
     row = first_row + tl.arange(0, BLOCK_ROWS)
@@ -112,20 +100,9 @@ def forward_kernel(
     for tile in range(first_tile, tl.minimum(first_tile + tiles_of_part, tl.cdiv(vocab, BLOCK_VOCAB))):
         first_column = tile * BLOCK_VOCAB
         product = product_tile(
-            h,
-            weight,
-            first_row,
-            first_column,
-            rows,
-            vocab,
-            width,
-            h_stride,
-            weight_stride,
-            BLOCK_ROWS,
-            BLOCK_VOCAB,
-            BLOCK_D,
-            TMA,
-        )
+            h, weight, first_row, first_column, rows, vocab, width, h_stride, weight_stride,
+            BLOCK_ROWS, BLOCK_VOCAB, BLOCK_D, TMA,
+        )  # fmt: skip
         pieces = quarters(product)
         z = ()
         here_maximum = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
@@ -142,7 +119,7 @@ def forward_kernel(
             shifted = z[i] - here_maximum[:, None]
             w = tl.exp(shifted)
             here_total += tl.sum(w, axis=1)
-            # Where the floor takes effect w is 0, or NaN and stays it.
+            # Where the floor takes effect, w is 0, or NaN and stays NaN.
             here_weighted += tl.sum(w * tl.maximum(shifted, LOG_FLOOR), axis=1)
             if weights is not None:
                 here = first_column + i * (BLOCK_VOCAB // 4)
@@ -165,11 +142,9 @@ def forward_kernel(
 def merge_kernel(
     sums,  # [4, parts, rows] float32
     merged,  # [4, rows] float32
-    rows,
-    parts,
-    BLOCK_ROWS: tl.constexpr,
-):
-    """One program for each BLOCK_ROWS rows."""
+    rows, parts, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program per BLOCK_ROWS rows."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < rows
     maximum = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
@@ -191,17 +166,12 @@ def merge_kernel(
 
 
 def statistics(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    temperature: Tensor | float,
-    softcap: float | None,
+    h: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: PerRow, softcap: float | None,
     store: Store | None = None,
-) -> Partial:
-    """Sums over the vocabulary, each [N] float32, of h [N, D] and weight [V, D].
+) -> Partial:  # fmt: skip
+    """Return the sums over the vocabulary, each [N] float32, of h [N, D] and weight [V, D].
 
-    target [N] int64: a column of this weight; elsewhere the label's logit is -inf. temperature: [N] or a number.
+    target [N] int64: a column of this weight; outside [0, V) the label's logit is -inf.
     """
     tiles = tile_config(weight, bias, softcap)
     rows, vocab = h.shape[0], weight.shape[0]
@@ -209,23 +179,19 @@ def statistics(
     parts = triton.cdiv(triton.cdiv(vocab, tiles.block_vocab), of_part)
     sums = torch.empty(4, parts, rows, dtype=torch.float32, device=h.device)
     merged = torch.empty(4, rows, dtype=torch.float32, device=h.device)
-    weights = None if store is None else transposed_target(store.weights, tiles)
     if rows:
         with on(h.device):
             forward_kernel[(triton.cdiv(rows, tiles.block_rows) * parts,)](
-                bias=bias,
-                target=target,
-                softcap=softcap and float(softcap),
-                sums=sums,
-                weights=weights,
-                tile_maximum=None if store is None else store.max,
-                tile_total=None if store is None else store.sum,
-                store_stride=0 if store is None else store.weights.stride(0),
-                parts=parts,
-                tiles_of_part=of_part,
-                STORE_TMA=store is not None and weights is not store.weights,
-                **operands(h, weight, tiles),
-                **row_temperature(temperature),
-            )
+                bias=bias, target=target, softcap=softcap and float(softcap), sums=sums, parts=parts, tiles_of_part=of_part,
+                **_store_arguments(store, tiles), **operands(h, weight, tiles), **row_temperature(temperature),
+            )  # fmt: skip
             merge_kernel[(triton.cdiv(rows, MERGED_ROWS),)](sums, merged, rows, parts, BLOCK_ROWS=MERGED_ROWS, **EXACT)
     return Partial(*merged)
+
+
+def _store_arguments(store: Store | None, tiles: TileConfig) -> dict:
+    if store is None:
+        return dict(weights=None, tile_maximum=None, tile_total=None, store_stride=0, STORE_TMA=False)
+    weights, stride = transposed_target(store.weights, tiles), store.weights.stride(0)
+    by_tma = weights is not store.weights
+    return dict(weights=weights, tile_maximum=store.max, tile_total=store.sum, store_stride=stride, STORE_TMA=by_tma)

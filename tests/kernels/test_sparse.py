@@ -1,4 +1,4 @@
-"""Mode S: what it drops of every row is bounded, whatever the row, and nothing else differs from mode L.
+"""Mode `sparse`: what it drops of every row is bounded, whatever the row, and nothing else differs from mode `exact`.
 
 The weight is the identity, so that hidden are the logits and the gradient by hidden is the gradient by the logits.
 """
@@ -10,8 +10,9 @@ import pytest
 import torch
 from test_work_and_memory import Recorder
 
-from mssr_kernels import PolicyLossConfig, active_vocabulary, linear_policy_loss
-from mssr_kernels.statistics import RowStatistics
+from mssr_kernels import PolicyLossConfig, linear_policy_loss
+from mssr_kernels.core import sparse
+from mssr_kernels.core.statistics import RowStatistics
 
 V = 2000
 PLAIN = PolicyLossConfig(entropy_alpha=0.0)
@@ -115,7 +116,9 @@ def test_peaked_rows_cost_a_fraction(kind):
     assert 150 < recorder.work / unit <= 1.5 * 150  # the forward pass, and less than half of dhidden
     with Recorder() as recorder:
         gradient_by_logits(flat(150), target, advantage, 2.0**-8)
-    assert recorder.work / unit == pytest.approx(300)  # as in mode L: forward and dhidden, the weight being frozen
+    assert recorder.work / unit == pytest.approx(
+        300
+    )  # as in mode `exact`: forward and dhidden, the weight being frozen
 
 
 def test_an_improbable_label_is_kept():
@@ -168,16 +171,16 @@ class TwoRows:
 
 def test_rows_beyond_the_split_are_dense(monkeypatch):
     """Even if the columns happen to be enough for them: their label need not be among these."""
-    monkeypatch.setattr(active_vocabulary, "GATHER_ROWS", {"cpu": 0})
+    monkeypatch.setattr(sparse, "GATHER_ROWS", {"cpu": 0})
     rows, target, tolerance = torch.arange(2), torch.tensor([3, 1999]), torch.full((2,), 0.01)
-    chosen = active_vocabulary.choose(TwoRows(covered=False), rows, target, None, tolerance)
+    chosen = sparse.choose(TwoRows(covered=False), rows, target, None, tolerance)
     assert chosen.columns.tolist() == list(range(10))
     assert chosen.sparse_rows.tolist() == [0] and chosen.dense_rows.tolist() == [1]
-    chosen = active_vocabulary.choose(TwoRows(covered=True), rows, target, None, tolerance)
+    chosen = sparse.choose(TwoRows(covered=True), rows, target, None, tolerance)
     assert chosen.columns.tolist() == [*range(10), 1999]
     assert chosen.sparse_rows.tolist() == [0, 1] and chosen.dense_rows.tolist() == []
-    monkeypatch.setattr(active_vocabulary, "GATHER_ROWS", {"cpu": 400})  # 4010 against 2 x 2000: not worth it
-    assert active_vocabulary.choose(TwoRows(covered=True), rows, target, None, tolerance) is None
+    monkeypatch.setattr(sparse, "GATHER_ROWS", {"cpu": 400})  # 4010 against 2 x 2000: not worth it
+    assert sparse.choose(TwoRows(covered=True), rows, target, None, tolerance) is None
 
 
 @pytest.mark.parametrize("tol", [0.5, 2.0**-4, 2.0**-14])
@@ -186,10 +189,10 @@ def test_the_mass_allowed_beside_an_entropy_gradient(tol, vocab):
     """delta (H + log V - log delta) <= tolerance, and not much less."""
     entropy = torch.linspace(0, math.log(vocab), 20)
     statistics = RowStatistics(entropy, entropy, entropy, entropy)
-    delta = active_vocabulary.row_tolerance(tol, statistics, True, vocab).double()
+    delta = sparse.row_tolerance(tol, statistics, True, vocab).double()
     used = delta * (entropy + math.log(vocab) - delta.log())
     assert (used <= tol * (1 + 1e-6)).all() and (used >= 0.99 * tol).all() and (delta <= tol).all()
-    assert (active_vocabulary.row_tolerance(tol, statistics, False, vocab) == tol).all()
+    assert (sparse.row_tolerance(tol, statistics, False, vocab) == tol).all()
 
 
 def everything():

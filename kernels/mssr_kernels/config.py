@@ -2,25 +2,27 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class PolicyLossConfig:
-    """The policy loss of one token, as constants. Validated on construction (ValueError).
+    """Constants of the policy loss. Validated on construction (ValueError).
+
+    The defaults are MSSR's objective, with entropy shaping and dual clip. `PolicyLossConfig.ppo()` has neither.
 
     clip_low, clip_high   the ratio is clipped to [1 - clip_low, 1 + clip_high]
-    dual_clip             where A' < 0 the objective is at least dual_clip * A' (> 1), None to switch it off
+    dual_clip             where A' < 0 the objective is at least dual_clip * A' (> 1); None switches it off
     entropy_alpha, entropy_kappa
                           shaping: A' = A + min(alpha * H, |A| / kappa) (arXiv 2506.14758); alpha 0 switches it off
     entropy_source        H is the "exact" entropy of the policy, or "sampled_token": -p log p of the sampled token
-                          alone, as the code of arXiv 2512.18215 has it. The two do not give the same curves.
-                          An explicit `shaping_entropy` argument takes precedence over either.
-    kl_coef, kl_estimator weight of the divergence from the reference policy, estimated by k3: e^d - d - 1
-    entropy_coef          weight of an entropy bonus, the only place where a gradient passes through H
-    tis_cap               cap of the truncated importance weight trainer/sampler, None to switch it off
+                          alone, as in the code of arXiv 2512.18215. The two give different learning curves.
+                          An explicit `shaping_entropy` argument takes precedence.
+    kl_coef, kl_estimator weight of the KL divergence from the reference policy, estimated by k3: e^d - d - 1
+    entropy_coef          weight of an entropy bonus, the only term with a gradient through H
+    tis_cap               cap of the truncated importance weight trainer/sampler; None switches it off
     """
 
     clip_low: float = 0.2
@@ -33,6 +35,11 @@ class PolicyLossConfig:
     kl_estimator: Literal["k3"] = "k3"
     entropy_coef: float = 0.0
     tis_cap: float | None = None
+
+    @classmethod
+    def ppo(cls, clip_low: float = 0.2, clip_high: float = 0.2, **changes: Any) -> "PolicyLossConfig":
+        """Return PPO's clipped objective (arXiv 1707.06347): no entropy shaping, no dual clip. changes: other fields."""
+        return cls(clip_low=clip_low, clip_high=clip_high, **{"dual_clip": None, "entropy_alpha": 0.0, **changes})
 
     def __post_init__(self):
         def require(name: str, holds: bool, rule: str):
@@ -63,7 +70,7 @@ class LogprobEntropy(NamedTuple):
 class PolicyMetrics(NamedTuple):
     """Sums over the rows not ignored, 0-d float32 without gradient.
 
-    Sums, not means: micro-batches and ranks add them up (`ratio_max`: take the maximum) and divide by `rows`.
+    Sums, so that micro-batches and ranks can add them up (`ratio_max`: take the maximum) and divide by `rows`.
     """
 
     rows: Tensor  # number of rows not ignored
@@ -86,5 +93,5 @@ class PolicyLoss(NamedTuple):
     entropy: Tensor  # [N] float32, current policy, exact
     advantage: Tensor  # [N] float32, the shaped advantage A'
     ratio: Tensor  # [N] float32, exp(logp - old_logp)
-    clipped: Tensor  # [N] bool, the policy term of the row has no gradient: clipped or dual-clipped
+    clipped: Tensor  # [N] bool, clipped or dual-clipped: the row's policy term has no gradient
     metrics: PolicyMetrics

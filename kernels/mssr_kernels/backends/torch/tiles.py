@@ -1,7 +1,7 @@
-"""The softmax weights of a chunk of tokens in plain PyTorch, for modes L and S. CPU and CUDA, no compiler.
+"""The softmax weights of a chunk of tokens in plain PyTorch, for modes `exact` and `sparse`. CPU and CUDA, no compiler.
 
-Everything is vocabulary-major, [V, C]: on CPUs W h^T is a quarter faster than h W^T with its huge row stride, sums over the
-vocabulary need no horizontal additions, and the columns that mode S gathers are contiguous.
+Everything is vocabulary-major, [V, C]: on CPUs W h^T is 25 % faster than h W^T with its huge row stride, sums over the
+vocabulary need no horizontal additions, and the columns that mode `sparse` gathers are contiguous.
 """
 
 from collections.abc import Iterator
@@ -9,40 +9,37 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .inputs import HeadInputs
-from .matmul import HeadMatmul, padded
-from .statistics import Partial, RowGradient, RowStatistics, merge
-from .torch_softmax import TILE, block_columns, finish_logits_, row_stride, to_gradient_, to_weights_
+from ...core.inputs import HeadInputs
+from ...core.statistics import Partial, PerRow, RowGradient, RowStatistics, merge
+from ..base import Tiles
+from ..matmul import HeadMatmul, padded
+from .softmax import TILE, block_columns, finish_logits_, row_stride, to_gradient_, to_weights_
 
-# Of the workspace, for the rows of the weight that mode S gathers, with their gradients.
+# 1 / this of the workspace is for the rows of the weight that mode `sparse` gathers, with their gradients.
 GATHERED_SHARE = 8
 
 
-class TorchTiles:
-    """The weights [V, C] of up to `capacity` tokens. Each `fill` overwrites the last."""
-
-    aligned_rows = 16  # a line of the cache: see `row_stride`
+class TorchTiles(Tiles):
+    aligned_rows = 16  # a cache line: see `row_stride`
 
     def __init__(self, head: HeadInputs, matmul: HeadMatmul, capacity: int):
         self.head, self.matmul = head, matmul
         self.vocab, dtype, device = head.weight.shape[0], head.compute_dtype, head.hidden.device
         self.options = dict(dtype=dtype, device=device)
-        self.bias = None if head.bias is None else head.bias.detach().to(dtype)
+        self.bias = None if head.bias is None else head.bias.to(dtype)
         self.columns = block_columns(capacity, dtype, device, head.workspace_bytes // 8)
         self._buffer = torch.empty(self.vocab * row_stride(capacity, dtype), **self.options)
         self._scratch = torch.empty(self.columns * capacity, **self.options)
 
     @staticmethod
     def bytes_needed(head: HeadInputs, matmul: HeadMatmul, sparse: bool) -> tuple[int, int]:
-        """Of the workspace: for each token of the capacity, and besides. sparse: with what mode S gathers."""
         vocab, size = head.weight.shape[0], head.compute_dtype.itemsize
         operands = matmul.operand_dtype.itemsize if matmul.mixed else 0
         per_row = vocab * (size + operands) + 6 * size * -(-vocab // TILE) + 2 * size * TILE
         gathered = head.workspace_bytes // GATHERED_SHARE if sparse else 0
         return per_row, head.workspace_bytes // 8 + gathered + matmul.buffer_bytes + vocab * operands * padded(1)
 
-    def fill(self, h: Tensor, target: Tensor, temperature: Tensor | float) -> Partial:
-        """Make the weights of h [C, D] and return the sums of each row. temperature: [C] or a number."""
+    def fill(self, h: Tensor, target: Tensor, temperature: PerRow) -> Partial:
         rows = h.shape[0]
         self._stride = row_stride(rows, self._buffer.dtype)
         self.weights = self._buffer[: self.vocab * self._stride].view(self.vocab, -1)[:, :rows]
@@ -52,19 +49,14 @@ class TorchTiles:
         for first, tiles, block in self._blocks():
             bias = None if self.bias is None else self.bias[first : first + len(block)]
             finish_logits_(block, bias, temperature, self.head.softcap)
-            part, self.max[tiles], self.sum[tiles] = to_weights_(
-                block, target - first, masked=bias is not None, scratch=self._scratch
-            )
+            part, self.max[tiles], self.sum[tiles] = to_weights_(block, target - first, bias is not None, self._scratch)
             parts.append(part)
         return merge(Partial(*map(torch.stack, zip(*parts))))
 
     def gradient(self, rows: Tensor | None, gradient: RowGradient) -> tuple[Tensor, Tensor | None]:
-        """dL/dx [V, k] of the given rows of the chunk (None: all) in the operand dtype, and the rows in its order.
-
-        gradient is in the order of `rows`, which ascend. The weights are gone after."""
         count = self.weights.shape[1] if rows is None else len(rows)
         result = self.weights if rows is None else self._buffer[: self.vocab * count].view(self.vocab, count)
-        # Compaction in place: blocks move towards the beginning in order, so never past one still to be read.
+        # Compaction in place: blocks move towards the beginning in order, so never past one that is still to be read.
         for first, tiles, block in self._blocks():
             maximum = self.max[tiles]
             if rows is not None:
@@ -76,20 +68,12 @@ class TorchTiles:
         return self.matmul.narrow(result), rows
 
     def _blocks(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """(first column, its tiles, [columns, C]) block by block."""
+        """Yield (first column, its tiles, [columns, C]) block by block."""
         for first in range(0, self.vocab, self.columns):
             block = self.weights[first : first + self.columns]
             yield first, slice(first // TILE, -(-(first + len(block)) // TILE)), block
 
-    # What mode S needs besides: which columns hold the probability, and the gradient of these alone.
-
-    def tile_mass(self, statistics: RowStatistics) -> Tensor:
-        """Probability of each (tile, row), [tiles, C]."""
-        return (self.max - statistics.max).sub_(statistics.log_sum).exp_().mul_(self.sum)
-
     def first_ranks(self, cut: Tensor, ranks: Tensor, statistics: RowStatistics) -> Tensor:
-        """[V] int64: the smallest of `ranks` [C] among the rows in which the column's probability is above the row's
-        `cut` [C], or C where there is no such row."""
         rows, within = len(cut), torch.arange(TILE, device=cut.device)
         first = torch.full((self.vocab,), rows, dtype=torch.int64, device=cut.device)
         log_factor = (self.max - statistics.max).sub_(statistics.log_sum)  # log p = log w + log_factor
@@ -102,7 +86,6 @@ class TorchTiles:
         return first
 
     def dropped_mass(self, active: Tensor, statistics: RowStatistics) -> Tensor:
-        """Probability, in every row, of the columns that are not `active` [V] bool; [C]."""
         mass = self.tile_mass(statistics).sum(dim=0)
         for piece in active.nonzero()[:, 0].split(self.columns):
             factor = (self.max[piece // TILE] - statistics.max).sub_(statistics.log_sum).exp_()
@@ -110,13 +93,9 @@ class TorchTiles:
         return mass.clamp_(min=0)
 
     def compact_gradient(self, columns: Tensor, rows: Tensor, gradient: RowGradient) -> Iterator[tuple[Tensor, Tensor]]:
-        """dL/dx of those columns and rows, piece by piece: columns [n] and [n, k] in the operand dtype.
-
-        The columns ascend and contain the labels of the rows that are in this vocabulary.
-        """
         label = torch.searchsorted(columns, gradient.target).clamp_(max=len(columns) - 1)
         label = torch.where(columns[label] == gradient.target, label, -1)
-        # What is gathered of the weight, its gradient, the weights of the chunk and dz.
+        # A column of the gathered weight, of its gradient, of the weights of the chunk, and of dz.
         column_bytes = 2 * (self.head.weight.shape[1] + self.weights.shape[1]) * self.max.element_size()
         step = max(1, min(self.columns, self.head.workspace_bytes // GATHERED_SHARE // column_bytes))
         for first in range(0, len(columns), step):

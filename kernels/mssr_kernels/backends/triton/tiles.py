@@ -1,15 +1,15 @@
-"""The softmax weights of a chunk of tokens, for modes L and S: `TorchTiles` with the passes as Triton kernels.
+"""The softmax weights of a chunk of tokens for modes `exact` and `sparse`, with the passes over them as Triton kernels.
 
-The fused forward stores w = e^(z - m) for every tile of the vocabulary with m and s of each (tile, row): [V, C] in the
-dtype of the operands, so 2 bytes a logit with a 16-bit head. Then p = w e^(m - max - log_sum), and each pass below is
-one read, or one read and write, of these weights.
+The fused forward stores w = e^(z - m) for every tile of the vocabulary, with m and s of each (tile, row): [V, C] in the
+dtype of the operands, so 2 bytes per logit with a 16-bit head. Then p = w e^(m - max - log_sum), and each pass below reads
+these weights once, or reads and writes them once.
 
-Rows without a gradient are closed up in place: of the first k slots, those whose row is not wanted take wanted rows
-from the slots behind. A slot's new content is then read from itself or from a slot that nobody writes, whatever the
-order of the programs, and the first k columns of the buffer are the operand of the products: no second [V, C].
+Rows without a gradient are removed in place: of the first k slots, those whose row is not wanted take wanted rows from the
+slots behind. A slot is then read from itself or from a slot that is not written, whatever the order of the programs, and the
+first k columns of the buffer are the operand of the products: no second [V, C].
 
-No pass waits for the device or has a result that depends on the order of its programs: the one atomic is a minimum of
-integers, and sums are of partial sums in a fixed order.
+No pass waits for the device, and no result depends on the order of programs: the one atomic is a minimum of integers, and
+sums are of partial sums in a fixed order.
 """
 
 from collections.abc import Iterator
@@ -19,25 +19,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .inputs import HeadInputs
-from .matmul import ALIGNED, HeadMatmul, padded
-from .statistics import Partial, RowGradient, RowStatistics
-from .triton_forward import Store, statistics
-from .triton_gradient import gradient_arguments, logit_gradient
-from .triton_matmul import EXACT, INTERPRETED, LOG_FLOOR, on, tile_config
-from .triton_tuning import VOCABULARY_PARTS, tiles_per_part
+from ...core.inputs import HeadInputs
+from ...core.statistics import Partial, PerRow, RowGradient, RowStatistics, take
+from ..base import Tiles
+from ..matmul import ALIGNED, HeadMatmul, padded
+from .forward import Store, statistics
+from .logits_tile import EXACT, INTERPRETED, LOG_FLOOR, gradient_arguments, logit_gradient, on, tile_config
+from .tuning import VOCABULARY_PARTS, tiles_per_part
 
-# A block of the passes; its columns divide the vocabulary tile of every table entry. The interpreter's time goes by programs.
+# Block of a pass; its columns divide the vocabulary tile of every table entry. Large in the interpreter, slow per program.
 BLOCK_COLUMNS, BLOCK_ROWS = (512, 512) if INTERPRETED.value else (32, 128)
-# Columns of a piece of the compact gradient: enough to fill a product.
-PIECE_COLUMNS = 4096
-# Of the workspace, for the rows of the weight that a piece gathers, with their gradients.
+PIECE_COLUMNS = 4096  # of the compact gradient: enough to fill a product
+# 1 / this of the workspace is for the rows of the weight that a piece gathers, with their gradients.
 GATHERED_SHARE = 4
 
 
 @triton.jit
 def log_factor(tile_maximum, maximum, log_sum, tile, row, slot, inside, rows):
-    """log p - log w of a row of the chunk in a tile; its statistics are those of `slot`. tile and row broadcast."""
+    """Return log p - log w of a row of the chunk in a tile; `slot` has its statistics. tile and row broadcast."""
     m = tl.load(tile_maximum + tl.cast(tile, tl.int64) * rows + row, mask=inside, other=0)
     return m - tl.load(maximum + slot, mask=inside, other=0) - tl.load(log_sum + slot, mask=inside, other=0)
 
@@ -49,22 +48,11 @@ def gradient_kernel(
     column_of,  # [columns] int64: the columns wanted, or None: all
     row_of,  # [slots] int64: the row for each slot of the result, or None: the same
     target,  # [slots] int64, and the other fields of RowGradient, float32 or None
-    maximum,
-    log_sum,
-    label,
-    constant,
-    slope,
-    cap_scale,
+    maximum, log_sum, label, constant, slope, cap_scale,
     out,  # [columns, out_stride]; or `weights`, if no slot takes a row that another slot overwrites
-    rows,
-    slots,
-    columns,
-    stride,
-    out_stride,
-    TILE: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    rows, slots, columns, stride, out_stride,
+    TILE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     place = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[:, None]
     slot = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[None, :]
     inside = slot < slots
@@ -84,19 +72,8 @@ def gradient_kernel(
     shift = log_factor(tile_maximum, maximum, log_sum, tile, row, slot, inside, rows)
     log_p = tl.maximum(tl.log(w) + shift, LOG_FLOOR)
     lse = tl.load(maximum + slot, mask=inside, other=0) + tl.load(log_sum + slot, mask=inside, other=0)
-    dx = logit_gradient(
-        w * tl.exp(shift),
-        log_p,
-        log_p + lse,
-        column,
-        slot,
-        inside,
-        target,
-        label,
-        constant,
-        slope,
-        cap_scale,
-    )
+    p = w * tl.exp(shift)
+    dx = logit_gradient(p, log_p, log_p + lse, column, slot, inside, target, label, constant, slope, cap_scale)
     tl.store(out + place.to(tl.int64) * out_stride + slot, dx.to(out.dtype.element_ty), mask=touched)
 
 
@@ -104,18 +81,12 @@ def gradient_kernel(
 def first_ranks_kernel(
     weights,  # [vocab, stride]
     tile_maximum,  # [tiles, rows] float32
-    maximum,  # [rows] float32
-    log_sum,
-    cut,
+    maximum, log_sum, cut,  # [rows] float32
     ranks,  # [rows] int64
     first,  # [vocab] int32, to be lowered
-    rows,
-    vocab,
-    stride,
-    TILE: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    rows, vocab, stride,
+    TILE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < rows
@@ -137,18 +108,12 @@ def first_ranks_kernel(
 def dropped_mass_kernel(
     weights,  # [vocab, stride]
     tile_maximum,  # [tiles, rows] float32
-    maximum,  # [rows] float32
-    log_sum,
+    maximum, log_sum,  # [rows] float32
     active,  # [vocab] uint8
     mass,  # [parts, rows] float32
-    rows,
-    vocab,
-    stride,
-    tiles_of_part,
-    TILE: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    rows, vocab, stride, tiles_of_part,
+    TILE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     inside = row < rows
     part = tl.program_id(1)
@@ -173,10 +138,8 @@ def dropped_mass_kernel(
 def sum_parts_kernel(
     parts_of,  # [parts, rows] float32
     out,  # [rows] float32
-    rows,
-    parts,
-    BLOCK_ROWS: tl.constexpr,
-):
+    rows, parts, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     at = parts_of + row
@@ -186,50 +149,36 @@ def sum_parts_kernel(
     tl.store(out + row, total, mask=row < rows)
 
 
-class TritonTiles:
-    """The weights [V, C] of up to `capacity` tokens. Each `fill` overwrites the last."""
-
+class TritonTiles(Tiles):
     aligned_rows = 128  # of a tile of logits
 
     def __init__(self, head: HeadInputs, matmul: HeadMatmul, capacity: int):
         self.head, self.matmul = head, matmul
         self.vocab = head.weight.shape[0]
-        self.bias = None if head.bias is None else head.bias.detach()
         self.tile = tile_config(head.weight, head.bias, head.softcap).block_vocab
         self._buffer = torch.empty(self.vocab * padded(capacity), dtype=matmul.operand_dtype, device=head.weight.device)
 
     @staticmethod
     def bytes_needed(head: HeadInputs, matmul: HeadMatmul, sparse: bool) -> tuple[int, int]:
-        """Of the workspace: for each token of the capacity, and besides. sparse: with what mode S gathers."""
         vocab, size = head.weight.shape[0], matmul.operand_dtype.itemsize
         tiles = -(-vocab // tile_config(head.weight, head.bias, head.softcap).block_vocab)
         per_row = vocab * size + 4 * (4 * tiles + 4 * VOCABULARY_PARTS)
         gathered = head.workspace_bytes // GATHERED_SHARE if sparse else 0
         return per_row, vocab * size * padded(1) + gathered + matmul.buffer_bytes
 
-    def fill(self, h: Tensor, target: Tensor, temperature: Tensor | float) -> Partial:
-        """Make the weights of h [C, D] and return the sums of each row. temperature: [C] or a number."""
+    def fill(self, h: Tensor, target: Tensor, temperature: PerRow) -> Partial:
         rows = h.shape[0]
         line = padded(rows)
         self.weights = self._buffer[: self.vocab * line].view(self.vocab, line)[:, :rows]
         self.max, self.sum = torch.empty(2, -(-self.vocab // self.tile), rows, device=h.device)
-        return statistics(
-            h,
-            self.matmul.weight,
-            self.bias,
-            target,
-            temperature,
-            self.head.softcap,
-            Store(self.weights, self.max, self.sum),
-        )
+        store = Store(self.weights, self.max, self.sum)
+        return statistics(h, self.matmul.weight, self.head.bias, target, temperature, self.head.softcap, store)
 
     def gradient(self, rows: Tensor | None, gradient: RowGradient) -> tuple[Tensor, Tensor | None]:
-        """dL/dx [V, k] of the given rows of the chunk, ascending (None: all), in the operand dtype, and the row of each
-        of its columns (None: in order). The weights are gone after."""
         order, count = None, self.weights.shape[1]
         if rows is not None:
             slot_of_row = _close_up(rows, count)
-            order, count, gradient = rows[slot_of_row], len(rows), gradient.take(slot_of_row)
+            order, count, gradient = rows[slot_of_row], len(rows), take(gradient, slot_of_row)
         result = self.weights[:, :count]
         self._gradient(None, order, gradient, result)
         return result, order
@@ -240,46 +189,22 @@ class TritonTiles:
             return
         with on(out.device):
             gradient_kernel[grid](
-                weights=self.weights,
-                tile_maximum=self.max,
-                column_of=columns,
-                row_of=rows,
-                out=out,
-                rows=self.weights.shape[1],
-                slots=out.shape[1],
-                columns=out.shape[0],
-                stride=self.weights.stride(0),
-                out_stride=out.stride(0),
-                TILE=self.tile,
-                BLOCK_COLUMNS=BLOCK_COLUMNS,
-                BLOCK_ROWS=BLOCK_ROWS,
-                **gradient_arguments(gradient),
-                **EXACT,
-            )
-
-    # What mode S needs besides: which columns hold the probability, and the gradient of these alone.
-
-    def tile_mass(self, statistics: RowStatistics) -> Tensor:
-        """Probability of each (tile, row), [tiles, C]."""
-        return (self.max - statistics.max).sub_(statistics.log_sum).exp_().mul_(self.sum)
+                column_of=columns, row_of=rows, out=out, slots=out.shape[1], columns=out.shape[0], out_stride=out.stride(0),
+                **self._weights_arguments(), **gradient_arguments(gradient),
+            )  # fmt: skip
 
     def first_ranks(self, cut: Tensor, ranks: Tensor, statistics: RowStatistics) -> Tensor:
-        """[V] int64: the smallest of `ranks` [C] among the rows in which the column's probability is above the row's
-        `cut` [C], or C where there is no such row."""
         rows = len(cut)
         first = torch.full((self.vocab,), rows, dtype=torch.int32, device=cut.device)
         if rows:
             with on(cut.device):
                 first_ranks_kernel[(triton.cdiv(self.vocab, BLOCK_COLUMNS), triton.cdiv(rows, BLOCK_ROWS))](
-                    cut=cut, ranks=ranks, first=first, **self._weights_arguments(statistics)
+                    cut=cut, ranks=ranks, first=first, vocab=self.vocab, **self._weights_arguments(statistics)
                 )
         return first.long()
 
     def dropped_mass(self, active: Tensor, statistics: RowStatistics) -> Tensor:
-        """Probability, in every row, of the columns that are not `active` [V] bool; [C].
-
-        Summed over those columns: 1 - the mass of the others would have the rounding of 16-bit weights in it.
-        """
+        # Summed over those columns: 1 - the mass of the others would contain the rounding of 16-bit weights.
         rows = self.weights.shape[1]
         of_part = tiles_per_part(self.vocab, self.tile)
         parts = triton.cdiv(triton.cdiv(self.vocab, self.tile), of_part)
@@ -289,32 +214,23 @@ class TritonTiles:
             row_blocks = triton.cdiv(rows, BLOCK_ROWS)
             with on(active.device):
                 dropped_mass_kernel[(row_blocks, parts)](
-                    active=active.view(torch.uint8),
-                    mass=mass,
-                    tiles_of_part=of_part,
+                    active=active.view(torch.uint8), mass=mass, vocab=self.vocab, tiles_of_part=of_part,
                     **self._weights_arguments(statistics),
-                )
+                )  # fmt: skip
                 sum_parts_kernel[(row_blocks,)](mass, result, rows, parts, BLOCK_ROWS=BLOCK_ROWS, **EXACT)
         return result
 
-    def _weights_arguments(self, statistics: RowStatistics) -> dict:
+    def _weights_arguments(self, statistics: RowStatistics | None = None) -> dict:
+        """Return what all passes take, and maximum and log_sum of the rows where they are given."""
+        rows = {} if statistics is None else dict(maximum=statistics.max, log_sum=statistics.log_sum)
         return dict(
-            weights=self.weights,
-            tile_maximum=self.max,
-            maximum=statistics.max.contiguous(),
-            log_sum=statistics.log_sum.contiguous(),
-            rows=self.weights.shape[1],
-            vocab=self.vocab,
-            stride=self.weights.stride(0),
-            TILE=self.tile,
-            BLOCK_COLUMNS=BLOCK_COLUMNS,
-            BLOCK_ROWS=BLOCK_ROWS,
-            **EXACT,
-        )
+            weights=self.weights, tile_maximum=self.max, rows=self.weights.shape[1], stride=self.weights.stride(0),
+            TILE=self.tile, BLOCK_COLUMNS=BLOCK_COLUMNS, BLOCK_ROWS=BLOCK_ROWS,
+            **{name: field.contiguous() for name, field in rows.items()}, **EXACT,
+        )  # fmt: skip
 
     def compact_gradient(self, columns: Tensor, rows: Tensor, gradient: RowGradient) -> Iterator[tuple[Tensor, Tensor]]:
-        """dL/dx of those columns and rows, piece by piece: columns [n] and [n, k] in the operand dtype."""
-        # A piece comes with the rows of the weight and their float32 gradient that its products gather and make.
+        # Per column: the row of the weight that is gathered, its float32 gradient, the weights of the chunk, and dz.
         column_bytes = 2 * 4 * (self.head.weight.shape[1] + self.weights.shape[1])
         step = min(PIECE_COLUMNS, self.head.workspace_bytes // GATHERED_SHARE // column_bytes)
         step = max(1, step - step % ALIGNED or step)
@@ -325,7 +241,7 @@ class TritonTiles:
 
 
 def _close_up(rows: Tensor, count: int) -> Tensor:
-    """Which of `rows` (ascending, among `count`) each of len(rows) slots takes: slot i row i if that is one of them,
-    otherwise one of the rows behind the slots."""
+    """Return which of `rows` (ascending, of `count`) each of len(rows) slots takes: slot i takes row i if that is one of
+    them, else one of the rows behind the slots."""
     wanted = torch.zeros(count, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)[: len(rows)]
     return torch.where(wanted, wanted.cumsum(0) - 1, len(rows) - (~wanted).cumsum(0))
