@@ -2,9 +2,9 @@
 
 from . import reference
 from .config import LogprobEntropy, PolicyLoss, PolicyLossConfig, PolicyMetrics
-from .core.plan import Plan, explain
 from .head import FusedLMHead
 from .loss import linear_logprob_entropy, linear_policy_loss
+from .modes.plan import Plan, explain
 from .patch import check_patch, next_token_target, patch, unpatch
 
 __version__ = "0.1.0"

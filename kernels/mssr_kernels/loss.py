@@ -9,9 +9,9 @@ from torch.distributed import ProcessGroup
 from . import reference
 from .backends.choice import resolve
 from .config import LogprobEntropy, PolicyLoss, PolicyLossConfig
-from .core import ops
 from .core.checks import check_head, check_loss, check_values
 from .core.inputs import WORKSPACE_BYTES, HeadInputs, RowInputs
+from .modes import ops
 
 
 def linear_logprob_entropy(

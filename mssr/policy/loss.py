@@ -54,7 +54,7 @@ class CrossEntropy:
     It is the on-policy policy loss at advantage 1, whose gradient is -d logp: ratio 1, nothing to clip or to shape.
     """
 
-    config = PolicyLossConfig(entropy_alpha=0.0, dual_clip=None)
+    config = PolicyLossConfig.ppo()
 
     def mask(self, batch: Sequences) -> Tensor:
         return batch.mask

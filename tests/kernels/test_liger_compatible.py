@@ -230,7 +230,7 @@ class MatmulWork(TorchDispatchMode):
         self.rows = 0.0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        from mssr_kernels.core import ops
+        from mssr_kernels.modes import ops
 
         if function.namespace == "mssr_kernels":
             with self:

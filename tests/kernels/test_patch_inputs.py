@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mssr_kernels import check_patch, next_token_target, patch
-from mssr_kernels.core import ops
+from mssr_kernels.modes import ops
 
 VISION = dict(num_heads=4, hidden_size=WIDTH, intermediate_size=48, out_hidden_size=WIDTH, depth=2)
 TOWER = dict(

@@ -11,8 +11,8 @@ import torch
 from test_work_and_memory import Recorder
 
 from mssr_kernels import PolicyLossConfig, linear_policy_loss
-from mssr_kernels.core import sparse
 from mssr_kernels.core.statistics import RowStatistics
+from mssr_kernels.modes import sparse
 
 V = 2000
 PLAIN = PolicyLossConfig(entropy_alpha=0.0)

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from mssr_kernels import PolicyLossConfig, linear_logprob_entropy, linear_policy_loss
 from mssr_kernels.backends import matmul
-from mssr_kernels.core import ops
+from mssr_kernels.modes import ops
 
 N, D, V = 240, 16, 4000
 WORKSPACE = 1 << 20  # the logits are 3.8 MB

@@ -1,6 +1,6 @@
 """What a backend has to provide: the passes over logits.
 
-The modes (`core.loss_in_forward`, `core.recompute`) are written once, on top of these two classes.
+The modes (`modes.loss_in_forward`, `modes.recompute`) are written once, on top of these two classes.
 """
 
 from abc import ABC, abstractmethod

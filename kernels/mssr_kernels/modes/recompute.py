@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backends.base import Backend, fitting
-from .inputs import HeadInputs
-from .statistics import RowStatistics, UpstreamGradient, row_gradient, take
+from ..core.inputs import HeadInputs
+from ..core.statistics import RowStatistics, UpstreamGradient, row_gradient, take
 
 SLAB_MULTIPLE = 256  # columns: whole tiles of every backend, where there are so many
 

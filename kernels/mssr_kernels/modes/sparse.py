@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import Tiles
-from .statistics import RowStatistics
+from ..core.statistics import RowStatistics
 
 # Gathering a row of the weight and adding one to dW costs about as much as so many more rows in the two products: 20 D bytes
 # against 4 D FLOPs per row, at measured rates (CPU) and data-sheet rates (CUDA).

@@ -16,11 +16,11 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from ..backends.base import Backend
 from ..backends.choice import backend_named
 from ..config import LogprobEntropy, PolicyLoss, PolicyLossConfig, PolicyMetrics
+from ..core.checks import check_values
+from ..core.inputs import HeadInputs, RowInputs, compute_dtype
+from ..core.statistics import RowStatistics, UpstreamGradient
+from ..core.vocab_parallel import Shard
 from . import loss_in_forward, recompute
-from .checks import check_values
-from .inputs import HeadInputs, RowInputs, compute_dtype
-from .statistics import RowStatistics, UpstreamGradient
-from .vocab_parallel import Shard
 
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? row_temperature"
 OPTIONS = "float temperature, float? softcap, int ignore_index, int workspace_bytes, str backend, str? group"

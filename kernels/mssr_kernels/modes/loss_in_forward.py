@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..backends.base import Backend, Tiles
 from ..config import PolicyLoss, PolicyLossConfig
+from ..core.inputs import HeadInputs, RowInputs
+from ..core.row_loss import RowTerms, assemble, row_loss
+from ..core.statistics import RowGradient, RowStatistics, UpstreamGradient, row_gradient, take
 from . import sparse
-from .inputs import HeadInputs, RowInputs
-from .row_loss import RowTerms, assemble, row_loss
-from .statistics import RowGradient, RowStatistics, UpstreamGradient, row_gradient, take
 
 # The dense rows of a sparse chunk read and write all of dW. With fewer rows than this, it is faster to compute their logits
 # again, later, together with those of other chunks. Break-even from measured rates (CPU) and data-sheet rates (CUDA).

@@ -6,7 +6,7 @@ import torch
 
 from ..backends.base import Backend, fitting, rows_per_chunk
 from ..backends.choice import backend_named, resolve
-from .inputs import WORKSPACE_BYTES, HeadInputs
+from ..core.inputs import WORKSPACE_BYTES, HeadInputs
 
 MIB = 1 << 20
 
