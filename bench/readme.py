@@ -2,7 +2,7 @@
 
     python -m bench.readme [--check]
 
-Between `<!-- bench:NAME -->` and `<!-- /bench -->` in docs/BENCHMARKS.md and the READMEs stands what is generated of NAME.json,
+Between `<!-- bench:NAME -->` and `<!-- /bench -->` in docs/BENCHMARKS.md and the READMEs is what is generated from NAME.json,
 a report of kernels (`kernels`, or `kernels_` and what of), `step` or `scaling`: of the newest folder below bench/results
 that has it, for each machine. Folders are named <machine>_<date>. Those with a report of kernels also get a README.md of
 their own: every case, and the plots that are there.
