@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from examples.digits.start import launch, warm_start, write_problems
-from mssr.cli import run_command  # sets environment variables that torch reads on import
+from mssr.cli import run_command  # also sets environment variables for the commands
 from mssr.config import Config, load_config
 from mssr.config.resolve import device_type, engine_name
 from mssr.errors import UserError

@@ -211,7 +211,7 @@ GROUPS = ("algorithm.name=grpo", "rollout.responses_per_prompt=8", "rollout.prom
             "a step's rewards",
         ),
         ((*GROUPS, "algorithm.prompt_sampling=prioritised"), "set algorithm.name=spo, mssr or mvsr"),
-        ((*SERVERS, *CORRECTED, "rollout.one_step_off=true", "algorithm.name=spo"), "what the last step taught"),
+        ((*SERVERS, *CORRECTED, "rollout.one_step_off=true", "algorithm.name=spo"), "needs the last step's update"),
         (("algorithm.tracker.preset=reference", "algorithm.kl_to=text_only"), "algorithm.kl_to=reference"),
     ],
 )

@@ -98,7 +98,7 @@ def test_another_stage_in_the_configuration_is_refused(written):
 def test_what_the_trainer_owns_is_refused(written, section, key):
     (name,) = section
     line = refusal(written(**section))
-    assert line == f'ds.json: {name} is the trainer\'s: remove it or make it "auto", and set {key}'
+    assert line == f'ds.json: {name} is set by the trainer: remove it or make it "auto", and set {key}'
 
 
 def test_fp16_that_is_off_is_taken(written):

@@ -63,10 +63,8 @@ def forward_backward(model: LlamaForCausalLM, head: str, case: argparse.Namespac
     start = time.perf_counter()
     if head == "mssr loss":
         mask = torch.ones(advantage.shape, dtype=torch.bool)
-        rows = PolicyRows(
-            mask, advantage, old_logp=None, ref_logp=None, rollout_logp=None, normalizer=mask.sum(),
-            config=PolicyLossConfig(entropy_alpha=0.0),
-        )  # fmt: skip
+        config = PolicyLossConfig(entropy_alpha=0.0)
+        rows = PolicyRows(mask, normalizer=mask.sum(), config=config, advantage=advantage)
         loss = model(labels=labels, fused_lm_head=True, policy_rows=rows).loss
     else:
         logp = model(labels=labels, fused_lm_head=True).log_probs[:, -case.completion :]

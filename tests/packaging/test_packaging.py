@@ -113,7 +113,7 @@ print(mssr_kernels.__version__, mssr_kernels.__file__)
 def test_the_installed_command_runs(installed, tmp_path):
     done = python("-m", "mssr", "--help", installed=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert all(command in done.stdout for command in ("train", "sft", "eval", "data", "plot", "doctor"))
+    assert all(command in done.stdout for command in ("train", "sft", "eval", "serve", "export", "plan", "doctor"))
 
 
 def test_the_tested_versions_are_those_of_the_constraints():
