@@ -1,15 +1,16 @@
-"""Attention over packed sequences, no [L, L] mask built: PyTorch's SDPA, or flash-attn where it can run.
+"""Attention over packed sequences without an [L, L] mask, by PyTorch's SDPA or, where it can run, flash-attn.
 
-Packed, S sequences lie end to end in one row of L tokens. A block-diagonal mask would cost L^2. flash-attn takes the
-sequences' ends instead and computes the L tokens alone. For SDPA each attention call views the row as [S, longest]
-(right-padded), runs causal SDPA and goes back. Right padding needs no mask: a causal query never looks right, and the
-padded queries' outputs are dropped. So the cost is S * longest^2, and the fused causal kernels of CPU and GPU apply.
+S packed sequences lie end to end in one row of L tokens. A block-diagonal mask would cost L^2. flash-attn takes the ends of
+the sequences instead and computes only the L tokens. For SDPA each call pads the row to [S, longest], runs causal SDPA and
+packs the result. Right padding needs no mask: a causal query never looks right, and the outputs of padded queries are
+dropped. So the cost is S * longest^2, and the fused causal kernels of CPU and GPU apply.
 
-The layout reaches the attention function as a keyword of the backbone's call, which the layers of every family hand on
-(the vision tower's too, and there it means nothing). The mask beside it is one that transformers takes for prepared, of
-four dimensions, so that it makes none; it is empty, so that a layer that lost the layout fails and does not leak.
+The layout reaches the attention function as a keyword of the backbone's call, which the layers of every family pass on
+(also the vision tower's, where it is ignored). The 4-dimensional mask beside it stops transformers from building one; it
+is empty, so that a layer that does not get the layout fails instead of attending across sequences.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from mssr.errors import UserError
 
-# "flash" in a name would make transformers look for a kernel of its own.
+# A name with "flash" in it would make transformers look for its own kernel.
 SDPA, FLASH = "mssr_packed_sdpa", "mssr_packed_varlen"
 
 
@@ -30,9 +31,9 @@ SDPA, FLASH = "mssr_packed_sdpa", "mssr_packed_varlen"
 class PackedLayout:
     """Where the tokens of each packed sequence are.
 
-    gather: [S * longest] int64, packed position of each padded slot (a slot past a sequence's end repeats its last token).
+    gather: [S * longest] int64, packed position of each padded slot (padding repeats the sequence's last token).
     scatter: [L] int64, padded slot of each packed token.
-    ends: [S + 1] int32, packed position at which each sequence begins, and L.
+    ends: [S + 1] int32, packed position of each sequence's first token, then L.
     longest: tokens of the longest sequence.
     """
 
@@ -53,22 +54,22 @@ class PackedLayout:
 
     @property
     def slots(self) -> int:
-        """Query positions that SDPA computes, padding included; flash-attn's are the L tokens."""
+        """Number of query positions that SDPA computes, padding included; flash-attn computes L."""
         return len(self.gather)
 
 
 def packed(layout: PackedLayout) -> dict[str, Any]:
-    """Keywords of a backbone's call under which its language layers attend within the packed sequences."""
+    """Return keywords for a backbone's call, which restrict attention to each packed sequence."""
     return {"attention_mask": torch.empty(1, 1, 0, 0, device=layout.gather.device), "packed_layout": layout}
 
 
 def attention_name(setting: str, dtype: torch.dtype, device: torch.device) -> str:
-    """The attn_implementation that `model.attention` (auto, flash or sdpa) comes to.
+    """Return the attn_implementation that `model.attention` (auto, flash or sdpa) stands for.
 
-    dtype, device: of the policy. auto is flash-attn where it can run; elsewhere SDPA computes the same.
+    dtype, device: of the policy. auto is flash-attn where it can run, else SDPA, which computes the same.
 
     Raises:
-        UserError: flash, where it cannot run.
+        UserError: flash is set and cannot run.
     """
     if setting == "sdpa":
         return SDPA
@@ -81,7 +82,7 @@ def attention_name(setting: str, dtype: torch.dtype, device: torch.device) -> st
 
 
 def _flash_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why flash-attn cannot run, or None."""
+    """Return why flash-attn cannot run, or None."""
     if device.type != "cuda":
         return f"flash-attn runs on a GPU, and the device is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -93,19 +94,30 @@ def _flash_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     return None
 
 
-def packed_sdpa(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, dropout=0.0,
-    packed_layout: PackedLayout | None = None, **kwargs,
-):  # fmt: skip
-    """transformers attention function; query [1, H, L, d], key and value [1, H_kv, L, d] -> [1, L, H, d].
+def _attention_function(attend: Callable[..., Tensor]) -> Callable:
+    """Make a transformers attention function: query [1, H, L, d], key and value [1, H_kv, L, d] -> [1, L, H, d].
 
-    Without a layout (generation), and in the vision tower, transformers' SDPA unchanged.
+    attend: computes it for packed sequences. Without a layout (generation) and in the vision tower, which is not causal,
+    transformers' own SDPA runs unchanged.
     """
-    if packed_layout is None or not module.is_causal:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    layout = packed_layout
+
+    def attention(
+        module, query, key, value, attention_mask, scaling=None, dropout=0.0, packed_layout=None, **kwargs
+    ) -> tuple[Tensor, None]:
+        if packed_layout is None or not module.is_causal:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        return attend(query, key, value, packed_layout, scaling, dropout).unsqueeze(0), None
+
+    return attention
+
+
+@_attention_function
+def packed_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, dropout: float
+) -> Tensor:
+    """[L, H, d] by PyTorch's SDPA."""
 
     def unpack(packed: Tensor) -> Tensor:
         padded = packed[0].index_select(1, layout.gather)
@@ -115,26 +127,21 @@ def packed_sdpa(
         unpack(query), unpack(key), unpack(value), dropout_p=dropout, is_causal=True, scale=scaling,
         enable_gqa=key.shape[1] != query.shape[1],
     )  # fmt: skip
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.scatter).unsqueeze(0), None
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, layout.scatter)
 
 
+@_attention_function
 def packed_flash(
-    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, dropout=0.0,
-    packed_layout: PackedLayout | None = None, **kwargs,
-):  # fmt: skip
-    """`packed_sdpa` by flash-attn: the same shapes, 16 bits, on a GPU."""
-    if packed_layout is None or not module.is_causal:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+    query: Tensor, key: Tensor, value: Tensor, layout: PackedLayout, scaling: float | None, dropout: float
+) -> Tensor:
+    """[L, H, d] by flash-attn, in 16 bits on a GPU."""
     from flash_attn import flash_attn_varlen_func
 
-    ends, longest = packed_layout.ends, packed_layout.longest
+    ends, longest = layout.ends, layout.longest
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # [L, heads, d]
-    out = flash_attn_varlen_func(
+    return flash_attn_varlen_func(
         query, key, value, ends, ends, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=True
     )
-    return out.unsqueeze(0), None
 
 
 for name, function in ((SDPA, packed_sdpa), (FLASH, packed_flash)):

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from mssr.config import OptimizerConfig, TrainConfig
 from mssr.config.deepspeed_json import ZERO, read_deepspeed_json
 from mssr.errors import UserError
-from mssr.policy.zero3 import PERSISTENT_NUMEL
+from mssr.policy.sharding import PERSISTENT_NUMEL
 
 
 def deepspeed_settings(optimizer: OptimizerConfig, train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mssr.policy.model import Policy
 from mssr.policy.optimizer import make_optimizer
 from mssr.policy.packing import IGNORED, MicroBatch, idle_micro_batch, pack, plan_micro_batches
 from mssr.policy.pieces import SavedPieces, load_pieces, own_pieces, save_pieces, shapes, torch_optimizer
-from mssr.policy.zero3 import load_partitioned_policy
+from mssr.policy.sharding import load_partitioned_policy
 from mssr.stopwatch import Stopwatch
 from mssr_kernels import PolicyMetrics
 

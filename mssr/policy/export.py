@@ -1,4 +1,4 @@
-"""The policy as a Hugging Face directory, which plain transformers loads; its adapter as one of peft's."""
+"""Writes the policy as a Hugging Face directory, which plain transformers loads, and its adapter as peft's directory."""
 
 import shutil
 from collections.abc import Callable
@@ -15,73 +15,73 @@ from mssr.policy.model import Policy
 from mssr.policy.weights import BUCKET_BYTES, gathered, named_weights, untied_names
 
 
-def save_model(policy: Policy, processors: tuple, folder: Path, world: World) -> Path:
-    """Writes weights, config, tokenizer and image processor; the folder appears only when it is complete.
+def save_trained(policy: Policy, processors: tuple, run_dir: Path, world: World) -> None:
+    """Write the trained policy to `run_dir/model`; with LoRA also the adapter alone to `run_dir/adapter`.
 
-    With LoRA the weights are merged, and the adapter alone is written beside the folder, as `adapter`.
-    Called on all ranks (under ZeRO-3 it gathers the weights); rank 0 writes.
+    Collective; arguments and errors as `save_model`.
+    """
+    if adapted_layers(policy):
+        save_adapter(policy, run_dir / "adapter", world)
+    save_model(policy, processors, run_dir / "model", world)
+
+
+def save_model(policy: Policy, processors: tuple, folder: Path, world: World) -> Path:
+    """Write weights (adapters merged), config, tokenizer and image processor; return the folder.
+
+    The folder appears only when it is complete. Collective, because ZeRO-3 gathers the weights; rank 0 writes.
 
     processors: (tokenizer, image processor or None), each with `save_pretrained`.
 
     Raises:
         UserError: it could not be written (disk full, permission).
     """
-    adapter = adapter_weights(policy)
-    weights = _whole_weights(policy, world) if adapter or policy.partitioned else None
-    problem = None
-    if world.is_main:
-        try:
-            if adapter:
-                write_folder(folder.with_name("adapter"), lambda partial: write_adapter(policy, adapter, partial))
-            write_folder(folder, lambda partial: write_model(policy, weights, processors, partial))
-        except UserError as error:
-            problem = str(error)
-    problem = world.gather(problem)[0]  # the others wait here
-    if problem:
-        raise UserError(problem)
+    weights = _unsharded_weights(policy, world) if adapted_layers(policy) or policy.partitioned else None
+
+    def write(partial: Path) -> None:
+        policy.model.save_pretrained(partial, state_dict=weights)
+        for processor in processors:
+            if processor is not None:
+                processor.save_pretrained(partial)
+
+    _write_folder(folder, write, world)
     return folder
 
 
-def write_model(policy: Policy, weights: dict[str, Tensor] | None, processors: tuple, folder: Path) -> None:
-    """weights: by the names of the model without adapters; None: the model's own."""
-    policy.model.save_pretrained(folder, state_dict=weights)
-    for processor in processors:
-        if processor is not None:
-            processor.save_pretrained(folder)
+def save_adapter(policy: Policy, folder: Path, world: World) -> None:
+    """Write the adapter as peft's directory. Collective; errors as `save_model`."""
+    weights = adapter_weights(policy)
+    _write_folder(folder, lambda partial: write_adapter(policy, weights, partial), world)
 
 
-def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a folder beside this one, which takes its place, and that of what was there, when all is written.
-
-    Raises:
-        UserError: it could not be written (disk full, permission).
-    """
-    partial = folder.with_name(f".partial_{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        write(partial)
-    except (OSError, SafetensorError) as error:
+def _write_folder(folder: Path, write: Callable[[Path], None], world: World) -> None:
+    """Call `write` on rank 0 with a temporary folder, which replaces `folder` when it is complete."""
+    problem = None
+    if world.is_main:
+        partial = folder.with_name(f".partial_{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder}: could not be saved: {reason}; make room and run again (train: with --resume)"
-        ) from None
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+        try:
+            write(partial)
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            reason = " ".join(str(error).split())[:200]
+            problem = f"{folder}: could not be saved: {reason}; make room and run again (train: with --resume)"
+    problem = world.gather(problem)[0]  # the other ranks wait here
+    if problem:
+        raise UserError(problem)
 
 
 @torch.no_grad()
 def adapter_weights(policy: Policy) -> dict[str, Tensor]:
-    """Every part of the adapters in host memory, whole, by its parameter's name; empty without LoRA. Collective."""
-    if not adapted_layers(policy):
-        return {}
+    """Return unsharded copies of the adapter parameters by name, in host memory; empty without LoRA. Collective."""
     parts = {name: part for name, part in policy.model.named_parameters() if own_name(name) is None}
     with gathered(list(parts.values())):
         return {name: part.detach().cpu().clone() for name, part in parts.items()}
 
 
-def _whole_weights(policy: Policy, world: World) -> dict[str, Tensor]:
-    """State dict in rank 0's host memory; a tied weight under its first name alone, as it is saved. Elsewhere empty."""
+def _unsharded_weights(policy: Policy, world: World) -> dict[str, Tensor]:
+    """Return the state dict to save, on rank 0 in host memory, else empty; a tied weight only under its first name."""
     saved = untied_names(policy) if world.is_main else ()
     return {name: weight.cpu().clone() for name, weight in named_weights(policy, BUCKET_BYTES) if name in saved}

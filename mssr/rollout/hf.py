@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from mssr.batch import Prompt, Rollouts
 from mssr.config import RolloutConfig
 from mssr.policy.model import Policy
-from mssr.policy.zero3 import WholeCopy
+from mssr.policy.sharding import WholeCopy
 from mssr.rollout.base import OnResponse, Response, collect
 
 

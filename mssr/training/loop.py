@@ -14,7 +14,7 @@ from mssr.config import Config
 from mssr.config.resolve import policy_loss
 from mssr.observe.step import outcome_metrics, step_metrics
 from mssr.observe.utilisation import peak_tflops, utilisation, work_of_step
-from mssr.policy.export import save_model
+from mssr.policy.export import save_trained
 from mssr.policy.loss import PolicyGradient
 from mssr.policy.reference import make_reference
 from mssr.rollout.gap import measure_gap
@@ -127,4 +127,4 @@ def _train(run: Run, book: Bookkeeping) -> None:
                     metrics |= run.validate(sampler)
             book.end_step(done, metrics, gap, rollouts, baseline, batch)
 
-    save_model(engine.policy, run.processors, config.run_dir / "model", world)
+    save_trained(engine.policy, run.processors, config.run_dir, world)

@@ -7,7 +7,7 @@ from mssr.config import Config
 from mssr.data.sampler import PromptSampler
 from mssr.errors import BadRow
 from mssr.observe.progress import SFT_COLUMNS, TrainProgress
-from mssr.policy.export import save_model
+from mssr.policy.export import save_trained
 from mssr.policy.loss import CrossEntropy
 from mssr.stopwatch import Stopwatch
 from mssr.training.run import Run
@@ -67,7 +67,7 @@ def _sft(run: Run, config: Config) -> dict[str, float]:
             if validation.get("val/accuracy", 0.0) >= (settings.stop_at_accuracy or float("inf")):
                 break
 
-    save_model(engine.policy, run.processors, config.run_dir / "model", world)
+    save_trained(engine.policy, run.processors, config.run_dir, world)
     return validation
 
 

@@ -16,7 +16,7 @@ from mssr.cli import app
 from mssr.config import TrainConfig
 from mssr.data.prompts import load_processors
 from mssr.errors import UserError
-from mssr.policy.export import save_model
+from mssr.policy.export import save_trained
 from mssr.policy.loss import CrossEntropy
 from mssr.training.checkpoint import Checkpoints
 
@@ -104,7 +104,7 @@ def save_from_ranks(world, folder, batch, zero_stage):
     engine.update(batch.rows(world.rank * half, (world.rank + 1) * half), CrossEntropy())
     checkpoints.save(1, engine, {})
     checkpoints.close()
-    save_model(engine.policy, processors(), folder / "model", world)
+    save_trained(engine.policy, processors(), folder, world)
     return engine.score(batch)
 
 
@@ -147,11 +147,11 @@ def test_another_dtype(trained, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_end_of_a_run_leaves_the_same(trained, tmp_path, tied):
     run = trained("lora", tied)
-    save_model(run.engine.policy, processors(), tmp_path / "model", ALONE)
+    save_trained(run.engine.policy, processors(), tmp_path, ALONE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
     run.assert_scores(plain_model(tmp_path / "model"), 2)
     run.assert_scores(PeftModel.from_pretrained(plain_model(model_dir(tied)), tmp_path / "adapter"), 2)
-    save_model(run.engine.policy, processors(), tmp_path / "model", ALONE)  # what an earlier run left goes
+    save_trained(run.engine.policy, processors(), tmp_path, ALONE)  # what an earlier run left goes
     run.export("--out", str(tmp_path / "exported"))
     exported, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("exported", "model"))
     assert all(torch.equal(value, saved[name]) for name, value in exported.items()) and exported.keys() == saved.keys()
