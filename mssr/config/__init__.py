@@ -1,7 +1,7 @@
 """A run's configuration: `schema` defines the keys, `load` reads a file, `resolve` decides what "auto" stands for."""
 
-from mssr.config.load import load_config, validate_config
-from mssr.config.schema import (
+from mssr.config.load import load_config, validate_config  # noqa: F401
+from mssr.config.schema import (  # noqa: F401
     AlgorithmConfig,
     BudgetConfig,
     Config,
@@ -17,9 +17,3 @@ from mssr.config.schema import (
     TrackerConfig,
     TrainConfig,
 )
-
-__all__ = [
-    "AlgorithmConfig", "BudgetConfig", "Config", "DataConfig", "EvalConfig", "LogConfig", "LoraConfig", "ModelConfig",
-    "OptimizerConfig", "RewardConfig", "RolloutConfig", "SftConfig", "TrackerConfig", "TrainConfig", "load_config",
-    "validate_config",
-]  # fmt: skip

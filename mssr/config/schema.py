@@ -1,6 +1,6 @@
 """Every key of a run's configuration: type, range, default and meaning. Validation opens no file.
 
-docs/CONFIG.md is generated from here, by `mssr.config.reference`.
+docs/CONFIG.md is generated from here, by docs/config_page.py.
 """
 
 from pathlib import Path
