@@ -105,11 +105,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 def batch_normalise(advantage: Tensor) -> Tensor:
     """Return (A - mean) / std with biased variance (arXiv 2512.18215); zeros if all are equal. NaN anywhere gives all NaN.
 
-    Args:
-        advantage: [B], the sequences of all ranks.
-
-    Returns:
-        [B], the dtype of `advantage`.
+    advantage: [B], the sequences of all ranks; the result has its dtype.
     """
     shifted = (advantage - advantage[:1]).double()  # makes the std of equal advantages exactly 0
     centred = shifted - shifted.mean()
@@ -118,17 +114,12 @@ def batch_normalise(advantage: Tensor) -> Tensor:
 
 
 def whiten_over_tokens(value: Tensor, lengths: Tensor) -> Tensor:
-    """Return (value - mean) / sqrt(variance + 1e-8), each value counted once per token of its response.
+    """Return (value - mean) / sqrt(variance + 1e-8), [B] float32, each value counted once per token of its response.
 
     As `masked_whiten` in EasyR1 and verl: the variance is divided by the number of tokens minus 1. NaN anywhere gives all
     NaN.
 
-    Args:
-        value: [B] float32.
-        lengths: [B] int64, tokens per response; one of 0 tokens counts in neither mean nor variance.
-
-    Returns:
-        [B] float32.
+    value: [B] float32. lengths: [B] int64, tokens per response, 0 for one that does not count.
     """
     weight, wide = lengths.double(), value.double()
     tokens = weight.sum()
@@ -153,9 +144,8 @@ def zero_variance(reward: Tensor, group: int) -> Tensor:
 
     Such a group has no gradient under GRPO and RLOO; DAPO's dynamic sampling (arXiv 2503.14476, section 3.2) replaces it.
 
-    Args:
-        reward: [B], responses to the same prompt adjacent.
-        group: responses per prompt, at least 2.
+    reward: [B], responses to the same prompt adjacent.
+    group: responses per prompt, at least 2.
     """
     rewards = grouped(reward, group)
     return (rewards == rewards[:, :1]).all(1).repeat_interleave(group)
