@@ -70,10 +70,15 @@ def reinforce_pp(outcomes: Outcomes) -> Tensor:
     """Return rewards whitened over all tokens of the batch: REINFORCE++ (arXiv 2501.03262). No group, no baseline.
 
     In the paper the return of a token is the reward minus the KL of the tokens that follow. As in EasyR1 the KL is in the
-    loss instead, without discount. So every token's return is its response's reward, and mean and variance weight each
-    response by its length.
+    loss instead, without discount, so every token's return is its response's reward, and mean and variance weight each
+    response by its length. As `masked_whiten` in EasyR1 and verl: (r - mean) / sqrt(variance + 1e-8), the variance divided
+    by the number of tokens minus 1. NaN anywhere gives all NaN.
     """
-    return whiten_over_tokens(outcomes.reward, outcomes.lengths)
+    weight, reward = outcomes.lengths.double(), outcomes.reward.double()
+    tokens = weight.sum()
+    centred = reward - (weight * reward).sum() / tokens.clamp(min=1)
+    variance = (weight * centred.square()).sum() / (tokens - 1).clamp(min=1)
+    return (centred / (variance + 1e-8).sqrt()).to(outcomes.reward.dtype)
 
 
 @dataclass(frozen=True)
@@ -111,21 +116,6 @@ def batch_normalise(advantage: Tensor) -> Tensor:
     centred = shifted - shifted.mean()
     std = centred.square().mean().sqrt()
     return (centred / std).masked_fill(std == 0, 0.0).to(advantage.dtype)
-
-
-def whiten_over_tokens(value: Tensor, lengths: Tensor) -> Tensor:
-    """Return (value - mean) / sqrt(variance + 1e-8), [B] float32, each value counted once per token of its response.
-
-    As `masked_whiten` in EasyR1 and verl: the variance is divided by the number of tokens minus 1. NaN anywhere gives all
-    NaN.
-
-    value: [B] float32. lengths: [B] int64, tokens per response, 0 for one that does not count.
-    """
-    weight, wide = lengths.double(), value.double()
-    tokens = weight.sum()
-    centred = wide - (weight * wide).sum() / tokens.clamp(min=1)
-    variance = (weight * centred.square()).sum() / (tokens - 1).clamp(min=1)
-    return (centred / (variance + 1e-8).sqrt()).to(value.dtype)
 
 
 def grouped(values: Tensor, group: int) -> Tensor:

@@ -93,7 +93,13 @@ class PolicyEngine:
             self.policy = load_policy(model.path, dtype, model, world.device).to(world.device)
         self.policy.train()  # it is loaded in eval mode, where gradient checkpointing is off
         self._trained = {name: weight for name, weight in self.policy.model.named_parameters() if weight.requires_grad}
-        self._engine = _deepspeed_engine(self.policy, list(self._trained.values()), optimizer, settings, total_updates)
+        guarded = settings["gradient_clipping"] == 0
+        adamw, schedule = make_optimizer(optimizer, list(self._trained.values()), total_updates, guarded=guarded)
+        import deepspeed  # reads DS_ACCELERATOR when imported, which start_world sets
+
+        self._engine, *_ = deepspeed.initialize(
+            model=self.policy, optimizer=adamw, lr_scheduler=schedule, config=settings
+        )
 
     @torch.no_grad()
     def score(self, batch: Sequences, policy: Policy | None = None) -> Tensor:
@@ -256,17 +262,6 @@ class PolicyEngine:
             plan = self._own_plan(batch, at_least)
             agreed = int(self.world.max(torch.tensor(len(plan))))
         return plan
-
-
-def _deepspeed_engine(
-    policy: Policy, parameters: list[torch.nn.Parameter], config: OptimizerConfig, settings: dict, total_updates: int
-):
-    guarded = settings["gradient_clipping"] == 0
-    optimizer, schedule = make_optimizer(config, parameters, total_updates, guarded=guarded)
-    import deepspeed  # reads DS_ACCELERATOR when imported, which start_world sets
-
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=schedule, config=settings)
-    return engine
 
 
 def mean_metrics(parts: list[PolicyMetrics], world: World) -> dict[str, float]:

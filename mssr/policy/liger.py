@@ -36,15 +36,11 @@ def _problem(model: nn.Module, device: torch.device) -> str | None:
         return "its kernels need a GPU; run on one"
     if find_spec("liger_kernel") is None:
         return "liger-kernel is not installed; pip install 'mssr[liger]'"
-    if not _known(model):
-        return f"liger-kernel has no layers for {model.config.model_type}; take another model"
-    return None
-
-
-def _known(model: nn.Module) -> bool:
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-    return model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return f"liger-kernel has no layers for {model.config.model_type}; take another model"
+    return None
 
 
 def replace_layers(model: nn.Module) -> None:

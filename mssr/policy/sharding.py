@@ -21,11 +21,7 @@ PERSISTENT_NUMEL = 4000
 
 
 def load_partitioned_policy(
-    path: str,
-    dtype: torch.dtype,
-    world: World,
-    deepspeed_settings: dict,
-    options: ModelConfig | None = None,
+    path: str, dtype: torch.dtype, world: World, deepspeed_settings: dict, options: ModelConfig | None = None
 ) -> Policy:
     """Load the policy as `load_policy`, with this rank's shard of every parameter.
 
