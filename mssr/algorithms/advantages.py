@@ -70,10 +70,15 @@ def reinforce_pp(outcomes: Outcomes) -> Tensor:
     """Return rewards whitened over all tokens of the batch: REINFORCE++ (arXiv 2501.03262). No group, no baseline.
 
     In the paper the return of a token is the reward minus the KL of the tokens that follow. As in EasyR1 the KL is in the
-    loss instead, without discount. So every token's return is its response's reward, and mean and variance weight each
-    response by its length.
+    loss instead, without discount, so every token's return is its response's reward, and mean and variance weight each
+    response by its length. As `masked_whiten` in EasyR1 and verl: (r - mean) / sqrt(variance + 1e-8), the variance divided
+    by the number of tokens minus 1. NaN anywhere gives all NaN.
     """
-    return whiten_over_tokens(outcomes.reward, outcomes.lengths)
+    weight, reward = outcomes.lengths.double(), outcomes.reward.double()
+    tokens = weight.sum()
+    centred = reward - (weight * reward).sum() / tokens.clamp(min=1)
+    variance = (weight * centred.square()).sum() / (tokens - 1).clamp(min=1)
+    return (centred / (variance + 1e-8).sqrt()).to(outcomes.reward.dtype)
 
 
 @dataclass(frozen=True)
@@ -105,36 +110,12 @@ ALGORITHMS: dict[str, Algorithm] = {
 def batch_normalise(advantage: Tensor) -> Tensor:
     """Return (A - mean) / std with biased variance (arXiv 2512.18215); zeros if all are equal. NaN anywhere gives all NaN.
 
-    Args:
-        advantage: [B], the sequences of all ranks.
-
-    Returns:
-        [B], the dtype of `advantage`.
+    advantage: [B], the sequences of all ranks; the result has its dtype.
     """
     shifted = (advantage - advantage[:1]).double()  # makes the std of equal advantages exactly 0
     centred = shifted - shifted.mean()
     std = centred.square().mean().sqrt()
     return (centred / std).masked_fill(std == 0, 0.0).to(advantage.dtype)
-
-
-def whiten_over_tokens(value: Tensor, lengths: Tensor) -> Tensor:
-    """Return (value - mean) / sqrt(variance + 1e-8), each value counted once per token of its response.
-
-    As `masked_whiten` in EasyR1 and verl: the variance is divided by the number of tokens minus 1. NaN anywhere gives all
-    NaN.
-
-    Args:
-        value: [B] float32.
-        lengths: [B] int64, tokens per response; one of 0 tokens counts in neither mean nor variance.
-
-    Returns:
-        [B] float32.
-    """
-    weight, wide = lengths.double(), value.double()
-    tokens = weight.sum()
-    centred = wide - (weight * wide).sum() / tokens.clamp(min=1)
-    variance = (weight * centred.square()).sum() / (tokens - 1).clamp(min=1)
-    return (centred / (variance + 1e-8).sqrt()).to(value.dtype)
 
 
 def grouped(values: Tensor, group: int) -> Tensor:
@@ -153,9 +134,8 @@ def zero_variance(reward: Tensor, group: int) -> Tensor:
 
     Such a group has no gradient under GRPO and RLOO; DAPO's dynamic sampling (arXiv 2503.14476, section 3.2) replaces it.
 
-    Args:
-        reward: [B], responses to the same prompt adjacent.
-        group: responses per prompt, at least 2.
+    reward: [B], responses to the same prompt adjacent.
+    group: responses per prompt, at least 2.
     """
     rewards = grouped(reward, group)
     return (rewards == rewards[:, :1]).all(1).repeat_interleave(group)

@@ -12,9 +12,8 @@ def calibration(baseline: Tensor, reward: Tensor) -> dict[str, float | list[list
     tracker/brier: mean of (v - r)^2; 0.25 for a tracker that always predicts 0.5 (rewards 0 and 1).
     tracker/bins: for v in [0, .1), [.1, .2), ... [.9, 1], [count, sum of v, sum of r]; sums, so that steps can be added.
 
-    Args:
-        baseline: [B] in [0, 1], v before the tracker saw these rewards.
-        reward: [B] in [0, 1].
+    baseline: [B] in [0, 1], v before the tracker saw these rewards.
+    reward: [B] in [0, 1].
     """
     which = (BINS * baseline).long().clamp(max=BINS - 1)
     columns = torch.stack([torch.ones_like(baseline), baseline, reward], 1).double()

@@ -31,16 +31,13 @@ class PrioritisedSampler:
         """Return `prompts_per_step` rows in random order, without repetition if there are enough rows."""
         # numpy needs a seed >= 0; `Random` hashes the text to one.
         generator = np.random.default_rng(random.Random(f"{self.seed}/{step}/prioritised").getrandbits(128))
-        weights = self._weights()
+        value = self._tracker.values(self._keys).double().numpy()
+        weights = np.sqrt(value * (1 - value)) + EXPLORATION
         drawn, left = [], self.prompts_per_step
         while left:
             drawn.append(_weighted(weights, min(left, len(weights)), generator))
             left -= len(drawn[-1])
         return np.concatenate(drawn).tolist()
-
-    def _weights(self) -> np.ndarray:
-        value = self._tracker.values(self._keys).double().numpy()
-        return np.sqrt(value * (1 - value)) + EXPLORATION
 
 
 def _weighted(weights: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:

@@ -13,9 +13,8 @@ def shape(advantage: Tensor, entropy: Tensor, alpha: float, kappa: float) -> Ten
     The added term is never negative. For kappa > 1 it is smaller than |A|, so the sign of A is kept. A smaller kappa can
     flip a negative A, so the loss clips by the sign of the result.
 
-    Args:
-        advantage: any shape, after normalisation; [B, 1] for a per-sequence advantage.
-        entropy: >= 0, broadcastable. Detached: shaping weights the gradient; it is not an entropy bonus.
+    advantage: any shape, after normalisation; [B, 1] for a per-sequence advantage.
+    entropy: >= 0, broadcastable. Detached: shaping weights the gradient; it is not an entropy bonus.
     """
     return advantage + (alpha * entropy.detach()).minimum(advantage.abs() / kappa)
 
@@ -26,8 +25,7 @@ def sampled_token_entropy(logp: Tensor) -> Tensor:
     It is one term of the entropy's sum: at most 1/e = 0.368 (at p = 1/e), and 0 both for a very unlikely and for a certain
     token.
 
-    Args:
-        logp: any shape, <= 0. -inf (p = 0) gives 0.
+    logp: any shape, <= 0. -inf (p = 0) gives 0.
     """
     p = logp.exp()
     return (-p * logp).masked_fill(p == 0, 0.0)

@@ -59,33 +59,27 @@ def reference_rho(kl: Number, rho_min: float, rho_max: float) -> Tensor:
 
 
 def response_drift(current_logp: Tensor, sampled_logp: Tensor, mask: Tensor) -> Tensor:
-    """Return D: mean over a response's tokens of |current log-prob - log-prob at sampling|, in nats.
+    """Return D, [B] float: mean over a response's tokens of |current log-prob - log-prob at sampling|, in nats.
 
-    Args:
-        current_logp: [B, R] float, previous responses under the current policy, at the sampling temperature.
-        sampled_logp: [B, R] float, the same tokens at sampling.
-        mask: [B, R] bool, True at response tokens; other values are ignored, even NaN.
+    0 for a row without tokens.
 
-    Returns:
-        [B] float; 0 for a row without tokens.
+    current_logp: [B, R] float, previous responses under the current policy, at the sampling temperature.
+    sampled_logp: [B, R] float, the same tokens at sampling.
+    mask: [B, R] bool, True at response tokens; other values are ignored, even NaN.
     """
     difference = (current_logp - sampled_logp).abs().masked_fill(~mask, 0.0)
     return difference.sum(1) / mask.sum(1).clamp(min=1)
 
 
 def reference_kl(old_logp: Tensor, ref_logp: Tensor, mask: Tensor) -> Tensor:
-    """Return the k3 estimate of KL(policy || reference), mean over a response's tokens; the MSSR authors' rho uses it.
+    """Return the k3 estimate of KL(policy || reference), [B] float, in nats per token; 0 for a row without tokens.
 
-    As in their code, k3 is at most 10 per token. `ValueTracker.observe_kl` takes the mean over the batch's responses (their
-    code also counts padding).
+    The MSSR authors' rho uses it, clamped per token to 10 as in their code. `ValueTracker.observe_kl` takes its mean over
+    the batch (their code also counts padding).
 
-    Args:
-        old_logp: [B, R] float, under the policy before the step's updates.
-        ref_logp: [B, R] float, under the frozen reference.
-        mask: [B, R] bool, True at response tokens; other values are ignored, even NaN.
-
-    Returns:
-        [B] float, nats per token; 0 for a row without tokens.
+    old_logp: [B, R] float, under the policy before the step's updates.
+    ref_logp: [B, R] float, under the frozen reference.
+    mask: [B, R] bool, True at response tokens; other values are ignored, even NaN.
     """
     log_ratio = ref_logp - old_logp
     k3 = (log_ratio.expm1() - log_ratio).clamp(max=10).masked_fill(~mask, 0.0)
@@ -147,9 +141,8 @@ class ValueTracker:
 
         Default: `smoothed_start`. Reference: a = N0 * mean, b = N0 * (1 - mean), exactly 0 or 1 after one rollout.
 
-        Args:
-            keys: [B], one per rollout, in any order. All rollouts of a key must be in the same call.
-            rewards: [B] in [0, 1].
+        keys: [B], one per rollout, in any order. All rollouts of a key must be in the same call.
+        rewards: [B] in [0, 1].
 
         Raises:
             UserError: a reward is not in [0, 1]; nothing changes.
@@ -165,10 +158,9 @@ class ValueTracker:
 
         Default: the reward as it is. Reference: 1 for a reward above 0.5, else 0.
 
-        Args:
-            keys: [B].
-            rewards: [B] in [0, 1].
-            rho: from `rho()`; [B] or a scalar.
+        keys: [B].
+        rewards: [B] in [0, 1].
+        rho: from `rho()`; [B] or a scalar.
 
         Raises:
             UserError: a reward is not in [0, 1]; nothing changes.
@@ -188,8 +180,7 @@ class ValueTracker:
         Default preset: `rho_from_drift`. Reference: `reference_rho` of the mean of recent KLs, whatever the drift; before
         the first KL, (rho_min + rho_max) / 2.
 
-        Args:
-            drift: [B] from `response_drift`, or 0-d (the batch's mean); 0 on a prompt's first visit. None: 0 for all.
+        drift: [B] from `response_drift`, or 0-d (the batch's mean); 0 on a prompt's first visit. None: 0 for all.
         """
         config = self.config
         if config.preset == "reference":

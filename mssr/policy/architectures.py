@@ -1,4 +1,4 @@
-"""A model's architecture by its path, also where only its name is there: for planning and tests, never for training."""
+"""Architecture of a model by its path, for planning and tests; two published models are known without the hub."""
 
 from pathlib import Path
 
@@ -6,32 +6,13 @@ from transformers import AutoConfig, PretrainedConfig, Qwen2_5_VLConfig
 
 from mssr.errors import UserError
 
-# Qwen2.5-VL as published; the sizes differ in the language model alone, and in the width that the vision tower hands to it.
+# Qwen2.5-VL as published, where it differs from the defaults of its transformers classes.
 _TEXT = {
     "max_position_embeddings": 128_000,
     "rms_norm_eps": 1e-6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]},
-    "bos_token_id": 151_643,
-    "eos_token_id": 151_645,
 }
-_VISION = {
-    "depth": 32,
-    "hidden_size": 1280,
-    "num_heads": 16,
-    "intermediate_size": 3420,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "window_size": 112,
-    "fullatt_block_indexes": [7, 15, 23, 31],
-    "tokens_per_second": 2,
-}
-_SPECIAL = {
-    "image_token_id": 151_655,
-    "video_token_id": 151_656,
-    "vision_start_token_id": 151_652,
-    "vision_end_token_id": 151_653,
-}
+_VISION = {"hidden_size": 1280, "tokens_per_second": 2}
 _SIZES = {
     "Qwen/Qwen2.5-VL-3B-Instruct": {
         "hidden_size": 2048,
@@ -55,7 +36,7 @@ _SIZES = {
 
 
 def model_config(path: str) -> PretrainedConfig:
-    """The transformers config of a directory or hub name; for the two named above the hub is not asked.
+    """Return the transformers config of a directory or hub name; the two models above need no hub.
 
     Raises:
         UserError: there is none, or the hub cannot be reached.
@@ -75,5 +56,4 @@ def _published(name: str) -> Qwen2_5_VLConfig:
         text_config=_TEXT | size,
         vision_config=_VISION | {"out_hidden_size": size["hidden_size"]},
         tie_word_embeddings=tied,
-        **_SPECIAL,
     )

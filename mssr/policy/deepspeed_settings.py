@@ -1,4 +1,4 @@
-"""The DeepSpeed engine's settings: the run's own keys, over what the user's JSON says of ZeRO."""
+"""DeepSpeed settings of a run: the user's JSON for ZeRO, with the keys that the trainer sets itself."""
 
 from typing import Any
 
@@ -12,13 +12,12 @@ from mssr.policy.sharding import PERSISTENT_NUMEL
 
 
 def deepspeed_settings(optimizer: OptimizerConfig, train: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What `deepspeed.initialize` and `deepspeed.zero.Init` are given.
+    """Return the settings for `deepspeed.initialize` and `deepspeed.zero.Init`.
 
-    dtype: of the parameters; bfloat16 has float32 master weights in ZeRO's optimizer.
+    dtype: of the parameters; for bfloat16 ZeRO's optimizer keeps float32 master weights.
 
     Raises:
-        UserError: the JSON (`train.deepspeed`) is unreadable, or has a setting that DeepSpeed does not know or that does not
-            fit the trainer.
+        UserError: the JSON (`train.deepspeed`) is unreadable, or has an unsupported setting.
     """
     given = read_deepspeed_json(train.deepspeed) if train.deepspeed is not None else {}
     zero = {"stage": train.zero_stage, "overlap_comm": False}
@@ -26,14 +25,14 @@ def deepspeed_settings(optimizer: OptimizerConfig, train: TrainConfig, dtype: to
         zero["stage3_param_persistence_threshold"] = PERSISTENT_NUMEL
     settings = {"steps_per_print": None} | given
     settings |= {
-        # Micro-batches are ours: we call step() at the end of an optimiser step, whatever number of backwards it had.
+        # The trainer calls step() itself, after any number of backward passes.
         "managed_gradient_accumulation": False,
         "train_micro_batch_size_per_gpu": 1,
-        # Without ZeRO, DeepSpeed clips float32 gradients but does not tell the norm; there AdamW's step does both.
+        # Without ZeRO, DeepSpeed clips float32 gradients but does not report the norm; there GuardedAdamW does both.
         "gradient_clipping": optimizer.grad_clip if train.zero_stage else 0.0,
         "bf16": {"enabled": dtype == torch.bfloat16},
         ZERO: zero | given.get(ZERO, {}),
-        # AdamW is torch's everywhere: DeepSpeed's own, for the CPU too, are compiled on first use.
+        # torch's AdamW everywhere: DeepSpeed's own optimizers are compiled on first use.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
@@ -52,7 +51,7 @@ def _check(settings: dict[str, Any], dtype: torch.dtype, path: str) -> None:
         key = ".".join(map(str, (ZERO, *first["loc"])))
         raise UserError(f"{path}: {key}: {first['msg']}; DeepSpeed's documentation has the keys") from None
     if settings[ZERO]["stage"] < 2 and settings[ZERO].get("overlap_comm"):
-        raise UserError(f"{path}: {ZERO}.overlap_comm needs stage 2 or 3, where gradients are shared; remove it")
+        raise UserError(f"{path}: {ZERO}.overlap_comm needs stage 2 or 3, where gradients are sharded; remove it")
     accumulates = (settings.get("data_types") or {}).get("grad_accum_dtype")
     if dtype == torch.bfloat16 and settings[ZERO]["stage"] == 1 and accumulates in ("fp32", "float32"):
         raise UserError(

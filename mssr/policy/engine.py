@@ -26,10 +26,10 @@ from mssr_kernels import PolicyMetrics
 
 @dataclass(frozen=True, eq=False)
 class Accumulated:
-    """Gradients of a batch are in the engine; this is what the passes computed besides.
+    """Outputs of the passes that accumulated a batch's gradients.
 
     metrics: means over the response tokens of all ranks, by name.
-    logp: [B, R] float32, this rank's rows: log-probs under the current weights; 0 where a token is not in the loss.
+    logp: [B, R] float32, this rank's log-probs under the current weights; 0 where a token is not in the loss.
     slots: token positions that attention computed on this rank, padding included.
     """
 
@@ -43,7 +43,7 @@ class UpdateStats(Accumulated):
     """One optimiser step, over all ranks.
 
     grad_norm: global norm before clipping. lr: learning rate of the step.
-    applied: False if the weights stayed: the gradient was not finite, or it was discarded.
+    applied: False if the weights did not change: the gradient was not finite, or it was discarded.
     """
 
     grad_norm: float = 0.0
@@ -57,8 +57,8 @@ class PolicyEngine:
         accumulated = engine.accumulate(batch, loss)
         stats = engine.step(accumulated) or engine.discard(accumulated)
 
-    Call every method on all ranks, with the rows that each has (also none): gradients are summed over ranks, and ZeRO-3
-    gathers the parameters of each layer for every pass.
+    Call every method on all ranks, each with its own rows, even none: gradients are summed over ranks, and ZeRO-3 gathers
+    the parameters of each layer for every pass.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class PolicyEngine:
         temperature: float,
         total_updates: int,
     ) -> None:
-        """total_updates: what the learning rate's schedule runs over.
+        """total_updates: length of the learning rate schedule.
 
         Raises:
-            UserError: the model cannot be loaded, or not be trained with these settings.
+            UserError: the model cannot be loaded, or cannot be trained with these settings.
         """
         self.world = world
         self._token_budget = train.micro_batch_tokens
@@ -83,21 +83,27 @@ class PolicyEngine:
         dtype = getattr(torch, dtype_name(model.dtype, world.device.type))
         if dtype == torch.bfloat16 and train.zero_stage == 0:
             raise UserError(
-                "train.zero_stage 0 with bfloat16 (model.dtype) is an optimizer of DeepSpeed's that checkpoints cannot read; "
-                "set train.zero_stage=1, on one rank the same memory"
+                "train.zero_stage 0 with bfloat16 (model.dtype) uses a DeepSpeed optimizer that cannot be checkpointed; "
+                "set train.zero_stage=1, which needs the same memory on one rank"
             )
         settings = deepspeed_settings(optimizer, train, dtype)
         if train.zero_stage == 3:
             self.policy = load_partitioned_policy(model.path, dtype, world, settings, model)
         else:
             self.policy = load_policy(model.path, dtype, model, world.device).to(world.device)
-        self.policy.train()  # as loaded it is in eval mode, where gradient checkpointing does nothing
+        self.policy.train()  # it is loaded in eval mode, where gradient checkpointing is off
         self._trained = {name: weight for name, weight in self.policy.model.named_parameters() if weight.requires_grad}
-        self._engine = _deepspeed_engine(self.policy, list(self._trained.values()), optimizer, settings, total_updates)
+        guarded = settings["gradient_clipping"] == 0
+        adamw, schedule = make_optimizer(optimizer, list(self._trained.values()), total_updates, guarded=guarded)
+        import deepspeed  # reads DS_ACCELERATOR when imported, which start_world sets
+
+        self._engine, *_ = deepspeed.initialize(
+            model=self.policy, optimizer=adamw, lr_scheduler=schedule, config=settings
+        )
 
     @torch.no_grad()
     def score(self, batch: Sequences, policy: Policy | None = None) -> Tensor:
-        """[B, R] float32: log-prob of each response token under the current weights, or under another policy's."""
+        """Return log-probs of the response tokens, [B, R] float32, under the current weights or another policy's."""
         policy = policy or self.policy
         logp = torch.zeros(batch.tokens.shape)
         plan = self._agreed_plan(batch) if policy.partitioned else self._own_plan(batch)
@@ -114,7 +120,7 @@ class PolicyEngine:
     def accumulate(self, batch: Sequences, loss: Loss, clock: Stopwatch | None = None) -> Accumulated:
         """Compute the gradients of the whole batch, in micro-batches; `step` or `discard` must follow.
 
-        The loss is the mean over all response tokens of all ranks, however they were cut into micro-batches.
+        The loss is the mean over all response tokens of all ranks, whatever the micro-batches.
         clock: gets the phase forward_backward.
         """
         clock = clock or Stopwatch(self.world.device)
@@ -145,7 +151,7 @@ class PolicyEngine:
         return Accumulated(mean_metrics(metrics, self.world), logp, slots)
 
     def step(self, accumulated: Accumulated, clock: Stopwatch | None = None) -> UpdateStats:
-        """Clip the accumulated gradients and apply them by AdamW; leave the weights where a gradient is not finite.
+        """Clip the accumulated gradients and apply them by AdamW, unless they are not finite.
 
         clock: gets the phase optimizer.
         """
@@ -157,10 +163,10 @@ class PolicyEngine:
         return UpdateStats(**vars(accumulated), grad_norm=norm, lr=lr, applied=self._engine.was_step_applied())
 
     def discard(self, accumulated: Accumulated, clock: Stopwatch | None = None) -> UpdateStats:
-        """Drop the accumulated gradients; weights, moments and schedule stay.
+        """Drop the accumulated gradients; weights, moments and schedule do not change.
 
-        One more pass, over a single token, makes the gradient NaN: DeepSpeed has no call that drops gradients under every
-        ZeRO stage, but each of its optimizers clears up after a gradient that is not finite.
+        DeepSpeed has no call that drops gradients under every ZeRO stage, but all its optimizers skip a step with a
+        non-finite gradient. So one more pass, over a single token, makes the gradient NaN.
         """
         idle = idle_micro_batch(self.world.device)
         idle.target.zero_()
@@ -169,11 +175,11 @@ class PolicyEngine:
 
     @contextmanager
     def optimizer_offloaded(self) -> Iterator[None]:
-        """In here master weights and moments are in host memory, to make room for a sampler; ZeRO 1, 2 and 3."""
+        """Context with master weights and moments in host memory, to make room for a sampler; ZeRO 1, 2 and 3."""
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 
-        # Up to ZeRO-2 DeepSpeed keeps views of the masters that it must let go of itself. What else it can move it can move
-        # for its own fused Adam only, so the rest is by hand.
+        # Up to ZeRO-2 DeepSpeed holds views of the masters, so it must move them itself. It can move the rest only for its
+        # own fused Adam, so the rest is moved by hand.
         by_hand = self._engine.zero_optimization_stage() == 3
         host = torch.device("cpu")
         if not by_hand:
@@ -188,8 +194,8 @@ class PolicyEngine:
             self._move_optimizer(self.world.device, masters=by_hand)
 
     def _move_optimizer(self, device: torch.device, *, masters: bool) -> None:
-        """AdamW's moments, and its parameters, DeepSpeed's fp32 masters, if asked for."""
-        if masters:  # AdamW itself has no list of them between two steps
+        """Move AdamW's moments to the device, and if asked the fp32 masters under ZeRO-3."""
+        if masters:  # AdamW itself does not list them between steps
             for master in self._engine.optimizer.fp32_partitioned_groups_flat:
                 master.data = master.data.to(device)
         for state in torch_optimizer(self._engine).state.values():
@@ -198,20 +204,20 @@ class PolicyEngine:
                     value.data = value.data.to(device)
 
     def state_dict(self) -> dict:
-        """What belongs to no rank: the trained parameters' shapes by name, and the updates made."""
+        """Return what is the same on all ranks: shapes of the trained parameters by name, and the number of updates."""
         return {"shapes": shapes(self._trained), "updates": self._engine.lr_scheduler.last_epoch}
 
     def own_state(self) -> dict[str, dict]:
-        """Copies, in host memory, of this rank's part of the masters and moments; any layout can load all parts."""
+        """Copy this rank's part of masters and moments to host memory; any layout can load the parts of all ranks."""
         return save_pieces(own_pieces(self._engine, self._trained, self.world))
 
     def load(self, state: dict, saved: SavedPieces) -> None:
-        """Continues from `state_dict` and every rank's `own_state`, under whatever ZeRO stage and ranks they were saved.
+        """Load `state_dict` and every rank's `own_state`, from any ZeRO stage and number of ranks.
 
-        The learning rate goes on where the schedule was, at the rate that is configured now.
+        The schedule continues at its position, with the learning rate configured now.
 
         Raises:
-            UserError: they are of another model.
+            UserError: they belong to another model.
         """
         here, there = shapes(self._trained), state["shapes"]
         for name in sorted(here.keys() | there.keys()):
@@ -228,10 +234,10 @@ class PolicyEngine:
         schedule.load_state_dict(schedule.state_dict() | {"last_epoch": state["updates"], "_last_lr": rates})
 
     def _pack(self, batch: Sequences, rows: list[int]) -> MicroBatch:
-        """Pack the rows; without rows, an idle token, so that this rank takes part in the collectives.
+        """Pack the rows; without rows, an idle micro-batch, so that this rank takes part in the collectives.
 
         Raises:
-            ValueError: a response holds a token that the policy never samples; its log-prob is -inf, and the loss NaN.
+            ValueError: a response holds a token of probability 0; its log-prob is -inf, and the loss NaN.
         """
         if not rows:
             return idle_micro_batch(self.world.device)
@@ -246,9 +252,9 @@ class PolicyEngine:
         return plan_micro_batches(lengths, self._token_budget, at_least=at_least)
 
     def _agreed_plan(self, batch: Sequences) -> list[list[int]]:
-        """Micro-batches, the same number on every rank.
+        """Plan the same number of micro-batches on every rank.
 
-        The loop's condition is the same on every rank too: one that left early would miss the next round's collective.
+        The loop condition is the same on every rank, so none leaves before the next round's collective.
         """
         at_least, agreed = 0, 1
         while at_least != agreed:
@@ -258,19 +264,8 @@ class PolicyEngine:
         return plan
 
 
-def _deepspeed_engine(
-    policy: Policy, parameters: list[torch.nn.Parameter], config: OptimizerConfig, settings: dict, total_updates: int
-):
-    guarded = settings["gradient_clipping"] == 0
-    optimizer, schedule = make_optimizer(config, parameters, total_updates, guarded=guarded)
-    import deepspeed  # reads DS_ACCELERATOR when imported, which start_world sets
-
-    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, lr_scheduler=schedule, config=settings)
-    return engine
-
-
 def mean_metrics(parts: list[PolicyMetrics], world: World) -> dict[str, float]:
-    """Means over tokens of the fused loss's sums, over micro-batches and ranks."""
+    """Return the fused loss's metrics as means over the tokens of all micro-batches and ranks."""
     names = [name for name in PolicyMetrics._fields if name.endswith("_sum")]
     sums = torch.stack(
         [torch.stack([getattr(part, name) for name in ("rows", *names)]).double() for part in parts]

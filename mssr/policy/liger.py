@@ -1,7 +1,4 @@
-"""liger-kernel's layers in place of transformers': RMSNorm, SwiGLU and rotary positions as one Triton kernel each.
-
-Its losses and its forward of the model stay out: the head is ours.
-"""
+"""Replaces transformers' RMSNorm, SwiGLU and rotary positions by liger-kernel's Triton kernels; the head stays MSSR's."""
 
 import os
 import sys
@@ -14,16 +11,16 @@ from torch import nn
 
 from mssr.errors import UserError
 
-# transformers >= 5.2 rotates by sections before the attention is called, and plainly inside; liger still replaces the
-# function that did both, which nobody calls any more.
+# transformers >= 5.2 splits the rotary sections before attention and rotates inside with the plain function. liger
+# replaces only the function that did both, which is no longer called.
 _PLAIN_ROTARY = ("qwen2_vl", "qwen2_5_vl")
 
 
 def wants_liger(setting: str, model: nn.Module, device: torch.device) -> bool:
-    """Whether the layers are to be replaced. setting: auto, on or off.
+    """Return whether to replace the layers. setting: auto, on or off.
 
     Raises:
-        UserError: they must be, and cannot.
+        UserError: on is set, and they cannot be replaced.
     """
     if setting == "off":
         return False
@@ -34,27 +31,23 @@ def wants_liger(setting: str, model: nn.Module, device: torch.device) -> bool:
 
 
 def _problem(model: nn.Module, device: torch.device) -> str | None:
-    """Why the layers cannot be replaced, and what to do."""
+    """Return why the layers cannot be replaced and what to do, or None."""
     if device.type != "cuda":
         return "its kernels need a GPU; run on one"
     if find_spec("liger_kernel") is None:
         return "liger-kernel is not installed; pip install 'mssr[liger]'"
-    if not _known(model):
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         return f"liger-kernel has no layers for {model.config.model_type}; take another model"
     return None
 
 
-def _known(model: nn.Module) -> bool:
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-    return model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
-
-
 def replace_layers(model: nn.Module) -> None:
-    """Replaces what liger has for this model, and says on rank 0, once, what that was.
+    """Replace the layers that liger has for this model, and print them once on rank 0.
 
-    Names and parameters stay. The rotary function is replaced in transformers' module, and so for every model of the
-    family in this process; the layers in this model alone.
+    Names and parameters stay. Layers are replaced in this model only, the rotary function in transformers' module, and so
+    for every model of the type in this process.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance, liger_rotary_pos_emb
 
@@ -63,7 +56,7 @@ def replace_layers(model: nn.Module) -> None:
     _apply_liger_kernel_to_instance(
         model=model, rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False
     )
-    modeling.update(classes)  # liger puts its own there, for models that are yet to be built
+    modeling.update(classes)  # liger also replaces the classes of future models; undo that
     if model.config.model_type in _PLAIN_ROTARY:
         modeling["apply_rotary_pos_emb"] = liger_rotary_pos_emb
     layers = Counter(module._get_name() for module in model.modules() if module._get_name().startswith("Liger"))

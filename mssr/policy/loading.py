@@ -1,4 +1,4 @@
-"""The policy from a Hugging Face directory or hub name, whole on this rank."""
+"""Loads the policy from a Hugging Face directory or hub name, unsharded."""
 
 from pathlib import Path
 
@@ -20,14 +20,13 @@ CPU = torch.device("cpu")
 def load_policy(
     path: str, dtype: torch.dtype, options: ModelConfig | None = None, device: torch.device = CPU
 ) -> Policy:
-    """Reads a Hugging Face directory or hub name into host memory.
+    """Load a model into host memory.
 
-    options: what the run asks of the model; None: as it is in the files, all of it to be trained.
-    device: that it will run on, and must be moved to: which kernels there are depends on it.
+    options: the run's; None trains the whole model.
+    device: where it will run, which decides the available kernels; the caller moves it there.
 
     Raises:
-        UserError: not a model, not of a supported family, weights that do not match the architecture, or options that it
-            cannot meet.
+        UserError: not a model of a supported family, weights that do not match it, or unsupported options.
     """
     config = check_model_path(path)
     try:
@@ -36,7 +35,7 @@ def load_policy(
             dtype=dtype,
             attn_implementation=attention.SDPA,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, in one line
+            ignore_mismatched_sizes=True,  # refused below, in one line
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"model.path {path}: {' '.join(str(error).split())[:300]}") from None
@@ -45,7 +44,7 @@ def load_policy(
             name = sorted(map(str, loading[problem]))[0]
             count = len(loading[problem])
             raise UserError(
-                f"model.path {path}: {count} {problem.replace('_', ' ')}, the first {name}; is the file whole?"
+                f"model.path {path}: {count} {problem.replace('_', ' ')}, the first {name}; is the file complete?"
             )
     policy = Policy(model)
     apply_options(policy, options or ModelConfig(path=path), device)
@@ -55,21 +54,21 @@ def load_policy(
 def load_frozen_policy(
     path: str, dtype: torch.dtype, device: torch.device, options: ModelConfig | None = None
 ) -> Policy:
-    """The model for inference alone, as a KL reference or to be evaluated: no gradients, no optimiser, no adapters."""
+    """Load the model for inference only, as KL reference or for evaluation, without adapters."""
     policy = load_policy(path, dtype, without_training(options), device)
     return policy.requires_grad_(False).eval().to(device)
 
 
 def without_training(options: ModelConfig | None) -> ModelConfig | None:
-    """The same model, computed in the same way, of which nothing is trained."""
+    """Return the options that matter without training: no adapters, no gradient checkpointing."""
     return options and options.model_copy(update={"lora": None, "gradient_checkpointing": False})
 
 
 def apply_options(policy: Policy, options: ModelConfig, device: torch.device) -> None:
-    """Which layers compute the model, and what of it is trained; nothing here depends on the weights' values.
+    """Choose kernels and trained parameters; nothing here depends on the weights' values.
 
     Raises:
-        UserError: options that this model, or device, cannot meet.
+        UserError: options that the model or device does not support.
     """
     if options.gradient_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -84,11 +83,11 @@ def apply_options(policy: Policy, options: ModelConfig, device: torch.device) ->
 
 
 def check_model_path(path: str) -> PretrainedConfig:
-    """Refuses a path that is no model of a supported family before anything heavy starts."""
+    """Return the config of a supported model, or refuse the path before anything slow starts."""
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise UserError(f"model.path {path}: no config.json in it; expected a Hugging Face model directory")
     try:
-        # The type first: transformers may not know it either.
+        # First the type, which transformers may not know.
         require_family(path, PretrainedConfig.get_config_dict(path)[0].get("model_type"))
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -1,11 +1,11 @@
-"""LoRA: adapters on the language model's linear layers, trained in place of the weights.
+"""LoRA: trains adapters on the language model's linear layers instead of the weights.
 
-An adapted layer gives W x + (alpha / rank) B A x. peft puts it where the linear layer was, so the model keeps its own
-modules, for whoever walks through it: the policy, `generate`, ZeRO-3's hooks. A and B have the model's dtype, because
-DeepSpeed knows one dtype for a model; in bfloat16 the optimizer keeps float32 masters of them, as of any weight. There is
-no dropout, since the sampler has none. The sampler gets W + (alpha / rank) B A merged; in bfloat16 what is less than half a
-unit of W's last place is rounded away there, so early on it samples from nearly the start: old log-probs are then the
-trainer's own, with truncated importance weights (the configuration asks for it).
+An adapted layer computes W x + (alpha / rank) B A x. peft replaces only the linear layers, so the model keeps its module
+structure for the policy, `generate` and ZeRO-3's hooks. A and B have the model's dtype, because DeepSpeed supports one dtype
+per model; in bfloat16 the optimizer keeps float32 masters of them. There is no dropout, because the sampler has none.
+The sampler gets W + (alpha / rank) B A merged. In bfloat16 the merge rounds away changes below half a unit in W's last
+place, so early on the sampler is close to the initial policy. Therefore the configuration requires recomputed old
+log-probs, with truncated importance weights.
 """
 
 import re
@@ -22,16 +22,15 @@ from mssr.errors import UserError
 from mssr.policy.model import Policy
 
 ADAPTER = "default"  # peft's name for a model's only adapter
-_BASE = ".base_layer"  # peft's name for the linear layer inside of an adapted one
+_BASE = ".base_layer"  # peft's name for the linear layer inside an adapted one
 _PEFT_PREFIX = "base_model.model."  # before every name in peft's files
 
 
 def add_adapters(policy: Policy, config: LoraConfig) -> None:
-    """Adapters that change nothing yet (B is 0); all other parameters are frozen. A is the same on every rank and in every
-    run.
+    """Add adapters with B = 0 and freeze all other parameters. A is the same on every rank and in every run.
 
     Raises:
-        UserError: a target that names no linear layer of the language model.
+        UserError: a target is not the name of a linear layer of the language model.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
@@ -59,34 +58,34 @@ def add_adapters(policy: Policy, config: LoraConfig) -> None:
 
 
 def _pattern(language_model: str, targets: list[str]) -> str:
-    """Regular expression for the whole names of the layers, as peft saves it too."""
+    """Return a regular expression for the full names of the layers; peft saves it too."""
     return rf"{re.escape(language_model)}\.(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})"
 
 
 def adapted_layers(policy: Policy) -> dict[str, nn.Module]:
-    """The layers with an adapter by the name that the linear layer had; none without LoRA."""
+    """Return the layers with an adapter by the name of the original linear layer; empty without LoRA."""
     return {name: module for name, module in policy.model.named_modules() if hasattr(module, "lora_A")}
 
 
 def own_name(name: str) -> str | None:
-    """The name that a parameter has in the model without adapters; None for a part of an adapter."""
+    """Return a parameter's name in the model without adapters; None for a part of an adapter."""
     return None if f".{ADAPTER}." in name else name.replace(f"{_BASE}.", ".")
 
 
 def adapter_parts(layer: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    """A [rank, in] and B [out, rank]."""
+    """Return A [rank, in] and B [out, rank]."""
     return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
 
 def merged(weight: Tensor, layer: nn.Module) -> Tensor:
-    """[out, in], a copy in the weight's dtype: W + (alpha / rank) B A, computed in float32 and rounded once."""
+    """Return W + (alpha / rank) B A, [out, in], computed in float32 and rounded once to the weight's dtype."""
     a, b = (part.detach().float() for part in adapter_parts(layer))
     return torch.addmm(weight.detach().float(), b, a, alpha=layer.scaling[ADAPTER]).to(weight.dtype)
 
 
 @contextmanager
 def without_adapters(policy: Policy) -> Iterator[None]:
-    """In here the policy is the model that it started from; not to be trained in."""
+    """Context in which the policy is the initial model; do not train in it."""
     layers = adapted_layers(policy).values()
     for layer in layers:
         layer.enable_adapters(False)
@@ -98,9 +97,9 @@ def without_adapters(policy: Policy) -> Iterator[None]:
 
 
 def write_adapter(policy: Policy, weights: dict[str, Tensor], folder: Path) -> None:
-    """peft's directory, which `PeftModel.from_pretrained` puts on the model that the policy started from.
+    """Write peft's directory, which `PeftModel.from_pretrained` adds to the initial model.
 
-    weights: every part of the adapters, whole, by its parameter's name in `policy.model`.
+    weights: unsharded adapter parameters by their names in `policy.model`.
     """
     folder.mkdir(parents=True)
     saved = {_PEFT_PREFIX + name.replace(f".{ADAPTER}.", "."): weight.contiguous() for name, weight in weights.items()}

@@ -1,6 +1,6 @@
 """The losses of a training step: the clipped policy loss, and cross-entropy for the warm start.
 
-Both are formed by the fused head (`mssr_kernels.linear_policy_loss`), gradients included, without logits.
+The fused head (`mssr_kernels.linear_policy_loss`) computes both, gradients included, without forming logits.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ from mssr_kernels import PolicyLossConfig
 
 
 class Loss(Protocol):
-    """config: of the fused head."""
+    """A loss of the fused head, with settings `config`."""
 
     config: PolicyLossConfig
 
     def mask(self, batch: Sequences) -> Tensor:
-        """[B, R] bool, True at the tokens that count."""
+        """Return [B, R] bool, True at the tokens that count."""
 
     def inputs(self, batch: Sequences, micro_batch: MicroBatch) -> dict[str, Tensor | None]:
-        """Per-token inputs of the fused head, each [N] float32 in the token order of the micro-batch."""
+        """Return per-token inputs of the fused head, each [N] float32 in the token order of the micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class PolicyGradient:
         return batch.loss_mask
 
     def inputs(self, batch: UpdateBatch, micro_batch: MicroBatch) -> dict[str, Tensor | None]:
-        """The sampler's log-probs go in for truncated importance weights (TIS) only.
+        """Include the sampler's log-probs only for truncated importance weights (TIS).
 
         With them, shaping by the sampled token uses the sampler's log-probs; without, old_logp, as its authors do.
         """
@@ -51,7 +51,7 @@ class PolicyGradient:
 class CrossEntropy:
     """Supervised learning: -log-prob of every response token.
 
-    It is the on-policy policy loss at advantage 1, whose gradient is -d logp: ratio 1, nothing to clip or to shape.
+    It is the on-policy policy loss with advantage 1 and ratio 1, so nothing is clipped or shaped; its gradient is -d logp.
     """
 
     config = PolicyLossConfig.ppo()

@@ -1,4 +1,4 @@
-"""The model as the trainer sees it: backbone, fused head, rotary positions of a prompt."""
+"""The policy model: backbone, fused head, rotary positions of a prompt."""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,24 +17,24 @@ _POSITIONS_KEPT = 16_384  # prompts; a few hundred bytes to a few kilobytes each
 
 
 class Policy(nn.Module):
-    """A transformers model of a supported family whose LM head computes log-probs, entropy and the policy loss itself.
+    """A transformers model of a supported family whose LM head computes log-probs, entropy and the policy loss.
 
-    Full logits exist only for single positions, while generating. Image and video pads have probability 0 in all of it:
-    no sampler draws them (the trainer would look for an image that is not there), so the policy is the rest.
+    Full logits are formed only for generation, one position at a time. Image and video pads have probability 0 everywhere,
+    because a sampled pad would need an image.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.family = family_of(model.config)
-        # Same module, same parameter, same name in the state dict: only what forward can do is new.
+        # Only forward changes: module, parameter and name in the state dict stay.
         model.lm_head.__class__ = FusedLMHead
         model.lm_head.forbid(self.forbidden_token_ids)
         self._positions: OrderedDict[str, Tensor] = OrderedDict()
 
     @property
     def language_model(self) -> nn.Module:
-        """Token embedding, layers and last norm."""
+        """Token embedding, layers and final norm."""
         return self.model.model.language_model if self.family.has_vision else self.model.model
 
     @property
@@ -43,24 +43,24 @@ class Policy(nn.Module):
 
     @property
     def image_token_id(self) -> int | None:
-        """None where the model reads text alone."""
+        """None for a text model."""
         return getattr(self.model.config, "image_token_id", None)
 
     @property
     def merge_size(self) -> int | None:
-        """Patches a side that make one image token; None where the model reads text alone."""
+        """Patches per side of an image token; None for a text model."""
         return self.model.config.vision_config.spatial_merge_size if self.family.has_vision else None
 
     @property
     def forbidden_token_ids(self) -> list[int]:
-        """Tokens that are never sampled and have probability 0."""
+        """Tokens with probability 0, which are never sampled."""
         config = self.model.config
         ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
         return sorted({token for token in ids if token is not None})
 
     @property
     def partitioned(self) -> bool:
-        """Whether ZeRO-3 holds the parameters: then every module call is a collective, the same on all ranks."""
+        """Whether ZeRO-3 shards the parameters: then every module call is a collective."""
         return hasattr(next(self.parameters()), "ds_id")  # all of them, or none
 
     def forward(
@@ -72,7 +72,7 @@ class Policy(nn.Module):
         advantage: Tensor | None = None,
         **loss_inputs: Tensor | float | None,
     ) -> LogprobEntropy | PolicyLoss:
-        """Log-probs and entropies of the N response tokens ([N] float32), or with `advantage` their policy loss.
+        """Return log-probs and entropies of the N response tokens ([N] float32), or with `advantage` their policy loss.
 
         advantage and every tensor of `loss_inputs` are [N] float32, in the micro-batch's token order.
         """
@@ -84,12 +84,12 @@ class Policy(nn.Module):
         )
 
     def attention_slots(self, micro_batch: MicroBatch) -> int:
-        """Token positions that attention computes for the micro-batch, padding included."""
+        """Return the number of token positions that attention computes for the micro-batch, padding included."""
         padded = self.language_model.config._attn_implementation == SDPA
         return micro_batch.layout.slots if padded else micro_batch.input_ids.shape[1]
 
     def _hidden(self, micro_batch: MicroBatch) -> Tensor:
-        """[N, D], the hidden states that predict the response tokens; the prompt's never reach the head."""
+        """Return the hidden states that predict the response tokens, [N, D]."""
         with self._idle_vision() if self._needs_idle_vision(micro_batch) else nullcontext():
             out = self.model.model(
                 input_ids=micro_batch.input_ids,
@@ -107,17 +107,15 @@ class Policy(nn.Module):
 
     @contextmanager
     def _idle_vision(self) -> Iterator[None]:
-        """In here the tokens' embeddings, [1, L, D], come with a zero that the vision tower computed.
+        """Context in which the vision tower runs on a blank image and adds zero to the token embeddings, [1, L, D].
 
-        Ranks whose micro-batch has no image must run the tower too, or the others wait for its gradients (ZeRO-3: for its
-        parameters) for ever. And they must run it where images would come in, after the embedding and inside the model's
-        own call: ZeRO-2 sums gradients over ranks in the order in which the backward pass makes them, ZeRO-3 gathers
-        parameters in the order of the module calls, so one rank's order must be every rank's.
+        A rank without images must run the tower too, or the others wait forever for its gradients (ZeRO-3: parameters).
+        It must run at the same point, after the embedding and inside the model's call: ZeRO-2 reduces gradients in the
+        order of the backward pass, ZeRO-3 gathers parameters in the order of module calls, and ranks must agree on both.
 
-        All of the tower: Qwen3-VL's has mergers between its blocks, whose features an image adds behind layers of the
-        language model, and here at the embedding like the rest. The order is the same: the mergers are called inside
-        of the tower either way, and the backward pass takes of all that it could do what was done last in the forward
-        pass, so the whole language model comes before the tower's last merger, and each merger before the block it is on.
+        Qwen3-VL's tower has mergers between its blocks. Real images add their features behind language layers, the blank
+        one at the embedding. The order is the same: forward, mergers run inside the tower; backward, autograd runs the
+        latest operation first, so the language model comes before the last merger, and each merger before its block.
         """
 
         def add_zero(module: nn.Module, args: tuple, embeddings: Tensor) -> Tensor:
@@ -130,7 +128,7 @@ class Policy(nn.Module):
             handle.remove()
 
     def prompt_positions(self, prompt: Prompt) -> Tensor:
-        """[3, P] int64: temporal, height and width rotary positions of the prompt, by the model's own rule."""
+        """Return the prompt's temporal, height and width rotary positions, [3, P] int64, by the model's own rule."""
         positions = self._positions.get(prompt.key)
         if positions is None:
             positions = self.family.prompt_positions(self.model, prompt)

@@ -1,4 +1,4 @@
-"""AdamW as DeepSpeed is given it, the learning rate of each update, and what keeps a bad gradient out."""
+"""AdamW for DeepSpeed, with its learning rate schedule and a guard against non-finite gradients."""
 
 import math
 
@@ -8,12 +8,11 @@ from mssr.config import OptimizerConfig
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """Clips the global gradient norm, and leaves out an update whose gradient is not finite.
+    """Clips the global gradient norm, and skips an update whose gradient is not finite.
 
-    For plain float32 training (ZeRO stage 0), where DeepSpeed's engine clips without telling the norm and checks nothing;
-    ZeRO's optimizers do both on their own.
+    For float32 without ZeRO (stage 0), where DeepSpeed neither reports the norm nor checks it; ZeRO's optimizers do both.
 
-    overflow, _global_grad_norm: DeepSpeed's engine reads them after a step; after an overflow the schedule stays too.
+    overflow, _global_grad_norm: read by DeepSpeed after a step; after an overflow the schedule does not advance either.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], *, grad_clip: float, **settings) -> None:
@@ -33,10 +32,8 @@ class GuardedAdamW(torch.optim.AdamW):
 def make_optimizer(
     config: OptimizerConfig, parameters: list[torch.nn.Parameter], total_updates: int, *, guarded: bool
 ) -> tuple[torch.optim.AdamW, torch.optim.lr_scheduler.LambdaLR]:
-    """(AdamW, its schedule). guarded: with clipping and the check of its own.
-
-    Fused, since the other variants need temporaries as large as all the parameters that they step.
-    """
+    """Return (AdamW, its schedule). guarded: `GuardedAdamW`."""
+    # The variants that are not fused need temporaries as large as all parameters.
     settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay, "fused": True}
     if guarded:
         optimizer = GuardedAdamW(parameters, grad_clip=config.grad_clip, **settings)
@@ -47,7 +44,7 @@ def make_optimizer(
 
 
 def lr_factor(config: OptimizerConfig, update: int, total_updates: int) -> float:
-    """What the learning rate is multiplied by on update 0, 1, ...: 1 from the first one unless a warm-up is asked for."""
+    """Return the factor of the learning rate for update 0, 1, ...; with warm-up, update 0 has 1 / warmup_updates."""
     warm = min(1.0, (update + 1) / config.warmup_updates) if config.warmup_updates else 1.0
     if config.schedule == "constant":
         return warm

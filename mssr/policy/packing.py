@@ -1,4 +1,4 @@
-"""Packing: sequences of different lengths end to end in one row, without padding, by a token budget."""
+"""Packs sequences of different lengths end to end into rows without padding, up to a token budget."""
 
 import math
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ IGNORED = -100  # target of a token that is not in the loss
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """Rows of `Sequences`, prompts and responses packed into L tokens, N of them response tokens.
+    """Some rows of `Sequences`, packed into L tokens, N of them response tokens.
 
     input_ids: [1, L] int64.
-    position_ids: [4, 1, L] int64: position in the sequence, then the temporal, height and width rotary positions.
+    position_ids: [4, 1, L] int64: position in the sequence; temporal, height and width rotary positions.
     mm_token_type_ids: [1, L] int32, 1 on image tokens, else 0.
-    layout: where each sequence is.
+    layout: positions of the sequences.
     pixel_values, image_grid_thw: the images in packed order, or None.
-    predicts: [N] int64, packed position whose hidden state predicts each response token (the one before it).
+    predicts: [N] int64, packed position of the token before each response token, whose hidden state predicts it.
     target: [N] int64, the response tokens.
-    row, column: [N] int64 on the CPU, place of each response token in the [B, R] tensors of the batch; [0] in an idle one.
+    row, column: [N] int64 on the CPU, position of each response token in [B, R]; [0] in an idle micro-batch.
     """
 
     input_ids: Tensor
@@ -39,11 +39,12 @@ class MicroBatch:
 
 
 def plan_micro_batches(lengths: list[int], token_budget: int, at_least: int = 1) -> list[list[int]]:
-    """Splits rows into the fewest groups that keep to the budget, evenly filled: longest first, into the emptiest group.
+    """Split rows into few, evenly filled groups within the budget; return the row numbers of each group, ascending.
 
-    lengths: tokens of each row. A row longer than the budget gets a group of its own.
-    at_least: lower bound on the number of groups (ranks must agree on it: every backward is a collective under ZeRO-2).
-    Returns the row numbers of each group, ascending; groups beyond the number of rows are empty.
+    Greedy: longest row first, into the emptiest group. A row longer than the budget gets its own group.
+
+    lengths: tokens of each row.
+    at_least: minimum number of groups, some possibly empty: under ZeRO-2 ranks must make the same number of backward passes.
     """
     over = sum(length > token_budget for length in lengths)
     within = sum(length for length in lengths if length <= token_budget)
@@ -61,10 +62,10 @@ def plan_micro_batches(lengths: list[int], token_budget: int, at_least: int = 1)
 
 
 def pack(batch: Sequences, rows: list[int], prompt_positions, image_token_id: int | None, device) -> MicroBatch:
-    """Packs the given rows.
+    """Pack the given rows.
 
-    prompt_positions: Prompt -> [3, P] int64 rotary positions of the prompt's tokens (the model's own rule for images).
-    image_token_id: None where the model reads text alone.
+    prompt_positions: Prompt -> [3, P] int64 rotary positions (`Policy.prompt_positions`).
+    image_token_id: None for a text model.
     """
     ids, positions, predicts, target, column, lengths = [], [], [], [], [], []
     start = 0
@@ -101,7 +102,7 @@ def pack(batch: Sequences, rows: list[int], prompt_positions, image_token_id: in
 
 
 def idle_micro_batch(device: torch.device) -> MicroBatch:
-    """Return two text tokens, the second one an ignored target: what a rank computes while others have rows left."""
+    """Return two text tokens, the second an ignored target: for a rank without rows while others have some."""
     return MicroBatch(
         input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device),
         position_ids=torch.arange(2, device=device).repeat(4, 1, 1),

@@ -1,10 +1,10 @@
-"""The optimiser's state by parameter name, whatever the layout: what a checkpoint holds, and any layout can load.
+"""Saves and loads the optimiser's state by parameter name, independent of ZeRO stage and number of ranks.
 
-DeepSpeed spreads master weights and moments over ranks: ZeRO-1 and -2 cut all parameters, laid end to end, into one
-stretch a rank; ZeRO-3 cuts each parameter; stage 0 holds everything everywhere. In all of them what a rank holds of one
-parameter is a range of its flattened elements, a piece. Pieces saved by one layout cover every parameter exactly once,
-so another layout, or number of ranks, copies the ranges that it holds. (DeepSpeed's own way between layouts, its
-universal checkpoint, is an offline conversion that writes everything again, and leaves stage 0 out.)
+DeepSpeed distributes master weights and moments over ranks: ZeRO-1 and -2 concatenate all parameters and give each rank one
+range; ZeRO-3 splits each parameter; stage 0 keeps everything on every rank. In all layouts a rank's part of a parameter is
+a range of its flattened elements, a piece. Saved pieces cover every parameter exactly once, so any other layout copies the
+ranges that it needs. (DeepSpeed's universal checkpoint is an offline conversion that writes everything again, and does not
+support stage 0.)
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ VALUES = ("master", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Elements start, start + 1, ... of a flattened parameter: [n] float32 views into what the optimiser works on."""
+    """Elements start, start + 1, ... of a flattened parameter, as [n] float32 views of the optimiser's state."""
 
     start: int
     master: Tensor
@@ -32,7 +32,7 @@ class Piece:
     exp_avg_sq: Tensor
 
     def cut(self, start: int, end: int) -> "Piece":
-        """Those of its elements that are number start to end - 1 of the parameter."""
+        """Return the part of the piece between elements start and end - 1 of the parameter."""
         first = max(start, self.start)
         count = max(0, min(end, self.start + len(self.master)) - first)
         values = (getattr(self, name).narrow(0, first - self.start if count else 0, count) for name in VALUES)
@@ -40,7 +40,7 @@ class Piece:
 
 
 def held_pieces(engine, parameters: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, Piece]]:
-    """What this rank's DeepSpeed engine holds of the trained parameters."""
+    """Yield this rank's pieces of the trained parameters."""
     find = (_whole, _stretch, _stretch, _share)[engine.zero_optimization_stage()]
     optimizer = torch_optimizer(engine)
     for name, parameter in parameters.items():
@@ -53,9 +53,9 @@ def held_pieces(engine, parameters: dict[str, torch.nn.Parameter]) -> Iterator[t
 
 
 def own_pieces(engine, parameters: dict[str, torch.nn.Parameter], world: World) -> Iterator[tuple[str, Piece]]:
-    """What this rank saves: together the ranks' pieces are every element once."""
+    """Yield the pieces that this rank saves: over all ranks, every element once."""
     for name, piece in held_pieces(engine, parameters):
-        if engine.zero_optimization_stage() == 0:  # all ranks hold all of it
+        if engine.zero_optimization_stage() == 0:  # every rank holds everything
             share = -(-len(piece.master) // world.size)
             piece = piece.cut(world.rank * share, (world.rank + 1) * share)
         if len(piece.master):
@@ -64,10 +64,7 @@ def own_pieces(engine, parameters: dict[str, torch.nn.Parameter], world: World) 
 
 @torch.no_grad()
 def load_pieces(engine, parameters: dict[str, torch.nn.Parameter], saved: "SavedPieces", updates: int) -> None:
-    """Masters, moments and the weights that the model works with.
-
-    updates: how many the saved state has seen, for AdamW's bias correction.
-    """
+    """Load masters, moments and the model's own weights. updates: made so far, for AdamW's bias correction."""
     for name, piece in held_pieces(engine, parameters):
         for value in VALUES:
             saved.fill(name, value, piece.start, getattr(piece, value))
@@ -79,12 +76,12 @@ def load_pieces(engine, parameters: dict[str, torch.nn.Parameter], saved: "Saved
             start = _share_start(parameter)
             count = max(0, min(share.numel(), parameter.ds_numel - start))
             saved.fill(name, "master", start, share.view(-1)[:count])
-        if parameter.numel():  # under ZeRO-3 those alone that every rank keeps
+        if parameter.numel():  # under ZeRO-3 only parameters that every rank keeps unsharded
             saved.fill(name, "master", 0, parameter.data.view(-1))
 
 
 class SavedPieces:
-    """The pieces in a checkpoint's files, read where they are needed (memory-mapped)."""
+    """The pieces in a checkpoint's files, memory-mapped."""
 
     def __init__(self, files: list[Path]) -> None:
         self._found: dict[str, list[dict]] = {}
@@ -93,10 +90,10 @@ class SavedPieces:
                 self._found.setdefault(name, []).append(piece)
 
     def fill(self, name: str, value: str, start: int, out: Tensor) -> None:
-        """out, [n] of any dtype, becomes elements start to start + n - 1 of the parameter's value.
+        """Copy elements start to start + n - 1 of a parameter's value into out, [n] of any dtype.
 
         Raises:
-            UserError: the files do not have all of them.
+            UserError: elements are missing in the files.
         """
         missing = len(out)
         for piece in self._found.get(name, []):
@@ -110,7 +107,7 @@ class SavedPieces:
 
 
 def save_pieces(pieces: Iterator[tuple[str, Piece]]) -> dict[str, dict]:
-    """Copies in host memory, as `SavedPieces` reads them from a file's "pieces"."""
+    """Copy pieces to host memory, in the format that `SavedPieces` reads."""
     copies = {}
     for name, piece in pieces:
         values = {value: getattr(piece, value).to("cpu", copy=True) for value in VALUES}
@@ -119,7 +116,7 @@ def save_pieces(pieces: Iterator[tuple[str, Piece]]) -> dict[str, dict]:
 
 
 def torch_optimizer(engine) -> torch.optim.Optimizer:
-    """The AdamW under DeepSpeed's wrapper, if it has one."""
+    """Return the AdamW inside DeepSpeed's wrapper, if there is one."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
@@ -128,16 +125,16 @@ def shapes(parameters: dict[str, torch.nn.Parameter]) -> dict[str, list[int]]:
 
 
 def _whole(engine, parameter: torch.nn.Parameter) -> tuple[int, Tensor, int, int]:
-    """(number of the first element, the tensor that AdamW steps, where in it the piece begins, its length)."""
+    """Return (first element's number, the tensor that AdamW updates, the piece's offset in it, its length)."""
     return 0, parameter, 0, parameter.numel()
 
 
 def _stretch(engine, parameter: torch.nn.Parameter) -> tuple[int, Tensor, int, int] | None:
-    """As `_whole`; None where all of the parameter is on other ranks."""
+    """As `_whole`; None if the parameter is entirely on other ranks."""
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
-    # DeepSpeed's links to the moments are not used: they are stale once those were moved to the host and back.
+    # Not DeepSpeed's links to the moments, which are stale after `PolicyEngine.optimizer_offloaded`.
     flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
     return mapping.lp_fragment_address.start, flat, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
 
@@ -156,7 +153,7 @@ def _share_start(parameter: torch.nn.Parameter) -> int:
 
 def _moments(optimizer: torch.optim.Optimizer, flat: Tensor) -> dict[str, Tensor]:
     state = optimizer.state[flat]
-    if not state:  # AdamW makes them in its first step, ZeRO at once
+    if not state:  # AdamW creates them in its first step, ZeRO at once
         zeros = {name: torch.zeros_like(flat, memory_format=torch.preserve_format) for name in VALUES[1:]}
         state.update(step=torch.zeros((), dtype=torch.float32, device=flat.device), **zeros)
     return state

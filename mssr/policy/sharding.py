@@ -1,4 +1,4 @@
-"""ZeRO-3: the policy in shares, one a rank, and whole again for who cannot work with shares."""
+"""ZeRO-3 sharding of the policy, and gathering a full copy."""
 
 import warnings
 
@@ -15,23 +15,19 @@ from mssr.policy.loading import apply_options, load_policy
 from mssr.policy.model import Policy
 from mssr.policy.weights import BUCKET_BYTES, named_weights
 
-# Parameters up to this many elements stay whole on every rank. Norm weights of models up to 7B do, which would be a
-# collective each; a bias travels with its layer's weight anyway.
+# Parameters up to this many elements stay unsharded on every rank. These are the norm weights of models up to 7B, which
+# would need a collective each; a bias is gathered with its layer's weight anyway.
 PERSISTENT_NUMEL = 4000
 
 
 def load_partitioned_policy(
-    path: str,
-    dtype: torch.dtype,
-    world: World,
-    deepspeed_settings: dict,
-    options: ModelConfig | None = None,
+    path: str, dtype: torch.dtype, world: World, deepspeed_settings: dict, options: ModelConfig | None = None
 ) -> Policy:
-    """`load_policy`, with this rank's share of every parameter in place of the whole.
+    """Load the policy as `load_policy`, with this rank's shard of every parameter.
 
-    Rank 0 alone reads the files, with all the checks that has, and the others receive parameter by parameter: the model is
-    whole only in rank 0's host memory, and a device never holds more than its share and one parameter. (transformers'
-    own ZeRO-3 loading reads everything on every rank, and does not check shapes or what is missing.)
+    Only rank 0 reads and checks the files; the others receive one parameter at a time. So only rank 0's host memory holds
+    the full model, and a device never holds more than its shard and one parameter. (transformers' own ZeRO-3 loading
+    reads everything on every rank, and does not check shapes or missing weights.)
 
     Raises:
         UserError: as `load_policy`, on every rank.
@@ -59,22 +55,22 @@ def load_partitioned_policy(
         buffer.data = buffer.data.to(world.device)
         if world.size > 1:
             dist.broadcast(buffer.data, src=0)
-    # DeepSpeed's collectives, which torch is renaming: a line for every call of every layer.
+    # torch warns about the old names of DeepSpeed's collectives at every call of every layer.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     import deepspeed  # reads DS_ACCELERATOR when imported, which start_world sets
 
-    # Parameter by parameter: to the device, rank 0's values to all, and but for the share away again.
+    # For each parameter in turn: moves it to the device, broadcasts rank 0's values, keeps the shard.
     deepspeed.zero.Init(module=policy, config_dict_or_path=deepspeed_settings, dtype=dtype)
     return policy
 
 
 class WholeCopy:
-    """A partitioned policy's weights, whole on this rank, in a policy that no ZeRO hook is in.
+    """A full copy of a sharded policy on this rank, without ZeRO's hooks.
 
-    For what runs the model at its own pace, such as generation: under the hooks every module call of a rank waits for the
-    others', and their responses are not as long. It takes a device the memory of the model in its own dtype.
+    For generation, where ranks make different numbers of module calls: under the hooks each call waits for all ranks. It
+    costs the memory of the full model in its dtype.
 
-    policy: the copy. `update`: makes it equal to the partitioned one; a collective.
+    policy: the copy.
     """
 
     def __init__(self, partitioned: Policy, device: torch.device) -> None:
@@ -89,13 +85,14 @@ class WholeCopy:
 
     @torch.no_grad()
     def update(self, partitioned: Policy) -> None:
+        """Copy the sharded policy's weights. Collective."""
         own = dict(self.policy.model.named_parameters(remove_duplicate=False))
         for name, weight in named_weights(partitioned, BUCKET_BYTES):
             own[name].copy_(weight)
 
 
 def _empty_policy(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Policy:
-    """The architecture, ties included, around memory that nobody has written to."""
+    """Return a policy with uninitialised weights, tied where the model ties them."""
     with torch.device("meta"):
         auto_class = family_of(config).auto_class
         model = auto_class.from_config(config, dtype=dtype, attn_implementation=attention.SDPA)

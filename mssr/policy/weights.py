@@ -1,9 +1,7 @@
-"""The policy's weights, whole and by name, for whoever needs them outside the model: the sampler, a saved file.
+"""The policy's weights by name, unsharded and with LoRA adapters merged, for the sampler and for saved models.
 
-Under ZeRO-3 a rank holds a share of each parameter, and `parameter.numel()` is 0. Gathering parameter by parameter costs a
-collective each, gathering everything at once costs the whole model: buckets of bounded size are between the two.
-
-Adapters (LoRA) are merged on the way out, so that nobody else need know of them.
+Under ZeRO-3 a rank holds a shard of each parameter, and `parameter.numel()` is 0. Gathering one parameter at a time needs
+too many collectives, gathering all at once the memory of the model, so buckets of bounded size are gathered.
 """
 
 from collections.abc import Iterator
@@ -16,16 +14,16 @@ from torch import Tensor, nn
 from mssr.policy.lora import adapted_layers, adapter_parts, merged, own_name
 from mssr.policy.model import Policy
 
-BUCKET_BYTES = 512 << 20  # where there is no reason for another: a layer or two of a 7B, a small part of a device
+BUCKET_BYTES = 512 << 20  # the default: a layer or two of a 7B model, a small part of a device's memory
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """[...], of all ranks' shares together."""
+    """Return the shape of the unsharded parameter."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def weight_shapes(policy: Policy) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """Shape and dtype of what `named_weights` gives, by name, in its order; nothing is gathered."""
+    """Return shape and dtype of what `named_weights` yields, by name and in its order, without gathering."""
     return {
         name: (whole_shape(weight.parameter), weight.parameter.dtype)
         for weight in _weights(policy)
@@ -34,17 +32,17 @@ def weight_shapes(policy: Policy) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def untied_names(policy: Policy) -> set[str]:
-    """Every weight's first name, the one it is saved under."""
+    """Return every weight's first name, under which it is saved."""
     return {weight.names[0] for weight in _weights(policy)}
 
 
 def named_weights(policy: Policy, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model under its name in the state dict of the model without adapters, whole, on this rank's device.
+    """Yield every weight, unsharded and on this rank's device, by its name in the model without adapters.
 
-    In the layers' order; a tied weight under each of its names, one after the other. Up to ZeRO-2 these are the
-    parameters' own values, no copies; a weight with an adapter is one, merged when its turn comes. Under ZeRO-3 they are
-    gathered in buckets of at most `bucket_bytes` (a larger parameter alone), each let go of before the next; a tensor that
-    is kept keeps its bucket's memory. That makes it a collective: every rank must go through all of them.
+    In the order of the layers; a tied weight comes under each of its names in turn. Up to ZeRO-2 the tensors are the
+    parameters' own values, except that merged adapters are copies. Under ZeRO-3 they are gathered in buckets of at most
+    `bucket_bytes` (a larger parameter alone), and each bucket is released before the next; a kept tensor keeps its bucket's
+    memory. Then this is a collective, and every rank must consume the whole iterator.
     """
     for bucket in _buckets(policy, bucket_bytes if policy.partitioned else None):
         with gathered([part for weight in bucket for part in weight.parts]):
@@ -56,7 +54,7 @@ def named_weights(policy: Policy, bucket_bytes: int) -> Iterator[tuple[str, Tens
 
 @contextmanager
 def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Parameters are whole in here, to be read only. A collective where ZeRO-3 holds them, else nothing."""
+    """Context in which parameters are unsharded, for reading only. A collective under ZeRO-3, else nothing."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         yield
         return
@@ -68,7 +66,7 @@ def gathered(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class _Weight:
-    """names: all of the parameter's. layer: the adapted layer that the parameter is the weight of, else None."""
+    """names: all names of the parameter. layer: the adapted layer whose weight it is, or None."""
 
     names: list[str]
     parameter: nn.Parameter
@@ -76,7 +74,7 @@ class _Weight:
 
     @property
     def parts(self) -> list[nn.Parameter]:
-        """What must be whole for `value`."""
+        """The parameters that `value` needs unsharded."""
         return [self.parameter] if self.layer is None else [self.parameter, *adapter_parts(self.layer)]
 
     @property
@@ -89,7 +87,7 @@ class _Weight:
 
 
 def _buckets(policy: Policy, limit: int | None) -> Iterator[list[_Weight]]:
-    """Neighbours whose bytes together keep to the limit."""
+    """Yield groups of consecutive weights within the limit; None: one group."""
     bucket, filled = [], 0
     for weight in _weights(policy):
         if bucket and limit is not None and filled + weight.nbytes > limit:
@@ -101,7 +99,7 @@ def _buckets(policy: Policy, limit: int | None) -> Iterator[list[_Weight]]:
 
 
 def _weights(policy: Policy) -> list[_Weight]:
-    """In the layers' order."""
+    """Return all weights in the order of the layers."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in policy.model.named_parameters(remove_duplicate=False):
         if (own := own_name(name)) is not None:

@@ -44,9 +44,7 @@ def _train(run: Run, book: Bookkeeping) -> None:
     algorithm = ALGORITHMS[config.algorithm.name]
     share = Shares(config.responses_per_step, config.train.responses_per_update, world)
     engine = run.policy_engine(
-        config.train.optimizer,
-        temperature=config.rollout.temperature,
-        total_updates=config.total_updates,
+        config.train.optimizer, temperature=config.rollout.temperature, total_updates=config.total_updates
     )
     tracker = ValueTracker(config.algorithm.tracker)
     rollout_phase = RolloutPhase(run, engine, share, tracker)

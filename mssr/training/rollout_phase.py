@@ -53,13 +53,7 @@ class StepRollouts:
         return {"perf/rollout_seconds": self.seconds, "rollout/staleness": float(staleness)}
 
 
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """Prompts to answer in one call, with their noise streams and expected response lengths."""
-
-    prompts: list[Prompt]
-    streams: list[int]
-    expected: list[float]
+Request = tuple[list[Prompt], list[int]]  # prompts to answer in one call, and their noise streams
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +134,7 @@ class RolloutPhase:
                 self.prepare(step + 1)  # again, because loading a refill cancels it
         return taken
 
-    def _answer(self, request: _Request, clock: Stopwatch) -> StepRollouts:
+    def _answer(self, request: Request, clock: Stopwatch) -> StepRollouts:
         with clock("generate"):
             sampled = self._generate(request)
         return self._graded(sampled, clock)
@@ -179,17 +173,16 @@ class RolloutPhase:
             taken.tokens + others.tokens,
         )
 
-    def _request(self, step: int, rows: list[int]) -> _Request:
+    def _request(self, step: int, rows: list[int]) -> Request:
         """Load the step's prompts, and start to prepare the next step's."""
         request = self._load(rows, self._share.slots, "train", step)
         self.prepare(step + 1)
         return request
 
-    def _load(self, rows: list[int], slots: list[int], purpose: str, step: int) -> _Request:
+    def _load(self, rows: list[int], slots: list[int], purpose: str, step: int) -> Request:
         """Load the prompt of each slot. rows: of every prompt of the step. purpose: tells noise streams apart."""
         prompts = self._run.problems.load(self._rows_of(rows, slots))
-        streams = noise_streams(self._run.config.seed, purpose, step, slots)
-        return _Request(prompts, streams, self.lengths.expected([prompt.key for prompt in prompts]))
+        return prompts, noise_streams(self._run.config.seed, purpose, step, slots)
 
     def prepare(self, step: int) -> None:
         """Start to prepare the prompts of `step` in the background.
@@ -203,15 +196,13 @@ class RolloutPhase:
         """Return the row of each slot. rows: of every prompt of the step."""
         return [rows[slot // self._config.responses_per_prompt] for slot in slots]
 
-    def _generate(self, request: _Request) -> _Sampled:
+    def _generate(self, request: Request) -> _Sampled:
         started = time.perf_counter()
-        grading = self._run.grader.begin(request.prompts)
+        prompts, streams = request
+        expected = self.lengths.expected([prompt.key for prompt in prompts])
+        grading = self._run.grader.begin(prompts)
         rollouts = self._rollout.generate(
-            request.prompts,
-            request.streams,
-            self._config.temperature,
-            expected_tokens=request.expected,
-            on_response=grading,
+            prompts, streams, self._config.temperature, expected_tokens=expected, on_response=grading
         )
         return _Sampled(rollouts, grading, time.perf_counter() - started)
 

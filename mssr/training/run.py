@@ -55,14 +55,8 @@ class Run:
         return problems
 
     def policy_engine(self, optimizer: OptimizerConfig, *, temperature: float, total_updates: int) -> PolicyEngine:
-        return PolicyEngine(
-            self.config.model,
-            optimizer,
-            self.config.train,
-            self.world,
-            temperature=temperature,
-            total_updates=total_updates,
-        )
+        model, train = self.config.model, self.config.train
+        return PolicyEngine(model, optimizer, train, self.world, temperature=temperature, total_updates=total_updates)
 
     def frozen_policy(self) -> Policy:
         """Load the model for inference only (`mssr eval`)."""
@@ -150,11 +144,8 @@ class Run:
                 "restore it, or set another run_dir"
             )
 
-    def close(self) -> None:
-        self._open.close()
-
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
+        self._open.close()
