@@ -126,14 +126,15 @@ def plan(
     context: Annotated[
         str | None, typer.Option(help="mean PROMPT,RESPONSE tokens for the step time; default: half of the limits")
     ] = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Predict GPU memory and step time without loading the model. Exit code 1: the run does not fit."""
     settings = load_config(config, overrides)
     from mssr.planning.plan import plan_run
-    from mssr.planning.report import print_plan
+    from mssr.planning.report import as_json, print_plan
 
     found = plan_run(settings, gpu, gpus, context)
-    print_plan(found)
+    print(as_json(found)) if json else print_plan(found)
     raise typer.Exit(found.exit_code)
 
 

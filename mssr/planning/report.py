@@ -1,4 +1,7 @@
-"""Prints a plan: memory by phase, the changes that make the run fit, step time, assumptions."""
+"""A plan as tables and as JSON: memory by phase, the changes that make the run fit, step time, assumptions."""
+
+import json
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
@@ -10,6 +13,41 @@ from mssr.planning.step_time import NOTES
 from mssr.stopwatch import GIB
 
 PHASES = ("generate", "scoring", "forward_backward", "optimizer")
+
+
+def as_json(plan: RunPlan) -> str:
+    """Return one JSON object; memory in GiB, time in seconds."""
+    return json.dumps(_as_dict(plan), indent=2)
+
+
+def _as_dict(plan: RunPlan) -> dict[str, Any]:
+    memory, parameters = plan.memory, plan.memory.parameters
+    return {
+        "model": plan.model,
+        "parameters": parameters.total,
+        "trained_parameters": parameters.trained,
+        "gpu": plan.gpu.key,
+        "gpus": plan.machine.gpus,
+        "device_gib": _gib(plan.machine.memory),
+        "memory_gib": {
+            phase: {part: _gib(size) for part, size in parts.items()} | {"total": _gib(memory.total(phase))}
+            for phase, parts in memory.phases.items()
+        },
+        "peak_gib": _gib(memory.peak),
+        "peak_phase": memory.worst,
+        "host_gib_per_rank": {part: _gib(size) for part, size in memory.host.items()},
+        "fits": plan.fits,
+        "advice": None
+        if plan.advice is None
+        else {"changes": plan.advice.changes, "peak_gib": _gib(plan.advice.peak), "fits": plan.advice.fits},
+        "step_seconds_estimate": None
+        if plan.time is None
+        else {phase: round(seconds, 2) for phase, seconds in plan.time.seconds.items()}
+        | {"total": round(plan.time.total, 2)},
+        "concurrent_responses": None if plan.time is None else plan.time.concurrent,
+        "mean_tokens": {"prompt": plan.mean.prompt, "response": plan.mean.response, "image": plan.mean.image},
+        "assumptions": [*plan.assumptions, *(NOTES if plan.time else ())],
+    }
 
 
 def print_plan(plan: RunPlan, console: Console | None = None) -> None:
