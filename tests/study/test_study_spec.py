@@ -163,7 +163,7 @@ def test_more_jobs_on_the_command_line_are_checked_too(write):
         spec.with_jobs(2)
 
 
-STUDIES = [path for path in (ROOT / "configs").glob("*.yaml") if "arms" in yaml.safe_load(path.read_text())]
+STUDIES = [path for path in (ROOT / "bench/study/configs").glob("*.yaml") if "arms" in yaml.safe_load(path.read_text())]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
