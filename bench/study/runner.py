@@ -5,6 +5,7 @@ import json
 import os
 import queue
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -13,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from bench import machine
+from bench.child import Child, Ended
 from bench.study.grid import PlannedRun
-from bench.study.machine import machine_facts
 from bench.study.process import (
     GRACE_S,
     LOG,
-    Child,
-    Ended,
     diverged,
     environment,
     last_line,
@@ -83,7 +85,7 @@ class Runner:
             command = train_command(self.config_file, run.overrides, self.ranks)
             env = environment(slot, self.ranks, gpus)
             (run.folder / LOG).unlink(missing_ok=True)  # of an attempt that failed: its reason would be taken for ours
-            child = self._children[run.name] = Child(command, env, run.folder / LOG, lock)
+            child = self._children[run.name] = _start(command, env, run.folder / LOG, lock)
             if self._stopping.is_set():  # asked between the look above and the start
                 child.stop()
             return _conclude(run, child.wait(), command)
@@ -103,6 +105,14 @@ class Runner:
             child.stop(number)
 
 
+def _start(command: list[str], env: dict[str, str], log: Path, lock: int) -> Child:
+    """lock: a descriptor that the run keeps open: while it lives, the study's folder stays locked."""
+    with log.open("ab") as file:
+        return Child(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,)
+        )
+
+
 def _conclude(run: PlannedRun, ended: Ended, command: list[str]) -> Outcome:
     """Keeps what the attempt cost; `finished.json`, which makes a run finished, is written last."""
     with (run.folder / ATTEMPTS).open("a") as file:
@@ -119,7 +129,7 @@ def _conclude(run: PlannedRun, ended: Ended, command: list[str]) -> Outcome:
         "wall_seconds": round(sum(attempt["wall_seconds"] for attempt in attempts), 2),
         "cpu_seconds": round(sum(attempt["cpu_seconds"] for attempt in attempts), 2),
         "command": command[1:],  # without the interpreter's path
-        "machine": machine_facts(),
+        "machine": machine.facts("cuda" if torch.cuda.is_available() else "cpu"),
     }
     write_whole(run.folder / FINISHED, json.dumps(finished, indent=2) + "\n")
     return outcome
