@@ -29,6 +29,7 @@ class Died(RuntimeError):
     """The process did not end well. The message says how; `output` is the end of what it wrote."""
 
     output = ""
+    rank = 0
 
 
 class OutOfTime(Died):
@@ -99,6 +100,7 @@ def events(
         lines: queue.Queue = queue.Queue()
         shared = changes | {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         children, logs = [], [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
+        noise: list[str] = []  # what libraries print on standard output
         for rank, log in enumerate(logs):
             child = Child(
                 [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
@@ -114,11 +116,11 @@ def events(
             with contextlib.suppress(BrokenPipeError), child.process.stdin:
                 json.dump(request, child.process.stdin)
         try:
-            yield from _listen(children, logs, lines, ends, silence)
+            yield from _listen(children, logs, lines, noise, ends, silence)
         except Died as error:
             for child in children:
                 child.end()
-            error.output = _tail(logs[getattr(error, "rank", 0)])
+            error.output = ("".join(noise) + _tail(logs[error.rank]))[-OUTPUT:]
             raise
 
 
@@ -152,7 +154,9 @@ def _read(rank: int, stream, lines: queue.Queue) -> None:
     lines.put((rank, None))
 
 
-def _listen(children: list[Child], logs: list, lines: queue.Queue, ends: float, silence: float) -> Iterator[dict]:
+def _listen(
+    children: list[Child], logs: list, lines: queue.Queue, noise: list[str], ends: float, silence: float
+) -> Iterator[dict]:
     running, last = len(children), time.monotonic()
     while running:
         left, quiet = ends - time.monotonic(), last + silence - time.monotonic()
@@ -175,8 +179,8 @@ def _listen(children: list[Child], logs: list, lines: queue.Queue, ends: float, 
             last = time.monotonic()
             yield json.loads(line)
             last = time.monotonic()
-        else:  # what libraries print belongs to the log
-            os.write(logs[rank].fileno(), line.encode())
+        else:
+            noise.append(line)
 
 
 def _died(rank: int, code: int, logs: list, ranks: int) -> Died:

@@ -16,6 +16,7 @@ A provider that is not installed is listed as "not installed", one that fails wi
 Tasks: "loss" is forward and backward with all gradients, "frozen" without the head's gradient, "forward" log-probs and
 entropy without gradients (or the loss, from providers that return only that). Every shape is measured in a process of its
 own, so that a provider which crashes or hangs costs only its own figures; --out has kernels.json after every case.
+Exit code: 1 if one of ours failed, else 0.
 
 The head of --quick is far narrower than a model's: passes over the logits weigh more in it, and chunks of few rows make
 products slower. Its time ratios are not those of a model's head.
@@ -48,7 +49,7 @@ SLOW = "torch linear CE chunked"  # would take a fifth of the time of --quick
 MEMORY_PROCESSES = 2  # at a time; they do not disturb each other's figures
 
 
-def main(words: list[str] | None = None):
+def main(words: list[str] | None = None) -> int:
     arguments = parse_arguments(words)
     settings = Settings(
         arguments.device, arguments.repeats, arguments.seed, arguments.workspace_mib, arguments.vocab_drop_tol
@@ -69,6 +70,7 @@ def main(words: list[str] | None = None):
         report["not_run"].append("the rest: interrupted")
         run.save()
     report_of.show(tables.kernels(report))
+    return int(any(report_of.is_ours(name) for case in report["cases"] for name in report_of.failures(case)))
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -225,4 +227,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,7 @@ from . import heap
 MIB, GIB = 1 << 20, 1 << 30
 
 
-def peak_extra_bytes(job: Callable[[], None], device: str) -> int:
+def peak_extra_bytes(job: Callable[[], object], device: str) -> int:
     """Return the most that `job` held at any time beyond what was held before, including what it leaves behind.
 
     Run it once before: what a first call loads, compiles or caches does not count. On a CPU, call `heap.give_back` first.
@@ -19,6 +19,12 @@ def peak_extra_bytes(job: Callable[[], None], device: str) -> int:
     Raises:
         RuntimeError: there is no /proc.
     """
+    held, peak = peak_bytes(job, device)
+    return max(0, peak - held)
+
+
+def peak_bytes(job: Callable[[], object], device: str) -> tuple[int, int]:
+    """Return the bytes held before `job`, and at its peak."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -26,12 +32,12 @@ def peak_extra_bytes(job: Callable[[], None], device: str) -> int:
         before = torch.cuda.memory_allocated()
         job()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    heap.trim()
+        return before, torch.cuda.max_memory_allocated()
+    heap.trim()  # memory freed earlier must not count as held
     before = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident set
     job()
-    return max(0, resident_bytes("VmHWM") - before)
+    return before, resident_bytes("VmHWM")
 
 
 def resident_bytes(field: str) -> int:

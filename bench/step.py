@@ -13,7 +13,7 @@ in a process of its own, on the same weights and rows:
 
 Two updates warm up and are checked: one without shaping, where all three compute the same loss, and one with it, where eager
 and mssr do. Loss and gradient norm must agree with eager's.
-Time: median (lowest to highest). Memory: the peak of the timed updates, from the allocator on CUDA, else the resident set,
+Time: median (lowest to highest). Memory: the peak of one more update, from the allocator on CUDA, else the resident set,
 libraries included; `extra` is the part that was not held before. MFU: model FLOPs of forward and backward (recomputation does
 not count) per second, relative to the GPU's data sheet, `--peak-tflops`, or else a large product measured beforehand.
 """
@@ -25,21 +25,14 @@ from pathlib import Path
 import mssr.environment  # noqa: F401  first, as in mssr.cli  # isort: skip
 import torch
 
-from mssr.config import validate_config
-from mssr.planning.memory import Machine, MemoryPlanner
-from mssr.planning.trace import MicroBatchShape
-
 from . import report as report_of
 from . import tables
 from .child import result
-from .machine import available_bytes
-from .memory import GIB
 from .report import EAGER
-from .step_case import LEAST_TOKENS, SIZES, device_tflops, make_batch, model_options, sequence_lengths, zero_stage
+from .step_case import LEAST_TOKENS, SIZES, device_tflops
 from .step_heads import HEADS
 
 CASE_LIMIT = 600  # seconds
-LIBRARIES = 0.8 * GIB  # resident without a model, as measured
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # relative, of loss and gradient norm
 SHAPED_HEADS = ("eager", "mssr")
 
@@ -66,6 +59,8 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(words)
     arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
     arguments.tokens = arguments.tokens or SIZES[arguments.size].tokens
+    if arguments.device == "cpu" and not SIZES[arguments.size].small:
+        parser.error(f"--size {arguments.size} is for a GPU: on a CPU take tiny or 65k")
     if arguments.tokens < LEAST_TOKENS:
         parser.error(f"--tokens {arguments.tokens}: at least {LEAST_TOKENS}")
     return arguments
@@ -78,12 +73,10 @@ def measure(arguments: argparse.Namespace, words: list[str] | None = None, limit
         roof, source = arguments.peak_tflops, "--peak-tflops"
     settings = {key: getattr(arguments, key) for key in ("size", "tokens", "dtype", "repeats")}
     report = report_of.new("bench.step", words, arguments.device, settings)
-    predicted = predicted_bytes(arguments)
-    # Predicted by `mssr plan`, with the trainer's own head; on a CPU without libraries.
-    report |= {"roof": {"tflops": roof, "source": source}, "predicted_gib": predicted / GIB}
+    report["roof"] = {"tflops": roof, "source": source}
     for head in (name for name in HEADS if name in arguments.heads):
         case = one_case(head, roof, arguments)
-        why = why_not(head, predicted, arguments)
+        why = HEADS[head].provider.why_not(arguments.device, None)
         found = {"skipped": why} if why else result("bench.step_case", case, limit=limit)
         if "error" in found:
             print(f"{head}: {found['error']}\n{found['output']}", file=sys.stderr)
@@ -95,34 +88,6 @@ def measure(arguments: argparse.Namespace, words: list[str] | None = None, limit
 def one_case(head: str, roof: float, arguments: argparse.Namespace) -> dict:
     common = {key: getattr(arguments, key) for key in ("size", "tokens", "device", "dtype", "repeats")}
     return {"head": head, "roof_tflops": roof} | common
-
-
-def predicted_bytes(arguments: argparse.Namespace) -> int:
-    """Return the peak of the update that `mssr plan` predicts."""
-    size = SIZES[arguments.size]
-    config, batch = size.config(), make_batch(size.config(), arguments.tokens)
-    grids = tuple(tuple(p.image_grid_thw[0].tolist()) for p in batch.prompts if p.image_grid_thw is not None)
-    shape = MicroBatchShape(tuple(sequence_lengths(arguments.tokens)), int(batch.lengths.sum()), grids)
-    model = model_options(size, arguments.dtype).model_dump()
-    settings = validate_config({
-        "run_dir": "unused", "model": model, "data": {"train": "unused"}, "rollout": {"engine": "hf"},
-        "algorithm": {"kl_coef": 0.0}, "train": {"zero_stage": zero_stage(arguments.dtype)},
-    })  # fmt: skip
-    memory = MemoryPlanner(config, Machine(arguments.device, 1)).predict(settings, shape, micro_batches=1)
-    return max(memory.total("forward_backward"), memory.total("optimizer"))
-
-
-def why_not(head: str, predicted: int, arguments: argparse.Namespace) -> str | None:
-    """Return why this case is not run here: a machine out of memory would kill other work too; a GPU just refuses."""
-    if why := HEADS[head].provider.why_not(arguments.device, None):
-        return why
-    if arguments.device == "cuda":
-        return None
-    logits = 4 * arguments.tokens * 2 // 3 * SIZES[arguments.size].config().get_text_config().vocab_size
-    needed, available = LIBRARIES + predicted + (4 * logits if head == EAGER else 0), available_bytes()
-    if needed > 0.9 * available:
-        return f"needs about {needed / GIB:.0f} GiB of memory, {available / GIB:.0f} are available"
-    return None
 
 
 def compare(cases: list[dict], dtype: str) -> None:

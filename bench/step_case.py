@@ -3,14 +3,12 @@
 python -m bench.step_case, with {"size": "tiny", "head": "mssr", ...} on standard input
 """
 
-import gc
 import json
 import math
 import statistics
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -32,9 +30,9 @@ from mssr.policy.model import Policy
 from mssr.stopwatch import Stopwatch
 from mssr_kernels import PolicyLossConfig
 
-from . import heap, models, roofs
+from . import models, roofs
 from .child import say
-from .memory import GIB, resident_bytes
+from .memory import GIB, peak_bytes
 from .step_heads import HEADS
 
 SEQUENCES = 8  # of a micro-batch, their lengths as 1 : 2 : ... : 8
@@ -93,6 +91,7 @@ def measure(world: World, case: dict) -> dict:
         stats = engine.update(batch, loss_config)
         checked[name] = {"loss": stats.metrics["policy_loss"], "grad_norm": stats.grad_norm}
     steps = [timed_step(engine, batch, options, world, case["roof_tflops"]) for _ in range(case["repeats"])]
+    held, peak = peak_bytes(lambda: engine.update(batch, PolicyLossConfig()), world.device.type)
     parameters = list(engine.policy.parameters())
     found = {name: [step[name] for step in steps] for name in steps[0]}
     return {
@@ -105,8 +104,8 @@ def measure(world: World, case: dict) -> dict:
         "zero_stage": zero_stage(case["dtype"]),
         "checked": checked,
         "seconds_spread": [min(found["seconds"]), max(found["seconds"])],
-        **{name: statistics.median(values) for name, values in found.items() if not name.endswith("_gib")},
-        **{name: max(values) for name, values in found.items() if name.endswith("_gib")},
+        **{name: statistics.median(values) for name, values in found.items()},
+        **{"held_gib": held / GIB, "peak_gib": peak / GIB, "extra_gib": (peak - held) / GIB},
     }
 
 
@@ -196,12 +195,10 @@ def random_tokens(config: PretrainedConfig, count: int, generator: torch.Generat
 
 
 def timed_step(engine: PolicyEngine, batch: RolloutBatch, options: ModelConfig, world: World, roof: float) -> dict:
-    """Make one update; return seconds of it and its phases, GiB at its peak and held before it, and rates."""
-    held = start_of_memory(world)
+    """Make one update; return seconds of it and its phases, and rates."""
     clock = Stopwatch(world.device)
     stats = engine.update(batch, PolicyLossConfig(), clock=clock)
     seconds = sum(clock.seconds[phase] for phase in PHASES)
-    peak = peak_bytes(clock, world)
     rates = utilisation(work_of_step(engine.policy, options, batch, [stats]), clock, world, roof)
     return {
         "seconds": seconds,
@@ -210,32 +207,11 @@ def timed_step(engine: PolicyEngine, batch: RolloutBatch, options: ModelConfig, 
         "tflops": rates["perf/update_tflops"],
         "hardware_tflops": rates["perf/hardware_tflops"],
         "mfu": rates["perf/mfu"],
-        "peak_gib": peak / GIB,
-        "held_gib": held / GIB,
-        "extra_gib": (peak - held) / GIB,
     }
 
 
 def tokens_of(batch: RolloutBatch) -> int:
     return sum(len(prompt.token_ids) for prompt in batch.prompts) + int(batch.lengths.sum())
-
-
-def start_of_memory(world: World) -> int:
-    """Return the bytes held between steps, and reset the peak."""
-    gc.collect()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-        return torch.cuda.memory_allocated()
-    heap.trim()  # memory freed earlier must not count as held
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident set
-    return resident_bytes("VmRSS")
-
-
-def peak_bytes(clock: Stopwatch, world: World) -> int:
-    """Return the peak: on CUDA of the phases (the stopwatch resets it at their start), on a CPU of the resident set."""
-    if world.device.type == "cuda":
-        return int(max(clock.memory[f"memory/{phase}_gib"] for phase in PHASES) * GIB)
-    return resident_bytes("VmHWM")
 
 
 def device_tflops(device: torch.device, dtype: str) -> tuple[float, str]:

@@ -9,13 +9,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from . import heap, models
 from .child import say
-from .memory import GIB, MIB, resident_bytes
+from .memory import GIB, MIB, peak_extra_bytes, resident_bytes
 from .models import Size
 from .roofs import synchronize
 
@@ -75,9 +74,7 @@ def measure(world, case: dict) -> dict:
     sizes = [shape.numel() * dtype.itemsize for shape, dtype in weights]
     return {
         "parameters": sum(shape.numel() for shape, _ in weights),
-        "tensors": len(sizes),
         "bytes": sum(sizes),
-        "largest_tensor_mib": max(sizes) / MIB,
         "threads": torch.get_num_threads(),
         "seconds": statistics.median(seconds),
         "seconds_spread": [min(seconds), max(seconds)],
@@ -105,22 +102,13 @@ def peak_extras(call: Callable[[], None], world, case: dict) -> int:
 
 def peak_extra(call: Callable[[], None], world) -> int:
     """Return the bytes at the peak of a call. vLLM is awake before, so its own weights and cache do not count."""
-    gc.collect()
     world.barrier()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        allocated, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-        call()
-        torch.cuda.synchronize()
-        # The second term includes what did not go through torch's allocator, which keeps what it took from the device.
-        return max(torch.cuda.max_memory_allocated() - allocated, free - torch.cuda.mem_get_info()[0])
-    heap.trim()  # memory freed earlier must not count as held
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident set
-    before = resident_bytes("VmRSS")
-    call()
-    return resident_bytes("VmHWM") - before
+    if world.device.type != "cuda":
+        return peak_extra_bytes(call, "cpu")
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    # The second term includes what did not go through torch's allocator, which keeps what it took from the device.
+    return max(peak_extra_bytes(call, "cuda"), free - torch.cuda.mem_get_info()[0])
 
 
 def start_eager():

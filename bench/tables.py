@@ -9,6 +9,7 @@ from mssr.errors import UserError
 from .jobs import POLICY
 from .report import (
     EAGER,
+    TASKS,
     bullets,
     facts,
     is_ours,
@@ -29,6 +30,8 @@ SYMBOLS = {"logp": "logp", "entropy": "H", "d_hidden": "dH", "d_weight": "dW"}
 SPECIFICATION = "mssr reference"  # is written to be read, not to be fast
 SAME = 1.02  # a smaller factor in time or memory is no loss
 LESS_EXACT = 2.0
+AXES = ("n", "v", "d")  # of bench.scaling
+MEASURES = {"seconds": "time", "peak_extra_mib": "memory"}
 
 
 def provenance(report: dict) -> str:
@@ -162,7 +165,7 @@ def less_exact(ours: dict, other: dict) -> float | None:
     return max(factors, default=None)
 
 
-# bench.step, bench.sync, bench.scaling, bench.gpu.
+# bench.step, bench.sync, bench.scaling.
 
 
 def step(report: dict) -> str:
@@ -174,10 +177,7 @@ def step(report: dict) -> str:
     providers = {case["head"]: case | {"peak_extra_mib": 1024 * case.get("extra_gib", 0)} for case in report["cases"]}
     as_case = {"providers": providers}
     roof = report["roof"]
-    known = (
-        f"MFU is of {roof['tflops']:.3g} TFLOP/s ({roof['source']}); `mssr plan` predicts {report['predicted_gib']:.2f} GiB "
-        "for mssr.\n"
-    )
+    known = f"MFU is of {roof['tflops']:.3g} TFLOP/s ({roof['source']}).\n"
     lost = where_we_lose([as_case])
     parts = [step_title(report), table(columns, rows), bullets(differ), lost, known, provenance(report)]
     return "\n".join(part for part in parts if part)
@@ -232,19 +232,34 @@ def sync_columns(case: dict) -> list[str]:
 
 
 def scaling(report: dict) -> str:
-    """Exponents, a provider per line."""
-    axes = list(dict.fromkeys(case["axis"] for case in report["cases"]))
-    kinds = [(axis, what) for axis in axes for what in ("seconds", "peak_extra_mib")]
-    words = {"seconds": "time", "peak_extra_mib": "memory"}
+    """Exponents of `bench.scaling`, a provider and task per line."""
+    found = exponents(report)
+    kinds = [(axis, what) for axis in AXES for what in MEASURES]
     rows = [
-        [title(provider), *(number(slopes.get(axis, {}), what) for axis, what in kinds)]
-        for provider, slopes in report["slopes"].items()
+        [title(provider), TASKS[task], *(f"{fitted[kind]:.2f}" if kind in fitted else "" for kind in kinds)]
+        for (provider, task), fitted in found.items()
     ]
-    header = ["exponent of", *(f"{words[what]} by {axis.upper()}" for axis, what in kinds)]
+    header = ["exponent of", "", *(f"{MEASURES[what]} by {axis.upper()}" for axis, what in kinds)]
     return f"{table(header, rows)}\n{provenance(report)}"
 
 
-def gpu(report: dict) -> str:
-    """Kernels, updates, sync, and what failed."""
-    parts = [kernels(report), *map(step, report["steps"]), *([sync(report["sync"])] if report["sync"] else [])]
-    return "\n".join([*parts, bullets(f"**FAILED** {found['why']}" for found in report["failed"])])
+def exponents(report: dict) -> dict[tuple[str, str], dict[tuple[str, str], float]]:
+    """Return (provider, task) -> (axis, measure) -> exponent. What was not measured at two sizes has none."""
+    points: dict = {}
+    for axis in AXES:
+        fixed = [other for other in AXES if other != axis]
+        for case in report["cases"]:
+            on_axis = all(case[other] == report["settings"][other] for other in fixed)
+            for provider, found in measured(case).items() if on_axis else ():
+                for what in (what for what in MEASURES if found.get(what, 0) > 0):
+                    of_job = points.setdefault((provider, case["task"]), {})
+                    of_job.setdefault((axis, what), []).append((case[axis], found[what]))
+    return {
+        job: {kind: exponent(values) for kind, values in kinds.items() if len(values) > 1}
+        for job, kinds in points.items()
+    }
+
+
+def exponent(points: list[tuple[float, float]]) -> float:
+    """Return the slope of the least-squares line through (log size, log value)."""
+    return statistics.linear_regression(*([math.log(value) for value in values] for values in zip(*points))).slope

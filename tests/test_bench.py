@@ -98,11 +98,10 @@ def test_a_sync_without_vllm_is_not_failed(capsys):
     assert "vLLM is not installed; run this" in capsys.readouterr().out
 
 
-def test_step_that_does_not_fit_is_skipped():
-    arguments = step.parse_arguments(["--size", "7b", "--heads", "mssr", "--dtype", "bfloat16", "--device", "cpu"])
-    with patch.object(step, "available_bytes", lambda: 16 << 30):
-        report = step.measure(arguments)
-    assert "16 are available" in report["cases"][0]["skipped"] and report["predicted_gib"] > 60
+def test_a_model_that_a_cpu_cannot_hold_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        step.parse_arguments(["--size", "7b", "--device", "cpu"])
+    assert "is for a GPU" in capsys.readouterr().err
 
 
 def parameters_of(config) -> int:

@@ -48,7 +48,6 @@ def step_report() -> dict:
         "settings": {"size": "65k", "tokens": 2048, "dtype": "float32"},
         "machine": {"torch": "2.13.0", "device": "a CPU"},
         "roof": {"tflops": 0.1, "source": "a large product"},
-        "predicted_gib": 2.5,
         "cases": [
             {"head": "eager", "work": POLICY, **head, "time_ratio": 1.0, "extra_ratio": 1.0},
             {"head": "mssr", "work": POLICY, **head, "seconds": 12.0, "extra_gib": 0.9},
@@ -59,25 +58,17 @@ def step_report() -> dict:
 
 def scaling_report() -> dict:
     """Eager grows with N as N^1 in time and memory, ours as N^1 and not at all."""
-    cases = [
-        {
-            "axis": "n", "size": n, "n": n, "d": 64, "v": 1024,
-            "providers": {
-                "eager": {"seconds": 1e-3 * n, "peak_extra_mib": 2.0 * n},
-                "mssr L": {"seconds": 5e-4 * n, "peak_extra_mib": 7.0},
-                "mssr S": {"error": "no"},
-            },
-        }
-        for n in (256, 512, 1024, 2048)
-    ]  # fmt: skip
-    machine = {"torch": "2.13.0", "device": "a CPU"}
-    common = {
-        "command": "python -m bench.scaling",
-        "date": "2026-11-21",
-        "machine": machine,
-        "settings": {"repeats": 5},
+    shape = {"d": 64, "v": 1024, "task": "loss"}
+    providers = lambda n: {  # noqa: E731
+        "eager": {"seconds": 1e-3 * n, "peak_extra_mib": 2.0 * n},
+        "mssr L": {"seconds": 5e-4 * n, "peak_extra_mib": 7.0},
+        "mssr S": {"error": "no"},
     }
-    return common | {"cases": cases, "slopes": scaling.slopes(cases)}
+    return kernels_report() | {
+        "command": "python -m bench.scaling",
+        "settings": {"repeats": 5, "n": 512, "d": 64, "v": 1024},
+        "cases": [{"n": n, **shape, "providers": providers(n)} for n in (256, 512, 1024, 2048)],
+    }
 
 
 @pytest.fixture
@@ -163,8 +154,7 @@ def test_reports_of_kernels_have_names_of_their_own(root):
 
 
 def test_step_and_scaling_have_tables(root):
-    folder = write(root, "cpu_2026-11-21", step=step_report(), scaling=scaling_report())
-    (folder / "scaling.png").touch()
+    write(root, "cpu_2026-11-21", step=step_report(), scaling=scaling_report())
     (root / "README.md").write_text(MARKED.format("step") + MARKED.format("scaling"))
     assert readme.main([], root) == 0
     text = (root / "README.md").read_text()
@@ -173,8 +163,7 @@ def test_step_and_scaling_have_tables(root):
     assert (
         "79 M parameters, 4 layers" in text and "**mssr** is slower than eager in 1 of 1 cases, by up to 1.25x" in text
     )
-    assert cells(text, "**mssr L**") == ["**mssr L**", "1.00", "0.00"]
-    assert "](bench/results/cpu_2026-11-21/scaling.png)" in text
+    assert cells(text, "**mssr L**") == ["**mssr L**", "forward and backward", "1.00", "0.00", "", "", "", ""]
 
 
 @pytest.mark.parametrize(
@@ -228,11 +217,9 @@ def test_what_the_figures_do_not_say_is_said(root):
         assert "- D 256 is far narrower" in (root / file).read_text()
 
 
-def test_pictures(root):
-    folder = write(root, "cpu_2026-11-21", scaling=scaling_report())
-    written = plots.plot_folder(folder)
-    assert [file.name for file in written] == ["kernels.png", "scaling.png"]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)
+def test_a_picture(root):
+    written = plots.plot(root / "bench/results/cpu_2026-11-21")
+    assert written.name == "kernels.png" and written.read_bytes().startswith(b"\x89PNG")
 
 
 def test_bars_say_their_value_and_failures_their_reason():
@@ -258,13 +245,22 @@ def test_bars_without_eager_are_seconds():
 
 def test_no_report_is_a_mistake(tmp_path, capsys):
     assert plots.main([str(tmp_path)]) == 2
-    assert "neither kernels.json nor scaling.json" in capsys.readouterr().err
+    assert "kernels.json: cannot be read" in capsys.readouterr().err
 
 
 def test_exponents():
-    assert scaling.exponent([(size, 3 * size**1.5) for size in (10, 20, 40, 80)]) == pytest.approx(1.5)
-    assert scaling.exponent([(1, 4.0), (2, 2.0)]) == pytest.approx(-1)
-    found = scaling_report()["slopes"]
-    assert found["eager"]["n"] == pytest.approx({"seconds": 1.0, "peak_extra_mib": 1.0})
-    assert found["mssr L"]["n"] == pytest.approx({"seconds": 1.0, "peak_extra_mib": 0.0}, abs=1e-9)
-    assert "mssr S" not in found
+    assert tables.exponent([(size, 3 * size**1.5) for size in (10, 20, 40, 80)]) == pytest.approx(1.5)
+    assert tables.exponent([(1, 4.0), (2, 2.0)]) == pytest.approx(-1)
+    report = scaling_report()
+    report["cases"].append(report["cases"][0] | {"n": 1024, "d": 128})  # not on the axis of N
+    found = tables.exponents(report)
+    assert found["eager", "loss"] == pytest.approx({("n", "seconds"): 1.0, ("n", "peak_extra_mib"): 1.0})
+    ours = {("n", "seconds"): 1.0, ("n", "peak_extra_mib"): 0.0}
+    assert found["mssr L", "loss"] == pytest.approx(ours, abs=1e-9) and len(found) == 2
+
+
+def test_the_points_of_scaling():
+    base, _ = scaling.PRESETS["cpu"]
+    shapes = scaling.points(base)
+    assert len(shapes) == 10 == len(set(shapes)) and base in shapes
+    assert {shape.v for shape in shapes if (shape.n, shape.d) == (base.n, base.d)} == {8192, 16384, 32768, 65536}
