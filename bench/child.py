@@ -83,28 +83,38 @@ def environment(**changes) -> dict[str, str]:
 
 
 def events(
-    module: str, request: dict, *, ends: float = math.inf, silence: float = math.inf, ranks: int = 1, **changes
+    module: str,
+    request: dict,
+    *,
+    ends: float = math.inf,
+    silence: float = math.inf,
+    ranks: int | None = None,
+    **changes,
 ) -> Iterator[dict]:
-    """Yield each object that `python -m MODULE` prints, on one rank or more. Closing the iterator ends the processes.
+    """Yield each object that `python -m MODULE` prints. Closing the iterator ends the processes.
 
     Args:
         ends: when the time is up, by time.monotonic().
         silence: the most seconds between two objects.
+        ranks: start so many processes, with torch.distributed's environment; None: one without it.
         changes: environment variables.
 
     Raises:
         OutOfTime: at `ends`.
         Died: a rank crashed, ended with an error, or was silent for too long.
     """
+    own = [environment(**changes)]
+    if ranks is not None:
+        world = changes | {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        own = [environment(**world, RANK=rank, LOCAL_RANK=rank) for rank in range(ranks)]
     with contextlib.ExitStack() as stack:
         lines: queue.Queue = queue.Queue()
-        shared = changes | {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        children, logs = [], [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(ranks)]
+        children, logs = [], [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in own]
         noise: list[str] = []  # what libraries print on standard output
         for rank, log in enumerate(logs):
             child = Child(
                 [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                cwd=ROOT, env=environment(**shared, RANK=rank, LOCAL_RANK=rank),
+                cwd=ROOT, env=own[rank],
             )  # fmt: skip
             children.append(child)
             stack.callback(child.process.stdout.close)

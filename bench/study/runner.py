@@ -1,4 +1,4 @@
-"""Runs what a study has planned, some at a time; what is finished already stays as it is."""
+"""Run what a study has planned, some runs at a time; finished runs stay as they are."""
 
 import fcntl
 import json
@@ -57,7 +57,8 @@ class Runner:
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     def run(self, planned: Sequence[PlannedRun], lock: int) -> list[Outcome]:
-        """The outcomes, as runs end. lock: of `sole_user`. An exception, a signal's too, ends all runs first."""
+        """Return the outcomes, in the order in which runs end. lock: of `sole_user`. An exception, also one of a signal,
+        first ends all runs."""
         slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(self.jobs):
             slots.put(slot)
@@ -114,7 +115,7 @@ def _start(command: list[str], env: dict[str, str], log: Path, lock: int) -> Chi
 
 
 def _conclude(run: PlannedRun, ended: Ended, command: list[str]) -> Outcome:
-    """Keeps what the attempt cost; `finished.json`, which makes a run finished, is written last."""
+    """Record what the attempt cost; `finished.json`, which marks a run as finished, is written last."""
     with (run.folder / ATTEMPTS).open("a") as file:
         file.write(json.dumps(vars(ended)) + "\n")
     line = "" if ended.code == 0 else last_line(run.folder / LOG)
@@ -136,7 +137,7 @@ def _conclude(run: PlannedRun, ended: Ended, command: list[str]) -> Outcome:
 
 
 def still_to_run(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Those that are not finished. Looks at all of them first, so that nothing starts beside a run that must go.
+    """Return the runs that are not finished. Checks all first, so that nothing starts if one must be removed.
 
     Raises:
         UserError: a folder holds a run with another configuration.
@@ -161,10 +162,10 @@ def _refuse_other_run(run: PlannedRun) -> None:
 
 @contextmanager
 def sole_user(out: Path):
-    """Yields a descriptor that locks the study's folder for this process and for those that inherit it.
+    """Yield a descriptor that locks the study's folder for this process and for those that inherit it.
 
     Raises:
-        UserError: another study is at work there, or runs that a killed one left behind.
+        UserError: another study uses it, or runs that a killed study left behind.
     """
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -173,7 +174,7 @@ def sole_user(out: Path):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"out {out}: another study, or a run that a killed one left behind, is at work there; wait for it, or end it"
+                f"out {out}: another study, or a run that a killed study left behind, uses it; wait for it, or end it"
             ) from None
         yield descriptor
     finally:
