@@ -44,11 +44,15 @@ def main(words: list[str] | None = None) -> int:
     out = parser.parse_args(words).out
     if not torch.cuda.is_available():
         sys.exit("bench.gpu needs a CUDA device, and torch sees none")
-    machine = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    folder = out or ROOT / f"bench/results/{machine}_{datetime.date.today().isoformat()}"
+    folder = out or results_folder()
     ended = {name: run(command, folder / f"{name}.json", limit) for name, limit, command in PARTS}
     print(folder, *(f"{name}: {words}" for name, words in ended.items()), sep="\n")
     return int(any(words.startswith("failed") for words in ended.values()))
+
+
+def results_folder() -> Path:
+    machine = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    return ROOT / f"bench/results/{machine}_{datetime.date.today().isoformat()}"
 
 
 def run(command: list[str], file: Path, limit: float) -> str:

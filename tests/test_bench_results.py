@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from bench import plots, readme, scaling, tables
+from bench import gpu, plots, readme, scaling, tables
+from bench.report import load
+from bench.shapes import Shape
 
 POLICY, CE = "policy loss with entropy", "cross-entropy alone"
 MARKED = "# Title\n\n<!-- bench:{} -->\nold\n<!-- /bench -->\n\nEnd.\n"
@@ -264,3 +266,23 @@ def test_the_points_of_scaling():
     shapes = scaling.points(base)
     assert len(shapes) == 10 == len(set(shapes)) and base in shapes
     assert {shape.v for shape in shapes if (shape.n, shape.d) == (base.n, base.d)} == {8192, 16384, 32768, 65536}
+
+
+@pytest.mark.slow("30 s: eight processes of bench.scaling")
+def test_scaling_measures_its_points(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "FACTORS", (1, 4))
+    monkeypatch.setattr(scaling, "OURS", [])
+    monkeypatch.setattr(scaling, "PRESETS", {"cpu": (Shape(None, 256, 16, 4096, "float32", "realistic"), 1)})
+    assert scaling.main(["--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    report = load(tmp_path, "scaling.json")
+    assert len(report["cases"]) == 8 and "exponent of" in capsys.readouterr().out
+    assert 0.7 < tables.exponents(report)["eager", "loss"]["n", "peak_extra_mib"] < 1.3
+
+
+def test_what_is_not_installed_does_not_fail_the_gpu_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "why_no_trainer", lambda: "not installed: deepspeed, which the trainer needs")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "PARTS", (("step", 60, ["bench.step"]),))
+    assert gpu.main(["--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(gpu, "PARTS", (("kernels", 60, ["bench.kernels", "--no-such-option"]),))
+    assert gpu.main(["--out", str(tmp_path)]) == 1

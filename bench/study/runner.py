@@ -86,7 +86,7 @@ class Runner:
             command = train_command(self.config_file, run.overrides, self.ranks)
             env = environment(slot, self.ranks, gpus)
             (run.folder / LOG).unlink(missing_ok=True)  # of an attempt that failed: its reason would be taken for ours
-            child = self._children[run.name] = _start(command, env, run.folder / LOG, lock)
+            child = self._children[run.name] = start(command, env, run.folder / LOG, lock)
             if self._stopping.is_set():  # asked between the look above and the start
                 child.stop()
             return _conclude(run, child.wait(), command)
@@ -106,8 +106,8 @@ class Runner:
             child.stop(number)
 
 
-def _start(command: list[str], env: dict[str, str], log: Path, lock: int) -> Child:
-    """lock: a descriptor that the run keeps open: while it lives, the study's folder stays locked."""
+def start(command: list[str], env: dict[str, str], log: Path, lock: int) -> Child:
+    """Start a run. lock: a descriptor that it keeps open: while it lives, the study's folder stays locked."""
     with log.open("ab") as file:
         return Child(
             command, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,)

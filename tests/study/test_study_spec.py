@@ -174,4 +174,4 @@ def test_studies_that_are_shipped_can_start(path, monkeypatch):
 
 
 def test_the_quick_study_is_shipped():
-    assert "study_digits_quick" in {path.stem for path in STUDIES}
+    assert "digits_quick" in {path.stem for path in STUDIES}
