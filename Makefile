@@ -37,10 +37,11 @@ test: venv
 test-all: venv
 	$(PYTEST) $(ARGS)
 
-# Liger is there to be compared with; without it the rest is measured all the same.
+# The peers are optional: what is not installed is listed as such.
 gpu: venv
 	-$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[bench]'
-	TRITON_INTERPRET=0 $(BIN)/python -m bench.gpu
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -n 3 --dist loadfile --timeout 240 --confcutdir tests/gpu tests/gpu; \
+	tests=$$?; TRITON_INTERPRET=0 $(BIN)/python -m bench.gpu && exit $$tests
 
 lint: venv
 	$(BIN)/ruff check .

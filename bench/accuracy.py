@@ -1,6 +1,5 @@
-"""How far log-probs, entropies and gradients are from those in float64 of the same inputs."""
+"""Errors of log-probs, entropies and gradients, against float64 with the same inputs."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,14 +9,11 @@ from .inputs import Inputs
 from .jobs import OBJECTIVES
 
 CHUNK_BYTES = 256 << 20  # of float64 logits at a time
-MOST_FLOPS = {
-    "cpu": 1e12,
-    "cuda": 2e14,
-}  # of one objective, in float64: about a minute on two cores, seconds on an H200
+MOST_FLOPS = {"cpu": 1e12, "cuda": 2e14}  # per objective in float64: about a minute on two cores, seconds on an H200
 
 
 class Exact(NamedTuple):
-    """In float64, of the first rows."""
+    """Of the first R rows, in float64."""
 
     logp: Tensor  # [R]
     entropy: Tensor  # [R]
@@ -26,49 +22,39 @@ class Exact(NamedTuple):
 
 
 def rows_of(n: int, d: int, v: int, device: str) -> int:
-    """As many rows as float64 takes no more than MOST_FLOPS for."""
+    """Return how many rows float64 can do with MOST_FLOPS."""
     return min(n, max(1, int(MOST_FLOPS[device] / (8 * d * v))))
 
 
-@torch.no_grad()
 def exact(inputs: Inputs, objective: str, rows: int) -> Exact:
-    """The loss is that of all rows; its gradient by the hidden states of the first `rows`, and by the weight if these are
-    all of them. Not autograd's: dloss/dlogp is, and dlogp/dz = onehot - p by hand, a chunk of rows at a time."""
-    weight = inputs.weight.detach().double()
-    found = [(logp, entropy) for *_, logp, entropy in _chunks(inputs, weight, rows)]
+    """Return the exact values of the first rows. The loss is that of all rows: its gradient is taken by the hidden states of
+    the first `rows`, and by the weight if these are all of them. A chunk of rows at a time."""
+    n = len(inputs.target)
+    weight = inputs.weight.detach().double().requires_grad_(rows == n)
+    chunks = torch.arange(rows).split(max(1, CHUNK_BYTES // (8 * len(weight))))
+    places = [slice(int(chunk[0]), int(chunk[-1]) + 1) for chunk in chunks]
+    with torch.no_grad():
+        found = [_statistics(inputs, inputs.hidden[here].double(), weight, here) for here in places]
     logp, entropy = (torch.cat(parts) for parts in zip(*found))
-    upstream = _by_logp(inputs, objective, logp, entropy)
-    d_hidden = torch.empty(rows, weight.shape[1], dtype=torch.float64, device=weight.device)
-    d_weight = torch.zeros_like(weight) if rows == len(inputs.target) else None
-    for here, hidden, logits, log_p, *_ in _chunks(inputs, weight, rows):
-        gradient = log_p.exp_().neg_()
-        gradient[torch.arange(len(gradient), device=gradient.device), inputs.target[here]] += 1
-        gradient *= upstream[here, None]
-        if inputs.softcap is not None:
-            gradient *= 1 - (logits / inputs.softcap) ** 2  # of cap * tanh(x / cap)
-        torch.mm(gradient, weight, out=d_hidden[here])
-        if d_weight is not None:
-            d_weight.addmm_(gradient.T, hidden)
-    return Exact(logp, entropy, d_hidden, d_weight)
+    upstream, gradients = _by_logp(inputs, objective, logp, entropy), []
+    for here in places:
+        hidden = inputs.hidden.detach()[here].double().requires_grad_()
+        _statistics(inputs, hidden, weight, here)[0].backward(upstream[here])
+        gradients.append(hidden.grad)
+    return Exact(logp, entropy, torch.cat(gradients), weight.grad)
 
 
-def _chunks(
-    inputs: Inputs, weight: Tensor, rows: int
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor]]:
-    size = max(1, CHUNK_BYTES // (8 * len(weight)))
-    for start in range(0, rows, size):
-        here = slice(start, min(start + size, rows))
-        hidden = inputs.hidden.detach()[here].double()
-        logits = hidden @ weight.T
-        if inputs.softcap is not None:
-            logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
-        log_p = torch.log_softmax(logits, dim=1)
-        logp = log_p.gather(1, inputs.target[here, None])[:, 0]
-        yield here, hidden, logits, log_p, logp, -(log_p.exp() * log_p).sum(1)
+def _statistics(inputs: Inputs, hidden: Tensor, weight: Tensor, here: slice) -> tuple[Tensor, Tensor]:
+    """Return log-probs and entropies of some rows."""
+    logits = hidden @ weight.T
+    if inputs.softcap is not None:
+        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
+    log_p = torch.log_softmax(logits, dim=1)
+    return log_p.gather(1, inputs.target[here, None])[:, 0], -(log_p.detach().exp() * log_p.detach()).sum(1)
 
 
 def _by_logp(inputs: Inputs, objective: str, logp: Tensor, entropy: Tensor) -> Tensor:
-    """dloss/dlogp [R]: row by row, so that what the rows beyond hold does not matter."""
+    """Return dloss/dlogp [R], which does not depend on the values of other rows."""
     rows = len(logp)
     all_logp, all_entropy = inputs.old_logp.double(), torch.zeros_like(inputs.old_logp, dtype=torch.float64)
     all_logp[:rows], all_entropy[:rows] = logp, entropy
@@ -80,8 +66,8 @@ def _by_logp(inputs: Inputs, objective: str, logp: Tensor, entropy: Tensor) -> T
 def errors(
     exact: Exact, logp: Tensor | None, entropy: Tensor | None, d_hidden: Tensor | None, d_weight: Tensor | None
 ) -> dict[str, float]:
-    """logp, entropy: the largest difference, in nats. d_hidden, d_weight: the norm of the difference over the norm. Of what
-    is given, as far as the exact values go. NaN if anything is not finite."""
+    """Return the errors of what is given, for the exact rows: of logp and entropy the largest difference, in nats; of
+    gradients the norm of the difference over the norm. NaN if anything is not finite."""
     found, rows = {}, len(exact.logp)
     for name, value, right in (("logp", logp, exact.logp), ("entropy", entropy, exact.entropy)):
         if value is not None:

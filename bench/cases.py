@@ -10,11 +10,12 @@ import torch
 from . import accuracy, inputs, memory, steal, work
 from .inputs import Inputs
 from .jobs import Provider, Rows, Settings
-from .providers import EAGER, PROVIDERS
+from .providers import PROVIDERS
+from .report import EAGER
 from .roofs import synchronize
 from .shapes import Shape
 
-Failures = dict[tuple[str, str], str]  # (task, provider) -> why
+Failures = dict[tuple[str, str], dict]  # (task, provider) -> {"skipped": why} or {"error": why}
 
 
 def measure(
@@ -24,12 +25,12 @@ def measure(
     settings: Settings,
     tell: Callable[[str], None] = lambda name: None,
 ) -> list[dict]:
-    """A case for each task: `python -m bench.kernels` says what is in it. Memory on CUDA alone, shares of a roof not yet.
+    """Return a case per task; `python -m bench.kernels --help` says what is in it. Memory is measured here only on CUDA.
 
-    tell: called with a provider's name before it runs, and with "" when others do. A provider that raises when it is checked
-    has its error for a result; a dead process is the caller's to see.
+    tell: called with a provider's name before it runs, and with "" afterwards. The result of a provider that raises is its
+    error; whether it took the process down is for the caller to see.
     """
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # by default it would go on in eager and say so nowhere
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # by default it would silently continue in eager
     sets = [make(shape, settings, settings.seed + index) for index in range(settings.input_sets)]
     here = {
         task: [name for name in names if task in PROVIDERS[name].tasks and _is_wanted(name, settings)] for task in tasks
@@ -39,14 +40,14 @@ def measure(
     found, measured = timed(shape, running, sets, settings, tell), []
     for task in tasks:
         results = {name: result | {"errors": errors[task, name]} for name, result in found[task].items()}
-        results |= {name: {"error": why} for (of, name), why in failed.items() if of == task}
+        results |= {name: why for (of, name), why in failed.items() if of == task}
         providers = {name: {"work": PROVIDERS[name].work} | results[name] for name in here[task]}
         measured.append({**shape._asdict(), "task": task, "mean_entropy": sets[0].mean_entropy, "providers": providers})
     return measured
 
 
 def _is_wanted(name: str, settings: Settings) -> bool:
-    """Peers are listed even where they cannot run; ours that need CUDA are on the CPU what "auto" is, and listed."""
+    """Peers are listed even if they cannot run; on a CPU our "chunked" providers are the same as "auto"."""
     return not (name.startswith("mssr") and PROVIDERS[name].needs_cuda and settings.device != "cuda")
 
 
@@ -60,7 +61,7 @@ def for_task(tensors: Inputs, task: str) -> Inputs:
 
 
 def run(tensors: Inputs, name: str, task: str, settings: Settings):
-    """The job once. tensors: of `for_task`."""
+    """Do the job once. tensors: of `for_task`."""
     provider = PROVIDERS[name]
     if task == "forward":
         with torch.no_grad():
@@ -72,7 +73,7 @@ def run(tensors: Inputs, name: str, task: str, settings: Settings):
 def check(
     shape: Shape, names: dict[str, list[str]], tensors: Inputs, settings: Settings, tell: Callable[[str], None]
 ) -> tuple[dict, Failures]:
-    """Errors against float64 of every task and provider; also the first time that each runs."""
+    """Return each provider's errors against float64, by task; also warms up and compiles."""
     errors, failed = {}, {}
     rows = accuracy.rows_of(shape.n, shape.d, shape.v, settings.device)
     everyone = list(dict.fromkeys(name for of_task in names.values() for name in of_task))
@@ -81,15 +82,14 @@ def check(
         for name in (name for name in everyone if PROVIDERS[name].objective == objective):
             for task in (task for task in names if name in names[task]):
                 tell(name)
-                why = PROVIDERS[name].why_not(settings.device, shape.softcap)
-                if why is None:
+                if why := PROVIDERS[name].why_not(settings.device, shape.softcap):
+                    failed[task, name] = {"skipped": why}
+                else:
                     try:
                         errors[task, name] = errors_of(for_task(tensors, task), name, task, exact, settings)
                     except Exception as error:
-                        why = reason(error)
-                if why is not None:
-                    failed[task, name] = why
-                    release(settings.device)  # if it has broken the device, now is when it shows
+                        failed[task, name] = failure(name, error)
+                        release(settings.device)  # if it has broken the device, it shows here
                 tell("")
             release(settings.device)
     return errors, failed
@@ -99,7 +99,7 @@ def errors_of(tensors: Inputs, name: str, task: str, exact: accuracy.Exact, sett
     provider = PROVIDERS[name]
     run(tensors, name, task, settings)
     gradients = tensors.hidden.grad, tensors.weight.grad
-    if task != "loss":  # a gradient that nobody asked for is not looked at
+    if task != "loss":  # ignore a gradient that the task does not ask for
         gradients = gradients[0], None
     with torch.set_grad_enabled(task != "forward"):
         rows = provider.rows(tensors, settings) if provider.rows else Rows(None, None)
@@ -109,16 +109,16 @@ def errors_of(tensors: Inputs, name: str, task: str, exact: accuracy.Exact, sett
 def timed(
     shape: Shape, names: dict[str, list[str]], sets: list[Inputs], settings: Settings, tell: Callable[[str], None]
 ) -> dict[str, dict[str, dict]]:
-    """task -> provider -> what was measured. names: the providers of each task.
+    """Return figures by task and provider. names: the providers of each task.
 
-    Everybody runs once in a turn, and a ratio is the median of the ratios within a turn: what slows the machine down slows
-    all of them. Each turn takes the next set of inputs, in another order: nobody always follows the same one. Every turn has
-    all tasks, so that each is measured over the whole time and none in a bad minute alone."""
+    All providers run once per turn, and a ratio is the median of the ratios within turns, so that a slow machine slows all of
+    them alike. Each turn takes the next set of inputs and another order, so that no provider always follows the same one.
+    Every turn has all tasks, so that none is measured only during a bad minute."""
     count, sets = len(sets), {task: [for_task(tensors, task) for tensors in sets] for task in names}
     seconds = {task: {name: [] for name in names[task]} for task in names}
     spoilt = {task: dict.fromkeys(names[task], 0) for task in names}
     gc.collect()
-    gc.freeze()  # what is there already is not looked through again between turns
+    gc.freeze()  # do not scan again between turns what exists already
     gc.disable()
     try:
         for turn in range(-count, settings.repeats):  # those below 0 are the warm-up
@@ -144,14 +144,14 @@ def timed(
 
 
 def order(names: list[str], turn: int) -> list[str]:
-    """Rotated by one from turn to turn, and when all have been first, backwards."""
+    """Return the names rotated by one per turn; once each has been first, in reverse order."""
     rounds, first = divmod(turn, max(1, len(names)))
     rotated = names[first:] + names[:first]
     return rotated[::-1] if rounds % 2 else rotated
 
 
 def time_of(tensors: Inputs, name: str, task: str, settings: Settings) -> tuple[float, bool]:
-    """Seconds, and whether the host spoilt them. A GPU does its work meanwhile."""
+    """Return seconds, and whether the host spoilt them. A GPU works on meanwhile."""
     if settings.device == "cuda":
         return seconds_of(tensors, name, task, settings), False
     return steal.least_disturbed(lambda: seconds_of(tensors, name, task, settings))
@@ -164,7 +164,7 @@ def seconds_of(tensors: Inputs, name: str, task: str, settings: Settings) -> flo
     run(tensors, name, task, settings)
     synchronize(settings.device)
     seconds = time.perf_counter() - start
-    tensors.hidden.grad = tensors.weight.grad = None  # not in the way of the other tasks
+    tensors.hidden.grad = tensors.weight.grad = None  # leaves memory for the other tasks
     return seconds
 
 
@@ -180,10 +180,11 @@ def result(
     def job():
         run(tensors, name, task, settings)
 
-    if name == "mssr sparse":
+    on_cuda = settings.device == "cuda"
+    if name == "mssr sparse":  # on CUDA its forward is a Triton kernel
         tensors.hidden.grad = tensors.weight.grad = None
-        found |= work.of_sparse(job, task, shape, settings.device, settings.workspace_bytes)
-    if settings.device == "cuda":
+        found["flops"] = work.executed_flops(job) + (work.flops(provider, "forward", shape) if on_cuda else 0)
+    if on_cuda:
         tensors.hidden.grad = tensors.weight.grad = None
         found["peak_extra_mib"] = memory.peak_extra_bytes(job, "cuda") / memory.MIB
     tensors.hidden.grad = tensors.weight.grad = None
@@ -191,20 +192,23 @@ def result(
 
 
 def peak_extra_mib(shape: Shape, task: str, name: str, settings: Settings) -> float:
-    """On the CPU: of a process of its own, with `heap.give_back`."""
+    """Measure memory on a CPU, in a process of its own with `heap.give_back`."""
     tensors = for_task(make(shape, settings, settings.seed), task)
     run(tensors, name, task, settings)
     tensors.hidden.grad = tensors.weight.grad = None
     return memory.peak_extra_bytes(lambda: run(tensors, name, task, settings), settings.device) / memory.MIB
 
 
-def reason(error: Exception) -> str:
+def failure(name: str, error: Exception) -> dict:
+    """Return {"skipped"} if a package that a peer imports is missing, else {"error"}."""
+    if isinstance(error, ModuleNotFoundError) and PROVIDERS[name].package:
+        return {"skipped": f"not installed: {error.name}, which {PROVIDERS[name].package.name} imports"}
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
+    return {"error": f"{type(error).__name__}: {lines[0][:200] if lines else ''}"}
 
 
 def release(device: str):
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.synchronize()  # raises where a provider has broken the device
+        torch.cuda.synchronize()  # raises if a provider has broken the device

@@ -1,4 +1,4 @@
-"""What the process does with memory that was freed: it decides what a size is, and on a CPU a time, too."""
+"""What glibc does with freed memory, which changes sizes and, on a CPU, times."""
 
 import ctypes
 
@@ -8,24 +8,24 @@ KEEP = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1}
 
 
 def give_back():
-    """Large blocks come from the system and go back to it when they are freed: the resident set tells what is held. By
-    default glibc keeps more of them the longer it runs.
+    """Give large blocks back to the system when they are freed, so that the resident set is what is held. By default glibc
+    keeps more of them the longer it runs.
 
     Raises:
-        RuntimeError: without glibc.
+        RuntimeError: there is no glibc.
     """
     if not _set(GIVE_BACK):
         raise RuntimeError("mallopt refuses: memory can only be measured with glibc")
 
 
 def keep():
-    """What was freed stays for the next, as with torch's allocator on CUDA. By default every page of a large block is faulted
-    in anew: up to a third of eager's time, more or less of it by what had run before. Without glibc nothing changes."""
+    """Keep freed memory for the next block, as torch's allocator on CUDA does. By default every page of a large block is
+    faulted in again: up to a third of eager's time, depending on what ran before. Without glibc nothing changes."""
     _set(KEEP)
 
 
 def trim():
-    """What is free goes back to the system now."""
+    """Give free memory back to the system now."""
     ctypes.CDLL(None).malloc_trim(0)
 
 

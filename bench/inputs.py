@@ -1,4 +1,4 @@
-"""Hidden states and a head whose rows are as peaked as those of a language model, or not at all."""
+"""Hidden states and a head whose rows of probabilities are as peaked as a language model's, or flat."""
 
 from typing import NamedTuple
 
@@ -7,21 +7,21 @@ from torch import Tensor
 
 from mssr_kernels import linear_logprob_entropy
 
-# By kind: the share of rows that are forks, and the range of the logit by which a certain row's and a fork's best tokens
-# stand out from the unit-variance noise of all others. log(65536) is 11: at 14 the others together hold 8 % of a row.
+# By kind: the share of rows that are forks, and the ranges of the logit by which the best tokens of a certain row and of a
+# fork stand out from the unit-variance noise of all others. log(65536) is 11: at 14 the others together hold 8 % of a row.
 KINDS = {
     "peaked": (0.35, (20.0, 30.0), (18.0, 22.0)),
     "realistic": (0.35, (18.0, 30.0), (13.0, 20.0)),
     "flat": None,
 }
-ALTERNATIVES = 12  # of a fork, each one less likely than the last
+ALTERNATIVES = 12  # of a fork, each less likely than the one before
 
 
 class Inputs(NamedTuple):
     hidden: Tensor  # [N, D] leaf
     weight: Tensor  # [V, D] leaf
     target: Tensor  # [N]
-    advantage: Tensor  # [N]; none is zero: the rows that the kernels skip would only flatter them
+    advantage: Tensor  # [N]; none is zero: rows that the kernels skip would flatter them
     old_logp: Tensor  # [N]
     mean_entropy: float
     softcap: float | None = None
@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 def make(
     n: int, d: int, v: int, dtype: torch.dtype, device: str, kind: str, seed: int = 0, softcap: float | None = None
 ) -> Inputs:
-    """Targets are Zipf-like, as tokens are: some columns of the vocabulary serve many rows, most serve none."""
+    """Return inputs of a kind. Targets are Zipf-like, as tokens are: a few columns serve many rows, most serve none."""
     generator = torch.Generator(device).manual_seed(seed)
     options = dict(device=device, generator=generator)
     weight = torch.randn(v, d, **options)
@@ -66,7 +66,7 @@ def make(
 
 
 def with_gradients(inputs: Inputs, hidden: bool, weight: bool) -> Inputs:
-    """The same memory as leaves that require a gradient or not, and hold none."""
+    """Return the same memory as leaves that require a gradient or not, without one."""
     return inputs._replace(
         hidden=inputs.hidden.detach().requires_grad_(hidden), weight=inputs.weight.detach().requires_grad_(weight)
     )

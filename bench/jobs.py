@@ -1,4 +1,4 @@
-"""What a provider is, and the jobs that are done: the losses, and eager PyTorch as the plain form of them."""
+"""What a provider is, and its jobs: the losses, with eager PyTorch as their plain form."""
 
 import importlib.util
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from .inputs import Inputs
 CONFIG = PolicyLossConfig()
 TASKS = ("loss", "forward", "frozen")
 POLICY, UNSHAPED, CROSS_ENTROPY = "policy loss with entropy", "policy loss without entropy", "cross-entropy alone"
-SEQUENCES = 8  # that Liger's GRPO loss gets; an advantage for each is all it takes
+SEQUENCES = 8  # that Liger's GRPO loss gets; it takes one advantage per sequence
 
 
 class Settings(NamedTuple):
@@ -51,10 +51,10 @@ class Package(NamedTuple):
 class Provider(NamedTuple):
     objective: str  # of OBJECTIVES
     loss: Callable[[Inputs, Settings], Tensor] | None  # 0-d
-    rows: Callable[[Inputs, Settings], Rows] | None  # None: it hands out nothing but the loss
-    products: Counts  # matrix products of 2 NDV FLOPs, those made again included
+    rows: Callable[[Inputs, Settings], Rows] | None  # None: it returns only the loss
+    products: Counts  # matrix products of 2 NDV FLOPs, recomputed ones included
     passes: Counts  # how often something of size [N, V] passes between memory and processor, at least
-    package: Package | None = None  # that must be there
+    package: Package | None = None  # that it needs
     softcap: bool = True
     needs_cuda: bool = False
     tasks: tuple[str, ...] = TASKS
@@ -65,7 +65,7 @@ class Provider(NamedTuple):
         return f"{self.objective}; {self.note}" if self.note else self.objective
 
     def why_not(self, device: str, softcap: float | None) -> str | None:
-        """Why it cannot be measured, on this device and with this softcap."""
+        """Return why it cannot run with this device and softcap; None if it can."""
         if self.package and importlib.util.find_spec(self.package.module) is None:
             return f"not installed: pip install {self.package.name}"
         if self.needs_cuda and device != "cuda":
@@ -74,8 +74,8 @@ class Provider(NamedTuple):
 
 
 def eager_rows(inputs: Inputs, *_) -> Rows:
-    """What a trainer without a fused head does: logits in the dtype of the head, the rest in float32. As lean as it can be
-    written: nothing of [N, V] outlives its use, and no gradient flows to the entropy, which the loss detaches."""
+    """Compute what a trainer without a fused head does: logits in the head's dtype, the rest in float32. As lean as possible:
+    nothing of [N, V] outlives its use, and no gradient flows into the entropy, which the loss detaches."""
     log_p = torch.log_softmax(_eager_logits(inputs), dim=1)
     with torch.no_grad():
         entropy = -log_p.exp().mul_(log_p).sum(1)
@@ -94,7 +94,7 @@ def clipped_loss(logp: Tensor, entropy: Tensor, inputs: Inputs) -> Tensor:
 
 
 def unshaped_loss(logp: Tensor, _: Tensor, inputs: Inputs) -> Tensor:
-    """With the mean advantage of each of the sequences, as Liger's loss is given it."""
+    """Return the loss with one advantage per sequence, its mean, as Liger's loss takes it."""
     means = inputs.advantage.view(sequences(inputs), -1).mean(1)
     return _clipped(logp, means.repeat_interleave(len(logp) // len(means)), inputs)
 
@@ -109,7 +109,7 @@ def sequences(inputs: Inputs) -> int:
     return SEQUENCES if len(inputs.target) % SEQUENCES == 0 else 1
 
 
-# (logp, entropy, inputs) -> loss: what each provider's gradients are gradients of.
+# (logp, entropy, inputs) -> the loss whose gradients a provider computes.
 OBJECTIVES = {
     POLICY: clipped_loss,
     UNSHAPED: unshaped_loss,
@@ -118,7 +118,7 @@ OBJECTIVES = {
 
 
 def loss_of(rows: Callable[[Inputs, Settings], Rows]) -> Callable[[Inputs, Settings], Tensor]:
-    """The loss in plain PyTorch after log-probs and entropies: what another trainer's own loss would do."""
+    """Return a loss in plain PyTorch on top of log-probs and entropies, as another trainer's own loss would be."""
     return lambda inputs, settings: clipped_loss(*rows(inputs, settings), inputs)
 
 

@@ -1,30 +1,30 @@
-"""The policy loss fused with the head against eager PyTorch and what else does the job: time, memory, accuracy.
+"""The policy loss fused with the head, compared with eager PyTorch and with its alternatives: time, memory, accuracy.
 
     python -m bench.kernels --quick [--out FOLDER]      two CPU cores, under 5 minutes
     python -m bench.kernels --full [--out FOLDER]       a GPU: the heads of Qwen2.5-VL 3B and 7B, stops after 8.5 minutes
     python -m bench.kernels --model llama-3.1-8b gemma-2-9b --n 4096 --rows peaked flat --task loss frozen
     python -m bench.kernels --n 2048 --d 1024 --v 65536
 
-Time: the providers take turns on the same inputs, and a ratio is the median of the ratios to eager within a turn. On a CPU
-freed memory stays with the process, and a run from which the host took the processors is made again (`bench.steal`). Memory:
-the peak beyond what the inputs take, gradients included; from the allocator on CUDA, of a process for each provider on the
-CPU. Errors: against float64 of the same inputs. Share of roof: the time that the job's products or its memory traffic take at
-the rates measured in the same run, over the time that it took; above 100 % where caches served what is counted as traffic,
-or the machine was slower when its roofs were measured. A provider that fails is listed with its error.
+Time: the providers take turns on the same inputs, and a ratio is the median of the ratios to eager within turns. On a CPU
+the process keeps freed memory, and a run is repeated if the host took the processors away (`bench.steal`).
+Memory: the peak beyond the inputs, gradients included; from the allocator on CUDA, from a process per provider on a CPU.
+Errors: against float64 with the same inputs.
+Share of roof: the time that the job's products or its memory traffic take at the rates measured in the same run, over its
+time; above 100 % if caches served what is counted as traffic, or the machine was slower when its roofs were measured.
+A provider that is not installed is listed as "not installed", one that fails with its error.
 
-Tasks: "loss" is forward and backward with all gradients, "frozen" without the head's, "forward" log-probs and entropy without
-gradients, or the loss from those that hand out nothing else. Every shape is measured in a process of its own, so that a
-provider which takes it down or does not come back costs itself and no other; --out has kernels.json after every case.
+Tasks: "loss" is forward and backward with all gradients, "frozen" without the head's gradient, "forward" log-probs and
+entropy without gradients (or the loss, from providers that return only that). Every shape is measured in a process of its
+own, so that a provider which crashes or hangs costs only its own figures; --out has kernels.json after every case.
+Exit code: 1 if one of ours failed, else 0.
 
---quick has a head far narrower than a model's: passes over the logits weigh more in it, and chunks of few rows make products
-slower. Its time ratios are not those of a model's head.
+The head of --quick is far narrower than a model's: passes over the logits weigh more in it, and chunks of few rows make
+products slower. Its time ratios are not those of a model's head.
 """
 
 import argparse
-import datetime
 import itertools
-import json
-import shlex
+import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -32,38 +32,51 @@ from pathlib import Path
 
 import torch
 
-from . import inputs, memory, shapes
+from . import inputs, memory, shapes, tables
+from . import report as report_of
+from .child import Died, OutOfTime, events
 from .jobs import TASKS, Settings
-from .processes import Died, OutOfTime, events
-from .providers import EAGER, PROVIDERS
-from .reports import KERNELS
+from .providers import PROVIDERS
+from .report import EAGER, measured
 from .roofs import share
 from .shapes import MODELS, Shape
 
-# The first run compiles, and some packages try out dozens of configurations: seconds until it counts as not done.
+# Seconds without news until a provider counts as hanging: the first run compiles, and some packages try out dozens of
+# configurations.
 SILENCE = {"cpu": 600, "cuda": 120}
 REFERENCE = "mssr reference"  # at the heads of large models its float32 products take longer than all others together
-SLOW = "torch linear CE chunked"  # on a CPU a fifth of the time of --quick
-MEMORY_PROCESSES = 2  # at one time; they do not disturb each other's figures
+SLOW = "torch linear CE chunked"  # would take a fifth of the time of --quick
+MEMORY_PROCESSES = 2  # at a time; they do not disturb each other's figures
 
 
-def main(words: list[str] | None = None):
+def main(words: list[str] | None = None) -> int:
     arguments = parse_arguments(words)
-    run = Run(arguments)
+    settings = Settings(
+        arguments.device, arguments.repeats, arguments.seed, arguments.workspace_mib, arguments.vocab_drop_tol
+    )
+    report = report_of.new("bench.kernels", words, arguments.device, settings._asdict())
+    if arguments.quick and SLOW not in arguments.providers:
+        report["not_run"].append(f"{SLOW}: left out of --quick")
+    path = arguments.out and (arguments.out if arguments.out.suffix == ".json" else arguments.out / report_of.KERNELS)
+    ends = time.monotonic() + 60 * arguments.minutes if arguments.minutes else math.inf
+    run = Run(report, path, settings, ends)
     try:
-        run.everything()
+        run.roofs(arguments.dtype)
+        for shape in shapes_of(arguments):
+            run.measure(shape, arguments.task, arguments.providers)
+    except Died as error:
+        sys.exit(f"bench.kernels: a plain product on {arguments.device} was not measured: {error}")
     except KeyboardInterrupt:
-        run.report["not_run"].append("what was left, by interruption")
+        report["not_run"].append("the rest: interrupted")
         run.save()
-    from .tables import show
-
-    show(run.report)
+    report_of.show(tables.kernels(report))
+    return int(any(report_of.is_ours(name) for case in report["cases"] for name in report_of.failures(case)))
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
-        epilog="Several of a kind make several cases. Without a shape: --full where there is a GPU, else --quick.",
+        epilog="Several values of an option make several cases. Without a shape: --full on a GPU, else --quick.",
     )
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--quick", action="store_true", help="a small shape, for two CPU cores")
@@ -71,29 +84,31 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", choices=sorted(MODELS), help="heads by name (D, V and softcap)")
     parser.add_argument("--n", nargs="+", type=positive, help="tokens (default 2048)")
     parser.add_argument("--d", type=positive, help="hidden size, where there is no --model (default 1024)")
-    parser.add_argument("--v", type=positive, help="vocabulary, likewise (default 65536)")
-    parser.add_argument("--softcap", type=float, help="likewise (default none)")
+    parser.add_argument("--v", type=positive, help="vocabulary, where there is no --model (default 65536)")
+    parser.add_argument("--softcap", type=float, help="logit softcap, where there is no --model (default none)")
     parser.add_argument(
         "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="default float32 on CPU, else bfloat16"
     )
     parser.add_argument("--rows", nargs="+", choices=sorted(inputs.KINDS), default=["realistic"])
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="those only; eager always")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="only these, and eager")
     parser.add_argument(
-        "--workspace-mib", type=positive, help="of ours and, at most, of peers' chunks (default 256, with --quick 8)"
+        "--workspace-mib",
+        type=positive,
+        help="workspace limit; also caps the peers' chunks (default 256, with --quick 8)",
     )
-    parser.add_argument("--vocab-drop-tol", type=float, default=2.0**-8, help="of mode sparse")
+    parser.add_argument("--vocab-drop-tol", type=float, default=2.0**-8, help="tolerance of mode sparse (default 2^-8)")
     parser.add_argument("--repeats", type=positive, help="turns (default 20, with --quick 32)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--minutes", type=float, help="stop after them, and say what was not run (default 8.5 with --full)"
+        "--minutes", type=float, help="stop after so many, and say what was not run (default 8.5 with --full)"
     )
-    parser.add_argument("--out", type=Path, metavar="WHERE", help="write kernels.json there, or FILE.json")
+    parser.add_argument("--out", type=Path, metavar="WHERE", help="folder for kernels.json, or a FILE.json")
     arguments = parser.parse_args(words)
     given = (arguments.model, arguments.n, arguments.d, arguments.v)
     if (arguments.quick or arguments.full) and any(given):
-        parser.error("--quick and --full have shapes of their own: drop --model, --n, --d and --v")
+        parser.error("--quick and --full have their own shapes: remove --model, --n, --d and --v")
     if not any(given):
         arguments.full = arguments.full or (arguments.device == "cuda" and not arguments.quick)
         arguments.quick = not arguments.full
@@ -101,12 +116,12 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     if arguments.quick:
         arguments.n, arguments.d, arguments.v = [512], 256, 16384
     if arguments.full:
-        # The most telling first, in case that the time is up.
+        # The most important first, in case the time runs out.
         arguments.model, arguments.n = ["qwen2.5-vl-7b", "qwen2.5-vl-3b"], [8192, 2048, 32768]
         arguments.minutes = arguments.minutes or 8.5
     if arguments.model and (arguments.d or arguments.v or arguments.softcap):
-        parser.error("a model's head has D, V and softcap: drop --d, --v and --softcap")
-    # With --quick smaller than the logits, as it is with a real head.
+        parser.error("--model sets D, V and softcap: remove --d, --v and --softcap")
+    # With --quick smaller than the logits, as it is for a real head.
     arguments.workspace_mib = arguments.workspace_mib or (8 if arguments.quick else 256)
     arguments.repeats = arguments.repeats or (32 if arguments.quick else 20)
     if arguments.providers is None:
@@ -134,107 +149,82 @@ def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
 
 
 class Run:
-    """The report, and what fills it, shape by shape."""
+    """Fills a report shape by shape; saves it after every case."""
 
-    def __init__(self, arguments: argparse.Namespace):
+    def __init__(self, report: dict, path: Path | None, settings: Settings, ends: float = math.inf):
+        """report: of `bench.report.new`. ends: when the time is up, by time.monotonic()."""
         self.start = time.monotonic()
-        self.ends = self.start + 60 * arguments.minutes if arguments.minutes else float("inf")
-        self.shapes, self.tasks = shapes_of(arguments), arguments.task
-        self.names = [name for name in PROVIDERS if name in arguments.providers or name == EAGER]
-        self.settings = Settings(
-            arguments.device, arguments.repeats, arguments.seed, arguments.workspace_mib, arguments.vocab_drop_tol
-        )
-        self.path = arguments.out and (arguments.out if arguments.out.suffix == ".json" else arguments.out / KERNELS)
-        self.dtypes = arguments.dtype
-        self.report = {
-            "command": shlex.join(["python", "-m", "bench.kernels", *sys.argv[1:]]),
-            "date": datetime.date.today().isoformat(),
-            "seconds": 0.0,
-            "machine": {},
-            "settings": self.settings._asdict(),
-            "roofs": {},
-            "cases": [],
-            "not_run": [f"{SLOW}: left out of --quick"] if arguments.quick and SLOW not in self.names else [],
-        }
+        self.report, self.path, self.settings, self.ends = report, path, settings, ends
 
-    def everything(self):
-        try:
-            (found,) = self.part("roofs", {"device": self.settings.device, "dtypes": self.dtypes})
-        except Died as error:
-            sys.exit(f"bench.kernels: a plain product on {self.settings.device} was not measured: {error}")
+    def roofs(self, dtypes: list[str]):
+        """Raises:
+        Died: a plain product could not be measured.
+        """
+        (found,) = self.part("roofs", device=self.settings.device, dtypes=dtypes)
         self.report |= found
         self.save()
-        for shape in self.shapes:
-            self.measure(shape)
 
-    def measure(self, shape: Shape):
-        first = len(self.report["cases"])
+    def measure(self, shape: Shape, tasks: list[str], names: list[str]) -> list[dict]:
+        """Return the cases, which are also in the report. names: the providers; eager is always measured, first."""
+        found: list[dict] = []
         died: dict[str, str] = {}
-        while left := self.tasks[len(self.report["cases"]) - first :]:
+        while left := tasks[len(found) :]:
             running = ""
-            names = [name for name in self.names if name not in died]
-            request = {"shape": shape._asdict(), "tasks": left, "names": names}
+            here = [name for name in PROVIDERS if name not in died and (name in names or name == EAGER)]
             try:
-                for event in self.part("cases", request | {"settings": self.settings._asdict()}):
+                for event in self.part("cases", shape=shape._asdict(), tasks=left, names=here):
                     running = event.get("running", "")
                     if "case" in event:
-                        self.add(event["case"], died)
+                        found.append(self.add(event["case"], died))
             except Died as error:
                 if isinstance(error, OutOfTime) or not running:
                     self.report["not_run"] += [f"{shape} {task}: {error}" for task in left]
                     break
                 died[running] = f"took its process down: {error}"
         if self.settings.device == "cpu":
-            self.measure_memory(shape, self.report["cases"][first:])
+            self.measure_memory(shape, names, found)
         self.save()
+        return found
 
-    def add(self, case: dict, died: dict[str, str]):
-        """A finished case, with what needs the roofs and the other providers."""
+    def add(self, case: dict, died: dict[str, str]) -> dict:
+        """Complete a case with what needs the roofs and the other providers, and put it into the report."""
         for name, why in died.items():
             if case["task"] in PROVIDERS[name].tasks:
                 case["providers"][name] = {"work": PROVIDERS[name].work, "error": why}
-        for found in case["providers"].values():
-            if "seconds" in found:
+        if roofs := self.report.get("roofs"):
+            for found in measured(case).values():
                 figures = (found[key] for key in ("flops", "bytes", "seconds"))
-                found["share_of_roof"] = share(*figures, case["dtype"], self.report["roofs"])
+                found["share_of_roof"] = share(*figures, case["dtype"], roofs)
         memory.add_ratios(case, EAGER)
         self.report["cases"].append(case)
-        print(
-            f"{case['task']}: {', '.join(f'{key} {case[key]}' for key in ('model', 'n', 'd', 'v', 'rows'))} done",
-            flush=True,
-        )
+        print(f"measured: {report_of.name(case)}", file=sys.stderr, flush=True)
         self.save()
+        return case
 
-    def measure_memory(self, shape: Shape, cases: list[dict]):
+    def measure_memory(self, shape: Shape, names: list[str], cases: list[dict]):
         def of_provider(name: str):
-            tasks = {case["task"]: case for case in cases if "seconds" in case["providers"].get(name, {})}
-            request = {
-                "shape": shape._asdict(),
-                "tasks": list(tasks),
-                "name": name,
-                "settings": self.settings._asdict(),
-            }
+            tasks = {case["task"]: case for case in cases if name in measured(case)}
             try:
-                for event in self.part("memory", request) if tasks else ():
+                for event in self.part("memory", shape=shape._asdict(), tasks=list(tasks), name=name) if tasks else ():
                     tasks[event["task"]]["providers"][name]["peak_extra_mib"] = event["peak_extra_mib"]
             except Died as error:
                 self.report["not_run"].append(f"memory of {name}, {shape}: {error}")
 
         with ThreadPoolExecutor(MEMORY_PROCESSES) as pool:
-            list(pool.map(of_provider, self.names))
+            list(pool.map(of_provider, dict.fromkeys([EAGER, *names])))
         for case in cases:
             memory.add_ratios(case, EAGER)
 
-    def part(self, kind: str, request: dict):
+    def part(self, kind: str, **request):
+        if kind != "roofs":
+            request["settings"] = self.settings._asdict()
         silence = SILENCE[self.settings.device]
-        return events("bench.kernel_parts", kind, request, self.ends, silence)
+        return events("bench.parts", {"kind": kind, **request}, ends=self.ends, silence=silence)
 
     def save(self):
         self.report["seconds"] = time.monotonic() - self.start
-        if self.path:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.report, indent=2) + "\n")
+        report_of.save(self.report, self.path)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

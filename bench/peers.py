@@ -1,7 +1,7 @@
-"""The peers, each through its published package and interface, as that package's own trainer or example calls it.
+"""The peers, each through its published package and interface, called as that package's own trainer or example calls it.
 
-Where a size of what is done at once is an argument, it is what their trainer passes, or less if that is more than the
-workspace that ours get: at a small shape it would be no chunk at all.
+If the chunk size is an argument, it is the one their trainer passes, or less if that is more than the workspace that ours
+get: at a small shape it would not be a chunk at all.
 """
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 from .inputs import Inputs
 from .jobs import CONFIG, CROSS_ENTROPY, POLICY, UNSHAPED, Counts, Package, Provider, Rows, Settings, loss_of, sequences
 
-TRL_TOKENS, TRL_COLUMNS = 4096, 32768  # of TRL 1.16: its tile, of which its trainer sets the columns
-VERL_TOKENS = 512  # of verl 0.9: at a time, with the whole vocabulary
-LIGER_TOKENS = 2048  # of Liger 0.8: of its tile, which a chunk of short sequences does not fill
+TRL_TOKENS, TRL_COLUMNS = 4096, 32768  # TRL 1.16: its tile; its trainer sets the columns
+VERL_TOKENS = 512  # verl 0.9: at a time, with the whole vocabulary
+LIGER_TOKENS = 2048  # Liger 0.8: its tile, which a chunk of short sequences does not fill
 
 
 def torch_cross_entropy(inputs: Inputs, options, reduction: str) -> Tensor:
@@ -30,7 +30,7 @@ def torch_chunked(inputs: Inputs, reduction: str) -> Tensor:
 
 
 def liger_sequences(inputs: Inputs) -> int:
-    """As many in a chunk as fill its tile. One, its default, took a third longer at 8 sequences of 64 tokens."""
+    """Return how many sequences fill its tile. One, its default, takes a third longer at 8 sequences of 64 tokens."""
     return max(1, LIGER_TOKENS * sequences(inputs) // len(inputs.target))
 
 
@@ -119,7 +119,7 @@ def trl(inputs: Inputs, settings: Settings) -> Rows:
 
 
 def cross_entropy(loss, products: Counts, passes: Counts, **options) -> Provider:
-    """loss: (inputs, reduction) -> the mean, or each row's."""
+    """loss: (inputs, reduction) -> the mean, or a loss per row."""
     return Provider(
         CROSS_ENTROPY, lambda inputs, _: loss(inputs, "mean"), lambda inputs, _: Rows(-loss(inputs, "none"), None),
         products, passes, **options,

@@ -1,6 +1,6 @@
-"""What is compared, by name: eager PyTorch, its compiled form, ours, and the published packages of `bench.peers`.
+"""What is compared, by name: eager PyTorch, the same compiled, ours, and the published packages of `bench.peers`.
 
-The work differs, and `work` says how: a cross-entropy has neither entropy nor ratio, and is the easier job.
+The work differs, and `work` says how: a cross-entropy has no entropy and no ratio, and is the easier job.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,10 @@ import torch
 from mssr_kernels import linear_logprob_entropy, linear_policy_loss, reference
 
 from .inputs import Inputs
-from .jobs import CONFIG, POLICY, Counts, Provider, Rows, Settings, clipped_loss, eager, eager_rows, loss_of
+from .jobs import CONFIG, POLICY, Counts, Provider, Rows, Settings, eager, eager_rows, loss_of
 from .peers import PEERS
+from .report import EAGER
 
-__all__ = ["CONFIG", "EAGER", "PROVIDERS", "clipped_loss", "eager"]
-
-EAGER = "eager"  # what all others are measured against
 compiled_rows, compiled = torch.compile(eager_rows, dynamic=False), torch.compile(eager, dynamic=False)
 
 
@@ -49,7 +47,7 @@ def ours_rows(backend: str) -> Callable[[Inputs, Settings], Rows]:
 
 
 def specification(inputs: Inputs, *_):
-    """Our own eager reference, which takes options and ignored rows into account and is hungrier for it."""
+    """Our own eager reference, which handles all options and ignored rows and needs more memory for it."""
     return reference.linear_policy_loss(*inputs[:5], config=CONFIG, softcap=inputs.softcap)
 
 
@@ -60,9 +58,9 @@ OURS = {
         Counts(1, 2, 3), Counts(11, 16, 17),
     ),
     "mssr exact": ours_fused("auto", *LOSS_IN_FORWARD),
-    "mssr sparse": ours_fused(  # the products of the backward pass are counted as they are made
+    "mssr sparse": ours_fused(  # the products of the backward pass are counted as executed
         "auto", Counts(1, 1, 1), Counts(0, 3, 3), sparse=True,
-        note="gradients up to vocab_drop_tol; made products are counted",
+        note="approximate gradients; FLOPs counted as executed",
     ),
     "mssr recompute": Provider(
         POLICY, loss_of(ours_rows("auto")), ours_rows("auto"), Counts(1, 3, 4), Counts(0, 2, 3), tasks=("loss", "frozen")

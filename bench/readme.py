@@ -1,12 +1,11 @@
-"""Benchmark tables of the READMEs, generated from the committed results, and a page for each folder of these.
+"""Benchmark tables of the READMEs, generated from the committed results, and a page for each folder of results.
 
     python -m bench.readme [--check]
 
-Between `<!-- bench:NAME -->` and `<!-- /bench -->` in docs/BENCHMARKS.md and the READMEs is what is generated from NAME.json,
-a report of kernels (`kernels`, or `kernels_` and what of), `step` or `scaling`: of the newest folder below bench/results
-that has it, for each machine. Folders are named <machine>_<date>. Those with a report of kernels also get a README.md of
-their own: every case, and the plots that are there.
---check writes nothing and exits with 1 if a file is not what would be written; 2 is a mistake.
+Between `<!-- bench:NAME -->` and `<!-- /bench -->` in README.md and kernels/README.md stands what is generated from
+NAME.json, a report of kernels (`kernels` or `kernels_<what>`), `step` or `scaling`: for each machine from the newest folder
+below bench/results that has one. Folders are named <machine>_<date>; those with a report of kernels also get a README.md with
+every case and the plots. --check writes nothing and exits with 1 if a file differs from what it should be, 2 on a mistake.
 """
 
 import argparse
@@ -17,14 +16,14 @@ from pathlib import Path
 
 from mssr.errors import UserError
 
-from . import losses, markdown
-from .reports import KERNELS, SCALING, load, load_kernels, name
+from . import tables
+from .child import ROOT
+from .plots import PICTURE
+from .report import KERNELS, SCALING, load, load_kernels
 
-ROOT = Path(__file__).resolve().parents[1]
-READMES = ("README.md", "docs/BENCHMARKS.md", "kernels/README.md")
+READMES = ("README.md", "kernels/README.md")
 RESULTS = "bench/results"
-PLOTS = ("time.png", "memory.png", "roof.png", "accuracy.png", "scaling.png")
-OPEN, CLOSE = re.compile(r"<!-- bench:([\w-]+) -->\n"), "<!-- /bench -->"
+OPEN, CLOSE = r"<!-- bench:([\w-]+) -->\n", "<!-- /bench -->"
 MAIN_TASK = "loss"
 ALL_KERNELS = "kernels*.json"
 
@@ -47,10 +46,10 @@ def main(words: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 def generated(root: Path) -> dict[Path, str]:
-    """File -> what it should hold.
+    """Return what each file should hold.
 
     Raises:
-        UserError: a marker with an unknown name or without its end, or no results for it.
+        UserError: a marker has an unknown name, no end, or no results.
     """
     files = [root / file for file in READMES if (root / file).exists()]
     found = {file: rewritten(file.read_text(), file, root) for file in files}
@@ -64,16 +63,11 @@ def read(file: Path) -> str | None:
 
 
 def rewritten(text: str, file: Path, root: Path) -> str:
-    """The text with every marked part generated anew."""
-    pieces, at = [], 0
-    while marker := OPEN.search(text, at):
-        end = text.find(CLOSE, marker.end())
-        following = OPEN.search(text, marker.end())
-        if end < 0 or (following and following.start() < end):
-            raise UserError(f"{file.name}: <!-- bench:{marker[1]} --> has no {CLOSE} after it; add one")
-        pieces += [text[at : marker.end()], block(marker[1], file, root)]
-        at = end
-    return "".join([*pieces, text[at:]])
+    """Return the text with every marked part generated anew."""
+    whole = re.compile(f"{OPEN}(?:(?!{OPEN}).)*?{CLOSE}", re.DOTALL)
+    if broken := re.search(OPEN, whole.sub("", text)):
+        raise UserError(f"{file.name}: <!-- bench:{broken[1]} --> has no {CLOSE} after it; add one")
+    return whole.sub(lambda found: f"<!-- bench:{found[1]} -->\n{block(found[1], file, root)}{CLOSE}", text)
 
 
 def block(marker: str, file: Path, root: Path) -> str:
@@ -89,7 +83,7 @@ def block(marker: str, file: Path, root: Path) -> str:
 
 
 def newest(results: Path, name: str) -> list[Path]:
-    """For each machine the report of that name in its newest folder with one."""
+    """Return, for each machine, the report of that name in its newest folder with one."""
     reports = {}
     for report in sorted(results.glob(f"*_*/{name}")):
         machine, _, _ = report.parent.name.rpartition("_")
@@ -98,64 +92,35 @@ def newest(results: Path, name: str) -> list[Path]:
 
 
 def kernels(file: Path, link: str) -> str:
-    """The first case of the main task in full, the others in short. link: to the folder."""
+    """The first case of the main task, and where ours lose in all of them. link: to the folder."""
     report = load_kernels(file)
     cases = report["cases"]
     if not cases:
         raise UserError(f"{file.parent.name}/{file.name}: no case was measured; measure again")
     main_case = next((case for case in cases if case["task"] == MAIN_TASK), cases[0])
-    others = [case for case in cases if case is not main_case]
-    parts = [markdown.kernels_case(main_case), *([markdown.kernels_overview(others)] if others else [])]
-    parts += [
-        losses.where_we_lose(cases),
-        markdown.caveats(cases),
-        f"{markdown.provenance(report)}[Every case, with plots]({link}/README.md).\n",
-    ]
-    return "\n".join([*parts, *(plots(file.parent, link, PLOTS[:1]) if file.name == KERNELS else [])])
+    parts = [tables.kernels_case(main_case), tables.where_we_lose(cases), tables.caveats(cases)]
+    parts.append(f"{tables.provenance(report)}[Every case, with plots]({link}/README.md).\n")
+    return "\n".join([*parts, *picture(file, link)])
 
 
 def step(file: Path, link: str) -> str:
-    report = load(file)
-    missing = [key for key in ("command", "date") if key not in report]
-    if missing:
-        raise UserError(
-            f"{file.parent.name}/{file.name}: no `{missing[0]}`, so it is of an older version; measure again"
-        )
-    return "\n".join([markdown.step(report), losses.where_we_lose([step_as_case(report)]), markdown.provenance(report)])
-
-
-def step_as_case(report: dict) -> dict:
-    """In the words of `bench.kernels`, so that one function says where ours lose."""
-    providers = {}
-    for case in report["cases"]:
-        ran = "seconds" in case
-        providers[case["head"]] = case | (
-            {"peak_extra_mib": 1024 * case["extra_gib"]} if ran else {"error": case.get("error", "skipped")}
-        )
-    return {"providers": providers}
+    return tables.step(load(file))
 
 
 def scaling(file: Path, link: str) -> str:
-    report = load(file)
-    return "\n".join(
-        [markdown.scaling(report), markdown.provenance(report), *plots(file.parent, link, ("scaling.png",))]
-    )
+    return tables.scaling(load(file))
 
 
-def plots(folder: Path, link: str, names: tuple[str, ...]) -> list[str]:
-    return [f"![{Path(picture).stem}]({link}/{picture})\n" for picture in names if (folder / picture).exists()]
+def picture(file: Path, link: str) -> list[str]:
+    there = file.name == KERNELS and (file.parent / PICTURE).exists()
+    return [f"![time and memory]({link}/{PICTURE})\n"] if there else []
 
 
 def page(folder: Path) -> str:
     """The folder's README: every case of its reports of kernels."""
     parts = ["# " + folder.name.replace("_", ", ") + "\n", "Generated by `python -m bench.readme`.\n"]
     for file in sorted(folder.glob(ALL_KERNELS)):
-        report = load_kernels(file)
-        parts += [markdown.provenance(report), *map(markdown.kernels_case, report["cases"])]
-        parts += [losses.where_we_lose(report["cases"]), markdown.caveats(report["cases"]), "Singly:\n"]
-        parts += ["\n".join(f"- {sentence}" for sentence in losses.sentences(report, name)) + "\n"]
-        parts += ["\n".join(f"- not run: {line}" for line in report.get("not_run", [])) + "\n"]
-        parts += plots(folder, ".", PLOTS[:4]) if file.name == KERNELS else []
+        parts += [tables.kernels(load_kernels(file)), *picture(file, ".")]
     if (folder / SCALING).exists():
         parts.append(scaling(folder / SCALING, "."))
     return "\n".join(parts)

@@ -1,16 +1,16 @@
-"""What the machine can do, measured: a large product for each dtype, and a copy; and how near to it a job came."""
+"""What the machine can do, as measured: a large product per dtype, and a copy; and the share of it that a job reaches."""
 
 import time
 
 import torch
 
 REPEATS = {"cpu": 7, "cuda": 50}
-SIZE = {"cpu": 1536, "cuda": 8192}  # rows and columns of the product: caches do not hold it, and no edge shows
+SIZE = {"cpu": 1536, "cuda": 8192}  # rows and columns of the product: too large for caches and for edges to matter
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 
 def measure(device: str, dtypes: list[str]) -> dict:
-    """matmul_tflops by dtype, and copy_gb_per_s, what is read and what is written counted. Medians."""
+    """Return matmul_tflops by dtype and copy_gb_per_s (bytes read plus bytes written); medians."""
     return {
         "matmul_tflops": {dtype: matmul_tflops(device, getattr(torch, dtype)) for dtype in dtypes},
         "copy_gb_per_s": copy_gb_per_s(device),
@@ -48,7 +48,7 @@ def synchronize(device: str):
 
 
 def share(flops: float, bytes_: float, seconds: float, dtype: str, roofs: dict) -> float:
-    """The time at the roof, of products or of memory, whichever takes longer, over the time that was taken."""
+    """Return the time at the roof, of products or of memory traffic, whichever is longer, over the time taken."""
     of_products = flops / (roofs["matmul_tflops"][dtype] * 1e12)
     of_memory = bytes_ / (roofs["copy_gb_per_s"] * 1e9)
     return max(of_products, of_memory) / seconds

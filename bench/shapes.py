@@ -1,4 +1,4 @@
-"""The heads that are measured: hidden size and vocabulary of models by name, and the shape of a case."""
+"""The measured heads: hidden size and vocabulary by model name, and the shape of a case."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ class Head(NamedTuple):
     softcap: float | None = None
 
 
-# hidden_size, vocab_size and final_logit_softcapping in the config.json that each model is published with.
+# hidden_size, vocab_size and final_logit_softcapping of each model's published config.json.
 MODELS = {
     "qwen2.5-vl-3b": Head(2048, 151936),
     "qwen2.5-vl-7b": Head(3584, 152064),
@@ -22,7 +22,7 @@ MODELS = {
 
 
 class Shape(NamedTuple):
-    """What one set of inputs is made from; `model` only names it."""
+    """What a set of inputs is made from; `model` only names it."""
 
     model: str | None
     n: int  # tokens

@@ -1,4 +1,4 @@
-"""Time of the processors that the host of a virtual machine gave to others, and runs that it spoiled."""
+"""Processor time that the host of a virtual machine gave to others, and the runs that it spoilt."""
 
 import os
 from collections.abc import Callable
@@ -10,14 +10,14 @@ ATTEMPTS = 3
 
 
 def stolen_seconds() -> float:
-    """Since the machine was started; 0 where the system does not tell."""
+    """Return the seconds stolen since the machine started; 0 if the system does not tell."""
     fields = STAT.read_text().split(maxsplit=9) if STAT.exists() else ()
     return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else 0.0
 
 
 def least_disturbed(run: Callable[[], float]) -> tuple[float, bool]:
-    """The seconds that `run` returns, and whether the host spoilt them: it is done again if so, ATTEMPTS times at most, and
-    the least spoilt counts. Two threads that wait for each other take twice as long when one of them is held up."""
+    """Return the seconds that `run` returns, and whether the host spoilt them. A spoilt run is repeated, up to ATTEMPTS runs,
+    and the least spoilt counts. Two threads that wait for each other take twice as long if one of them is held up."""
     runs = []
     while len(runs) < ATTEMPTS:
         before = stolen_seconds()

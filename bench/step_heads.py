@@ -1,6 +1,6 @@
-"""The heads that `bench.step` compares: each takes the place of the policy's own, the rest of the step stays as it is.
+"""The heads that `bench.step` compares: each replaces the policy's own, and the rest of the step stays as it is.
 
-All of them see response tokens alone, as in the trainer: a head that was given prompts too would only look worse.
+All of them see only response tokens, as in the trainer: a head that also got the prompts would look worse.
 """
 
 from typing import NamedTuple
@@ -12,13 +12,14 @@ from torch import Tensor
 from mssr_kernels import FusedLMHead, PolicyLoss, PolicyLossConfig, PolicyMetrics
 
 from .inputs import Inputs
-from .providers import PROVIDERS, clipped_loss
+from .jobs import Provider, clipped_loss
+from .providers import PROVIDERS
 
-LOWEST = -1e4  # a forbidden column's logit: probability 0, and 0 times its log is 0 and no NaN
+LOWEST = -1e4  # logit of a forbidden column: its probability is 0, and 0 times its logarithm is 0, not NaN
 
 
 class EagerHead(FusedLMHead):
-    """All logits, and autograd through what follows: the loss that `bench.kernels` calls eager."""
+    """All logits, then autograd: the loss that `bench.kernels` calls eager."""
 
     def forward(self, hidden, target=None, advantage=None, *, config=None, old_logp=None, normalizer=None, **rest):
         if advantage is None:
@@ -35,9 +36,9 @@ class EagerHead(FusedLMHead):
 
 
 class LigerHead(FusedLMHead):
-    """Liger's fused linear GRPO loss, at its best: every token a sequence, so that there is no padding and an advantage for
-    each, all of them one chunk, since it goes through the vocabulary in pieces of its own. It has no entropy, so the
-    advantages stay as they are, and it hands out no log-probs."""
+    """Liger's fused linear GRPO loss, at its best: every token is a sequence, so there is no padding and each has its own
+    advantage; all are one chunk, since it splits the vocabulary itself. It has no entropy, so advantages are not shaped, and
+    it returns no log-probs."""
 
     def forward(self, hidden, target=None, advantage=None, *, config=None, old_logp=None, normalizer=None, **rest):
         if advantage is None:
@@ -64,7 +65,7 @@ def require_plain(
     rollout_logp=None,
     vocab_drop_tol: float | None = None,
 ):
-    """What these heads leave out must not have been asked for."""
+    """Refuse options that these heads do not have."""
     if temperature != 1 or ref_logp is not None or config.kl_coef or config.entropy_coef or config.tis_cap:
         raise ValueError("the heads of bench.step know no temperature, KL, entropy bonus or TIS")
     if vocab_drop_tol is not None:
@@ -72,7 +73,7 @@ def require_plain(
 
 
 def result(loss: Tensor, normalizer: float, logp: Tensor, entropy: Tensor) -> PolicyLoss:
-    """With the metrics that the benchmark reads; the others are 0."""
+    """Return the loss with the metrics that the benchmark reads; the others are 0."""
     zero, rows = loss.detach().new_zeros(()), torch.tensor(float(len(logp)), device=loss.device)
     metrics = PolicyMetrics(*[zero] * len(PolicyMetrics._fields))._replace(
         rows=rows, policy_loss_sum=loss.detach() * normalizer, entropy_sum=entropy.sum()
@@ -81,13 +82,13 @@ def result(loss: Tensor, normalizer: float, logp: Tensor, entropy: Tensor) -> Po
 
 
 class Head(NamedTuple):
-    work: str
+    provider: Provider
     kind: type[FusedLMHead]
 
 
-# In this order; the first is what the others are compared with.
+# The others are compared with the first.
 HEADS = {
-    "eager": Head(PROVIDERS["eager"].work, EagerHead),
-    "liger": Head(PROVIDERS["liger GRPO"].work, LigerHead),
-    "mssr": Head(PROVIDERS["mssr exact"].work, FusedLMHead),
+    "eager": Head(PROVIDERS["eager"], EagerHead),
+    "liger": Head(PROVIDERS["liger GRPO"], LigerHead),
+    "mssr": Head(PROVIDERS["mssr exact"], FusedLMHead),
 }

@@ -1,6 +1,6 @@
 """One size and mode of `bench.sync`, in the process of each of its ranks; the first rank prints what was measured.
 
-RANK=0 WORLD_SIZE=1 ... python -m bench.sync_case '{"size": "tiny", "mode": "zero0", ...}'
+python -m bench.sync_case, with {"size": "tiny", "mode": "zero0", ...} on standard input
 """
 
 import gc
@@ -9,42 +9,25 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
-from unittest.mock import patch
 
 import torch
 
-from . import heap
-from .memory import MIB, resident_bytes
+from . import heap, models
+from .child import say
+from .memory import GIB, MIB, peak_extra_bytes, resident_bytes
+from .models import Size
+from .roofs import synchronize
 
-GIB = 1 << 30
-TOKENS = 64  # of a prompt, of a response: the sync does not depend on them, vLLM's start does
-
-
-class Size(NamedTuple):
-    """A Qwen2.5-VL. about: its parameters, to see beforehand whether they fit."""
-
-    about: float
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    vision_hidden: int
-    vision_intermediate: int
-    vision_layers: int
-    vision_heads: int
+TOKENS = 64  # of a prompt and of a response: a sync does not depend on them, but vLLM's start does
 
 
+# With the number of parameters, to see beforehand whether they fit.
 SIZES = {
-    "tiny": Size(1.2e6, 128, 256, 2, 4, 1, 512, 128, 256, 2, 4),
-    "20m": Size(21e6, 384, 1024, 6, 6, 1, 8192, 256, 768, 4, 4),
-    "100m": Size(112e6, 768, 2304, 8, 12, 3, 16384, 512, 1408, 8, 8),
-    "500m": Size(530e6, 1280, 3840, 18, 20, 5, 32768, 768, 2304, 12, 12),
-    "7b": Size(8.3e9, 3584, 18944, 28, 28, 4, 152064, 1280, 3420, 32, 16),
+    "tiny": (1.2e6, Size(128, 256, 2, 4, 1, 512)),
+    "20m": (21e6, Size(384, 1024, 6, 6, 1, 8192, 256, 768, 4, 4)),
+    "100m": (112e6, Size(768, 2304, 8, 12, 3, 16384, 512, 1408, 8, 8)),
+    "500m": (530e6, Size(1280, 3840, 18, 20, 5, 32768, 768, 2304, 12, 12)),
+    "7b": (8.3e9, Size(3584, 18944, 28, 28, 4, 152064, 1280, 3420, 32, 16)),
 }
 
 
@@ -52,13 +35,13 @@ def main(case: dict):
     from mssr.distributed import start_world
 
     world = start_world(case["device"])
-    result = measure(world, case)
+    found = measure(world, case)
     if world.is_main:
-        print(json.dumps(result), flush=True)
+        say(**found)
 
 
 def measure(world, case: dict) -> dict:
-    """case: size, mode, device, dtype, sync_gib, repeats, per_parameter, and a folder for the model, empty at first."""
+    """case: size, mode, device, dtype, sync_gib, repeats, and the path of a folder for the model, which is made here."""
     from mssr.policy.weights import weight_shapes
     from mssr.rollout import weight_sync
     from mssr.rollout.vllm.engine import VLLMRollout
@@ -70,149 +53,66 @@ def measure(world, case: dict) -> dict:
     if world.device.type == "cuda":
         start_eager()
     rollout = VLLMRollout(run_config(case), policy, [0], 0, world)
-    bucket_bytes = int(case["sync_gib"] * GIB)
 
-    def ours():
+    def sync():
         rollout.update_weights(policy, 0)
 
-    def one_by_one():
-        with patch("mssr.rollout.vllm.engine.sync_weights", sync_one_by_one):
-            rollout.update_weights(policy, 0)
-
     def gather():
-        for _ in weight_sync.named_weights(policy, bucket_bytes):
+        for _ in weight_sync.named_weights(policy, int(case["sync_gib"] * GIB)):
             pass
 
-    ways = {"sync": ours} | ({"per_parameter": one_by_one} if case["per_parameter"] else {})
-    seconds = {name: [] for name in ways}
-    for turn in range(case["repeats"] + 1):  # the first one warms up
-        for name, way in ways.items():
-            rollout.release()
-            found = max(world.gather(timed(way, world)))
-            if turn:
-                seconds[name].append(found)
-    resident = resident_bytes("VmHWM")  # what follows resets it
-    kept = peak_extras(ours, world, case)
-    with giving_back_what_is_freed():
-        memory = {name: peak_extras(way, world, case) for name, way in {**ways, "gather": gather}.items()}
+    seconds = []
+    for _ in range(case["repeats"] + 1):
+        rollout.release()
+        seconds.append(max(world.gather(timed(sync, world))))
+    seconds = seconds[1:]  # the first one warms up
+    resident = resident_bytes("VmHWM")  # read before the peak is reset
+    if world.device.type == "cpu":  # else glibc keeps much of what a sync frees, layer after layer
+        heap.give_back()
+    memory, gathering = (peak_extras(call, world, case) for call in (sync, gather))
     weights = weight_shapes(policy).values()
     sizes = [shape.numel() * dtype.itemsize for shape, dtype in weights]
-    result = {
+    return {
         "parameters": sum(shape.numel() for shape, _ in weights),
-        "tensors": len(sizes),
         "bytes": sum(sizes),
-        "largest_tensor_mib": max(sizes) / MIB,
         "threads": torch.get_num_threads(),
-        "seconds": statistics.median(seconds["sync"]),
-        "seconds_spread": [min(seconds["sync"]), max(seconds["sync"])],
-        "bytes_per_second": sum(sizes) / statistics.median(seconds["sync"]),
-        "peak_extra_mib": memory["sync"] / MIB,
-        "peak_extra_mib_of_gathering": memory["gather"] / MIB,
-        "peak_extra_mib_with_heap": kept / MIB,
+        "seconds": statistics.median(seconds),
+        "seconds_spread": [min(seconds), max(seconds)],
+        "bytes_per_second": sum(sizes) / statistics.median(seconds),
+        "peak_extra_mib": memory / MIB,
+        "peak_extra_mib_of_gathering": gathering / MIB,
         "resident_gib": sum(world.gather(resident)) / GIB,
     }
-    if case["per_parameter"]:
-        turns = [own / other for own, other in zip(seconds["sync"], seconds["per_parameter"])]
-        result["per_parameter"] = {
-            "seconds": statistics.median(seconds["per_parameter"]),
-            "seconds_spread": [min(seconds["per_parameter"]), max(seconds["per_parameter"])],
-            "peak_extra_mib": memory["per_parameter"] / MIB,
-            "time_ratio": statistics.median(turns),
-        }
-    return result
 
 
 def timed(call: Callable[[], None], world) -> float:
     gc.collect()
     world.barrier()
-    synchronize(world)
+    synchronize(world.device.type)
     start = time.perf_counter()
     call()
-    synchronize(world)
+    synchronize(world.device.type)
     return time.perf_counter() - start
 
 
 def peak_extras(call: Callable[[], None], world, case: dict) -> int:
-    """The largest of all repeats on all ranks."""
+    """Return the largest peak of all repeats on all ranks."""
     return max(max(world.gather(peak_extra(call, world))) for _ in range(case["repeats"]))
 
 
 def peak_extra(call: Callable[[], None], world) -> int:
-    """Bytes at the peak of a call that finds vLLM awake, so that its own weights and cache do not count."""
-    gc.collect()
+    """Return the bytes at the peak of a call. vLLM is awake before, so its own weights and cache do not count."""
     world.barrier()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        allocated, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-        call()
-        torch.cuda.synchronize()
-        # What the allocator took from the device in the call it still has; what did not go through it shows here too.
-        return max(torch.cuda.max_memory_allocated() - allocated, free - torch.cuda.mem_get_info()[0])
-    heap.trim()  # what was freed before must not pass for memory that is there anyway
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present resident set
-    before = resident_bytes("VmRSS")
-    call()
-    return resident_bytes("VmHWM") - before
-
-
-@contextmanager
-def giving_back_what_is_freed():
-    """glibc's heap keeps much of what a sync frees, layer after layer, which hides what the sync needs: in here it is trimmed
-    after every weight and every gathering."""
-    from mssr.policy import weights
-    from mssr.rollout import weight_sync
-
-    named_weights, gathered = weights.named_weights, weights.gathered
-
-    def trimming_weights(policy, bucket_bytes: int):
-        for pair in named_weights(policy, bucket_bytes):
-            yield pair
-            heap.trim()
-
-    @contextmanager
-    def trimming_gathered(parameters):
-        with gathered(parameters):
-            yield
-        heap.trim()
-
-    with (
-        patch.object(weight_sync, "named_weights", trimming_weights),
-        patch.object(weights, "gathered", trimming_gathered),
-    ):
-        yield
-
-
-def synchronize(world):
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def sync_one_by_one(llm, policy, **_):
-    """`sync_weights` as trainers commonly write it: one gathering and one call of vLLM's `load_weights` a parameter.
-
-    On a CPU vLLM repacks linear layers and can load into them again only within a reload, so there is one around it all.
-    """
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    from mssr.rollout import weight_sync
-
-    def load(worker):
-        model, repacked = worker.model_runner.get_model(), next(policy.parameters()).device.type == "cpu"
-        if repacked:
-            initialize_layerwise_reload(model)
-        for name, weight in weight_sync.named_weights(policy, 1):  # a limit that every parameter is over
-            model.load_weights([(name, weight)])
-        if repacked:
-            finalize_layerwise_reload(model, worker.model_runner.model_config)
-
-    llm.collective_rpc(load)
-    weight_sync.reset_caches(llm)
+    if world.device.type != "cuda":
+        return peak_extra_bytes(call, "cpu")
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    # The second term includes what did not go through torch's allocator, which keeps what it took from the device.
+    return max(peak_extra_bytes(call, "cuda"), free - torch.cuda.mem_get_info()[0])
 
 
 def start_eager():
-    """Compiling and capturing graphs takes a minute and changes nothing about a sync."""
+    """Skip vLLM's compilation and graph capture, which take a minute and do not affect a sync."""
     import vllm
 
     whole = vllm.LLM
@@ -223,7 +123,7 @@ def start_eager():
 
 
 def make_policy(world, case: dict) -> tuple:
-    """(policy, the engine that has to live as long). Without ZeRO the frozen policy alone: what is synced is the same."""
+    """Return (policy, the engine that must live as long). zero0 is the frozen policy alone; it syncs the same weights."""
     if case["mode"] == "zero0":
         return random_policy(case, world.device), None
     from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
@@ -253,7 +153,7 @@ def random_policy(case: dict, device: torch.device):
 
 
 def write_model(case: dict):
-    """Config, a small tokenizer and the image processor; weights for a DeepSpeed engine only, which reads them."""
+    """Write config, a small tokenizer and the image processor; weights only for a DeepSpeed engine, which reads them."""
     from transformers import Qwen2VLImageProcessorPil
 
     from examples.digits.tiny_model import train_tokenizer
@@ -261,50 +161,18 @@ def write_model(case: dict):
     tokenizer = train_tokenizer(["Which digit is larger?"], 300)
     tokenizer.save_pretrained(case["folder"])
     Qwen2VLImageProcessorPil().save_pretrained(case["folder"])
-    model_config(SIZES[case["size"]], tokenizer, case["dtype"]).save_pretrained(case["folder"])
+    model_config(SIZES[case["size"]][1], tokenizer, case["dtype"]).save_pretrained(case["folder"])
     if case["mode"] != "zero0":
         random_policy(case, torch.device("cpu")).model.save_pretrained(case["folder"])
 
 
 def model_config(size: Size, tokenizer, dtype: str):
-    from transformers import Qwen2_5_VLConfig
-
-    half = size.hidden // size.heads // 2
     token = tokenizer.convert_tokens_to_ids
-    text = dict(
-        vocab_size=size.vocabulary,
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1e6,
-            "mrope_section": [half // 4, half * 3 // 8, half * 3 // 8],
-        },
-        bos_token_id=None,
-        eos_token_id=token("<|im_end|>"),
-        pad_token_id=token("<|endoftext|>"),
-    )
-    vision = dict(
-        depth=size.vision_layers,
-        hidden_size=size.vision_hidden,
-        intermediate_size=size.vision_intermediate,
-        num_heads=size.vision_heads,
-        out_hidden_size=size.hidden,
-        fullatt_block_indexes=list(range(size.vision_layers))[3::4],
-    )
-    return Qwen2_5_VLConfig(
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
-        dtype=dtype,
-        text_config=text,
-        vision_config=vision,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        tie_word_embeddings=False,
-    )
+    return models.config(
+        size, dtype, image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+        text={"eos_token_id": token("<|im_end|>"), "pad_token_id": token("<|endoftext|>")},
+    )  # fmt: skip
 
 
 def run_config(case: dict):
@@ -318,4 +186,4 @@ def run_config(case: dict):
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.load(sys.stdin))

@@ -1,11 +1,14 @@
-"""The FLOPs and bytes of a job, as the provider does it: declared, and counted where they depend on the rows."""
+"""The FLOPs and bytes of a job as the provider does it: declared, or counted if they depend on the rows."""
 
 from collections.abc import Callable
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from .jobs import Provider
 from .shapes import Shape
+
+PRODUCTS = {"aten::mm": slice(0, 2), "aten::addmm": slice(1, 3), "aten::addmm_": slice(1, 3)}  # operands' places
 
 
 def flops(provider: Provider, task: str, shape: Shape) -> float:
@@ -13,40 +16,15 @@ def flops(provider: Provider, task: str, shape: Shape) -> float:
 
 
 def bytes_moved(provider: Provider, task: str, shape: Shape) -> float:
-    """At least: each product reads or writes each of [N, D] and [V, D] once, the rest are passes over [N, V]."""
+    """Return a lower bound: each product reads or writes each of [N, D] and [V, D] once; the rest are passes over [N, V]."""
     n, d, v = shape.n, shape.d, shape.v
     operands = getattr(provider.products, task) * (n * d + d * v)
     return float(getattr(torch, shape.dtype).itemsize * (operands + getattr(provider.passes, task) * n * v))
 
 
-def of_sparse(job: Callable[[], None], task: str, shape: Shape, device: str, workspace_bytes: int) -> dict:
-    """Mode sparse: {"flops", "f": share of the backward products of mode exact, "forward_rows": deferred rows count twice}.
-    Counted from within during one run of `job`."""
-    from mssr_kernels import explain
-    from mssr_kernels.backends import choice
-    from mssr_kernels.backends.matmul import HeadMatmul
-
-    n, d, v = shape.n, shape.d, shape.v
-    dtype = getattr(torch, shape.dtype)
-    name = explain(n, d, v, dtype=dtype, device=device, workspace_bytes=workspace_bytes, vocab_drop_tol=0.5).backend
-    tiles = choice.backend_named(name).tiles
-    addmm, fill = HeadMatmul._addmm, tiles.fill
-    backward = forward_rows = 0
-
-    def counting_addmm(self, out, a, b, beta):
-        nonlocal backward
-        backward += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-        return addmm(self, out, a, b, beta)
-
-    def counting_fill(self, h, *rest):
-        nonlocal forward_rows
-        forward_rows += len(h)
-        return fill(self, h, *rest)
-
-    HeadMatmul._addmm, tiles.fill = counting_addmm, counting_fill
-    try:
+def executed_flops(job: Callable[[], object]) -> int:
+    """Return the FLOPs of PyTorch's matrix products in one run, from the shapes that its profiler sees."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         job()
-    finally:
-        HeadMatmul._addmm, tiles.fill = addmm, fill
-    dense = 2.0 * n * d * v * (2 if task == "loss" else 1)
-    return {"flops": 2.0 * forward_rows * d * v + backward, "f": backward / dense, "forward_rows": forward_rows}
+    shapes = [event.input_shapes[PRODUCTS[event.name]] for event in seen.events() if event.name in PRODUCTS]
+    return sum(2 * a[0] * a[1] * b[1] for a, b in shapes)

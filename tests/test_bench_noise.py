@@ -7,9 +7,10 @@ from unittest.mock import patch
 
 import pytest
 
-from bench import cases, compare, markdown, reports, steal
+from bench import cases, compare, report, steal, tables
 from bench.jobs import POLICY, Counts, Provider, Settings
-from bench.providers import EAGER, PROVIDERS
+from bench.providers import PROVIDERS
+from bench.report import EAGER
 from bench.shapes import Shape
 
 ROOT = Path(__file__).parents[1]
@@ -98,8 +99,8 @@ def test_spoilt_times_are_told():
     result = {"work": POLICY, "seconds": 1.0, "seconds_all": [1.0] * 5, "time_ratio": 1.0, "errors": {}, "spoilt": 2}
     case = SHAPE._asdict() | {"task": "loss", "providers": {EAGER: result, "cce": {"work": POLICY, "error": "no"}}}
     said = "2 of 5 times are of runs during which the host gave the processors to others"
-    assert reports.spoilt([case]) == said and said in markdown.caveats([case])
+    assert report.spoilt([case]) == said and said in tables.caveats([case])
     quiet = case | {"providers": case["providers"] | {EAGER: result | {"spoilt": 0}}}
-    assert reports.spoilt([quiet]) == ""
-    report = {"machine": {}, "settings": {}}
-    assert compare.compare(report | {"cases": [quiet]}, report | {"cases": [case]}).notes == [f"B: {said}"]
+    assert report.spoilt([quiet]) == ""
+    same = {"machine": {}, "settings": {}}
+    assert compare.compare(same | {"cases": [quiet]}, same | {"cases": [case]}).notes == [f"B: {said}"]

@@ -4,13 +4,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from bench import cases, peers, targets
+from bench import cases, peers
 from bench.inputs import Inputs
-from bench.jobs import POLICY, Settings
+from bench.jobs import Settings
 from bench.providers import PROVIDERS
 from bench.shapes import Shape
+from bench.work import executed_flops
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
 SHAPE = Shape(None, 64, 32, 2048, "float32", "realistic")
@@ -22,22 +22,13 @@ ON_CPU = [
 ]  # fmt: skip
 
 
-def flops_made(job) -> int:
-    """Of all matrix products, by the shapes that PyTorch's profiler saw."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-        job()
-    shapes = {"aten::mm": slice(0, 2), "aten::addmm": slice(1, 3), "aten::addmm_": slice(1, 3)}
-    found = [event.input_shapes[shapes[event.name]] for event in seen.events() if event.name in shapes]
-    return sum(2 * a[0] * a[1] * b[1] for a, b in found)
-
-
 @pytest.mark.parametrize("name", ON_CPU)
 def test_declared_products_are_those_that_are_made(name):
     settings = Settings("cpu", workspace_mib=1)
     inputs = cases.make(SHAPE, settings, seed=0)
     for task in PROVIDERS[name].tasks:
         tensors = cases.for_task(inputs, task)
-        made = flops_made(lambda tensors=tensors, task=task: cases.run(tensors, name, task, settings))
+        made = executed_flops(lambda tensors=tensors, task=task: cases.run(tensors, name, task, settings))
         assert made / PRODUCT == getattr(PROVIDERS[name].products, task), task
 
 
@@ -60,13 +51,3 @@ def test_chunks_of_liger_grpo_fill_its_tile():
     """Of 8 sequences: of 2,048 tokens, or one sequence where that is longer."""
     found = [peers.liger_sequences(shapes_only(n, 8, 8, torch.float32)) for n in (64, 512, 2048, 8192, 32768)]
     assert found == [256, 32, 8, 2, 1] and all(a >= b for a, b in pairwise(found))
-
-
-def test_gradients_summed_in_float32_are_taken_off_alike():
-    """D 1024, V 262144: dW takes 0.5 GiB in bf16 and 1 GiB in float32."""
-    found = {"work": POLICY, "seconds": 1.0, "flops": 1e12, "bytes": 1e9, "peak_extra_mib": 2048}
-    providers = {name: dict(found) for name in ("eager", "mssr recompute", "mssr exact", "trl", "quack CE")}
-    case = {**SHAPE._replace(d=1024, v=262144)._asdict(), "task": "loss", "providers": providers}
-    targets.with_rates(case, None)
-    beyond = {name: result["beyond_dw_gib"] for name, result in providers.items()}
-    assert beyond == {"eager": 1.5, "mssr recompute": 1.5, "mssr exact": 0.5, "trl": 0.5, "quack CE": 0.5}

@@ -3,11 +3,9 @@
 import json
 
 import pytest
-import torch
 
-from bench import losses, markdown, plots, readme, scaling
-from bench.jobs import Settings
-from bench.scaling_parts import on_ranks, times_of_shapes
+from bench import gpu, plots, readme, scaling, tables
+from bench.report import load
 from bench.shapes import Shape
 
 POLICY, CE = "policy loss with entropy", "cross-entropy alone"
@@ -28,7 +26,8 @@ def kernels_report() -> dict:
         "mssr exact": found(0.36, 80, 1.5e-6),
         "mssr sparse": found(0.15, 85, 2e-4),
         "torch linear CE": found(0.3, 300, 1e-6, CE),
-        "quack CE": {"work": CE, "error": "not installed: pip install quack-kernels"},
+        "quack CE": {"work": CE, "skipped": "not installed: pip install quack-kernels"},
+        "cce": {"work": CE, "error": "RuntimeError: no"},
     }
     shape = {"model": None, "n": 512, "d": 256, "v": 32768, "dtype": "float32", "rows": "realistic", "softcap": None}
     tasks = ("forward", "loss")
@@ -48,37 +47,30 @@ def step_report() -> dict:
     return {
         "command": "python -m bench.step --size 65k",
         "date": "2026-11-21",
-        "settings": {"size": "65k", "tokens": 2048, "dtype": "float32", "limit_gib": None},
+        "settings": {"size": "65k", "tokens": 2048, "dtype": "float32"},
         "machine": {"torch": "2.13.0", "device": "a CPU"},
+        "roof": {"tflops": 0.1, "source": "a large product"},
         "cases": [
             {"head": "eager", "work": POLICY, **head, "time_ratio": 1.0, "extra_ratio": 1.0},
-            {"head": "mssr", "work": POLICY, **head, "seconds": 12.0, "extra_gib": 0.9, "longest": {"tokens": 9000}},
-            {"head": "liger", "work": CE, "error": "ImportError: liger"},
+            {"head": "mssr", "work": POLICY, **head, "seconds": 12.0, "extra_gib": 0.9},
+            {"head": "liger", "work": CE, "skipped": "not installed: pip install liger-kernel"},
         ],
     }
 
 
 def scaling_report() -> dict:
     """Eager grows with N as N^1 in time and memory, ours as N^1 and not at all."""
-    cases = [
-        {
-            "axis": "n", "size": n, "n": n, "d": 64, "v": 1024, "ranks": 1,
-            "providers": {
-                "eager": {"seconds": 1e-3 * n, "peak_extra_mib": 2.0 * n},
-                "mssr exact": {"seconds": 5e-4 * n, "peak_extra_mib": 7.0},
-                "mssr sparse": {"error": "no"},
-            },
-        }
-        for n in (256, 512, 1024, 2048)
-    ]  # fmt: skip
-    machine = {"torch": "2.13.0", "device": "a CPU"}
-    common = {
-        "command": "python -m bench.scaling",
-        "date": "2026-11-21",
-        "machine": machine,
-        "settings": {"repeats": 5},
+    shape = {"d": 64, "v": 1024, "task": "loss"}
+    providers = lambda n: {  # noqa: E731
+        "eager": {"seconds": 1e-3 * n, "peak_extra_mib": 2.0 * n},
+        "mssr exact": {"seconds": 5e-4 * n, "peak_extra_mib": 7.0},
+        "mssr sparse": {"error": "no"},
     }
-    return common | {"cases": cases, "slopes": scaling.slopes(cases)}
+    return kernels_report() | {
+        "command": "python -m bench.scaling",
+        "settings": {"repeats": 5, "n": 512, "d": 64, "v": 1024},
+        "cases": [{"n": n, **shape, "providers": providers(n)} for n in (256, 512, 1024, 2048)],
+    }
 
 
 @pytest.fixture
@@ -115,7 +107,7 @@ def test_a_table_is_written_and_then_checks(root, capsys):
     assert readme.main(["--check"], root) == 0
     text = (root / "README.md").read_text()
     assert text.startswith("# Title\n\n<!-- bench:kernels -->\n") and text.endswith("<!-- /bench -->\n\nEnd.\n")
-    # The first case with task "loss" in full, the other one in short.
+    # The first case with task "loss".
     assert "Forward and backward, N 512, D 256, V 32,768, float32, realistic rows**, mean entropy 0.43 nats" in text
     errors = "logp 8e-07, dW 2e-06"
     assert cells(text, "**mssr exact**") == [
@@ -128,8 +120,8 @@ def test_a_table_is_written_and_then_checks(root, capsys):
         errors,
         POLICY,
     ]
-    assert cells(text, "quack CE")[1] == "failed: not installed: pip install quack-kernels"
-    assert "| **mssr exact** | 0.90, 0.27 |" in text and "| quack CE | failed |" in text
+    assert cells(text, "quack CE")[1] == "not installed: pip install quack-kernels"
+    assert cells(text, "cce")[1] == "failed: RuntimeError: no"
     for fact in ("`python -m bench.kernels --quick`, 2026-11-21, on a CPU, 2 threads", "torch 2.13.0", "float32 0.14"):
         assert fact in text
     assert "bench/results/cpu_2026-11-21/README.md" in text  # the page of the folder, also generated:
@@ -164,28 +156,25 @@ def test_reports_of_kernels_have_names_of_their_own(root):
     for case in wide["cases"]:
         case |= {"d": 1024, "v": 65536}
     folder = write(root, "cpu_2026-11-21", kernels_wide=wide)
-    (folder / "time.png").touch()  # of kernels.json
+    (folder / "kernels.png").touch()  # of kernels.json
     (root / "README.md").write_text(MARKED.format("kernels_wide"))
     assert readme.main([], root) == 0
     text, page = (root / "README.md").read_text(), (folder / "README.md").read_text()
-    assert "V 65,536" in text and "V 32,768" not in text and "time.png" not in text
-    assert "V 65,536" in page and "V 32,768" in page and page.count("time.png") == 1
+    assert "V 65,536" in text and "V 32,768" not in text and "kernels.png" not in text
+    assert "V 65,536" in page and "V 32,768" in page and page.count("kernels.png") == 1
 
 
 def test_step_and_scaling_have_tables(root):
-    folder = write(root, "cpu_2026-11-21", step=step_report(), scaling=scaling_report())
-    (folder / "scaling.png").touch()
+    write(root, "cpu_2026-11-21", step=step_report(), scaling=scaling_report())
     (root / "README.md").write_text(MARKED.format("step") + MARKED.format("scaling"))
     assert readme.main([], root) == 0
     text = (root / "README.md").read_text()
     assert cells(text, "**mssr**")[1:6] == ["12 s (9 s to 10 s)", "", "214", "56.0%", "3.00 GiB"]
-    assert cells(text, "**mssr**")[-1] == "9,000"
-    assert cells(text, "liger")[1] == "failed: ImportError: liger"
+    assert cells(text, "liger")[1] == "not installed: pip install liger-kernel" and "failed" not in text
     assert (
         "79 M parameters, 4 layers" in text and "**mssr** is slower than eager in 1 of 1 cases, by up to 1.25x" in text
     )
-    assert cells(text, "**mssr exact**") == ["**mssr exact**", "1.00", "0.00"]
-    assert "](bench/results/cpu_2026-11-21/scaling.png)" in text
+    assert cells(text, "**mssr exact**") == ["**mssr exact**", "forward and backward", "1.00", "0.00", "", "", "", ""]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +202,7 @@ def test_results_of_an_older_version_are_refused(root, capsys):
 
 
 def test_where_we_lose_is_worked_out():
-    text = losses.where_we_lose(kernels_report()["cases"])
+    text = tables.where_we_lose(kernels_report()["cases"])
     ours, sparse = text.splitlines()[2:]
     # 0.36 / 0.3; 1.5 times eager's error is less than twice.
     assert ours == f"- **mssr exact** is slower than torch linear CE ({CE}) in 2 of 2 cases, by up to 1.2x."
@@ -221,40 +210,37 @@ def test_where_we_lose_is_worked_out():
     noted = kernels_report()["cases"]
     for case in noted:
         case["providers"]["trl"] = found(0.1, 300, 1e-6, f"{POLICY}; products made again")
-    assert "slower than trl in 2 of 2 cases" in losses.where_we_lose(noted).replace(f"torch linear CE ({CE})", "")
+    assert "slower than trl in 2 of 2 cases" in tables.where_we_lose(noted).replace(f"torch linear CE ({CE})", "")
     noted[0]["providers"]["mssr exact"]["errors"]["logp"] = float("nan")
-    assert "errs more than eager in 2 of 2 cases, by up to infx" in losses.where_we_lose(noted).splitlines()[2]
+    assert "errs more than eager in 2 of 2 cases, by up to infx" in tables.where_we_lose(noted).splitlines()[2]
     alone = [{"providers": {"eager": found(0.4, 300, 1e-6), "mssr exact": found(0.4, 300, 1e-6)}}]
-    assert losses.where_we_lose(alone).splitlines()[2] == "- **mssr exact** loses to none of the others."
+    assert tables.where_we_lose(alone).splitlines()[2] == "- **mssr exact** loses to none of the others."
 
 
 def test_what_the_figures_do_not_say_is_said(root):
     cases = kernels_report()["cases"]
-    assert "D 256 is far narrower than a model's head" in markdown.caveats(cases) and "100 %" not in markdown.caveats(
-        cases
-    )
+    assert "D 256 is far narrower than a model's head" in tables.caveats(cases) and "100 %" not in tables.caveats(cases)
     cases[1]["providers"]["eager"]["share_of_roof"] = 1.01
-    assert "above 100 %" in markdown.caveats(cases)
-    assert markdown.caveats([case | {"d": 3584} for case in kernels_report()["cases"]]) == ""
+    assert "above 100 %" in tables.caveats(cases)
+    assert tables.caveats([case | {"d": 3584} for case in kernels_report()["cases"]]) == ""
     readme.main([], root)
     for file in ("README.md", "bench/results/cpu_2026-11-21/README.md"):
         assert "- D 256 is far narrower" in (root / file).read_text()
 
 
-def test_pictures(root):
-    folder = write(root, "cpu_2026-11-21", scaling=scaling_report())
-    written = plots.plot_folder(folder)
-    assert [file.name for file in written] == list(readme.PLOTS)
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in written)
+def test_a_picture(root):
+    written = plots.plot(root / "bench/results/cpu_2026-11-21")
+    assert written.name == "kernels.png" and written.read_bytes().startswith(b"\x89PNG")
 
 
 def test_bars_say_their_value_and_failures_their_reason():
-    figure = plots.plot_cases(kernels_report(), "time", plots.draw_time)
-    assert len(figure.axes) == 2
-    words = [text.get_text() for text in figure.axes[1].texts]
-    assert words[1] == "0.90×  360 ms" and words[-1] == "failed: not installed: pip install quack-kernels"
-    assert [bar.get_width() for bar in figure.axes[1].patches] == pytest.approx([1, 0.9, 0.375, 0.75])
-    colours = [bar.get_facecolor() for bar in figure.axes[1].patches]
+    figure = plots.plot_cases(kernels_report())
+    assert len(figure.axes) == 4  # time and memory of two cases
+    words = [text.get_text().strip() for text in figure.axes[2].texts]
+    assert words[1] == "0.90×  360 ms"
+    assert words[-2:] == ["not installed: pip install quack-kernels", "failed: RuntimeError: no"]
+    assert [bar.get_width() for bar in figure.axes[2].patches] == pytest.approx([1, 0.9, 0.375, 0.75, 0, 0])
+    colours = [bar.get_facecolor() for bar in figure.axes[2].patches]
     assert colours[1] == colours[2] != colours[3] != colours[0]
 
 
@@ -264,51 +250,48 @@ def test_bars_without_eager_are_seconds():
         case["providers"]["eager"] = {"work": POLICY, "error": "OutOfMemoryError"}
         for of_provider in case["providers"].values():
             of_provider.pop("time_ratio", None)
-    axes = plots.plot_cases(report, "time", plots.draw_time).axes[0]
-    assert axes.patches[0].get_width() == 0.36 and "eager did not run" in axes.get_xlabel()
-
-
-def test_a_fast_wrong_provider_shows():
-    report = kernels_report()
-    for of_case in report["cases"]:
-        of_case["providers"] = of_case["providers"] | {
-            "wrong": found(0.01, 1, 0.5),
-            "nan": found(0.01, 1, float("nan")),
-        }
-    axes = plots.plot_cases(report, "accuracy", plots.draw_accuracy).axes[1]
-    heights = dict(zip(("eager", "mssr exact", "mssr sparse", "torch linear CE", "wrong"), axes.collections))
-    assert heights["wrong"].get_offsets()[0].tolist() == [0.01, 0.5]
-    assert any("nan: not finite; quack CE: failed" in text.get_text() for text in axes.texts)
+    axes = plots.plot_cases(report).axes[0]
+    assert axes.patches[1].get_width() == 0.36 and "eager did not run" in axes.get_xlabel()
 
 
 def test_no_report_is_a_mistake(tmp_path, capsys):
     assert plots.main([str(tmp_path)]) == 2
-    assert "neither kernels.json nor scaling.json" in capsys.readouterr().err
+    assert "kernels.json: cannot be read" in capsys.readouterr().err
 
 
 def test_exponents():
-    assert scaling.exponent([(size, 3 * size**1.5) for size in (10, 20, 40, 80)]) == pytest.approx(1.5)
-    assert scaling.exponent([(1, 4.0), (2, 2.0)]) == pytest.approx(-1)
-    found = scaling_report()["slopes"]
-    assert found["eager"]["n"] == pytest.approx({"seconds": 1.0, "peak_extra_mib": 1.0})
-    assert found["mssr exact"]["n"] == pytest.approx({"seconds": 1.0, "peak_extra_mib": 0.0}, abs=1e-9)
-    assert "mssr sparse" not in found
+    assert tables.exponent([(size, 3 * size**1.5) for size in (10, 20, 40, 80)]) == pytest.approx(1.5)
+    assert tables.exponent([(1, 4.0), (2, 2.0)]) == pytest.approx(-1)
+    report = scaling_report()
+    report["cases"].append(report["cases"][0] | {"n": 1024, "d": 128})  # not on the axis of N
+    found = tables.exponents(report)
+    assert found["eager", "loss"] == pytest.approx({("n", "seconds"): 1.0, ("n", "peak_extra_mib"): 1.0})
+    ours = {("n", "seconds"): 1.0, ("n", "peak_extra_mib"): 0.0}
+    assert found["mssr exact", "loss"] == pytest.approx(ours, abs=1e-9) and len(found) == 2
 
 
-@pytest.mark.slow("6 s: processes of bench.scaling")
-def test_a_shape_is_timed_and_one_may_fail():
-    settings = Settings("cpu", repeats=2, workspace_mib=1, input_sets=1)
-    jobs = scaling.JOBS | {"fails": ("quack CE", "loss")}
-    (found,) = times_of_shapes([Shape(None, 16, 16, 512, "float32", "realistic")], jobs, settings)
-    assert set(found) == set(jobs) and "Error" in found.pop("fails")["error"]
-    assert all(of_job["seconds"] > 0 and len(of_job["seconds_all"]) == 2 for of_job in found.values())
+def test_the_points_of_scaling():
+    base, _ = scaling.PRESETS["cpu"]
+    shapes = scaling.points(base)
+    assert len(shapes) == 10 == len(set(shapes)) and base in shapes
+    assert {shape.v for shape in shapes if (shape.n, shape.d) == (base.n, base.d)} == {8192, 16384, 32768, 65536}
 
 
-@pytest.mark.slow("5 s: two ranks of bench.scaling")
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
-def test_ranks_are_timed_and_each_takes_a_part_of_the_memory():
-    settings = Settings("cpu", repeats=1, workspace_mib=4, input_sets=1)
-    (found,) = on_ranks(2, Shape(None, 64, 256, 16384, "float32", "realistic"), ("mssr exact",), settings).values()
-    assert found["seconds"] > 0 and len(found["seconds_all"]) == 1
-    whole = 256 * 16384 * 4 / 2**20  # MiB of dW; half of it lies on each rank
-    assert whole / 2 < found["peak_extra_mib"] < whole + 4
+@pytest.mark.slow("30 s: eight processes of bench.scaling")
+def test_scaling_measures_its_points(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "FACTORS", (1, 4))
+    monkeypatch.setattr(scaling, "OURS", [])
+    monkeypatch.setattr(scaling, "PRESETS", {"cpu": (Shape(None, 256, 16, 4096, "float32", "realistic"), 1)})
+    assert scaling.main(["--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    report = load(tmp_path, "scaling.json")
+    assert len(report["cases"]) == 8 and "exponent of" in capsys.readouterr().out
+    assert 0.7 < tables.exponents(report)["eager", "loss"]["n", "peak_extra_mib"] < 1.3
+
+
+def test_what_is_not_installed_does_not_fail_the_gpu_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "why_no_trainer", lambda: "not installed: deepspeed, which the trainer needs")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "PARTS", (("step", 60, ["bench.step"]),))
+    assert gpu.main(["--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(gpu, "PARTS", (("kernels", 60, ["bench.kernels", "--no-such-option"]),))
+    assert gpu.main(["--out", str(tmp_path)]) == 1

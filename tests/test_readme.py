@@ -15,8 +15,8 @@ ROWS = {
     "torch.compile": ("torch.compile", "torch.compile"),
     "Liger GRPO loss (no entropy)": ("liger GRPO", None),
     "Liger cross-entropy (no policy loss)": ("liger CE", None),
-    "**mssr `exact`** (default)": ("mssr L", "mssr forward"),
-    "**mssr `recompute`** (for any loss)": ("mssr G", "mssr forward"),
+    "**mssr `exact`** (default)": ("mssr exact", "mssr forward"),
+    "**mssr `recompute`** (for any loss)": ("mssr recompute", "mssr forward"),
 }
 
 

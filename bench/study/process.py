@@ -1,13 +1,8 @@
-"""One run of a study as a process: its command, its environment, what it used, how it ended."""
+"""One run of a study as a process: its command, its environment, why it ended."""
 
 import os
 import re
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from mssr.errors import UserError
@@ -18,60 +13,18 @@ DIVERGED_CODE = 3  # of mssr.cli
 GRACE_S = 60.0  # what a run has to save its step after SIGTERM
 
 
-@dataclass(frozen=True)
-class Ended:
-    """code: exit status, negative for a signal. cpu_seconds: user and system, of the process and all that it waited for."""
-
-    code: int
-    wall_seconds: float
-    cpu_seconds: float
-
-
-class Child:
-    """A started run. `wait` blocks its thread; `stop` may come from another one."""
-
-    def __init__(self, command: Sequence[str], env: dict[str, str], log: Path, lock: int) -> None:
-        """lock: a descriptor that the process keeps open: as long as it lives, the study's folder is taken."""
-        self._began = time.monotonic()
-        with log.open("ab") as file:
-            # A session of its own: Ctrl-C reaches the study alone, which then ends its runs one by one.
-            self._process = subprocess.Popen(
-                command,
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=(lock,),
-            )
-
-    def wait(self) -> Ended:
-        _, status, usage = os.wait4(self._process.pid, 0)
-        self._process.returncode = os.waitstatus_to_exitcode(status)
-        wall = time.monotonic() - self._began
-        return Ended(self._process.returncode, wall, usage.ru_utime + usage.ru_stime)
-
-    def stop(self, number: int = signal.SIGTERM) -> None:
-        """To the run and its ranks. SIGTERM lets a run save the step it is in."""
-        if self._process.returncode is None:
-            try:
-                os.killpg(self._process.pid, number)
-            except ProcessLookupError:  # it ended meanwhile
-                return
-
-
 def train_command(config: Path, overrides: list[str], ranks: int) -> list[str]:
-    """--resume goes on from whatever the folder holds: nothing, records without a checkpoint, a checkpoint."""
+    """Return the command of a run. --resume continues whatever the folder holds: nothing, only records, or a checkpoint."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return [sys.executable, *launcher, "-m", "mssr", "train", str(config), *overrides, "--resume"]
 
 
 def environment(slot: int, ranks: int, gpus: list[str]) -> dict[str, str]:
-    """Of the run in one of the study's slots: its share of the GPUs.
+    """Return the environment of the run in a slot: ours, with the slot's share of the GPUs.
 
-    OMP_NUM_THREADS stays as mssr.environment sets it, one thread a process, whatever the number of jobs: threads change the
-    rounding, so that a run would not be the same run beside others; and two that have to wait for a core cost many times
-    what they gain.
+    OMP_NUM_THREADS stays as mssr.environment sets it, one thread per process for any number of jobs: the number of threads
+    changes the rounding, so a run would depend on how many run beside it; and threads that wait for a core cost far more
+    than they gain.
     """
     env = dict(os.environ)
     if gpus:
@@ -80,8 +33,10 @@ def environment(slot: int, ranks: int, gpus: list[str]) -> dict[str, str]:
 
 
 def visible_gpus(ranks: int) -> list[str]:
-    """Raises:
-    UserError: a run has more ranks than there are GPUs.
+    """Return the GPUs that runs may use, as CUDA_VISIBLE_DEVICES names them.
+
+    Raises:
+        UserError: a run has more ranks than there are GPUs.
     """
     import torch
 
@@ -94,7 +49,7 @@ def visible_gpus(ranks: int) -> list[str]:
 
 
 def last_line(log: Path) -> str:
-    """Why a run ended: the last line that `mssr` wrote about an error, or the last one there is."""
+    """Return why a run ended: its last `mssr: ` line, or else its last line."""
     try:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except FileNotFoundError:
@@ -104,7 +59,7 @@ def last_line(log: Path) -> str:
 
 
 def diverged(code: int, log: Path) -> bool:
-    """Whether `mssr train` ended because it broke its policy (mssr.errors.Diverged). torchrun tells of it in its output."""
+    """Tell whether `mssr train` stopped because training diverged (mssr.errors.Diverged); torchrun prints the exit code."""
     if code == DIVERGED_CODE:
         return True
     return (
@@ -114,7 +69,7 @@ def diverged(code: int, log: Path) -> bool:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Or not at all: a signal may come at any moment."""
+    """Write the whole file or nothing: a signal may come at any moment."""
     partial = path.with_name(f".partial_{path.name}")
     partial.write_text(text)
     partial.replace(path)

@@ -1,10 +1,11 @@
-"""Runs what a study has planned, some at a time; what is finished already stays as it is."""
+"""Run what a study has planned, some runs at a time; finished runs stay as they are."""
 
 import fcntl
 import json
 import os
 import queue
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -13,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
+from bench import machine
+from bench.child import Child, Ended
 from bench.study.grid import PlannedRun
-from bench.study.machine import machine_facts
 from bench.study.process import (
     GRACE_S,
     LOG,
-    Child,
-    Ended,
     diverged,
     environment,
     last_line,
@@ -55,7 +57,8 @@ class Runner:
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     def run(self, planned: Sequence[PlannedRun], lock: int) -> list[Outcome]:
-        """The outcomes, as runs end. lock: of `sole_user`. An exception, a signal's too, ends all runs first."""
+        """Return the outcomes, in the order in which runs end. lock: of `sole_user`. An exception, also one of a signal,
+        first ends all runs."""
         slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(self.jobs):
             slots.put(slot)
@@ -83,7 +86,7 @@ class Runner:
             command = train_command(self.config_file, run.overrides, self.ranks)
             env = environment(slot, self.ranks, gpus)
             (run.folder / LOG).unlink(missing_ok=True)  # of an attempt that failed: its reason would be taken for ours
-            child = self._children[run.name] = Child(command, env, run.folder / LOG, lock)
+            child = self._children[run.name] = start(command, env, run.folder / LOG, lock)
             if self._stopping.is_set():  # asked between the look above and the start
                 child.stop()
             return _conclude(run, child.wait(), command)
@@ -103,8 +106,16 @@ class Runner:
             child.stop(number)
 
 
+def start(command: list[str], env: dict[str, str], log: Path, lock: int) -> Child:
+    """Start a run. lock: a descriptor that it keeps open: while it lives, the study's folder stays locked."""
+    with log.open("ab") as file:
+        return Child(
+            command, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,)
+        )
+
+
 def _conclude(run: PlannedRun, ended: Ended, command: list[str]) -> Outcome:
-    """Keeps what the attempt cost; `finished.json`, which makes a run finished, is written last."""
+    """Record what the attempt cost; `finished.json`, which marks a run as finished, is written last."""
     with (run.folder / ATTEMPTS).open("a") as file:
         file.write(json.dumps(vars(ended)) + "\n")
     line = "" if ended.code == 0 else last_line(run.folder / LOG)
@@ -119,14 +130,14 @@ def _conclude(run: PlannedRun, ended: Ended, command: list[str]) -> Outcome:
         "wall_seconds": round(sum(attempt["wall_seconds"] for attempt in attempts), 2),
         "cpu_seconds": round(sum(attempt["cpu_seconds"] for attempt in attempts), 2),
         "command": command[1:],  # without the interpreter's path
-        "machine": machine_facts(),
+        "machine": machine.facts("cuda" if torch.cuda.is_available() else "cpu"),
     }
     write_whole(run.folder / FINISHED, json.dumps(finished, indent=2) + "\n")
     return outcome
 
 
 def still_to_run(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Those that are not finished. Looks at all of them first, so that nothing starts beside a run that must go.
+    """Return the runs that are not finished. Checks all first, so that nothing starts if one must be removed.
 
     Raises:
         UserError: a folder holds a run with another configuration.
@@ -151,10 +162,10 @@ def _refuse_other_run(run: PlannedRun) -> None:
 
 @contextmanager
 def sole_user(out: Path):
-    """Yields a descriptor that locks the study's folder for this process and for those that inherit it.
+    """Yield a descriptor that locks the study's folder for this process and for those that inherit it.
 
     Raises:
-        UserError: another study is at work there, or runs that a killed one left behind.
+        UserError: another study uses it, or runs that a killed study left behind.
     """
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -163,7 +174,7 @@ def sole_user(out: Path):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"out {out}: another study, or a run that a killed one left behind, is at work there; wait for it, or end it"
+                f"out {out}: another study, or a run that a killed study left behind, uses it; wait for it, or end it"
             ) from None
         yield descriptor
     finally:

@@ -24,10 +24,10 @@ SESSIONS = "sessions.jsonl"
 
 
 def study(path: Path, jobs: int | None = None) -> Path:
-    """Runs the study of a YAML file, or goes on with it; returns the table it wrote, `out/table.md`.
+    """Run the study of a YAML file, or continue it; return the path of its table, `out/table.md`.
 
-    The table, table.json and results.json, which `python -m bench.study report` reads, are of the runs finished so far, at any moment;
-    curves.png and arms.png are drawn at the end. jobs: in place of the file's.
+    The table, table.json and results.json (which `python -m bench.study report` reads) cover the runs finished so far, at any
+    moment; curves.png and arms.png are drawn at the end. jobs: overrides the file's.
 
     Raises:
         UserError: the file is wrong, before anything runs; or runs failed: the others are in the table.

@@ -6,7 +6,7 @@ from pathlib import Path
 from bench.study.claims import Claim
 from bench.study.results import StudyResults, read_run
 
-MACHINE = {"python": "3.12.0", "torch": "2.12.0", "processor": "Abacus 1", "cores": "2"}
+MACHINE = {"python": "3.12.0", "torch": "2.12.0", "device": "Abacus 1", "cores": "2"}
 
 
 def write_run(folder: Path, accuracies, *, every=2, end="budget", rollouts_at_start=0, bins=None, **series) -> Path:

@@ -19,7 +19,8 @@ def test_the_page_is_what_the_results_say():
 
 def test_the_results_are_of_the_shipped_studies():
     for path in RESULTS:
-        results, spec = load_results(path), load_study(ROOT / "configs" / f"{path.stem}.yaml")
+        results = load_results(path)
+        spec = load_study(ROOT / "bench/study/configs" / f"{path.stem.removeprefix('study_')}.yaml")
         here = (spec.question, spec.seeds, spec.match, spec.budget, spec.arms, spec.claims, spec.report_intro)
         there = (
             results.question,

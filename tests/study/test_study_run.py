@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench.study.process import Child, diverged, environment, last_line
+from bench.study.process import diverged, environment, last_line
 from bench.study.report import write_report
 from bench.study.results import load_results
-from bench.study.runner import sole_user
+from bench.study.runner import sole_user, start
 from bench.study.study import study
 from mssr.errors import UserError
 from mssr.observe.metrics import read_metrics
@@ -140,8 +140,8 @@ def test_gpus_are_shared_out():
 def test_a_run_that_a_killed_study_left_behind_keeps_the_folder(tmp_path):
     """Two processes must never write one run."""
     with sole_user(tmp_path / "out") as lock:
-        child = Child(["sleep", "100"], dict(os.environ), tmp_path / "log.txt", lock)
-    with pytest.raises(UserError, match="a run that a killed one left behind"), sole_user(tmp_path / "out"):
+        child = start(["sleep", "100"], dict(os.environ), tmp_path / "log.txt", lock)
+    with pytest.raises(UserError, match="a run that a killed study left behind"), sole_user(tmp_path / "out"):
         pass
     child.stop(signal.SIGKILL)
     assert child.wait().code == -signal.SIGKILL

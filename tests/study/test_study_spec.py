@@ -163,7 +163,7 @@ def test_more_jobs_on_the_command_line_are_checked_too(write):
         spec.with_jobs(2)
 
 
-STUDIES = [path for path in (ROOT / "configs").glob("*.yaml") if "arms" in yaml.safe_load(path.read_text())]
+STUDIES = [path for path in (ROOT / "bench/study/configs").glob("*.yaml") if "arms" in yaml.safe_load(path.read_text())]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
@@ -174,4 +174,4 @@ def test_studies_that_are_shipped_can_start(path, monkeypatch):
 
 
 def test_the_quick_study_is_shipped():
-    assert "study_digits_quick" in {path.stem for path in STUDIES}
+    assert "digits_quick" in {path.stem for path in STUDIES}
