@@ -21,7 +21,7 @@ from .child import ROOT
 from .plots import PICTURE
 from .report import KERNELS, SCALING, load, load_kernels
 
-READMES = ("README.md", "kernels/README.md")
+READMES = ("docs/BENCHMARKS.md", "kernels/README.md")
 RESULTS = "bench/results"
 OPEN, CLOSE = r"<!-- bench:([\w-]+) -->\n", "<!-- /bench -->"
 MAIN_TASK = "loss"

@@ -1,4 +1,4 @@
-"""Write docs/CONFIG.md, every key of a run's configuration, from the schema: `python docs/config_page.py > docs/CONFIG.md`."""
+"""Write docs/CONFIG.md from the schema: `python docs/config_page.py > docs/CONFIG.md`."""
 
 import json
 from collections.abc import Iterator

@@ -1,5 +1,6 @@
 """The benchmark's commands run and leave the figures they print."""
 
+import json
 import os
 from unittest.mock import patch
 
@@ -7,10 +8,19 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from bench import step, step_case, sync, sync_case, tables
+from bench import step, step_case, sync, sync_case, tables, tolerance
 from bench.jobs import Package
 from examples.digits.tiny_model import train_tokenizer
 from mssr.distributed import start_world
+
+
+def test_tolerance(tmp_path):
+    file = tmp_path / "out.json"
+    tolerance.main(["--n", "32", "--d", "64", "--v", "3000", "--device", "cpu", "--json", str(file)])
+    for result in json.loads(file.read_text())["rows"].values():
+        errors = result["errors"]
+        assert max(errors["2^-14"]) <= 2 * max(errors["exact"]) < max(errors["eager"])
+        assert result["recommended"] <= -1
 
 
 @pytest.mark.slow("16 s: two ranks that start vLLM")
