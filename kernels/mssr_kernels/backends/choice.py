@@ -35,7 +35,7 @@ def resolve(
         raise ValueError(f"backend {backend!r} is not available: use 'auto', {', '.join(map(repr, BACKENDS))}")
     if backend == "triton":
         if dtype == torch.float64:
-            raise TypeError("backend 'triton' takes float32, bfloat16 or float16: use 'chunked' for float64")
+            raise TypeError("'triton' takes float32, bfloat16 or float16: use 'chunked' or 'reference' for float64")
         if not TRITON_IS_INSTALLED:
             raise ValueError("backend 'triton' needs the package triton: pip install triton, or use 'chunked'")
     return backend

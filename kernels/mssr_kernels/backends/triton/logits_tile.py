@@ -158,7 +158,7 @@ def tile_config(weight: Tensor, bias: Tensor | None, softcap: float | None) -> T
     """Return the table's entry for this head on its device. Raises for what the kernels cannot do."""
     device = weight.device
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise TypeError("the triton backend takes float32, bfloat16 or float16: use 'chunked' for float64")
+        raise TypeError("'triton' takes float32, bfloat16 or float16: use 'chunked' or 'reference' for float64")
     if weight.stride(1) != 1:
         raise ValueError("the triton backend needs the rows of weight [V, D] contiguous: pass weight.contiguous()")
     if INTERPRETED:
