@@ -2,7 +2,7 @@
 
     python -m bench.readme [--check]
 
-Between `<!-- bench:NAME -->` and `<!-- /bench -->` in README.md and kernels/README.md stands what is generated from
+Between `<!-- bench:NAME -->` and `<!-- /bench -->` in the READMEs and docs/BENCHMARKS.md stands what is generated from
 NAME.json, a report of kernels (`kernels` or `kernels_<what>`), `step` or `scaling`: for each machine from the newest folder
 below bench/results that has one. Folders are named <machine>_<date>; those with a report of kernels also get a README.md with
 every case and the plots. --check writes nothing and exits with 1 if a file differs from what it should be, 2 on a mistake.
@@ -21,7 +21,7 @@ from .child import ROOT
 from .plots import PICTURE
 from .report import KERNELS, SCALING, load, load_kernels
 
-READMES = ("docs/BENCHMARKS.md", "kernels/README.md")
+READMES = ("README.md", "docs/BENCHMARKS.md", "kernels/README.md")
 RESULTS = "bench/results"
 OPEN, CLOSE = r"<!-- bench:([\w-]+) -->\n", "<!-- /bench -->"
 MAIN_TASK = "loss"
