@@ -127,7 +127,8 @@ def _updates(case: Case, world) -> dict:
 
     from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
     from mssr.policy.engine import PolicyEngine
-    from mssr.policy.loading import load_frozen_policy
+    from mssr.policy.loss import PolicyGradient
+from mssr.policy.loading import load_frozen_policy
     from mssr_kernels import PolicyLossConfig
 
     batch = random_batch(chosen_prompts(len(case.responses)), case.responses)
@@ -146,7 +147,7 @@ def _updates(case: Case, world) -> dict:
         engine.score(batch, reference)
     for number in range(2):
         with Sampler() as sampler:
-            engine.update(batch, PolicyLossConfig())
+            engine.update(batch, PolicyGradient(PolicyLossConfig()))
         marks |= {f"update {number} peak": sampler.peak, f"update {number} after": _resident_bytes()}
     return marks
 

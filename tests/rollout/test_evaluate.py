@@ -1,12 +1,11 @@
 """Accuracy on held-out problems, alone and shared out over ranks."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from policy_helpers import ALONE, DATA, digits, model_dir, processors
 from rollout_engines import hf
 
+from mssr.batch import GradedRollouts
 from mssr.config import EvalConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.data.prompts import PromptEncoder
@@ -23,7 +22,8 @@ def held_out(count: int) -> ProblemDataset:
 def odd_is_right(batch):
     """A judge for untrained weights: a response whose tokens sum to an odd number is right."""
     correct = (torch.where(batch.mask, batch.tokens, 0).sum(1) % 2).float()
-    return replace(batch, reward=correct, correct=correct), [""] * len(batch)
+    masked, texts = torch.zeros(len(batch), dtype=torch.bool), ("",) * len(batch)
+    return GradedRollouts(**vars(batch), reward=correct, correct=correct, masked=masked, texts=texts)
 
 
 def sampler(policy):
@@ -42,7 +42,7 @@ def answered(count, temperature=0.0):
     """Every problem's response, by the sampler directly."""
     policy = load_policy(model_dir(), torch.float32)
     rollout = sampler(policy)
-    return odd_is_right(rollout.generate(list(held_out(count)), list(range(count)), temperature))[0]
+    return odd_is_right(rollout.generate(list(held_out(count)), list(range(count)), temperature))
 
 
 def test_counts_every_problem_once():

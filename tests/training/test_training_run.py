@@ -101,7 +101,7 @@ def test_plot_draws_the_curves(whole, mssr, tmp_path):
 def test_steps_with_a_gap_beyond_the_limit_are_left_out_and_end_the_run(mssr, warm, run):
     ended = mssr("train", warm, run.override, "rollout.max_gap=1e-12", "train.max_skipped_steps=2", "eval.every=9")
     line = ended.divergence
-    assert "step 3" in line and "rollout.max_gap" in line and "after 2 steps" in line
+    assert "step 3" in line and "rollout.max_gap" in line and "after 2 skipped steps" in line
     assert "step 1: skipped: rollout and trainer disagree" in ended.out
     assert [line["train/skipped_steps"] for line in run.metrics[1:]] == [1, 2, 3]
     assert all(line["rollout/logp_gap_mean"] > 1e-12 for line in run.metrics[1:])
