@@ -15,14 +15,14 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mssr/__init__.py").read_te
 requirement = runpy.run_path(str(HERE / "mssr/versions.py"))["requirement"]
 
 TRAIN = """transformers deepspeed datasets math-verify peft pydantic typer rich tensorboard matplotlib pyyaml packaging
-pillow psutil scipy numpy"""
+pillow psutil nvidia-ml-py scipy numpy"""
 EXTRAS = {
     "train": [requirement(package) for package in TRAIN.split()],
     "vllm": [requirement("vllm")],
     "flash": [requirement("flash-attn")],
     "liger": [requirement("liger-kernel")],
     "trl": [requirement("trl")],
-    "bench": [requirement(package) for package in ("liger-kernel", "cut-cross-entropy", "trl", "nvidia-ml-py")],
+    "bench": [requirement(package) for package in ("liger-kernel", "cut-cross-entropy", "trl")],
     "dev": [
         "import-linter>=2.13",
         "scikit-learn>=1.6",  # the demo's handwritten digits

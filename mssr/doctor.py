@@ -4,6 +4,7 @@ Reads package metadata instead of importing packages; the few questions that onl
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -50,6 +51,7 @@ PACKAGES = {
     "rich": Use("display"),
     "tensorboard": Use("metrics"),
     "matplotlib": Use("curves"),
+    "nvidia-ml-py": Use("GPU readings"),
     "vllm": Use("fast rollouts", extra="vllm", needed=False),
     "flash-attn": Use("attention", extra="flash", needed=False),
     "liger-kernel": Use("norms, SwiGLU; benchmarks", extra="liger", needed=False),
@@ -213,14 +215,27 @@ def _installed() -> dict[str, str]:
 
 
 def _gpus() -> list[Gpu]:
-    query = "--query-gpu=name,memory.total,compute_cap,driver_version"
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=60
-        )
-    except (FileNotFoundError, subprocess.TimeoutExpired):  # no driver
+    if importlib.util.find_spec("pynvml") is None:
         return []
-    return [] if done.returncode else [Gpu(*line.split(", ")) for line in done.stdout.splitlines()]
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver
+        return []
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [
+            Gpu(
+                name=pynvml.nvmlDeviceGetName(handle),
+                memory=f"{pynvml.nvmlDeviceGetMemoryInfo(handle).total >> 20} MiB",
+                compute_capability="{}.{}".format(*pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
+                driver=pynvml.nvmlSystemGetDriverVersion(),
+            )
+            for handle in handles
+        ]
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _machine(gpus: Sequence[Gpu]) -> dict[str, str]:

@@ -12,11 +12,12 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from mssr.config.conflicts import refuse_conflicts
 from mssr.config.deepspeed_json import with_stage_of_json
 from mssr.config.presets import with_preset
-from mssr.config.schema import Config
+from mssr.config.schema import Config, Section
 from mssr.errors import UserError
 
 
@@ -35,7 +36,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Con
 def validate_config(values: dict[str, Any], source: str = "config") -> Config:
     """Validate a dict of values; reads the DeepSpeed JSON that it names."""
     try:
-        config = Config.model_validate(with_stage_of_json(with_preset(values)))
+        config = Config.model_validate(with_stage_of_json(with_preset(without_empty_sections(values))))
         refuse_conflicts(config)
     except ValidationError as error:
         raise UserError(f"{source}: {_first_problem(error)}") from None
@@ -63,6 +64,16 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             keys += _all_keys(field.annotation, f"{prefix}{name}.")
     return keys
+
+
+def without_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
+    """Leave out sections that the file names without giving a key: their defaults hold."""
+    fields = Config.model_fields
+    return {key: value for key, value in values.items() if value is not None or not _is_section(fields.get(key))}
+
+
+def _is_section(field: FieldInfo | None) -> bool:
+    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

@@ -150,8 +150,8 @@ class AlgorithmConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _spo_prioritises(cls, values: Any) -> Any:
-        algorithm = ALGORITHMS.get(values.get("name")) if isinstance(values, dict) else None
-        if algorithm is not None and algorithm.prioritised:
+        name = values.get("name") if isinstance(values, dict) else None
+        if isinstance(name, str) and name in ALGORITHMS and ALGORITHMS[name].prioritised:
             return {"prompt_sampling": "prioritised"} | values
         return values
 

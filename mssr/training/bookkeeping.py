@@ -20,6 +20,7 @@ from mssr.training.interruption import Interruptions
 from mssr.training.rollout_phase import StepRollouts
 from mssr.training.run import Run
 from mssr.training.skipping import SkippedSteps
+from mssr.training.tracking import refuse_missing_start
 
 
 class Bookkeeping:
@@ -32,11 +33,12 @@ class Bookkeeping:
 
     def __init__(self, run: Run, *, resume: bool) -> None:
         self._run, self._config, self._resume = run, run.config, resume
-        self._open = ExitStack()
-        self._interruptions = self._open.enter_context(Interruptions(run.world))
-        checkpoints = Checkpoints(run.config.run_dir, run.world, run.config.train)
-        self._checkpoints = self._open.enter_context(closing(checkpoints))
-        self.saved = self._checkpoints.newest_state(resume=resume)
+        with ExitStack() as opened:
+            self._interruptions = opened.enter_context(Interruptions(run.world))
+            checkpoints = Checkpoints(run.config.run_dir, run.world, run.config.train)
+            self._checkpoints = opened.enter_context(closing(checkpoints))
+            self.saved = self._checkpoints.newest_state(resume=resume)
+            self._open = opened.pop_all()
         self.is_new = self.saved is None
         self.costs = Costs()
         self._skipped = SkippedSteps(run.config.train.max_skipped_steps, run.config.rollout.max_gap)
@@ -52,6 +54,7 @@ class Bookkeeping:
         saved = self.saved
         if saved:
             self._run.refuse_other_data(saved)
+            refuse_missing_start(self._config.algorithm, saved["tracker"])
             self._checkpoints.load_engine(saved, engine)
             for name, part in self._parts.items():
                 part.load_state_dict(saved[name])

@@ -23,7 +23,7 @@ from mssr.training.bookkeeping import Bookkeeping
 from mssr.training.rollout_phase import RolloutPhase
 from mssr.training.run import Run
 from mssr.training.shares import Shares
-from mssr.training.tracking import drift_of_previous_responses, initialise_tracker, refuse_missing_start, track
+from mssr.training.tracking import drift_of_previous_responses, initialise_tracker, track
 
 
 def train(config: Config, *, resume: bool = False) -> None:
@@ -52,8 +52,6 @@ def _train(run: Run, book: Bookkeeping) -> None:
     peak = peak_tflops(world.device, config.log.peak_tflops)
     reference = make_reference(config.algorithm, config.model, engine)
 
-    if not book.is_new:
-        refuse_missing_start(config.algorithm, book.saved["tracker"])
     first_step = book.start(engine, {"tracker": tracker, "lengths": rollout_phase.lengths})
     rollout_phase.prepare(first_step)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mssr.algorithms.advantages import ALGORITHMS, Outcomes
-from mssr.config import load_config
+from mssr.config import RolloutConfig, load_config
 from mssr.errors import UserError
 
 MINIMAL = "run_dir: run\nmodel: {path: m}\ndata: {train: t}\n"
@@ -271,3 +271,14 @@ def test_the_table_says_which_algorithms_need_a_tracker_or_groups(load, name):
             algorithm.advantages(one_response_each)
     else:
         assert algorithm.advantages(one_response_each).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["[a]", "{a: 1}", "ppo"])
+def test_a_name_that_is_no_algorithm_is_one_line(load, name):
+    with pytest.raises(UserError, match="algorithm.name: Input should be 'mssr'"):
+        load(f"algorithm.name={name}")
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_a_section_without_keys_has_its_defaults(load, preset):
+    assert load("rollout=null", f"preset={preset}").rollout == RolloutConfig()

@@ -21,6 +21,7 @@ from examples.digits.problems import write_digits
 from examples.digits.tiny_model import write_tiny_model
 from mssr.batch import Prompt, Sequences, UpdateBatch, pad_rows
 from mssr.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig, validate_config
+from mssr.config.deepspeed_json import with_stage_of_json
 from mssr.data.files import open_rows
 from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.distributed import World
@@ -142,13 +143,15 @@ def make_engine(
     return PolicyEngine(
         ModelConfig(path=path or model_dir(), dtype=dtype, gradient_checkpointing=gradient_checkpointing),
         OptimizerConfig(**{"lr": 1e-4, "grad_clip": 1.0} | optimizer),
-        TrainConfig(
-            micro_batch_tokens=budget, **({"deepspeed": deepspeed} if deepspeed else {"zero_stage": zero_stage})
-        ),
+        TrainConfig(micro_batch_tokens=budget, **_zero(zero_stage, deepspeed)),
         world,
         temperature=temperature,
         total_updates=total_updates,
     )
+
+
+def _zero(stage: int, deepspeed: str | None) -> dict:
+    return with_stage_of_json({"train": {"deepspeed": deepspeed}})["train"] if deepspeed else {"zero_stage": stage}
 
 
 def run_config(path: str | None = None, *, algorithm: dict | None = None, **rollout) -> Config:

@@ -90,9 +90,11 @@ def server_flags() -> list[str]:
 def trainer_init_info(*, rank: int, address: str, port: int, size: int, buffer_bytes: int):
     """Return the settings of the trainer's side of the weight transfer."""
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-    from vllm.plugins import load_general_plugins
 
-    load_general_plugins()  # one may bring the backend, as in vLLM's own processes
+    if transfer_backend() == CPU_TRANSFER:
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()  # one of them brings it, as in vLLM's own processes
     info = NCCLTrainerInitInfo(
         rank=rank,
         master_address=address,
