@@ -219,7 +219,7 @@ def case_of(**providers):
 def test_where_we_lose_is_said():
     case = case_of(
         eager=result(2.0, 100), quick=result(0.5, 20, f"{CROSS_ENTROPY}; no log-probs"), fair=result(0.9, 30),
-        gone={"work": POLICY, "error": "no"}, mssr_L=result(1.0, 10), mssr_G=result(0.8, 25), mssr_reference=result(9, 999),
+        gone={"work": POLICY, "error": "no"}, mssr_exact=result(1.0, 10), mssr_recompute=result(0.8, 25), mssr_reference=result(9, 999),
     )  # fmt: skip
     said = losses.sentences({"cases": [case]}, lambda case: "here")
     assert said == [
@@ -233,7 +233,10 @@ def test_where_we_lose_is_said():
 
 def test_gpu_figures_beside_targets():
     """7B head, bf16, N 8192: 2 NDV is 8.93 TFLOP; dW is 1.015 GiB in bf16, and mode exact accumulates it in float32."""
-    case = case_of(mssr_L=result(0.040, 3600), mssr_S=result(0.041, 3600)) | {"dtype": "bfloat16", "rows": "flat"}
+    case = case_of(mssr_exact=result(0.040, 3600), mssr_sparse=result(0.041, 3600)) | {
+        "dtype": "bfloat16",
+        "rows": "flat",
+    }
     case |= {"model": "qwen2.5-vl-7b", "n": 8192, "d": 3584, "v": 152064}
     for found in case["providers"].values():
         found |= {"flops": 2.68e13, "bytes": 1e9}
