@@ -219,7 +219,8 @@ def case_of(**providers):
 def test_where_we_lose_is_said():
     case = case_of(
         eager=result(2.0, 100), quick=result(0.5, 20, f"{CROSS_ENTROPY}; no log-probs"), fair=result(0.9, 30),
-        gone={"work": POLICY, "error": "no"}, mssr_exact=result(1.0, 10), mssr_recompute=result(0.8, 25), mssr_reference=result(9, 999),
+        gone={"work": POLICY, "error": "no"}, mssr_exact=result(1.0, 10), mssr_recompute=result(0.8, 25),
+        mssr_reference=result(9, 999),
     )  # fmt: skip
     said = losses.sentences({"cases": [case]}, lambda case: "here")
     assert said == [
