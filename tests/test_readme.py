@@ -66,16 +66,19 @@ def test_the_fused_loss_in_five_lines():
         logits = model(input_ids).logits[:, :-1].flatten(0, 1)
         logp = torch.log_softmax(logits, -1).gather(-1, input_ids[:, 1:].reshape(-1, 1)).squeeze(-1)
     advantage, old_logp = torch.randn(33), logp - 0.5 * torch.randn(33)
-    names = {"model": model, "input_ids": input_ids, "advantage": advantage, "old_logp": old_logp}
+    response_mask = (torch.arange(12) >= 4).expand(3, -1)
+    names = {"model": model, "input_ids": input_ids, "response_mask": response_mask}
+    names |= {"advantage": advantage, "old_logp": old_logp}
     exec(example, names)
 
-    out = names["out"]
-    torch.testing.assert_close(out.logp, logp)
-    torch.testing.assert_close(out.entropy, torch.distributions.Categorical(logits=logits).entropy())
+    out, counted = names["out"], response_mask[:, 1:].flatten()
+    torch.testing.assert_close(out.logp[counted], logp[counted])
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(out.entropy[counted], entropy[counted])
     ratio = torch.exp(logp - old_logp)
     clipped = ratio.clamp(0.8, 1.2)
     assert not clipped.equal(ratio)
-    torch.testing.assert_close(out.loss, -torch.minimum(ratio * advantage, clipped * advantage).mean())
+    torch.testing.assert_close(out.loss, -torch.minimum(ratio * advantage, clipped * advantage)[counted].mean())
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 

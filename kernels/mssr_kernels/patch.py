@@ -230,7 +230,9 @@ class _Path:
             if value is None or given in self.backbone_names or given in _PASSED_ON:
                 continue
             if given in self.forward_names:
-                raise ValueError(f"{given} is for {name}'s own forward, which a call with target skips: leave it out")
+                raise ValueError(
+                    f"{given} is used by the forward of {name} itself, which a call with target skips: leave it out"
+                )
             raise TypeError(
                 f"{given} is an argument neither of the head nor of {name}, which would ignore it: leave it out, or correct "
                 f"its name (of the head: {', '.join(_HEAD_ARGUMENTS)})"

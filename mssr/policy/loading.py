@@ -86,6 +86,10 @@ def check_model_path(path: str) -> PretrainedConfig:
     """Return the config of a supported model, or refuse the path before anything slow starts."""
     if Path(path).exists() and not (Path(path) / "config.json").is_file():
         raise UserError(f"model.path {path}: no config.json in it; expected a Hugging Face model directory")
+    if not Path(path).exists() and path.count("/") > 1:  # a hub name has at most one
+        raise UserError(
+            f"model.path {path}: no such folder, and no hub name; `make demo` writes the one of configs/tiny.yaml"
+        )
     try:
         # First the type, which transformers may not know.
         require_family(path, PretrainedConfig.get_config_dict(path)[0].get("model_type"))

@@ -175,7 +175,7 @@ def test_calls_that_are_refused():
     refused("normalizer must be float32", TypeError, target=target, advantage=rows, normalizer=torch.tensor(7.0).half())
     refused(r"target is \[2, 8\]: target needs hidden's leading shape", target=target[:, 1:])
     model = patch(between())
-    refused("extra is for Between's own forward, which a call with target skips", target=target, extra=rows)
+    refused("extra is used by the forward of Between itself", target=target, extra=rows)
 
 
 def test_router_losses_are_not_lost():

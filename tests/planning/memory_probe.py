@@ -127,8 +127,8 @@ def _updates(case: Case, world) -> dict:
 
     from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
     from mssr.policy.engine import PolicyEngine
+    from mssr.policy.loading import load_frozen_policy
     from mssr.policy.loss import PolicyGradient
-from mssr.policy.loading import load_frozen_policy
     from mssr_kernels import PolicyLossConfig
 
     batch = random_batch(chosen_prompts(len(case.responses)), case.responses)

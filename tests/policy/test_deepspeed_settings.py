@@ -17,6 +17,7 @@ from policy_helpers import (
 from test_engine_ranks import CONFIG, global_batches
 
 from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
+from mssr.config.deepspeed_json import with_stage_of_json
 from mssr.errors import UserError
 from mssr.policy.deepspeed_settings import deepspeed_settings
 from mssr.policy.engine import PolicyEngine
@@ -37,7 +38,8 @@ def written(tmp_path):
 
 
 def settings(path: str | None = None, dtype=torch.bfloat16, **train) -> dict:
-    return deepspeed_settings(OptimizerConfig(grad_clip=0.7), TrainConfig(deepspeed=path, **train), dtype)
+    values = with_stage_of_json({"train": {"deepspeed": path} | train})["train"] if path else train
+    return deepspeed_settings(OptimizerConfig(grad_clip=0.7), TrainConfig(**values), dtype)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -85,7 +87,7 @@ def engine_of(world, path: str, model: str) -> PolicyEngine:
     return PolicyEngine(
         ModelConfig(path=model, dtype="float32"),
         OptimizerConfig(lr=1e-4, grad_clip=1.0),
-        TrainConfig(micro_batch_tokens=100, deepspeed=path),
+        TrainConfig(micro_batch_tokens=100, **with_stage_of_json({"train": {"deepspeed": path}})["train"]),
         world,
         temperature=1.0,
         total_updates=10,
@@ -150,3 +152,10 @@ def test_an_offloaded_run_resumes_exactly_and_elsewhere(world, model_dir, oracle
         engine.update(batches[1], PolicyGradient(CONFIG))
     assert_same_weights(whole_weights(others[0]), whole_weights(first), exact=True)
     assert_same_weights(whole_weights(others[1]), whole_weights(first))
+
+
+def test_a_stage_that_is_not_the_files_is_refused(written):
+    with pytest.raises(UserError, match=r"ds.json has stage 3: set train.zero_stage to it"):
+        deepspeed_settings(
+            OptimizerConfig(), TrainConfig(deepspeed=written({"stage": 3}), zero_stage=2), torch.bfloat16
+        )

@@ -48,3 +48,15 @@ def everything():
         "train.zero_stage=2",
         "train.optimizer.schedule=cosine",
     ]
+
+
+@pytest.fixture
+def single_process(monkeypatch):
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
+        monkeypatch.setenv(name, value)

@@ -35,18 +35,6 @@ def test_one_of_others_stops_the_run(versions):
         refuse_other_weights(SimpleNamespace(weight_version=torch.tensor(versions)), step=4, version=4)
 
 
-@pytest.fixture
-def single_process(monkeypatch):
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
-
-
 def test_a_sync_that_does_nothing_stops_the_step(material, single_process):
     with Run(load_config(material / "config.yaml")) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
