@@ -9,10 +9,10 @@ import tempfile
 from pathlib import Path
 
 from datasets import Dataset
+from digits.tiny_model import write_tiny_model
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from examples.digits.tiny_model import write_tiny_model
 from mssr.integrations.trl import FusedGRPOTrainer
 
 

@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 from datasets import Dataset
+from digits.tiny_model import write_tiny_model
 from transformers import PrinterCallback
 
-from examples.digits.tiny_model import write_tiny_model
 from mssr.integrations.trl.single_rollout import MSSRConfig, MSSRTrainer
 
 

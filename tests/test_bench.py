@@ -122,4 +122,4 @@ def parameters_of(config) -> int:
 
 def parameters_of_tiny() -> int:
     tokenizer = train_tokenizer(["digit"], 300)
-    return parameters_of(sync_case.model_config(sync_case.SIZES["tiny"], tokenizer, "float32"))
+    return parameters_of(sync_case.model_config(sync_case.SIZES["tiny"][1], tokenizer, "float32"))
