@@ -3,7 +3,7 @@
 # make test-all   the same environment -> all tests, slow ones included
 # make lint       style, and which package may import which (both in pyproject.toml)
 # make venv       the environment alone; VLLM=--cuda on a login node without a GPU
-# make gpu        the same environment, on a GPU -> what only runs there: tests, speed and memory of kernels and updates, the weight sync
+# make gpu        the same environment, on a GPU -> GPU-only tests and benchmarks: speed and memory of kernels and updates, the weight sync
 PYTHON ?= python3
 SEED ?= 0
 RUN_DIR ?= runs/demo
@@ -18,7 +18,7 @@ PYTEST = $(BIN)/python -m pytest -q -n $(JOBS)
 
 venv: $(VENV)/.installed
 
-# torch first and alone: what follows then keeps that build.
+# Install torch first, so that later installs keep this build.
 $(VENV)/.installed: setup.py mssr/versions.py constraints.txt mssr/rollout/vllm/install.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"MSSR needs Python 3.11 or newer, this is {v[0]}.{v[1]}; try: make $(MAKECMDGOALS) PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)

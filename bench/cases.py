@@ -28,7 +28,7 @@ def measure(
     """Return a case per task; `python -m bench.kernels --help` says what is in it. Memory is measured here only on CUDA.
 
     tell: called with a provider's name before it runs, and with "" afterwards. The result of a provider that raises is its
-    error; whether it took the process down is for the caller to see.
+    error; the caller checks whether the process survived.
     """
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # by default it would silently continue in eager
     sets = [make(shape, settings, settings.seed + index) for index in range(settings.input_sets)]

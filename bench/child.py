@@ -26,7 +26,7 @@ POLL = 1.0  # seconds between looks at whether a rank has died
 
 
 class Died(RuntimeError):
-    """The process did not end well. The message says how; `output` is the end of what it wrote."""
+    """The process failed. The message says how; `output` is the end of what it wrote."""
 
     output = ""
     rank = 0
@@ -46,7 +46,10 @@ class Ended:
 
 
 class Child:
-    """A process in a session of its own: signals reach it and all processes that it started. Ctrl-C reaches only us."""
+    """A process in a session of its own: signals reach it and all processes that it started.
+
+    Ctrl-C interrupts only the parent.
+    """
 
     def __init__(self, command: Sequence[str], **options):
         """options: of subprocess.Popen."""

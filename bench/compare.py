@@ -5,8 +5,8 @@
 Time: the change of a provider's time relative to eager, B's over A's, so that the machine's speed cancels; `raw` is the
 change of its seconds. A case in which eager did not run is compared by seconds alone, and says so.
 A change is flagged if the medians differ by more than 10 % and a one-sided rank test of the turns (Mann and Whitney) has
-p < 0.01. The test uses ranks, so that a turn in which the machine was busy counts as one turn only. It knows the noise within
-a run, not what shifts a whole run: that is what the 10 % are for.
+p < 0.01. The test uses ranks, so that a turn in which the machine was busy counts as one turn only. The test covers noise
+within a run; the 10 % threshold covers shifts between runs.
 Memory is flagged if it grew by more than 10 % and 16 MiB, an error if it more than doubled and is above rounding.
 Only ours are flagged; peers are shown. Exit code: 0; 1 if one of ours is flagged; 2 for a mistake.
 """

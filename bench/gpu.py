@@ -39,7 +39,7 @@ PARTS = (
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Benchmarks for a GPU: kernels, updates, weight sync.")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     out = parser.parse_args(words).out
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""What glibc does with freed memory, which changes sizes and, on a CPU, times."""
+"""glibc settings for freed memory; they change measured memory and CPU times."""
 
 import ctypes
 

@@ -66,7 +66,7 @@ def make(
 
 
 def with_gradients(inputs: Inputs, hidden: bool, weight: bool) -> Inputs:
-    """Return the same memory as leaves that require a gradient or not, without one."""
+    """Return detached tensors on the same memory, with `requires_grad` as given and no `.grad`."""
     return inputs._replace(
         hidden=inputs.hidden.detach().requires_grad_(hidden), weight=inputs.weight.detach().requires_grad_(weight)
     )

@@ -89,9 +89,20 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="default float32 on CPU, else bfloat16"
     )
-    parser.add_argument("--rows", nargs="+", choices=sorted(inputs.KINDS), default=["realistic"])
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=sorted(inputs.KINDS),
+        default=["realistic"],
+        help="distributions of the rows (default realistic)",
+    )
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="what to measure (default all)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default cuda if available, else cpu",
+    )
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="only these, and eager")
     parser.add_argument(
         "--workspace-mib",
@@ -99,10 +110,10 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         help="workspace limit; also caps the peers' chunks (default 256, with --quick 8)",
     )
     parser.add_argument("--vocab-drop-tol", type=float, default=2.0**-8, help="tolerance of mode sparse (default 2^-8)")
-    parser.add_argument("--repeats", type=positive, help="turns (default 20, with --quick 32)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=positive, help="repetitions (default 20, with --quick 32)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (default 0)")
     parser.add_argument(
-        "--minutes", type=float, help="stop after so many, and say what was not run (default 8.5 with --full)"
+        "--minutes", type=float, help="time limit in minutes; skipped cases are listed (default 8.5 with --full)"
     )
     parser.add_argument("--out", type=Path, metavar="WHERE", help="folder for kernels.json, or a FILE.json")
     arguments = parser.parse_args(words)

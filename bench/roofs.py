@@ -48,7 +48,7 @@ def synchronize(device: str):
 
 
 def share(flops: float, bytes_: float, seconds: float, dtype: str, roofs: dict) -> float:
-    """Return the time at the roof, of products or of memory traffic, whichever is longer, over the time taken."""
+    """Return roof time / measured time; roof time is the larger of compute and memory time."""
     of_products = flops / (roofs["matmul_tflops"][dtype] * 1e12)
     of_memory = bytes_ / (roofs["copy_gb_per_s"] * 1e9)
     return max(of_products, of_memory) / seconds

@@ -67,7 +67,7 @@ def require_plain(
 ):
     """Refuse options that these heads do not have."""
     if temperature != 1 or ref_logp is not None or config.kl_coef or config.entropy_coef or config.tis_cap:
-        raise ValueError("the heads of bench.step know no temperature, KL, entropy bonus or TIS")
+        raise ValueError("bench.step: its heads do not support temperature, KL, entropy bonus or TIS; remove them")
     if vocab_drop_tol is not None:
         raise ValueError("the heads of bench.step have exact gradients: no vocab_drop_tol")
 

@@ -41,7 +41,7 @@ def provenance(report: dict) -> str:
         UserError: the report does not tell them.
     """
     if unknown := [what for what in ("command", "date") if what not in report]:
-        raise UserError(f"a report has no `{unknown[0]}`, so it is of an older version; measure again")
+        raise UserError(f"report lacks `{unknown[0]}` (older version): run the benchmark again")
     settings = ", ".join(f"{setting} {value}" for setting, value in report["settings"].items() if value is not None)
     return f"`{report['command']}`, {report['date']}, on {facts(report)}; {settings}{roofs(report)}.\n"
 
@@ -87,7 +87,7 @@ def case_columns(found: dict) -> list[str]:
 
 
 def caveats(cases: list[dict]) -> str:
-    """What a reader of these cases could get wrong; "" if nothing."""
+    """Return notes on how to read these cases, or an empty string."""
     lines = []
     if narrow := sorted({case["d"] for case in cases if case["d"] < NARROW}):
         lines.append(

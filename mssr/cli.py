@@ -33,7 +33,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option(help="continue from the newest checkpoint in run_dir")] = False,
 ) -> None:
-    """Train with single-rollout RL. On several GPUs: torchrun --nproc-per-node N -m mssr train ..."""
+    """Train by reinforcement learning. On several GPUs: torchrun --nproc-per-node N -m mssr train ..."""
     settings = load_config(config, overrides)
     from mssr.training.loop import train
 
@@ -141,7 +141,8 @@ def plan(
 @app.command()
 def doctor(
     integration: Annotated[
-        str | None, typer.Option(help="compare our scores with those of transformers, trl, verl, openrlhf or liger")
+        str | None,
+        typer.Option(help="compare log-probs, entropy and gradients with transformers, trl, verl, openrlhf or liger"),
     ] = None,
 ) -> None:
     """Show what is installed, what will be used and what is missing, with the commands that fix it."""

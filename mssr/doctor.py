@@ -168,7 +168,7 @@ def _unsupported(versions: dict[str, str]) -> list[Finding]:
 
 
 def _import_findings(versions: dict[str, str], gpus: Sequence[Gpu], probe: Callable[[str], Probe]) -> list[Finding]:
-    """What versions cannot tell."""
+    """Problems that only an import shows."""
     findings = []
     breakable = [name for name in BREAKABLE if name in versions and "torch" in versions]
     if breakable and not (answer := probe(f"import {', '.join(breakable)}")).ok:

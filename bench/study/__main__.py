@@ -14,7 +14,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 @app.command()
 def run(
     study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="arms x seeds; see bench/study/configs/")],
-    jobs: Annotated[int | None, typer.Option(min=1, help="runs at a time; default: the file's")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="runs in parallel; default: `jobs` of the file")] = None,
 ) -> None:
     """Run what is not finished yet, then write table and plots."""
     from bench.study.study import study as run_study

@@ -19,7 +19,10 @@ NO_END = 1_000_000  # steps of a run that a clock ends
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """overrides: over the study's `config`; `config` is what they make of it. started: its start is the study's too."""
+    """overrides: applied to the study's config file. config: the result.
+
+    started: whether the run uses the study's warm start.
+    """
 
     arm: str
     seed: int
@@ -33,7 +36,7 @@ class PlannedRun:
         return f"{self.arm} seed {self.seed}"
 
     def settings(self, config: Config) -> dict[str, Any]:
-        """By dotted key, what makes this run; not where it is, so that a study's folder can be moved."""
+        """Return the settings that define this run, by dotted key; paths are left out so that the folder can be moved."""
         leaves = _leaves(config.model_dump(mode="json"))
         return {key: value for key, value in leaves.items() if key not in ("run_dir", *START_KEYS * self.started)}
 
@@ -75,7 +78,7 @@ def _plan(spec: StudySpec, arm: str, seed: int, start: Sequence[str]) -> Planned
 
 
 def _steps(spec: StudySpec, config: Config) -> int:
-    """The upper bound of a run: more steps than its budget pays for."""
+    """Return a number of steps that is certain to use up the budget."""
     if config.data.val is None:
         raise UserError("a study compares validation accuracies: set data.val")
     if spec.match == "updates":

@@ -132,7 +132,7 @@ def _draw_series(axes: Axes, panel: Panel, axis: Match, results: StudyResults) -
 
 
 def _draw_calibration(axes: Axes, results: StudyResults) -> None:
-    """A point a bin: mean prediction and mean reward over all steps and seeds; its area: the bin's share of the visits."""
+    """Draw one point per bin: mean prediction and mean reward over all steps and seeds; area: its share of the visits."""
     axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=(0, (4, 3)))
     for index, arm in enumerate(results.arms):
         tables = [run.bins for run in results.of_arm(arm) if run.bins]
@@ -237,7 +237,7 @@ def _dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 
 
 def _style(index: int) -> tuple[str, str]:
-    """A colour an arm; when they are used up, again with broken lines."""
+    """Return one colour per arm, then the same colours dashed."""
     return COLOURS[index % len(COLOURS)], ("-", "--", ":", "-.")[index // len(COLOURS) % 4]
 
 

@@ -1,4 +1,4 @@
-"""What a study leaves of the runs that are finished: results.json, table.md and table.json, anew after every run."""
+"""Writes results.json, table.md and table.json of a study, after every finished run."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -70,6 +70,6 @@ class Record:
 
 
 def _from_here(path: Path) -> str:
-    """As it is typed in this folder; a report is no place for where somebody's files are."""
+    """Return the path relative to the current directory, so that reports contain no absolute paths."""
     path = path.absolute()
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name

@@ -1,4 +1,4 @@
-"""What a study's runs came to: one typed object, `results.json`, that tables, plots and the report are made from."""
+"""Results of a study's runs as one typed object, results.json."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ class RunResult(Part):
 
     end: by its budget, or because it diverged: from there on its accuracy counts as 0, for it leaves no policy to use.
     start, final, best: validation accuracies. auc: the accuracy's mean over what the runs are matched by, from 0 on.
-    collapsed: diverged, or final below 80 % of its best. Ending a little below the start is no collapse: it learnt nothing.
+    collapsed: diverged, or final below 80 % of its best. A run that only ends a little below its start has not collapsed.
     ends, means: of every series, over the last tenth of the steps and over all.
     spent: at the end. bins: `tracker/bins`, summed over the steps.
     """

@@ -56,7 +56,7 @@ def study(path: Path, jobs: int | None = None) -> Path:
 
 @contextmanager
 def _timed(spec: StudySpec):
-    """Yields what tells the seconds so far, those of earlier commands of this study too."""
+    """Yield a function that returns the study's total seconds, earlier commands included."""
     log = spec.out / SESSIONS
     earlier = sum(json.loads(line)["seconds"] for line in log.read_text().splitlines()) if log.is_file() else 0.0
     began = time.monotonic()
@@ -68,7 +68,7 @@ def _timed(spec: StudySpec):
 
 
 def _with_fixed_config(spec: StudySpec) -> StudySpec:
-    """The runs read a copy: an edit of the file while they go on would make some of them others."""
+    """Copy the config, so that editing the file does not change runs that start later."""
     copy = spec.out / "config.yaml"
     shutil.copyfile(spec.config, copy)
     return spec.model_copy(update={"config": copy})

@@ -23,7 +23,7 @@ COSTS: dict[Match, str] = {
 
 
 def results_table(results: StudyResults) -> str:
-    """A row an arm, then what the columns mean. Deterministic."""
+    """Return the table, one row per arm, with a legend. Deterministic."""
     summaries = summarise(results)
     head = [
         "arm",

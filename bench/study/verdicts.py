@@ -38,7 +38,7 @@ def _of_difference(claim: Claim, higher: dict[int, float], lower: dict[int, floa
 
 
 def _of_costs(claim: Claim, higher: dict[int, RunResult], lower: dict[int, RunResult]) -> Verdict:
-    """A run that did not reach the threshold would have cost more than it spent: its end is a lower bound of its cost.
+    """For a run that never reached the threshold use its total cost, which is a lower bound.
 
     If such runs are in `higher` alone, the difference is at least what is found; in `lower` alone, at most.
     """
@@ -51,7 +51,7 @@ def _of_costs(claim: Claim, higher: dict[int, RunResult], lower: dict[int, RunRe
 
 
 def _of_shares(claim: Claim, higher: list[RunResult], lower: list[RunResult]) -> Verdict:
-    """Differences of yes and no over a few seeds have no t-interval worth the name; Fisher's test counts."""
+    """Compare shares by Fisher's exact test: a t-interval is not valid for yes/no outcomes of a few seeds."""
     if not higher or not lower:
         return Verdict("not shown either way", "an arm has no finished run")
     counts = [(sum(run.collapsed for run in runs), len(runs)) for runs in (higher, lower)]

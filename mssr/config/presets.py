@@ -10,8 +10,9 @@
     algorithm.tis_cap         theirs does not correct for the difference between the two
     eval.temperature          theirs validates on samples at 0.6; greedy answers are less noisy
 
-All other defaults are the paper's; tests/cli/test_presets.py compares each with the published value. What is no key stays
-ours: the loss is a mean over all tokens of an update, every prompt has its own noise, the first update has the full rate.
+All other defaults are the paper's; tests/cli/test_presets.py compares each with the published value. Differences
+without a key remain: the loss is a mean over all tokens of an update, every prompt has its own noise, the first update
+has the full rate.
 """
 
 from typing import Any

@@ -307,6 +307,6 @@ class Config(Section):
 
     @property
     def total_updates(self) -> int:
-        """What a learning rate's schedule runs over; a budget of something else than updates may end the run before."""
+        """Return the number of updates that the schedule covers; another budget may end the run earlier."""
         updates = self.train.steps * self.updates_per_step
         return min(updates, self.train.budget.updates or updates)

@@ -17,7 +17,7 @@ from mssr.errors import UserError
 
 COLUMNS = ("images", "problem", "answer", "solution")
 REQUIRED = ("problem", "answer")
-ALIASES = {"image": "images", "question": "problem"}  # MMK12
+ALIASES = {"image": "images", "question": "problem"}  # column names of the MMK12 dataset
 SUFFIXES = (".parquet", ".jsonl", ".json")  # of a directory, files with the first of these that occurs are read
 SPLITS = ("train", "val", "test")  # how a split's files, or folders, begin; "val" also finds validation.parquet
 ROWS_AT_ONCE = 256  # of a parquet file; images of a large row group do not fit one Arrow array
@@ -91,7 +91,7 @@ def _files(folder: Path, split: str | None) -> list[Path]:
         if not files:
             continue
         found = {name for name in SPLITS for file in files if _is_of(file, folder, name)}
-        if len(found) > 1:  # training on the test split must not be one slip away
+        if len(found) > 1:  # training on the test split must not happen by accident
             splits = ", ".join(sorted(found))
             raise UserError(f"{folder}: holds several splits ({splits}); name one, for example {folder}:train")
         return files

@@ -25,7 +25,7 @@ class PromptSampler:
         return [self._epoch(epoch)[place] for epoch, place in places]
 
     def refill(self, step: int, taken: Collection[int], count: int, round: int) -> list[int]:
-        """Return `count` random rows to replace some of the step's. Their turn in the epoch comes all the same.
+        """Return `count` random rows to replace some of the step's. They still appear in the epoch as usual.
 
         Depends on the seed and the arguments alone. Repeats no row and none of `taken` until the others run out.
 

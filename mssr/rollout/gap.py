@@ -40,7 +40,7 @@ def percentile(values: Tensor, share: float) -> Tensor:
 def describe_large_gap(gap: LogpGap, limit: float) -> str:
     """Say why a step whose gap is over the limit (or NaN) is not trained on, and what to check."""
     return (
-        f"rollout and trainer disagree by {gap.mean:.3g} nats a token on average (p99 {gap.p99:.3g}, "
+        f"rollout and trainer disagree by {gap.mean:.3g} nats per token on average (p99 {gap.p99:.3g}, "
         f"max {gap.max:.3g}; rollout.max_gap {limit:g}); check that weights and caches were synced, the dtypes of "
         "model.dtype and the rollout engine, its quantization, and that nothing else changes its distribution"
     )

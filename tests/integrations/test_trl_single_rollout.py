@@ -1,4 +1,4 @@
-"""MSSR inside TRL: one generation a prompt, against the formulas written out and against MSSR's own parts."""
+"""MSSR inside TRL: one generation per prompt, against the formulas written out and against MSSR's own parts."""
 
 import json
 import math

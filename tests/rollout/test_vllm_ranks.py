@@ -23,7 +23,7 @@ STEPS = 20
 
 def gaps_of_training(world, prompts, path, zero_stage, tensor_parallel=1, steps=STEPS):
     """Steps as `train` does them: sync, generate, measure, update. Returns each step's largest gap, and how far the policy
-    moved in all of them, nats a token."""
+    moved in all of them, nats per token."""
     engine = make_engine(path=path, world=world, zero_stage=zero_stage, lr=3e-3, total_updates=steps)
     # A quarter of the model: the weights come in several buckets, and q, k, v of a layer in different ones.
     sampler = vllm(path, world=world, tensor_parallel=tensor_parallel, sync_gib=1e-4)

@@ -27,7 +27,7 @@ class Tiles(ABC):
     @staticmethod
     @abstractmethod
     def bytes_needed(head: HeadInputs, matmul: HeadMatmul, sparse: bool) -> tuple[int, int]:
-        """Return the workspace per token of the capacity, and besides. sparse: with what mode `sparse` gathers."""
+        """Return (bytes per token, fixed bytes) of workspace. sparse: include the buffers of mode `sparse`."""
 
     @abstractmethod
     def fill(self, h: Tensor, target: Tensor, temperature: PerRow) -> Partial:
@@ -48,9 +48,9 @@ class Tiles(ABC):
 
     @abstractmethod
     def first_ranks(self, cut: Tensor, ranks: Tensor, statistics: RowStatistics) -> Tensor:
-        """Return, per column, the smallest rank among the rows in which its probability is above the row's cut.
+        """Return [V] int64: for each column the smallest `ranks[row]` over the rows with p > cut[row], or C if there is none.
 
-        cut, ranks [C]; the result is [V] int64, and C where there is no such row.
+        cut, ranks: [C].
         """
 
     @abstractmethod

@@ -42,7 +42,7 @@ def resolve(
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether Triton is installed and the device is an Ampere or later; an absent device, as in a plan, counts as one."""
+    """Return whether Triton runs on `device`; if installed, True for a device that is only planned for (`explain`)."""
     here = device.type == "cuda" and torch.cuda.is_available()
     return TRITON_IS_INSTALLED and (not here or torch.cuda.get_device_capability(device) >= (8, 0))
 

@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-# e^(-1000) is 0 in float32 and in float64: a floor under z - m only turns -inf into a number.
+# e^(-1000) is 0 in float32 and in float64: clamping z - m at -1000 changes no sum, and avoids 0 * -inf.
 FLOOR = -1000.0
 
 PerRow = Tensor | float  # [rows], or a number for all of them

@@ -54,7 +54,7 @@ class MSSRConfig(GRPOConfig):
     dual_clip: float | None = field(default=3.0, metadata={"help": "Bound of the ratio for negative advantages."})
     tracker_rho_min: float = field(default=0.875, metadata={"help": "Strongest forgetting; N0 = 1 / (1 - rho_min)."})
     tracker_rho_max: float = field(default=0.96, metadata={"help": "Weakest forgetting."})
-    tracker_half_life: float = field(default=0.06, metadata={"help": "Drift (nats a token) that halves the memory."})
+    tracker_half_life: float = field(default=0.06, metadata={"help": "Drift (nats per token) that halves the memory."})
 
     def __post_init__(self) -> None:
         for name, (value, instead) in _FIXED.items():

@@ -59,8 +59,8 @@ class WeightTransfer:
             call_all(bodies, "/shutdown_weight_transfer_engine", timeout_s=self._timeout_s, missing_ok=True)
 
     def _connected(self, servers: dict[str, int]) -> bool:
-        """Whether the group consists of exactly these servers. A restarted one has the old address, but not the version
-        of the weights that were sent. If vLLM reports no version, the group is made again."""
+        """Whether the group consists of exactly these servers. A restarted server is recognised by its
+        weight version, since its address is the same. If vLLM reports no version, the group is made again."""
         if self._engine is None or self._sent is None or self._client.servers != servers:
             return False
         told = call_all(

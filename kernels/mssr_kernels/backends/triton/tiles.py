@@ -241,7 +241,7 @@ class TritonTiles(Tiles):
 
 
 def _close_up(rows: Tensor, count: int) -> Tensor:
-    """Return which of `rows` (ascending, of `count`) each of len(rows) slots takes: slot i takes row i if that is one of
-    them, else one of the rows behind the slots."""
+    """Return, for each of len(rows) slots, the index in `rows` (ascending, of `count`) of its row: row i if wanted,
+    otherwise a wanted row from behind the slots, so that rows can be compacted in place."""
     wanted = torch.zeros(count, dtype=torch.bool, device=rows.device).index_fill_(0, rows, True)[: len(rows)]
     return torch.where(wanted, wanted.cumsum(0) - 1, len(rows) - (~wanted).cumsum(0))
