@@ -198,7 +198,7 @@ def test_results_of_an_older_version_are_refused(root, capsys):
     del report["command"]
     write(root, "cpu_2026-11-21", step=report)
     (root / "README.md").write_text(MARKED.format("step"))
-    assert readme.main([], root) == 2 and "measure again" in capsys.readouterr().err
+    assert readme.main([], root) == 2 and "run the benchmark again" in capsys.readouterr().err
 
 
 def test_where_we_lose_is_worked_out():
