@@ -36,11 +36,9 @@ def engine_name(setting: str, device: str) -> str:
     return "hf" if why_no_vllm(device) else "vllm"
 
 
-def planned_engine(setting: str, device: str) -> str:
-    """Return the rollout engine of a machine that is planned for, where auto does not depend on what is installed here."""
-    if setting != "auto":
-        return setting
-    return "vllm" if device == "cuda" else "hf"
+def planned_engine(setting: str) -> str:
+    """Return the rollout engine of a GPU machine that is planned for; auto does not depend on what is installed here."""
+    return "vllm" if setting == "auto" else setting
 
 
 def why_no_vllm(device: str) -> str | None:

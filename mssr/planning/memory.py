@@ -133,7 +133,7 @@ class MemoryPlanner:
         size = parameters.total * parameters.itemsize
         if zero.stage == 3:
             parts["weights gathered for the sync"] = min(size, int(rollout.sync_gib * GIB))
-        if self._machine.device == "cuda" and planned_engine(rollout.engine, "cuda") == "vllm":
+        if self._machine.device == "cuda" and planned_engine(rollout.engine) == "vllm":
             weights = vllm_weight_bytes(config, parameters)
             room = int(rollout.gpu_memory * (self._machine.memory or 0))
             return parts | {"vLLM weights": weights, "vLLM KV cache, activations": max(0, room - weights)}

@@ -86,6 +86,6 @@ def _assumptions(config: Config, longest: Workload, shape: MicroBatchShape) -> t
         notes.append("attention by SDPA; flash-attn (model.attention=flash) needs less memory if lengths differ")
     if config.model.liger != "off":
         notes.append("transformers' own layers; liger-kernel's keep fewer activations")
-    if planned_engine(config.rollout.engine, "cuda") == "vllm":
+    if planned_engine(config.rollout.engine) == "vllm":
         notes.append("vLLM uses rollout.gpu_memory of the GPU while it generates, and none while it sleeps")
     return tuple(notes)

@@ -82,7 +82,7 @@ class Bookkeeping:
         self, done: int, gap: LogpGap, updates: list[UpdateStats], sampled: StepRollouts, clock: Stopwatch
     ) -> dict[str, float]:
         """Count the step's costs and skipped updates; return their metrics."""
-        self._why_skipped = self._skipped.observe(gap, updates)
+        self._gap, self._why_skipped = gap, self._skipped.observe(gap, updates)
         self.costs.spend(
             self._run.world,
             updates=len(updates),
@@ -101,7 +101,6 @@ class Bookkeeping:
         self,
         done: int,
         metrics: dict[str, Metric],
-        gap: LogpGap,
         rollouts: GradedRollouts,
         baseline: Tensor | None,
         batch: UpdateBatch,
@@ -117,7 +116,7 @@ class Bookkeeping:
         self._display.update(done, metrics)
         if self._why_skipped:
             self._checkpoints.settle(wait=True)
-            self._skipped.refuse_to_go_on(done, gap, self._why_skipped)
+            self._skipped.refuse_to_go_on(done, self._gap, self._why_skipped)
         if done % config.log.rollouts_every == 0 and self._run.world.is_main:
             save_rollouts(config.run_dir, done, rollouts, baseline, batch.advantage, config.log.rollouts_saved)
         accuracy = metrics.get("val/accuracy")

@@ -121,6 +121,6 @@ def _train(run: Run, book: Bookkeeping) -> None:
             if book.validates(done):
                 with rollout_phase.awake(done) as sampler:
                     metrics |= run.validate(sampler)
-            book.end_step(done, metrics, gap, rollouts, baseline, batch)
+            book.end_step(done, metrics, rollouts, baseline, batch)
 
     save_trained(engine.policy, run.processors, config.run_dir, world)

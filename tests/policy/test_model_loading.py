@@ -147,3 +147,8 @@ def test_a_models_own_sampling_settings_survive_saving(copied, tmp_path):
     folder = save_model(load(copied), processors(), tmp_path / "out", ALONE)
     saved = json.loads((folder / "generation_config.json").read_text())
     assert {name: saved[name] for name in settings} == settings
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub():
+    with pytest.raises(UserError, match=r"^model.path runs/none/sft/model: no such folder, and no hub name"):
+        check_model_path("runs/none/sft/model")
