@@ -28,4 +28,4 @@ def make_rollout_engine(config: "Config", policy: "Policy", tokenizer, world: "W
         case "hf":
             if config.rollout.engine == "auto" and world.is_main:
                 print(f"mssr: rollout.engine auto: hf, because {why_no_vllm(world.device.type)}", flush=True)
-            return HFRollout(policy, ends, pad, config.rollout, world.device)
+            return HFRollout(config.rollout, policy, ends, pad, world.device)

@@ -1,14 +1,15 @@
 """The interface of rollout engines, and what they share."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mssr.batch import Prompt, Rollouts, pad_rows
+from mssr.config import RolloutConfig
 from mssr.policy.model import Policy
 
 
@@ -30,21 +31,38 @@ class Response:
 OnResponse = Callable[[int, Response], None]
 
 
-class RolloutEngine(Protocol):
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A prompt to answer: its row in the call, its noise stream, and the estimated length of its response."""
+
+    row: int
+    prompt: Prompt
+    stream: int
+    expected_tokens: float
+
+
+class RolloutEngine(ABC):
     """Samples one response per prompt from the policy, with the log-prob of each sampled token.
 
-    A step calls `update_weights`, `generate` as often as needed, and `release`.
+    A step calls `update_weights`, `generate` as often as needed, and `release`. An engine implements `update_weights`, which
+    sets `_weight_version`, and `_sample`.
     """
 
     name: str
 
+    def __init__(self, config: RolloutConfig, ends: list[int], pad: int) -> None:
+        """ends: tokens that end a response. pad: token that fills a batch after it."""
+        self._config, self._ends, self._pad = config, ends, pad
+        self._weight_version: int | None = None  # None: nothing to sample from
+
+    @abstractmethod
     def update_weights(self, policy: Policy, version: int) -> None:
         """Make the next `generate` sample from the policy's current weights. Collective over the ranks.
 
         version: number of steps that these weights were trained for; responses carry it.
         """
-        ...
 
+    @torch.no_grad()
     def generate(
         self,
         prompts: list[Prompt],
@@ -54,26 +72,40 @@ class RolloutEngine(Protocol):
         expected_tokens: list[float] | None = None,
         on_response: OnResponse | None = None,
     ) -> Rollouts:
-        """One response for each prompt, in the given order.
+        """Return one response for each prompt, in the given order.
 
         streams: one noise stream (64-bit seed) per prompt; the same call with the same weights gives the same responses.
         temperature: 0 is greedy, with log-probs at temperature 1.
         expected_tokens: estimated length of each response; the longest ones start first.
         on_response: called with (row, response) as soon as a response is complete, while others are still generated.
         """
-        ...
+        if self._weight_version is None:
+            raise RuntimeError("generate: the engine has no weights; call update_weights first")
+        found: dict[int, Response] = {}
 
-    def release(self) -> None:
+        def finished(row: int, response: Response) -> None:
+            found[row] = response
+            if on_response is not None:
+                on_response(row, response)
+
+        expected = expected_tokens or [0.0] * len(prompts)
+        requests = map(Request, range(len(prompts)), prompts, streams, expected)
+        self._sample(sorted(requests, key=lambda request: -request.expected_tokens), temperature, finished)
+        return collect(prompts, [found[row] for row in range(len(prompts))], self._pad)
+
+    @abstractmethod
+    def _sample(self, requests: list[Request], temperature: float, finished: OnResponse) -> None:
+        """Answer the requests, in the order in which to start them; call `finished` once for each row."""
+
+    def release(self) -> None:  # noqa: B027  an engine that uses no GPU memory has nothing to do
         """Free GPU memory until the next `update_weights`."""
-        ...
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Stop what the engine started. It cannot be used afterwards."""
-        ...
 
 
 def collect(prompts: list[Prompt], responses: list[Response], pad: int) -> Rollouts:
-    """Rollouts of B prompts; B may be 0, on a rank that has nothing to ask."""
+    """Rollouts of B prompts; B may be 0, on a rank without prompts."""
     longest = max((len(response.tokens) for response in responses), default=0)
     return Rollouts.of(
         prompts,

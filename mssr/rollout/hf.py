@@ -10,25 +10,21 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from mssr.batch import Prompt, Rollouts
+from mssr.batch import Prompt
 from mssr.config import RolloutConfig
 from mssr.policy.model import Policy
 from mssr.policy.sharding import WholeCopy
-from mssr.rollout.base import OnResponse, Response, collect
+from mssr.rollout.base import OnResponse, Request, Response, RolloutEngine
 
 
-class HFRollout:
+class HFRollout(RolloutEngine):
     name = "hf"
 
-    def __init__(self, policy: Policy, ends: list[int], pad: int, config: RolloutConfig, device: torch.device) -> None:
-        """ends: tokens that end a response. pad: token that fills a batch after it."""
+    def __init__(self, config: RolloutConfig, policy: Policy, ends: list[int], pad: int, device: torch.device) -> None:
+        super().__init__(config, ends, pad)
         self._copy: WholeCopy | None = None
         self._policy = policy
-        self._config = config
         self._device = device
-        self._pad = pad
-        self._ends = ends
-        self._weight_version: int | None = None
 
     def update_weights(self, policy: Policy, version: int) -> None:
         """Update the full copy under ZeRO-3 (a collective); otherwise the trainer's own parameters are used."""
@@ -40,41 +36,22 @@ class HFRollout:
             self._policy = self._copy.policy
         self._weight_version = version
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: list[Prompt],
-        streams: list[int],
-        temperature: float,
-        *,
-        expected_tokens: list[float] | None = None,
-        on_response: OnResponse | None = None,
-    ) -> Rollouts:
-        if self._weight_version is None:
-            raise RuntimeError("generate: the engine has no weights; call update_weights first")
-        responses: list[Response] = [None] * len(prompts)
+    def _sample(self, requests: list[Request], temperature: float, finished: OnResponse) -> None:
         training = self._policy.training
         self._policy.eval()  # gradient checkpointing would turn the cache off
         # Group rows of similar expected length, then prompts of similar length.
-        expected = expected_tokens or [0.0] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda row: (-expected[row], len(prompts[row].token_ids)))
-        for start in range(0, len(order), self._config.batch_size):
-            chosen = order[start : start + self._config.batch_size]
-            tokens, logp = self._generate([prompts[i] for i in chosen], [streams[i] for i in chosen], temperature)
-            for row, row_tokens, row_logp in zip(chosen, tokens, logp):
-                responses[row] = self._response(row_tokens, row_logp)
-                if on_response is not None:
-                    on_response(row, responses[row])
+        requests = sorted(requests, key=lambda one: (-one.expected_tokens, len(one.prompt.token_ids)))
+        for start in range(0, len(requests), self._config.batch_size):
+            chosen = requests[start : start + self._config.batch_size]
+            tokens, logp = self._generate([one.prompt for one in chosen], [one.stream for one in chosen], temperature)
+            for one, row_tokens, row_logp in zip(chosen, tokens, logp):
+                finished(one.row, self._response(row_tokens, row_logp))
         self._policy.train(training)
-        return collect(prompts, responses, self._pad)
 
     def release(self) -> None:
         """Free the copy of the weights. The cache of keys and values is freed with each batch."""
         if self._copy:
             self._copy = self._policy = self._weight_version = None
-
-    def close(self) -> None:
-        """Nothing was started."""
 
     def _generate(self, prompts: list[Prompt], streams: list[int], temperature: float) -> tuple[Tensor, Tensor]:
         """Return [B, R] tokens (undefined after the end token) and their log-probs, on the CPU."""

@@ -28,10 +28,3 @@ class ResponseLengths:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._tokens = dict(state)
-
-
-def longest_first(expected_tokens: Sequence[float] | None, count: int) -> list[int]:
-    """Return rows 0..count-1 in the order in which to start them; without expectations, in their own order."""
-    if expected_tokens is None:
-        return list(range(count))
-    return sorted(range(count), key=lambda row: -expected_tokens[row])

@@ -162,7 +162,7 @@ def sample_and_move(world, prompts, streams, **settings):
     config = RolloutConfig(max_response_tokens=[12, 7][world.rank], batch_size=4)
     tokenizer, _ = processors()
     ends = end_token_ids(engine.policy, tokenizer)
-    rollout = HFRollout(engine.policy, ends, tokenizer.pad_token_id, config, world.device)
+    rollout = HFRollout(config, engine.policy, ends, tokenizer.pad_token_id, world.device)
     rollout.update_weights(engine.policy, 0)
     own = [slice(0, 5), slice(5, 6)][world.rank]
     before = [rollout.generate(prompts[own], streams[own], 1.0)]

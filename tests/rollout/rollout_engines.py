@@ -18,7 +18,7 @@ LIMIT = 12
 
 def hf(policy: Policy, limit: int = LIMIT, ends=ENDS, batch_size: int = 64) -> HFRollout:
     config = run_config(max_response_tokens=limit, batch_size=batch_size)
-    return HFRollout(policy, ends, processors()[0].pad_token_id, config.rollout, ALONE.device)
+    return HFRollout(config.rollout, policy, ends, processors()[0].pad_token_id, ALONE.device)
 
 
 @cache

@@ -111,7 +111,7 @@ def greedy_oracle(policy, prompts):
     tokenizer, _ = processors()
     ends = sorted({tokenizer.eos_token_id, *ENDS})
     config = RolloutConfig(max_response_tokens=RESPONSE_TOKENS)
-    engine = HFRollout(policy, ends, tokenizer.pad_token_id, config, ALONE.device)
+    engine = HFRollout(config, policy, ends, tokenizer.pad_token_id, ALONE.device)
     engine.update_weights(policy, 0)
     return engine.generate(prompts, [0] * len(prompts), 0.0)
 

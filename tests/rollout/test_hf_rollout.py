@@ -35,7 +35,7 @@ def rollout(policy, *, max_response_tokens=12, batch_size=64, ends=EXTRA_ENDS):
     finally:
         policy.model.generation_config.eos_token_id = own
     config = RolloutConfig(max_response_tokens=max_response_tokens, batch_size=batch_size)
-    engine = HFRollout(policy, all_ends, tokenizer.pad_token_id, config, ALONE.device)
+    engine = HFRollout(config, policy, all_ends, tokenizer.pad_token_id, ALONE.device)
     engine.update_weights(policy, 0)
     return engine
 

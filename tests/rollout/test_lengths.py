@@ -1,11 +1,35 @@
-"""Which responses are begun first."""
+"""Expected response lengths, and the order in which an engine starts the requests of a call."""
 
-from mssr.rollout.lengths import ResponseLengths, longest_first
+import torch
+
+from mssr.config import RolloutConfig
+from mssr.rollout.base import Response, RolloutEngine
+from mssr.rollout.lengths import ResponseLengths
 
 
-def test_the_longest_is_begun_first_and_ties_keep_their_order():
-    assert longest_first([3.0, 9.0, 3.0, 10.0], 4) == [3, 1, 0, 2]
-    assert longest_first(None, 3) == [0, 1, 2]
+class Recorder(RolloutEngine):
+    """An engine that answers each prompt with its own token, and records the order of the requests."""
+
+    def update_weights(self, policy, version):
+        self._weight_version = version
+
+    def _sample(self, requests, temperature, finished):
+        self.order = [request.row for request in requests]
+        for request in requests:
+            finished(request.row, Response(torch.tensor([request.stream]), torch.zeros(1), False, self._weight_version))
+
+
+def started(expected_tokens, count):
+    engine = Recorder(RolloutConfig(), ends=[], pad=0)
+    engine.update_weights(None, 7)
+    rollouts = engine.generate([object()] * count, list(range(count)), 1.0, expected_tokens=expected_tokens)
+    assert rollouts.tokens.flatten().tolist() == list(range(count)) and set(rollouts.weight_version.tolist()) == {7}
+    return engine.order
+
+
+def test_the_longest_starts_first_and_ties_keep_their_order():
+    assert started([3.0, 9.0, 3.0, 10.0], 4) == [3, 1, 0, 2]
+    assert started(None, 3) == [0, 1, 2]
 
 
 def test_a_prompts_last_response_is_what_is_expected_of_it():

@@ -38,7 +38,7 @@ def test_hf_samples_with_the_adapters(world, prompts):
 def sample_from_shares(world, prompts):
     engine = make_engine_with(options(lora=LORA), zero_stage=3, world=world)
     config = RolloutConfig(max_response_tokens=LIMIT)
-    rollout = HFRollout(engine.policy, ENDS, processors()[0].pad_token_id, config, world.device)
+    rollout = HFRollout(config, engine.policy, ENDS, processors()[0].pad_token_id, world.device)
     gaps = []
     for version in range(2):
         engine.update(random_batch(prompts, [5, 9, 3, 7, 1, 12], seed=version), CrossEntropy())

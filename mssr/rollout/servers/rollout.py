@@ -11,13 +11,12 @@ from urllib.parse import urlsplit
 
 import torch
 
-from mssr.batch import Prompt, Rollouts
+from mssr.batch import Prompt
 from mssr.config import RolloutConfig
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.model import Policy
-from mssr.rollout.base import OnResponse, Response, collect
-from mssr.rollout.lengths import longest_first
+from mssr.rollout.base import OnResponse, Request, Response, RolloutEngine
 from mssr.rollout.servers.client import ServerLost, call, call_all, http_session
 from mssr.rollout.servers.weights import WeightTransfer
 from mssr.rollout.vllm.adapter import require_server_vllm
@@ -27,8 +26,9 @@ _HEALTH_S = 10.0  # a server that does not answer a health check within this tim
 _POLL_S = 0.25  # between health checks of a server that is still starting
 
 
-class ServerRollout:
-    """See `RolloutEngine`. `generate` may run in another thread than the rest, and is no collective.
+class ServerRollout(RolloutEngine):
+    """Here `generate` may run in another thread than the rest, and is no collective. `release` does nothing: servers keep
+    their memory.
 
     Greedy responses are reproducible, up to rounding that depends on what else a server computes at the time. Sampled
     ones are not: servers draw noise from their own generators, and the order in which requests arrive varies. `streams`
@@ -42,22 +42,20 @@ class ServerRollout:
     name = "servers"
 
     def __init__(self, config: RolloutConfig, policy: Policy, ends: list[int], pad: int, world: World) -> None:
-        """ends: tokens that end a response. pad: token that fills a batch after it.
+        """Connect to nothing yet.
 
         Raises:
             UserError: no usable vLLM is installed here (its weight transfer is needed), or an address is invalid.
         """
+        super().__init__(config, ends, pad)
         require_server_vllm(world.device.type)
-        self._config = config
         self._world = world
-        self._ends, self._pad = ends, pad
         self._image_token_id, self._merge_size = policy.image_token_id, policy.merge_size
         self._forbidden = policy.forbidden_token_ids
         self._servers = _addresses(config.servers)
         self._live: list[str] = []
         self._lost: dict[str, str] = {}  # address to reason, since the last update
         self._reported: set[str] = set()
-        self._weight_version: int | None = None
         self._transfer = WeightTransfer(world, int(config.sync_gib * 2**30), config.server_timeout_s)
 
     def update_weights(self, policy: Policy, version: int) -> None:
@@ -76,35 +74,22 @@ class ServerRollout:
         self._live, self._lost, self._weight_version = list(workers), {}, version
         self._reported -= workers.keys()
 
-    def generate(
-        self,
-        prompts: list[Prompt],
-        streams: list[int],
-        temperature: float,
-        *,
-        expected_tokens: list[float] | None = None,
-        on_response: OnResponse | None = None,
-    ) -> Rollouts:
+    def _sample(self, requests: list[Request], temperature: float, finished: OnResponse) -> None:
         """Raises:
         UserError: no server is left, or one refuses a request.
         """
-        if self._weight_version is None:
-            raise RuntimeError("generate: the servers have no weights; call update_weights first")
         settings = sampling(temperature, self._config.max_response_tokens, self._ends, self._forbidden)
+        prompts = {request.row: request.prompt for request in requests}
         work = _Work(
             make_body=lambda row: self._body(prompts[row], settings),
             read=self._read,
-            on_response=on_response or (lambda row, response: None),
+            on_response=finished,
             on_lost=self._lose,
             servers=list(self._live),
             at_once=self._config.batch_size,
             silence_s=self._config.server_timeout_s,
         )
-        responses = asyncio.run(work.run(longest_first(expected_tokens, len(prompts))))
-        return collect(prompts, [responses[row] for row in range(len(prompts))], self._pad)
-
-    def release(self) -> None:
-        """Do nothing: servers keep their memory."""
+        asyncio.run(work.run(list(prompts)))
 
     def close(self) -> None:
         self._transfer.close()
@@ -205,28 +190,25 @@ class _Work:
     silence_s: float
     lost: dict[str, ServerLost] = field(default_factory=dict)
 
-    async def run(self, order: list[int]) -> dict[int, Response]:
-        """Return the response of each row. order: the rows in the order in which to start them."""
+    async def run(self, order: list[int]) -> None:
+        """Get the response of each row. order: the rows in the order in which to start them."""
         self._waiting = deque(order)
         self._under_way: dict[asyncio.Task, tuple[str, int]] = {}
         self._heard: dict[str, float] = dict.fromkeys(self.servers, time.monotonic())
-        responses: dict[int, Response] = {}
         async with http_session() as session:
             try:
-                while len(responses) < len(order):
+                while self._waiting or self._under_way:
                     self._hand_out(session)
                     deadline = min(self._heard[server] for server, _ in self._under_way.values()) + self.silence_s
                     wait = max(0.0, deadline - time.monotonic())
                     done, _ = await asyncio.wait(self._under_way, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
                     for row, response in self._take(done):
-                        responses[row] = response
                         self.on_response(row, response)
                     self._lose_silent()
             finally:
                 for task in self._under_way:
                     task.cancel()
                 await asyncio.gather(*self._under_way, return_exceptions=True)
-        return responses
 
     def _hand_out(self, session) -> None:
         """Send waiting rows to the servers with the fewest requests."""

@@ -17,40 +17,36 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from mssr.batch import Prompt, Rollouts
+from mssr.batch import Prompt
 from mssr.config import Config
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.model import Policy
-from mssr.rollout.base import OnResponse, Response, collect, merged_stream
-from mssr.rollout.lengths import longest_first
+from mssr.rollout.base import OnResponse, Request, Response, RolloutEngine, merged_stream
 from mssr.rollout.vllm.adapter import pixels_as_given, require_vllm
 from mssr.rollout.vllm.requests import engine_input, response, sampling
 from mssr.rollout.weight_sync import sync_weights
 
 
-class VLLMRollout:
-    """See `RolloutEngine`. Each call draws its noise from one generator, seeded by the call's streams. So the same call
-    gives the same responses on any rank, but a response depends on the others that are sampled with it.
+class VLLMRollout(RolloutEngine):
+    """Draws a call's noise from one generator, seeded by the call's streams. So the same call gives the same responses on
+    any rank, but a response depends on the others that are sampled with it.
     """
 
     name = "vllm"
 
     def __init__(self, config: Config, policy: Policy, ends: list[int], pad: int, world: World) -> None:
-        """ends: tokens that end a response. pad: token that fills a batch after it.
+        """Start vLLM, asleep.
 
         Raises:
             UserError: vLLM is missing, of an unsupported version, or cannot run this model here.
         """
+        super().__init__(config.rollout, ends, pad)
         require_vllm(world.device.type)
-        self._config = config.rollout
         self._world = world
-        self._pad = pad
-        self._ends = ends
         self._image_token_id, self._merge_size = policy.image_token_id, policy.merge_size
         self._forbidden = policy.forbidden_token_ids
         self._group = _tensor_parallel_group(config.rollout.tensor_parallel, world)
-        self._weight_version: int | None = None  # None: nothing to sample from
         self._requests = 0
         with _trainers_random_state(), warnings.catch_warnings(action="ignore"):  # vLLM warns about its own code
             self._llm = _start(config, next(policy.parameters()).dtype, world)
@@ -68,41 +64,24 @@ class VLLMRollout:
             self._llm.wake_up(["kv_cache"])
         self._asleep, self._weight_version = False, version
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: list[Prompt],
-        streams: list[int],
-        temperature: float,
-        *,
-        expected_tokens: list[float] | None = None,
-        on_response: OnResponse | None = None,
-    ) -> Rollouts:
-        if self._weight_version is None or self._asleep:
-            raise RuntimeError("generate: the engine has no weights; call update_weights first")
-        order = longest_first(expected_tokens, len(prompts))
-        asked = [(row, prompts[row], streams[row]) for row in order]
+    def _sample(self, requests: list[Request], temperature: float, finished: OnResponse) -> None:
         # Ranks that share an engine must all run the requests of all, in the same order.
-        everyone = [(rank, *one) for rank, part in enumerate(self._gather(asked)) for one in part]
+        everyone = [(rank, request) for rank, part in enumerate(self._gather(requests)) for request in part]
         me = dist.get_rank(self._group) if self._group is not None else 0
 
-        def finished(number: int, found: Response) -> None:
-            rank, row, *_ = everyone[number]
+        def finished_by_any(number: int, response: Response) -> None:
+            rank, request = everyone[number]
             if rank == me:
-                responses[row] = found
-                if on_response is not None:
-                    on_response(row, found)
+                finished(request.row, response)
 
-        responses: dict[int, Response] = {}
         with _trainers_random_state():
-            _seed(merged_stream([stream for *_, stream in everyone]))
-            self._run([prompt for _, _, prompt, _ in everyone], temperature, finished)
-        return collect(prompts, [responses[row] for row in range(len(prompts))], self._pad)
+            _seed(merged_stream([request.stream for _, request in everyone]))
+            self._run([request.prompt for _, request in everyone], temperature, finished_by_any)
 
     def release(self) -> None:
         if not self._asleep:
             self._llm.sleep(level=2)
-            self._asleep = True
+            self._asleep, self._weight_version = True, None
 
     def close(self) -> None:
         self._llm = None
