@@ -1,1 +1,1 @@
-"""The algorithms as pure functions: advantages, value tracker, prompt sampling, entropy shaping."""
+"""The algorithms as pure functions: advantages, value tracker, prompt sampling."""

@@ -38,6 +38,8 @@ def _check_rollout(config: Config) -> None:
         raise ValueError(
             "rollout.engine servers and rollout.servers [http://host:port, ...] go together; set both or neither"
         )
+    if len({server.rstrip("/") for server in rollout.servers}) < len(rollout.servers):
+        raise ValueError("rollout.servers: an address is listed twice; list each server once")
     if rollout.one_step_off and rollout.engine != "servers":
         raise ValueError("rollout.one_step_off needs separate GPUs for generation: set rollout.engine=servers")
     if rollout.offload_optimizer and train.zero_stage == 0:

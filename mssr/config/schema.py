@@ -3,10 +3,11 @@
 docs/CONFIG.md is generated from here, by docs/config_page.py.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from mssr.algorithms.advantages import ALGORITHMS
 
@@ -191,6 +192,14 @@ class RolloutConfig(Section):
         600.0, gt=0, description="time without an answer after which a server counts as lost"
     )
     one_step_off: bool = Field(False, description="servers generate the next batch while the current one trains")
+
+    @field_validator("servers")
+    @classmethod
+    def _servers_are_addresses(cls, servers: list[str]) -> list[str]:
+        for server in servers:
+            if not re.fullmatch(r"http://([^/:?]+|\[[0-9a-fA-F:]+\]):[0-9]+/?", server):
+                raise ValueError(f"expected http://host:port, got {server}")
+        return servers
 
 
 class OptimizerConfig(Section):

@@ -1,10 +1,10 @@
 """Metrics of a training step."""
 
 import torch
+from torch import Tensor
 
 from mssr.algorithms.advantages import Outcomes, zero_variance
 from mssr.algorithms.calibration import calibration
-from mssr.algorithms.shaping import sampled_token_entropy
 from mssr.batch import GradedRollouts
 from mssr.distributed import World
 from mssr.observe.metrics import Metric
@@ -64,6 +64,18 @@ def outcome_metrics(outcomes: Outcomes) -> dict[str, Metric]:
     if outcomes.group > 1:
         metrics["rollout/zero_variance"] = float(zero_variance(outcomes.reward, outcomes.group).double().mean())
     return metrics
+
+
+def sampled_token_entropy(logp: Tensor) -> Tensor:
+    """Return -p log p of the sampled token, the authors' proxy for the entropy (code of arXiv 2512.18215).
+
+    It is one term of the entropy's sum: at most 1/e = 0.368 (at p = 1/e), and 0 both for a very unlikely and for a certain
+    token.
+
+    logp: any shape, <= 0. -inf (p = 0) gives 0.
+    """
+    p = logp.exp()
+    return (-p * logp).masked_fill(p == 0, 0.0)
 
 
 def _mean(values: list[float]) -> float:

@@ -1,10 +1,11 @@
 import pytest
 import torch
+from shaping_oracle import shape
 
 from mssr.algorithms.advantages import ALGORITHMS, Outcomes, zero_variance
-from mssr.algorithms.shaping import sampled_token_entropy, shape
 from mssr.config import AlgorithmConfig
 from mssr.config.resolve import policy_loss
+from mssr.observe.step import sampled_token_entropy
 from mssr_kernels import PolicyLossConfig, linear_policy_loss
 
 TRACKED = ("mssr", "mvsr", "spo")

@@ -24,13 +24,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from shaping_oracle import shape
 
 from mssr.algorithms.advantages import ALGORITHMS, Outcomes
-from mssr.algorithms.shaping import sampled_token_entropy, shape
 from mssr.algorithms.value_tracker import ValueTracker, reference_kl
 from mssr.batch import pad_rows
 from mssr.config import AlgorithmConfig, TrackerConfig
 from mssr.config.resolve import policy_loss
+from mssr.observe.step import sampled_token_entropy
 from mssr_kernels import reference
 
 RECORDED = json.loads((Path(__file__).parent / "authors_recorded.json").read_text())

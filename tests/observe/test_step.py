@@ -1,5 +1,6 @@
 """A step's line in the metrics, against numbers worked by hand."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from mssr.algorithms.advantages import Outcomes
 from mssr.batch import GradedRollouts, Prompt
 from mssr.distributed import World
-from mssr.observe.step import outcome_metrics, step_metrics
+from mssr.observe.step import outcome_metrics, sampled_token_entropy, step_metrics
 from mssr.policy.engine import UpdateStats
 from mssr.rollout.gap import LogpGap
 
@@ -59,3 +60,14 @@ def test_baselines_and_what_they_foretold():
     found = outcome_metrics(outcomes)
     assert found["tracker/baseline_mean"] == pytest.approx(0.35)
     assert found["tracker/brier"] == pytest.approx((0.25 + 0.04) / 2)
+
+
+def test_sampled_token_entropy_by_hand():
+    # p = 1/2: log(2)/2 = 0.34657; p = 1/e: 1/e, the most there is; p = 1 and p = 0: 0
+    logp = torch.tensor([math.log(0.5), -1.0, 0.0, -math.inf])
+    expected = torch.tensor([0.346574, 0.367879, 0.0, 0.0])
+    torch.testing.assert_close(sampled_token_entropy(logp), expected, atol=1e-6, rtol=0)
+
+
+def test_sampled_token_entropy_is_at_most_one_over_e():
+    assert sampled_token_entropy(torch.linspace(-200, 0, 10_001)).max().item() <= math.exp(-1) + 1e-7

@@ -11,7 +11,6 @@ from mssr.policy.export import save_model
 from mssr.policy.loss import CrossEntropy
 from mssr.rollout.base import collect
 from mssr.rollout.hf import HFRollout
-from mssr.rollout.vllm.adapter import pixels_as_given
 from mssr.rollout.vllm.requests import engine_input, response, sampling
 from mssr.rollout.weight_sync import sync_weights
 
@@ -60,7 +59,7 @@ def start_vllm(path):
             model=str(path), dtype="float32", max_model_len=128, max_num_seqs=8, enforce_eager=True,
             distributed_executor_backend="external_launcher",  # in this process, whose group of one is there already
             logprobs_mode="processed_logprobs", generation_config="vllm", enable_prefix_caching=False,
-            mm_processor_cache_gb=0, limit_mm_per_prompt={"video": 0}, disable_log_stats=True, **pixels_as_given(),
+            mm_processor_cache_gb=0, limit_mm_per_prompt={"video": 0}, disable_log_stats=True, mm_device_do_normalize=False,
         )  # fmt: skip
     ALIVE.append(llm)
     return llm

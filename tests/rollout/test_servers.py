@@ -125,12 +125,6 @@ def test_a_port_that_is_taken(servers, tmp_path):
         serve(validate_config(serve_settings(tmp_path)), "127.0.0.1", port)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:8000", "https://host:8000", "http://host", "http://host:port"])
-def test_an_address_that_is_none(own_policy, address):
-    with pytest.raises(UserError, match=f"^rollout.servers {address}: expected http://host:port$"):
-        rollout(own_policy, [address])
-
-
 def test_a_server_that_never_comes(servers, own_policy):
     nobody = f"http://127.0.0.1:{free_port()}"
     engine = rollout(own_policy, [servers[0].url, nobody], server_timeout_s=1)

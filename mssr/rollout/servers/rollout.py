@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
@@ -45,14 +44,14 @@ class ServerRollout(RolloutEngine):
         """Connect to nothing yet.
 
         Raises:
-            UserError: no usable vLLM is installed here (its weight transfer is needed), or an address is invalid.
+            UserError: no usable vLLM is installed here, whose weight transfer is needed.
         """
         super().__init__(config, ends, pad)
         require_server_vllm(world.device.type)
         self._world = world
         self._image_token_id, self._merge_size = policy.image_token_id, policy.merge_size
         self._forbidden = policy.forbidden_token_ids
-        self._servers = _addresses(config.servers)
+        self._servers = [server.rstrip("/") for server in config.servers]
         self._live: list[str] = []
         self._lost: dict[str, str] = {}  # address to reason, since the last update
         self._reported: set[str] = set()
@@ -271,20 +270,3 @@ def _nobody(lost: dict[str, ServerLost], waited_s: float | None = None) -> str:
     waited = f" after {waited_s:g} s (rollout.server_timeout_s)" if waited_s is not None else ""
     missing = "; ".join(map(str, lost.values()))
     return f"rollout.servers: not there{waited}: {missing}; start them with `mssr serve`"
-
-
-def _addresses(servers: list[str]) -> list[str]:
-    """Return the servers without trailing slashes; refuse one that is not http://host:port or is listed twice."""
-    found = []
-    for server in servers:
-        try:
-            parts = urlsplit(server)
-            whole = parts.scheme == "http" and parts.hostname and parts.port and parts.path in ("", "/")
-        except ValueError:  # a port that is not a number
-            whole = False
-        if not whole or parts.query:
-            raise UserError(f"rollout.servers {server}: expected http://host:port")
-        found.append(f"http://{parts.netloc}")
-    if len(set(found)) < len(found):
-        raise UserError("rollout.servers: an address is listed twice")
-    return found

@@ -1,6 +1,5 @@
 """`mssr serve`: one vLLM server with the settings that `rollout.engine: servers` needs."""
 
-import json
 import os
 import secrets
 import socket
@@ -10,8 +9,8 @@ from pathlib import Path
 from mssr.config import Config
 from mssr.config.resolve import dtype_name, why_no_vllm
 from mssr.errors import UserError
-from mssr.rollout.vllm.adapter import ENVIRONMENT, require_server_vllm, server_flags, transfer_backend
-from mssr.versions import is_cpu_build, vllm_version
+from mssr.rollout.vllm.adapter import ENVIRONMENT, as_flags, engine_arguments, require_server_vllm, transfer_backend
+from mssr.versions import is_cpu_build, release, vllm_version
 
 # Not the `vllm` command: it looks for a distribution of that name, and the CPU build has another. vLLM calls this entry
 # deprecated.
@@ -38,35 +37,22 @@ def serve(config: Config, host: str, port: int) -> None:
 
 def arguments(config: Config, host: str, port: int) -> list[str]:
     """Return the command line of vLLM's server."""
-    rollout, cpu = config.rollout, is_cpu_build(vllm_version())
-    settings = {
-        "model": config.model.path,
+    version = vllm_version()
+    cpu = is_cpu_build(version)
+    settings = engine_arguments(config, dtype_name(config.model.dtype, "cpu" if cpu else "cuda"), gpu=not cpu) | {
         "host": host,
         "port": port,
-        "dtype": dtype_name(config.model.dtype, "cpu" if cpu else "cuda"),
-        "load-format": "dummy",  # the trainer sends its weights before the first request
-        "max-model-len": config.data.max_prompt_tokens + rollout.max_response_tokens,
-        "max-num-seqs": rollout.batch_size,
-        "tensor-parallel-size": rollout.tensor_parallel,
-        "logprobs-mode": "processed_logprobs",  # after temperature and forbidden tokens: of the distribution drawn from
-        "generation-config": "vllm",  # the model's own would change the distribution
-        "limit-mm-per-prompt": json.dumps({"video": 0}),
-        "mm-processor-cache-gb": 0,  # pixels are preprocessed by the trainer
-        "weight-transfer-config": json.dumps({"backend": transfer_backend()}),
+        "weight_transfer_config": {"backend": transfer_backend()},
         # Servers of one run must draw different noise; vLLM's default is 0 for all.
         "seed": secrets.randbits(31),
-        "uvicorn-log-level": "warning",
+        "uvicorn_log_level": "warning",
+        "disable_uvicorn_access_log": True,
     }
-    if rollout.quantization:
-        settings["quantization"] = rollout.quantization
-    if rollout.tensor_parallel == 1:
-        settings["distributed-executor-backend"] = "uni"
-    if not cpu:
-        settings["gpu-memory-utilization"] = rollout.gpu_memory
-    flags = ["--no-enable-prefix-caching", "--disable-log-stats", "--disable-uvicorn-access-log", *server_flags()]
-    if cpu:
-        flags.append("--enforce-eager")
-    return [*(f"--{name}={value}" for name, value in settings.items()), *flags]
+    if config.rollout.tensor_parallel == 1:
+        settings["distributed_executor_backend"] = "uni"
+    if release(version) >= (0, 30):
+        settings["enable_scale_out"] = True  # the tokens-in, tokens-out interface; always on before 0.30
+    return as_flags(settings)
 
 
 def _environment() -> dict[str, str]:

@@ -4,11 +4,13 @@ The rest of the trainer uses these functions, and calls that are the same in all
 `LLMEngine.add_request` and `step`, `collective_rpc`, `reload_weights`, the three cache resets, sleep mode).
 """
 
-import dataclasses
+import json
 import logging
 import os
 from importlib.metadata import entry_points
+from typing import Any
 
+from mssr.config import Config
 from mssr.config.resolve import why_no_vllm
 from mssr.errors import UserError
 from mssr.versions import TESTED, is_cpu_build, release, vllm_version
@@ -38,15 +40,29 @@ def require_vllm(device: str) -> None:
     logging.getLogger("vllm").setLevel(logging.ERROR)  # for messages before vLLM reads VLLM_LOGGING_LEVEL
 
 
-def pixels_as_given() -> dict[str, bool]:
-    """Return the engine arguments with which vLLM uses our `pixel_values` unchanged.
-
-    Since 0.28 it normalises images on the device by default, and ours are normalised already.
-    """
-    from vllm.engine.arg_utils import EngineArgs
-
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    return {"mm_device_do_normalize": False} if "mm_device_do_normalize" in known else {}
+def engine_arguments(config: Config, dtype: str, *, gpu: bool) -> dict[str, Any]:
+    """Return what engine and server have in common, by the names of vLLM's `EngineArgs`. Does not import vLLM."""
+    rollout = config.rollout
+    arguments = {
+        "model": config.model.path,
+        "dtype": dtype,
+        "load_format": "dummy",  # the trainer sends its weights before the first request
+        "quantization": rollout.quantization,
+        "tensor_parallel_size": rollout.tensor_parallel,
+        "max_model_len": config.data.max_prompt_tokens + rollout.max_response_tokens,
+        "max_num_seqs": rollout.batch_size,
+        "gpu_memory_utilization": rollout.gpu_memory,
+        "enforce_eager": not gpu,
+        "logprobs_mode": "processed_logprobs",  # after temperature and forbidden tokens: of the distribution drawn from
+        "generation_config": "vllm",  # the model's own would change the distribution
+        "enable_prefix_caching": False,  # so that no keys and values can be stale; a group recomputes its prompt
+        "mm_processor_cache_gb": 0,  # the trainer preprocesses pixels
+        "limit_mm_per_prompt": {"video": 0},
+        "disable_log_stats": True,
+    }
+    if release(vllm_version()) >= (0, 28):  # from there on it normalises images by default; ours are normalised already
+        arguments["mm_device_do_normalize"] = False
+    return arguments
 
 
 # Servers: vLLM in processes of its own, whose HTTP interface and weight transfer took their present form in 0.28.
@@ -79,11 +95,15 @@ def transfer_backend() -> str:
     return CPU_TRANSFER if is_cpu_build(vllm_version()) else "nccl"
 
 
-def server_flags() -> list[str]:
-    """Return arguments of the server that not all versions have. Does not import vLLM."""
-    flags = ["--no-mm-device-do-normalize"]  # see `pixels_as_given`
-    if release(vllm_version()) >= (0, 30):
-        flags.append("--enable-scale-out")  # the tokens-in, tokens-out interface; always on before 0.30
+def as_flags(arguments: dict[str, Any]) -> list[str]:
+    """Return the arguments as flags of vLLM's command line."""
+    flags = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags.append(f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}")
     return flags
 
 

@@ -23,7 +23,7 @@ from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.model import Policy
 from mssr.rollout.base import OnResponse, Request, Response, RolloutEngine, merged_stream
-from mssr.rollout.vllm.adapter import pixels_as_given, require_vllm
+from mssr.rollout.vllm.adapter import engine_arguments, require_vllm
 from mssr.rollout.vllm.requests import engine_input, response, sampling
 from mssr.rollout.weight_sync import sync_weights
 
@@ -115,28 +115,13 @@ class VLLMRollout(RolloutEngine):
 def _start(config: Config, dtype: torch.dtype, world: World):
     from vllm import LLM
 
-    rollout, gpu = config.rollout, world.device.type == "cuda"
+    gpu = world.device.type == "cuda"
     try:
         return LLM(
-            model=config.model.path,
-            dtype=str(dtype).removeprefix("torch."),
-            load_format="dummy",  # the first sync brings the weights
-            quantization=rollout.quantization,
-            tensor_parallel_size=rollout.tensor_parallel,
+            **engine_arguments(config, str(dtype).removeprefix("torch."), gpu=gpu),
             distributed_executor_backend="external_launcher",  # torchrun has started the ranks
-            max_model_len=config.data.max_prompt_tokens + rollout.max_response_tokens,
-            max_num_seqs=rollout.batch_size,
-            gpu_memory_utilization=rollout.gpu_memory,
             enable_sleep_mode=gpu,
-            enforce_eager=not gpu,
-            logprobs_mode="processed_logprobs",  # after temperature and forbidden tokens: of the distribution drawn from
-            generation_config="vllm",  # the model's own would change the distribution
-            enable_prefix_caching=False,  # so that no keys and values can be stale; a group recomputes its prompt
-            mm_processor_cache_gb=0,
-            limit_mm_per_prompt={"video": 0},
-            disable_log_stats=True,
             seed=config.seed,
-            **pixels_as_given(),
         )
     except (ValueError, NotImplementedError) as error:  # pydantic's and vLLM's: an unsupported setting
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
