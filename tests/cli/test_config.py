@@ -173,7 +173,10 @@ SERVERS = ("rollout.engine=servers", "rollout.servers=[http://a:8000]")
     [
         (("rollout.engine=servers",), "rollout.engine servers and rollout.servers"),
         (("rollout.servers=[http://a:8000]",), "rollout.engine servers and rollout.servers"),
-        (("rollout.engine=servers", "rollout.servers=[http://a:80,http://a:80/]"), "rollout.servers: an address is listed twice"),
+        (
+            ("rollout.engine=servers", "rollout.servers=[http://a:80,http://a:80/]"),
+            "rollout.servers: an address is listed twice",
+        ),
         (("rollout.servers=[a:8000]",), "rollout.servers: expected http://host:port, got a:8000"),
         (("rollout.servers=[https://a:8000]",), "rollout.servers: expected http"),
         (("rollout.servers=[http://a]",), "rollout.servers: expected http"),
