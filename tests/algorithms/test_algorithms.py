@@ -31,7 +31,7 @@ def test_tracked_advantages_by_hand(name):
 
 
 def test_grpo_by_hand():
-    # 1 of 4: mean 1/4, unbiased variance (9/16 + 3/16) / 3 = 1/4; 2 of 4: 1/2 and 4/16 * 4 / 3 = 1/3
+    # 1 of 4 right: mean 1/4, unbiased variance (9/16 + 3/16) / 3 = 1/4; 2 of 4: mean 1/2, variance 4 * 1/4 / 3 = 1/3
     root3 = 3**0.5
     expected = torch.tensor([1.5, -0.5, -0.5, -0.5, root3 / 2, -root3 / 2, root3 / 2, -root3 / 2])
     result = advantages("grpo", [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0], group=4)
@@ -39,12 +39,12 @@ def test_grpo_by_hand():
 
 
 def test_grpo_has_the_authors_eps():
-    # rewards d apart: std d / sqrt(2), so A = +-(d / 2) / (d / sqrt(2) + 1e-6); d = 1e-6: 0.5 / (0.7071 + 1)
+    # rewards 0 and d: std d / sqrt(2), so A = +-(d / 2) / (d / sqrt(2) + 1e-6); d = 1e-6: 0.5 / (0.7071 + 1)
     torch.testing.assert_close(advantages("grpo", [0.0, 1e-6], group=2), torch.tensor([-0.2928932, 0.2928932]))
 
 
 def test_rloo_by_hand():
-    # The others' means: 0, 1/3, 1/3, 1/3
+    # mean of the other responses: 0, 1/3, 1/3, 1/3
     expected = torch.tensor([1.0, -1 / 3, -1 / 3, -1 / 3])
     torch.testing.assert_close(advantages("rloo", [1.0, 0.0, 0.0, 0.0], group=4), expected)
     # group 3: 0.5 - 0.25, 0.5 - 0.25, 0 - 0.5; 1 - 0.5, 1 - 0.5, 0 - 1
@@ -55,7 +55,7 @@ def test_rloo_by_hand():
 def test_reinforce_pp_by_hand():
     # 4 tokens, returns (1, 0, 0, 0): mean 1/4, variance (9/16 + 3/16) / (4 - 1) = 1/4, A = (1.5, -0.5)
     torch.testing.assert_close(advantages("reinforce_pp", [1.0, 0.0], lengths=[1, 3]), torch.tensor([1.5, -0.5]))
-    # A response without a token counts nowhere: 3 tokens (1, 1, 0), mean 2/3, variance (2/9 + 4/9) / 2 = 1/3
+    # A response without tokens does not count: 3 tokens, returns (1, 1, 0), mean 2/3, variance (2/9 + 4/9) / 2 = 1/3
     root3 = 3**0.5
     result = advantages("reinforce_pp", [1.0, 0.0, 0.5], lengths=[2, 1, 0])
     torch.testing.assert_close(result, torch.tensor([root3 / 3, -2 * root3 / 3, -root3 / 6]))

@@ -1,22 +1,22 @@
-"""What the authors of MSSR compute, recorded from their own functions, against ours: to 1e-6, absolute plus relative.
+"""Tracker, advantages, shaping and loss equal values recorded from the MSSR authors' own functions, to 1e-6.
 
-`authors_recorded.json` says where it is from. Theirs: preset `reference`, `entropy_source` sampled_token.
+`authors_recorded.json` names its source. Our settings for it: preset `reference`, `entropy_source` sampled_token.
 
-What is deliberately not reproduced, and so is not in the recording, or is left out by the tests:
+We deliberately differ in these cases. They are not in the recording, or the tests leave them out:
 
-- The mean KL that moves rho counts whatever lies under the padding; at its first position that is a token of the
-  neighbouring row. Ours counts a response's own tokens. (Recorded with equal log-probs there, where both agree.)
-- A batch whose advantages are all equal: their mean can be an ulp off, which they divide by 1e-3; ours are exactly 0.
-  A variance below 1e-6 that is not 0 they raise to 1e-6; with rewards 0 and 1 there is none.
-- A single response is not normalised by theirs; ours is worth 0.
-- GRPO and RLOO of a group with equal rewards: rounding noise over eps; ours are exactly 0.
-- In the loss theirs bounds log-ratios to [-20, 20] and a token's k3 at 10, beyond which its gradient is 0 too; ours is
-  the formula (no recorded token gets there). The KL that moves rho has the bounds.
-- Their H is of the log-probs that the trainer recomputed. In a run, ours with sampled_token is of the sampler's, where
-  the loss is given both; here it is given the recomputed ones alone.
-- The loss is their mean over a micro-batch's tokens, then over micro-batches; ours is one mean over all of an update's
-  tokens. For one micro-batch both are the same, which is what is recorded.
-- Their per-prompt rho (off in their runs): a sum over tokens of differences of log-probs of two different responses.
+- The mean KL that determines rho: theirs also counts the padding, whose first position holds a token of the neighbouring
+  row; ours counts response tokens only. (In the recording both log-probs are equal there, so the results agree.)
+- A batch whose advantages are all equal: theirs can be one ulp divided by 1e-3; ours are exactly 0. They raise a nonzero
+  variance below 1e-6 to 1e-6, which does not occur with rewards 0 and 1.
+- A single response: they do not normalise its advantage; ours is 0.
+- GRPO and RLOO groups with equal rewards: theirs are rounding noise over eps; ours are exactly 0.
+- Bounds in the loss: they clamp log-ratios to [-20, 20] and k3 per token to 10, beyond which the gradient is 0; ours is
+  the plain formula (no recorded token reaches the bounds). The KL that determines rho is clamped in both.
+- Their H uses the log-probs that the trainer recomputed. In our runs sampled_token uses the sampler's if the loss gets
+  both; in these tests it gets only the recomputed ones.
+- Their loss is a mean over the tokens of a micro-batch, then over micro-batches; ours is one mean over all tokens of an
+  update. The recording has one micro-batch, for which both are the same.
+- Their per-prompt rho (off in their runs) sums differences between the log-probs of two different responses.
 """
 
 import json
@@ -44,7 +44,7 @@ def close(ours, theirs):
 
 
 def padded(rows: list[list[float]]) -> torch.Tensor:
-    """[B, R], with NaN under the padding, which must not matter."""
+    """Return [B, R] float32, padded with NaN, which must not affect any result."""
     return pad_rows([torch.tensor(row) for row in rows], max(map(len, rows)), float("nan"))
 
 
@@ -99,10 +99,10 @@ def test_shaping_of_small_and_large_advantages(strengths):
 
 
 def loss_of(recorded, rows, kl_coef):
-    """Our loss of some of the recorded tokens, in float64, and the logits [len(rows), 1] it depends on."""
+    """Return our loss of these recorded tokens, float64, and the logits [len(rows), 1] that it depends on."""
     names = ("logp", "old_logp", "ref_logp", "advantage")
     logp, old, ref, advantage = (torch.tensor(recorded[name], dtype=torch.float64)[rows] for name in names)
-    # Of a token against one other, whose logit is 0.
+    # A vocabulary of two tokens: the recorded one, and another whose logit is 0.
     logit = (logp - torch.log1p(-logp.exp()))[:, None].requires_grad_()
     config = THEIRS.model_copy(update={"name": "mvsr", "old_logp": "recompute", "kl_coef": kl_coef})
     loss = reference.linear_policy_loss(

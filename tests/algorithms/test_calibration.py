@@ -1,4 +1,4 @@
-"""The value tracker's predictions against what happened, by hand."""
+"""Calibration of the value tracker: Brier score and bins, against hand-worked numbers."""
 
 import pytest
 import torch

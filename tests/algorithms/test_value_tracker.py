@@ -36,7 +36,7 @@ def test_value_by_hand():
 
 
 def test_update_by_hand():
-    # 0.5 * (4, 2) = (2, 1), then the reward
+    # 0.5 * (4, 2) = (2, 1), then the reward is added
     assert beta_update(4.0, 2.0, 1.0, 0.5) == (3.0, 1.0)
     assert beta_update(4.0, 2.0, 0.0, 0.5) == (2.0, 2.0)
     assert beta_update(4.0, 2.0, 0.25, 0.5) == (2.25, 1.75)
@@ -91,14 +91,14 @@ def test_more_drift_never_means_less_forgetting():
     "kl, rho", [(0.0, 0.875), (0.005, 0.9175), (0.0099, 0.95915), (0.01, 0.96), (0.0101, 0.875), (1.0, 0.875)]
 )
 def test_reference_rho_is_the_authors_sawtooth(kl, rho):
-    # 0.875 + 0.085 * kl / 0.01 up to and with 0.01
+    # 0.875 + 0.085 * kl / 0.01 up to and including 0.01
     assert reference_rho(kl, 0.875, 0.96).item() == pytest.approx(rho, abs=1e-12)
 
 
 def test_drift_by_hand():
     current = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]])
     sampled = torch.tensor([[-1.5, -1.0, -3.0], [-1.0, -1.5, -1.0]])
-    # (0.5 + 1 + 0) / 3 and (0 + 0.5) / 2: differences are absolute, divided by the row's own tokens
+    # (0.5 + 1 + 0) / 3 and (0 + 0.5) / 2: absolute differences, divided by the row's own number of tokens
     mask = torch.tensor([[True, True, True], [True, True, False]])
     torch.testing.assert_close(response_drift(current, sampled, mask), torch.tensor([0.5, 0.25]))
 
@@ -115,7 +115,7 @@ def test_reference_kl_by_hand():
     old = torch.tensor([[-1.0, -2.0, -1.0], [-1.0, -30.0, -1.0], [NAN, NAN, NAN]])
     ref = torch.tensor([[-1.0, -1.0, -3.0], [-2.0, -1.0, -42.0], [0.0, 0.0, 0.0]])
     mask = torch.tensor([[True, True, False], [True, True, True], [False, False, False]])
-    # d = 0, 1: (0 + e - 2) / 2; d = -1, 29, -41: (1 / e + 10 + 10) / 3, bounded; no tokens: 0
+    # d = 0, 1: (0 + e - 2) / 2; d = -1, 29, -41: (1 / e + 10 + 10) / 3, two clamped to 10; no tokens: 0
     expected = torch.tensor([0.3591409, 6.7892931, 0.0])
     torch.testing.assert_close(reference_kl(old, ref, mask), expected)
 
@@ -154,7 +154,7 @@ def test_a_key_twice_in_a_batch_is_updated_twice_in_order():
     tracker = ValueTracker(TrackerConfig())
     tracker.initialise(["a", "b"], torch.tensor([1.0, 0.0]))
     tracker.update(["a", "b", "a"], torch.tensor([1.0, 1.0, 0.0]), 0.5)
-    # a: (6, 2) -> (4, 1) -> (2, 1.5), the other order (3, 2) -> (2.5, 1); b: (2, 6) -> (2, 3)
+    # a: (6, 2) -> (4, 1) -> (2, 1.5), in the other order (3, 2) -> (2.5, 1); b: (2, 6) -> (2, 3)
     torch.testing.assert_close(tracker.values(["a", "b"]), torch.tensor([2 / 3.5, 0.4]))
 
 
@@ -200,12 +200,12 @@ def test_rho_of_the_default_preset():
     )
     assert tracker.rho(None).item() == 0.96
     tracker.observe_kl(0.5)
-    assert tracker.rho(torch.tensor(0.0)).item() == 0.96  # a batch's mean drift, and no KL in it
+    assert tracker.rho(torch.tensor(0.0)).item() == 0.96  # depends on the drift (here the batch's mean), not on the KL
 
 
 def test_rho_of_the_reference_preset_follows_the_mean_of_recent_kls():
     tracker = reference_tracker()
-    assert tracker.rho(torch.tensor([5.0])).item() == pytest.approx(0.9175)  # halfway before the first
+    assert tracker.rho(torch.tensor([5.0])).item() == pytest.approx(0.9175)  # midpoint before the first KL
     tracker.observe_kl(0.0)
     assert tracker.rho(None).item() == 0.875
     tracker = reference_tracker()
@@ -263,7 +263,7 @@ def test_the_last_response_is_remembered_compactly():
     kept = tracker.previous("b")
     assert kept.token_ids.tolist() == [151_935, 9] and kept.logp.tolist() == [-1.0, -2.0]
     assert kept.token_ids.dtype == torch.int32 and kept.logp.dtype == torch.float32
-    assert kept.token_ids.untyped_storage().nbytes() == 8  # its own, not the batch's
+    assert kept.token_ids.untyped_storage().nbytes() == 8  # own storage, not the batch's
     logp.zero_()
     torch.testing.assert_close(tracker.previous("a").logp, torch.tensor([-0.1, -0.2, -0.3]))
     tracker.remember(["a"], [response(-4.0)])
@@ -316,7 +316,7 @@ def test_a_loaded_tracker_goes_on_bit_for_bit(preset, tmp_path):
     assert tracker.rho(None) == loaded.rho(None)
     assert loaded.previous("a").logp.tolist() == tracker.previous("a").logp.tolist()
     for kept in loaded.previous("a"):
-        assert kept.untyped_storage().nbytes() == 4  # its own, not the checkpoint's
+        assert kept.untyped_storage().nbytes() == 4  # own storage, not the checkpoint's
     assert loaded.previous("empty").token_ids.shape == (0,)
 
 

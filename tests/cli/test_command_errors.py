@@ -1,4 +1,4 @@
-"""What a user can get wrong on the command line: one line on stderr, exit code 2, no traceback."""
+"""User mistakes on the command line: one line on stderr, exit code 2, no traceback."""
 
 import json
 import shutil
@@ -79,7 +79,7 @@ def test_bad_rows_fail_with_their_index(mssr, config, rows_with_a_bad_one, tmp_p
 
 
 def test_bad_rows_are_skipped_on_request(mssr, config, rows_with_a_bad_one, tmp_path):
-    """Text-only problems, too: the vision tower idles."""
+    """The problems are text only, which a vision-language model can train on too."""
     overrides = [f"data.train={rows_with_a_bad_one}", "data.on_bad_row=skip", f"run_dir={tmp_path / 'run'}"]
     mssr("train", config, *overrides, "train.steps=1", "rollout.max_gap=1").check()
     records = (tmp_path / "run" / "rollouts" / "step_000001" / "rollouts.jsonl").read_text().splitlines()

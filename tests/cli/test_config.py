@@ -1,4 +1,4 @@
-"""The configuration: what is read, and the one line for each mistake."""
+"""Loading the configuration: what is accepted, and the one-line error for each mistake."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ MINIMAL = "run_dir: run\nmodel: {path: m}\ndata: {train: t}\n"
 
 @pytest.fixture
 def load(tmp_path):
-    """The configuration of a file's text and overrides."""
+    """Load a config file with the given text and overrides."""
 
     def load(*overrides, text=MINIMAL):
         file = tmp_path / "config.yaml"
@@ -35,7 +35,7 @@ def refused(load):
 
 @pytest.mark.parametrize("value", ["1e-6", "1.0e-6", "0.000001"])
 def test_floats_without_a_dot_are_floats(load, value):
-    """YAML 1.1 reads 1e-6 as text."""
+    """YAML 1.1 reads 1e-6 as a string."""
     assert load(f"train.optimizer.lr={value}").train.optimizer.lr == 1e-6
     assert load(text=MINIMAL + f"train: {{optimizer: {{lr: {value}}}}}").train.optimizer.lr == 1e-6
 
@@ -129,7 +129,7 @@ def test_keeping_the_best_needs_problems_to_measure_it_on(refused):
 
 
 def test_an_adapter_merged_in_16_bits_needs_its_correction(refused, load):
-    for dtype in ("model.dtype=bfloat16", "model.dtype=auto"):  # auto may turn out to be a GPU's
+    for dtype in ("model.dtype=bfloat16", "model.dtype=auto"):  # auto is bfloat16 on a GPU
         line = refused("model.lora.rank=8", dtype)
         assert "model.lora with model.dtype bfloat16" in line and "algorithm.old_logp=recompute" in line
         load("model.lora.rank=8", dtype, "algorithm.old_logp=recompute")

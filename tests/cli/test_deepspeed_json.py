@@ -1,4 +1,4 @@
-"""`train.deepspeed`: what a user's DeepSpeed JSON may say, and the one line for what it may not."""
+"""`train.deepspeed`: what a user's DeepSpeed JSON may contain, and the one-line error for the rest."""
 
 import json
 
@@ -11,7 +11,7 @@ from mssr.errors import UserError
 
 @pytest.fixture
 def written(tmp_path, monkeypatch):
-    """Writes ds.json into the current directory; `zero` are its ZeRO section's keys beside a stage of 2."""
+    """Write ds.json to the current directory. zero: keys of its ZeRO section, whose stage is 2 by default."""
     monkeypatch.chdir(tmp_path)
 
     def written(text: str | None = None, *, zero: dict | None = None, **sections) -> str:

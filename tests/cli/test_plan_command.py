@@ -1,4 +1,4 @@
-"""`mssr plan`: what it says, its exit code, and that its advice holds."""
+"""`mssr plan`: its output, its exit code, and that following its advice works."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_seven_billion_parameters_on_eight_gpus_of_80_gib(mssr, config_file):
     found = json.loads(ended.out)
     assert found["fits"] and found["peak_gib"] <= found["device_gib"]
     memory = found["memory_gib"]["optimizer"]
-    billions = 8.292166656e9  # its parameters: bfloat16 weights whole, float32 masters and two moments over 8 ranks
+    billions = 8.292166656e9  # bfloat16 weights are whole, float32 masters and two moments are sharded over 8 ranks
     assert found["parameters"] == billions
     assert memory["weights"] == pytest.approx(2 * billions / GIB, abs=0.1)
     assert memory["fp32 masters"] == pytest.approx(4 * billions / 8 / GIB, abs=0.1)
@@ -48,7 +48,7 @@ def test_what_does_not_fit_ends_with_1_and_says_what_to_change(mssr, config_file
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
-    """As wide as 7B, of two layers each: large tensors, a quick plan."""
+    """Override for a model as wide as 7B with two text and two vision layers: large tensors, but planned quickly."""
     folder = tmp_path_factory.mktemp("wide")
     config = model_config(MODEL)
     config.text_config.num_hidden_layers = config.vision_config.depth = 2
@@ -76,7 +76,7 @@ def test_following_the_advice_makes_it_fit(config_file, wide):
     ],
 )
 def test_what_saves_memory_is_seen_to(config_file, wide, override, phase):
-    common = [wide, "algorithm.old_logp=recompute"]  # adapters in 16 bits ask for it
+    common = [wide, "algorithm.old_logp=recompute"]  # 16-bit adapters require it
     before = plan_run(load_config(config_file, common), "h200", 8).memory
     after = plan_run(load_config(config_file, [*common, override]), "h200", 8).memory
     assert after.total(phase) < 0.98 * before.total(phase)

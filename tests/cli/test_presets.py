@@ -1,4 +1,4 @@
-"""`preset: paper` against the published figures, and against what the file and the command line say."""
+"""`preset: paper` has the published hyperparameters; the file and the command line override it."""
 
 import pytest
 import yaml
@@ -9,7 +9,7 @@ from mssr.errors import UserError
 
 MINIMAL = {"run_dir": "run", "model": {"path": "m"}, "data": {"train": "t"}}
 
-# As published for MSSR, or read in its authors' scripts.
+# As published for MSSR, or taken from its authors' scripts.
 PUBLISHED = {
     "algorithm.name": "mssr",
     "algorithm.tracker.preset": "reference",
@@ -105,7 +105,7 @@ def test_the_preset_can_be_an_override(load):
 
 
 def test_what_a_run_writes_is_the_same_configuration(load):
-    """All keys are given then: the preset changes nothing, whatever was overridden."""
+    """The written file sets every key, so its preset changes nothing."""
     config = load("preset=paper", "algorithm.tis_cap=2.5", "eval.temperature=0", "train.optimizer.lr=3e-6")
     written = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     assert written["preset"] == "paper" and validate_config(written) == config

@@ -1,4 +1,4 @@
-"""Every configuration that is shipped loads, and takes one step of a tiny model on tiny data."""
+"""Every shipped configuration loads, and trains a tiny model for one step on tiny data."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from mssr.config import load_config, validate_config
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
-CONFIGS = [path for path in FILES if "arms" not in yaml.safe_load(path.read_text())]  # the others: tests/study
+CONFIGS = [path for path in FILES if "arms" not in yaml.safe_load(path.read_text())]  # tests/study tests the others
 RUNS = [
     (path, preset) for path in CONFIGS for preset in ("default", "paper") if preset == "default" or "3b" in path.name
 ]
@@ -18,7 +18,7 @@ RUNS = [
 
 @pytest.fixture(autouse=True)
 def in_the_checkout(monkeypatch):
-    monkeypatch.chdir(ROOT)  # where the paths in the files start
+    monkeypatch.chdir(ROOT)  # paths in the files are relative to it
 
 
 def test_they_are_there():
@@ -38,7 +38,7 @@ def test_what_a_run_writes_of_it_is_the_same_configuration(path):
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if "qwen" in path.name], ids=lambda path: path.stem)
 def test_paper_is_what_they_say_in_paper(path):
-    """No choice of algorithm is in the files, but on one GPU how the tracker starts and what adapters need."""
+    """The files leave the algorithm to the preset; the one for one GPU sets n_init and what adapters require."""
     algorithm = yaml.safe_load(path.read_text()).get("algorithm", {})
     assert algorithm in ({}, {"old_logp": "recompute", "tis_cap": 2.0, "tracker": {"n_init": 0}})
 

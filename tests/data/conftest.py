@@ -1,4 +1,4 @@
-"""What the data tests share: encoders, sets and pictures."""
+"""Fixtures of the data tests: encoders, datasets and images."""
 
 import io
 
@@ -30,7 +30,7 @@ def image_processor():
 
 @pytest.fixture
 def make_encoder(tokenizer, image_processor):
-    """An encoder of the vision tokenizer with changed `data.*` keys."""
+    """Return an encoder with the vision tokenizer and changed `data.*` keys: `make_encoder(**keys)`."""
     return lambda **keys: PromptEncoder(tokenizer, image_processor, DataConfig(**SMALL | keys))
 
 
@@ -45,7 +45,7 @@ def make_dataset(make_encoder):
 
 @pytest.fixture(scope="session")
 def png():
-    """PNG bytes of a picture of noise: `png(width, height, seed)`."""
+    """Return the PNG bytes of a noise image: `png(width, height, seed)`."""
 
     def make(width=56, height=56, seed=0):
         pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""A real tokenizer and image processor of the Qwen2.5-VL kind, built here: no download."""
+"""A real tokenizer and image processor like Qwen2.5-VL's, built without a download."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -31,7 +31,7 @@ TEXT_TEMPLATE = (
 
 
 def build_tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: 256 bytes and the special tokens."""
+    """Return a byte-level BPE tokenizer: 256 bytes and the special tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -54,5 +54,5 @@ SMALL = {"train": "unused", "min_pixels": 784, "max_pixels": 100_352, "instructi
 
 
 def build_encoder(**keys) -> PromptEncoder:
-    """For processes that have no fixtures."""
+    """Return an encoder with changed `data.*` keys, for processes that have no fixtures."""
     return PromptEncoder(build_tokenizer(VISION_TEMPLATE), Qwen2VLImageProcessorPil(), DataConfig(**SMALL | keys))

@@ -1,4 +1,4 @@
-"""Sets of problems: every source gives the same prompts, every bad row is named."""
+"""Problem datasets: every source gives the same prompts, and every bad row is named."""
 
 import json
 
@@ -13,7 +13,7 @@ from mssr.errors import BadRow, UserError
 
 
 def write_rows(file, rows):
-    """Rows as parquet or JSON lines, by the file's suffix; in JSON, images become files beside it."""
+    """Write rows as Parquet, JSON lines or JSON, by the file's suffix; for JSON, images become files beside it."""
     if file.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
         return file
@@ -30,7 +30,7 @@ def write_rows(file, rows):
 
 @pytest.fixture
 def rows(png):
-    """Five good rows; called, for each test writes them in its own way."""
+    """Return a function that makes good rows, new ones on each call, because tests and `write_rows` change them."""
 
     def make(count=5):
         return [
@@ -165,7 +165,7 @@ def test_fingerprint_follows_content_and_order(make_dataset, rows, tmp_path):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The rows that were encoded, as they are."""
+    """Return a list that records the index of each row as it is encoded."""
     rows, encode = [], PromptEncoder.encode
     monkeypatch.setattr(
         PromptEncoder, "encode", lambda self, row, index, source: rows.append(index) or encode(self, row, index, source)
@@ -191,7 +191,7 @@ def test_the_cache_is_bounded_by_its_key(make_dataset, rows, tmp_path, encoded):
     size = packed + len(prompt.images[0])
     small = make_dataset(file, cache_gib=2.5 * size / 2**30)
     encoded.clear()
-    for index in (0, 1, 0, 2, 0, 1):  # 2 takes the place of 1
+    for index in (0, 1, 0, 2, 0, 1):  # row 2 evicts row 1
         small[index]
     assert encoded == [0, 1, 2, 1]
     encoded.clear()

@@ -1,4 +1,4 @@
-"""Packed pixels come back bit for bit, or are not packed."""
+"""Packed pixels are restored bit for bit, or are not packed."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_what_would_not_come_back_is_not_packed(image_processor):
     table = pixel_table(image_processor)
     pixels = image_processor([picture(56, 56)], return_tensors="pt")["pixel_values"]
     assert table.pack(pixels) is not None
-    for place in (0, 200, 1175):  # a first frame, its second, the last channel
+    for place in (0, 200, 1175):  # first frame, second frame, last channel
         other = pixels.clone()
         other[3, place] = torch.nextafter(other[3, place], torch.tensor(9.0))
         assert table.pack(other) is None

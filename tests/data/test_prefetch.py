@@ -1,4 +1,4 @@
-"""Prompts prepared ahead: the same prompts, each prepared once, within the cache's bytes, errors where they belong."""
+"""Preparing prompts ahead: each once, within the cache's size, errors raised by the step that needs the row."""
 
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -11,11 +11,11 @@ from mssr.data.cache import PromptCache
 from mssr.data.pixels import pixel_table
 from mssr.data.prefetch import PromptLoader, worker_count
 
-SIZE = 1000  # bytes of a prompt of `Source`
+SIZE = 1000  # bytes per prompt
 
 
 class Source:
-    """Prepares rows, and remembers which; `gate` holds the workers back until it is set."""
+    """Prepares rows and records which ones. Workers wait while `gate` is not set."""
 
     def __init__(self) -> None:
         self.prepared: list[int] = []
@@ -57,7 +57,7 @@ def make_loader(source):
 
 
 def settle(loader: PromptLoader) -> None:
-    """Until everything that was begun is done: as `close` waits for it, but the loader goes on."""
+    """Wait until all that was begun is done, as `close` does, but keep the loader open."""
     for future in loader._waiting:
         future.exception()
 
@@ -100,7 +100,7 @@ def test_many_threads_prepare_each_row_once(source, make_loader):
 
 
 def test_a_row_that_gets_there_in_between_is_not_prepared_again(source):
-    """Another thread is done between the look into the cache and the decision to prepare."""
+    """Another thread finishes the row between the cache lookup and the decision to prepare it."""
 
     class Cache(PromptCache):
         between = None
@@ -126,10 +126,10 @@ def test_no_more_is_prepared_ahead_than_fits(source, make_loader):
     loader.begin(range(40))
     settle(loader)
     ahead = len(source.prepared)
-    assert 5 <= ahead <= 5 + worker_count()  # each thread notices by its own row
+    assert 5 <= ahead <= 5 + worker_count()  # each thread may prepare one row that does not fit
     source.prepared.clear()
     assert [one.row for one in loader.load(range(40))] == list(range(40))
-    assert len(source.prepared) == 35  # five of the first had stayed
+    assert len(source.prepared) == 35  # five were still in the cache
     assert set(range(5 + worker_count(), 40)) <= set(source.prepared)
 
 

@@ -1,4 +1,4 @@
-"""Rows to prompts: what the model will read, and one line for every row that it cannot."""
+"""Encoding rows as prompts: the model's inputs, and the one-line error for each kind of bad row."""
 
 import io
 
@@ -100,7 +100,7 @@ def test_transparency_is_white(make_encoder):
 def test_photographs_are_turned_upright():
     buffer = io.BytesIO()
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown after a quarter turn
+    exif[0x0112] = 6  # to be shown rotated by 90 degrees
     Image.new("RGB", (40, 20)).save(buffer, format="JPEG", exif=exif)
     assert decode_image(buffer.getvalue()).size == (20, 40)
 

@@ -1,4 +1,4 @@
-"""The public sets' own Arrow schemas, written by the library they were written with, load unchanged."""
+"""Files with the Arrow schemas of public datasets, written by the `datasets` library, load unchanged."""
 
 import io
 import json
@@ -34,7 +34,7 @@ SCHEMAS = {"geometry3k": GEOMETRY3K, "vision_r1": GEOMETRY3K, "mmk12": MMK12}
 
 @pytest.fixture
 def problems(png):
-    """Question, answer and pictures of each row: one picture, marked or not, two, none."""
+    """Return (question, answer, images) per row: one image with or without a marker, two images, no image."""
     return [
         ("<image>Find x. Round to the nearest tenth.", "48", [png(60, 40, seed=0)]),
         ("Is the area of the figure 3?", "\\frac{1}{2}", [png(33, 90, seed=1)]),
@@ -70,7 +70,7 @@ def write(file, schema: str, rows: list[dict]):
 
 
 def assert_prompts_are_the_rows(problems, file, image_processor):
-    """The oracle: the rows as `datasets` decodes them, their pictures through the plain processor."""
+    """Compare with an oracle: rows decoded by `datasets`, their images encoded by the plain processor."""
     expected = datasets.Dataset.from_parquet(str(file), cache_dir=str(file.parent / "cache"))
     assert len(problems) == len(expected)
     for prompt, row in zip(problems, expected):
@@ -98,7 +98,7 @@ def test_a_file(make_dataset, problems, image_processor, tmp_path, schema):
         ("geometry3k", ["data/train-00000-of-00001", "data/validation-00000-of-00001", "data/test-00000-of-00001"]),
         ("vision_r1", ["train", "test"]),
         ("mmk12", ["data/train-00000-of-00001", "data/test-00000-of-00001"]),
-        ("vision_r1", ["default/train/0000", "default/test/0000"]),  # the hub's own conversion
+        ("vision_r1", ["default/train/0000", "default/test/0000"]),  # the hub's automatic conversion
     ],
 )
 def test_a_clone_of_the_repository(make_dataset, problems, tmp_path, schema, names):
@@ -115,7 +115,7 @@ def test_a_clone_of_the_repository(make_dataset, problems, tmp_path, schema, nam
 
 
 def test_the_hub_cache_of_files(make_dataset, problems, tmp_path):
-    """As `huggingface-cli download` leaves it: links to blobs, one folder a version, the last one checked out."""
+    """The layout of `huggingface-cli download`: links to blobs, one folder per version, `refs/main` names the last."""
     folder = tmp_path / "datasets--someone--problems"
     for version, count in (("aaaa", 4), ("bbbb", 3)):
         blob = write(folder / "blobs" / f"blob_{version}", "mmk12", rows_of("mmk12", problems)[:count])
@@ -131,7 +131,7 @@ def test_the_hub_cache_of_files(make_dataset, problems, tmp_path):
 
 @pytest.mark.parametrize("schema", ["geometry3k", "mmk12"])
 def test_a_hub_name_in_the_cache_of_datasets(make_dataset, problems, image_processor, tmp_path, monkeypatch, schema):
-    """Offline, from what an earlier `load_dataset` left: the library's own code all the way."""
+    """Loads offline, with the real library, from the cache of an earlier `load_dataset`."""
     file = write(tmp_path / "train.parquet", schema, rows_of(schema, problems))
     built = datasets.load_dataset("parquet", data_files={"train": str(file)}, cache_dir=str(tmp_path / "built"))
     from_there = next((tmp_path / "built").rglob("dataset_info.json")).parent
@@ -148,7 +148,7 @@ def test_a_hub_name_in_the_cache_of_datasets(make_dataset, problems, image_proce
 
 
 def test_every_arrow_type_a_column_may_have(make_dataset, problems, tmp_path):
-    """What pandas, polars and hand-written scripts make of the same rows."""
+    """The same rows with the column types that pandas, polars and hand-written scripts write."""
     text = pyarrow.array([text for text, _, _ in problems])
     answer = pyarrow.array([answer for _, answer, _ in problems])
     images = [images for _, _, images in problems]
@@ -208,7 +208,7 @@ def test_a_row_group_is_read_in_parts(tmp_path):
 
 
 def damaged(png) -> dict[str, tuple[bytes | None, str]]:
-    """Images that are none, each with what is said of it."""
+    """Return invalid images by name, each with a part of its error message."""
     bomb = io.BytesIO()
     Pillow.new("1", (20_000, 10_000)).save(bomb, format="PNG")
     large = io.BytesIO()
@@ -226,7 +226,7 @@ def damaged(png) -> dict[str, tuple[bytes | None, str]]:
 
 
 def empty_png() -> bytes:
-    """A PNG of 0 x 5 pixels."""
+    """Return a PNG of 0 x 5 pixels."""
     out = b"\x89PNG\r\n\x1a\n"
     for kind, data in ((b"IHDR", struct.pack(">IIBBBBB", 0, 5, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")):
         out += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -278,7 +278,7 @@ def test_broken_rows_are_named_by_index_and_counted(make_dataset, png, tmp_path,
     assert [bad.row for bad in kept.bad_rows] == list(range(1, len(rows)))
     for bad, (name, (_, said)) in zip(kept.bad_rows, BROKEN_ROWS.items(), strict=True):
         assert said in bad.reason, name
-    (line,) = capsys.readouterr().err.splitlines()  # said once, with the first of them
+    (line,) = capsys.readouterr().err.splitlines()  # one line, which names the first five
     assert line.startswith(f"mssr: {file}: {len(BROKEN_ROWS)} of {len(rows)} rows are skipped: row 1: `answer` is ")
     assert line.endswith(f"; and {len(BROKEN_ROWS) - 5} more")
 

@@ -1,4 +1,4 @@
-"""The rows of each step: shuffled epochs without end or state, or drawn by the value tracker's weights."""
+"""Rows of each step: endless shuffled epochs without state, or draws weighted by the value tracker."""
 
 from collections import Counter
 from itertools import chain, permutations
@@ -46,11 +46,11 @@ def test_the_stream_is_the_one_that_runs_were_made_with():
     assert [sampler.rows(step) for step in range(3)] == [[1, 0, 2, 4], [9, 3, 8, 6], [7, 5, 1, 4]]
 
 
-# Drawn by weight
+# Prioritised sampling
 
 
 def tracker_of(values: list[float]) -> ValueTracker:
-    """A tracker whose value of prompt "0", "1", ... is as given (multiples of 1/20)."""
+    """Return a tracker with the given values (multiples of 1/20) of the prompts "0", "1", ..."""
     tracker = ValueTracker(TrackerConfig(preset="reference"))
     keys = [str(row) for row in range(len(values)) for _ in range(20)]
     tracker.initialise(keys, torch.tensor([float(place < 20 * value) for value in values for place in range(20)]))
@@ -66,7 +66,7 @@ WEIGHTS = [0.05, 0.35, 0.55, 0.45, 0.05]  # sqrt(0.1 * 0.9) = 0.3, sqrt(0.25) = 
 
 
 def chances_of_pairs(weights: list[float]) -> dict[frozenset, float]:
-    """Of two rows drawn one after the other, without replacement."""
+    """Return the probability of each pair of rows, drawn one after the other without replacement."""
     total = sum(weights)
     chances = Counter()
     for first, second in permutations(range(len(weights)), 2):
@@ -99,7 +99,7 @@ def test_draws_follow_the_tracker():
     assert sum(row < 200 for row in sampler.rows(7)) > 25
     settled = [str(row) for row in range(200)]
     tracker.initialise(settled, torch.ones(200))
-    # 200 of weight 0.05 beside 200 of 0.55: about one in twelve of the first draws
+    # 200 rows of weight 0.05 and 200 of 0.55: at first about one draw in twelve is of the former
     assert sum(row < 200 for row in sampler.rows(7)) < 25
 
 
@@ -133,7 +133,7 @@ def test_a_saved_tracker_draws_the_same():
     assert draws[0] == draws[1]
 
 
-# Rows in place of others
+# Replacement rows
 
 
 def sampler(size: int, seed: int = 0) -> PromptSampler:

@@ -1,4 +1,4 @@
-"""Ranks that open one source check each row once between them and agree on what they found."""
+"""Ranks that open the same source share the checking, each row on one rank, and agree on the result."""
 
 import json
 
@@ -10,7 +10,7 @@ from mssr.errors import UserError
 
 
 def opened(world, path: str, **keys):
-    """What a rank of this world finds, and the rows that it read itself."""
+    """Return (fingerprint, usable rows, bad rows, rows that this rank checked itself), or the error's text."""
     encoder = build_encoder(**keys)
     read, plain = [], encoder.read
     encoder.read = lambda row, index, source: read.append(index) or plain(row, index, source)
@@ -31,7 +31,7 @@ def file(tmp_path, png):
         rows.append({"images": [f"{number}.png"], "problem": f"<image>Is it {number}?", "answer": str(number)})
     rows[3]["answer"] = None
     rows[4]["images"] = ["none.png"]
-    rows.append(rows[2] | {"answer": "other"})  # as row 2, which another rank may have checked
+    rows.append(rows[2] | {"answer": "other"})  # the problem of row 2, which another rank may have checked
     rows.append(rows[1])
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tmp_path / "a.jsonl"

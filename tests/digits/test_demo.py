@@ -1,4 +1,4 @@
-"""`make demo`'s command, cut short: what it leaves and what it says."""
+"""The command of `make demo`, shortened: the files it writes and what it prints."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The demo's problems: real digits, right answers, no leak between splits or seeds."""
+"""The demo's problems: real digits, right answers, no scan shared between splits."""
 
 import io
 import re
@@ -37,7 +37,7 @@ def scans_of(row):
 
 
 def shows(picture, scan):
-    """Whether the [56, 56] picture is the [8, 8] scan, scaled up."""
+    """Return whether the [56, 56] picture is the [8, 8] scan, scaled up."""
     small = picture.reshape(8, 7, 8, 7).mean((1, 3))
     return np.corrcoef(small.ravel(), scan.ravel())[0, 1] > 0.95
 
@@ -128,7 +128,7 @@ def test_more_problems_than_scans_give(tmp_path):
         write_digits(tmp_path, train=1, val=1_000_000)
 
 
-# By hand: a question about digits, what they are, what the solution thinks of them and answers.
+# Worked out by hand. Question -> function of the digits that returns (first intermediate result, answer).
 CHAINS = {
     "Add the first two digits, then the difference of that and the third.": lambda a, b, c: (a + b, abs(a + b - c)),
     "Add the first two digits, then add the third.": lambda a, b, c: (a + b, a + b + c),

@@ -1,4 +1,4 @@
-"""What RL on the digits starts from: finished or redone, and never another one than asked for."""
+"""The starting point of RL on digits: reused if finished, redone if not, refused if made with other settings."""
 
 import json
 
@@ -30,7 +30,7 @@ def config_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def started(config_file, tmp_path_factory):
-    """A start in a folder where an earlier one was cut short: its warm start had begun its records."""
+    """Make a start in a folder with an unfinished one, whose warm start had already written metrics."""
     folder = tmp_path_factory.mktemp("starts") / "seed_5"
     (folder / "sft").mkdir(parents=True)
     (folder / "sft" / "metrics.jsonl").write_text("{}\n")
@@ -58,7 +58,7 @@ def test_half_a_start_is_redone(started, config_file):
 def test_a_finished_start_is_taken_as_it_is(started, config_file):
     folder, start = started
     before = contents(folder)
-    # What RL does later is no part of the start.
+    # Settings of the RL that follows do not affect the start.
     assert digits_start(folder, config_file, 5, [*SHORT, "algorithm.name=mvsr", "train.steps=7"], SMALL) == start
     assert contents(folder) == before
 
@@ -90,7 +90,7 @@ def test_nothing_else_is_removed(tmp_path, config_file):
 
 def test_a_start_cut_short_is_not_finished(tmp_path, config_file):
     (tmp_path / MARKER).write_text(json.dumps({"finished": False}))
-    (tmp_path / "sft.log").mkdir()  # where the command's output goes: it cannot start
+    (tmp_path / "sft.log").mkdir()  # the log cannot be opened, so the command cannot start
     with pytest.raises(IsADirectoryError):
         digits_start(tmp_path, config_file, 0, SHORT, SMALL)
     assert (tmp_path / "untrained" / "config.json").is_file()

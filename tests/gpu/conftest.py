@@ -1,6 +1,6 @@
-"""These tests need a CUDA device and compiled kernels: anywhere else the folder collects nothing. `make gpu` runs them.
+"""Tests that need a CUDA device and compiled kernels; elsewhere nothing is collected. `make gpu` runs them.
 
-That command keeps tests/conftest.py out (it interprets the kernels, and imports the trainer's libraries).
+That command does not load tests/conftest.py, which interprets the kernels and imports the trainer's libraries.
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# `gpu_oracle` and `gpu_problems` are imported by their names.
+# For `import gpu_oracle` and `import gpu_problems`.
 sys.path.insert(0, str(Path(__file__).parent))
 
 
@@ -31,6 +31,6 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _memory():
-    """What a test leaves in the allocator's cache is not there for the next one to trip over."""
+    """Empty the allocator's cache after each test, so that the next one can use all memory."""
     yield
     torch.cuda.empty_cache()

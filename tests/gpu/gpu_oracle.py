@@ -1,6 +1,6 @@
 """An independent oracle: float64 and autograd, some rows at a time, written from the formulas without the package's code.
 
-Beside it, what everyone writes first: logits in the dtype of the operands, everything after in float32.
+Also the usual eager implementation: logits in the dtype of the operands, everything after them in float32.
 """
 
 import torch
@@ -9,9 +9,9 @@ ROWS_AT_ONCE = 128
 
 
 def differentiate(loss_of_rows, hidden, weight, target, bias=None, temperature=1.0, softcap=None, ignore_index=-100):
-    """(logp, entropy, lse), each [N], and the gradients by hidden, weight and bias of the sum of `loss_of_rows`.
+    """Return (logp, entropy, lse), each [N] float64, and the loss's gradients by hidden, weight and bias.
 
-    loss_of_rows(rows, logp, entropy, lse) -> 0-d: what these row numbers contribute, given their statistics.
+    loss_of_rows(rows, logp, entropy, lse) -> 0-d: the loss of these rows (row numbers), given their statistics.
     """
     kept = (target != ignore_index).nonzero()[:, 0]
     values = torch.zeros(3, len(target), dtype=torch.float64, device=hidden.device)
@@ -28,7 +28,7 @@ def differentiate(loss_of_rows, hidden, weight, target, bias=None, temperature=1
 
 
 def eager(loss_of_rows, hidden, weight, target, bias=None, temperature=1.0, softcap=None, ignore_index=-100):
-    """The same in the dtype of the operands; gradients in this dtype, too."""
+    """Return the same with logits and gradients in the dtype of the operands; values are float32."""
     kept = (target != ignore_index).nonzero()[:, 0]
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
     logits = torch.nn.functional.linear(leaves[0][kept], leaves[1], leaves[2]).float()
@@ -51,7 +51,7 @@ def _statistics(z, target, temperature, softcap):
 
 
 def weighted(coefficients):
-    """Any upstream gradient: coefficients [3, N] of logp, entropy and lse."""
+    """Return a loss with any upstream gradient: coefficients [3, N] of logp, entropy and lse."""
 
     def loss_of_rows(rows, *statistics):
         return sum((c.to(value.dtype) * value).sum() for c, value in zip(coefficients[:, rows], statistics))
@@ -60,7 +60,7 @@ def weighted(coefficients):
 
 
 def policy(config, normalizer, advantage, old_logp=None, ref_logp=None, rollout_logp=None):
-    """The policy loss, by cases of the sign of A'."""
+    """Return the policy loss, written by cases of the sign of A'."""
 
     def loss_of_rows(rows, logp, entropy, lse):
         def take(field):
@@ -86,21 +86,21 @@ def policy(config, normalizer, advantage, old_logp=None, ref_logp=None, rollout_
 
 
 def errors(found, exact):
-    """Norms of the differences of (values, gradients) to those of `differentiate`, and the norms of these, by name."""
+    """Return name -> (norm of the error, norm of the exact result). found, exact: (values, gradients)."""
     names = ("logp", "entropy", "lse", "hidden", "weight", "bias")
     pairs = [(n, a, b) for n, a, b in zip(names, (*found[0], *found[1]), (*exact[0], *exact[1])) if a is not None]
     return {n: (_distance(a, b), b.norm().item()) for n, a, b in pairs}
 
 
 def _distance(a, b):
-    """Piece by piece: a float64 copy of a [V, D] gradient is large."""
+    """Return the norm of a - b, summed piece by piece: a float64 copy of a [V, D] gradient is large."""
     return sum((x.double() - y).square().sum().item() for x, y in zip(a.split(16384), b.split(16384))) ** 0.5
 
 
 def assert_no_less_exact(ours, theirs, exact, factor=1.0, rounding=0.0):
-    """The rule: error against float64 <= factor x eager's + 1e-6, of the size of the thing itself where that is above 1.
+    """Check that our error against float64 is at most factor x eager's + 1e-6 x max(1, norm of the result).
 
-    rounding: a gradient's error may also be this share of its size, whatever eager's is.
+    rounding: a gradient's error may also be this share of its norm, whatever eager's error is.
     """
     ours, theirs = errors(ours, exact), errors(theirs, exact)
     for name, (error, size) in ours.items():

@@ -1,4 +1,4 @@
-"""Where the tests run, the heads of Qwen2.5-VL, and inputs for them."""
+"""The tests' device, the heads of Qwen2.5-VL, and inputs for them."""
 
 import functools
 
@@ -22,9 +22,9 @@ def head_weight(d, v, dtype):
 
 
 def problem(n, d, v, dtype=torch.bfloat16):
-    """hidden, weight, target: logits are noise of deviation 2, and the label's stands out by 12 to 25.
+    """Return hidden, weight, target. Logits are noise of standard deviation 2; the label's is 12 to 25 higher.
 
-    The last label is the last column; with three rows or more one is ignored and full of NaN.
+    The last label is the last column. With three rows or more, one row is ignored and full of NaN.
     """
     weight = head_weight(d, v, dtype)
     target = torch.randint(v, (n,), device=DEVICE)
@@ -38,7 +38,7 @@ def problem(n, d, v, dtype=torch.bfloat16):
 
 
 def policy_rows(logp):
-    """Per-row arguments of the policy loss around the current log-probs; some advantages are zero."""
+    """Return per-row arguments of the policy loss: log-probs near `logp`, and advantages of which some are zero."""
     n = len(logp)
     advantage = random(n)
     advantage[3:6] = 0
@@ -51,7 +51,7 @@ def policy_rows(logp):
 
 
 def score(coefficients, hidden, weight, target, bias=None, **arguments):
-    """((logp, entropy, lse), gradients) of linear_logprob_entropy under that upstream gradient [3, N]."""
+    """Return ((logp, entropy, lse), gradients) of linear_logprob_entropy. coefficients: upstream gradient [3, N]."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
     values = linear_logprob_entropy(leaves[0], leaves[1], target, bias=leaves[2], **arguments)
     sum((c * value).sum() for c, value in zip(coefficients, values)).backward()
@@ -59,7 +59,7 @@ def score(coefficients, hidden, weight, target, bias=None, **arguments):
 
 
 def learn(rows, hidden, weight, target, bias=None, **arguments):
-    """(PolicyLoss, gradients) of linear_policy_loss."""
+    """Return (PolicyLoss, gradients) of linear_policy_loss."""
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (hidden, weight, bias)]
     result = linear_policy_loss(leaves[0], leaves[1], target, bias=leaves[2], **rows, **arguments)
     result.loss.backward()

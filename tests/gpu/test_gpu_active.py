@@ -1,6 +1,6 @@
-"""Mode `sparse`: what it drops of every row is bounded, and on realistic rows gradients are as near to exact as bf16 allows.
+"""Mode `sparse`: what it drops per row is bounded, and on realistic rows its gradients are close to those of `exact`.
 
-For the bound the weight is the identity, so that hidden are the logits and the gradient by hidden is that by the logits.
+To test the bound, the weight is the identity: hidden states are logits, and the gradient by hidden is the gradient by logits.
 """
 
 import math
@@ -40,7 +40,7 @@ def flat(rows):
 
 
 def bimodal(rows):
-    """One column against all the others together: the tail holds from 0.5 down to 1e-6 of the mass."""
+    """One column against a nearly uniform tail that holds from 0.5 down to 1e-6 of the probability."""
     tail = torch.logspace(math.log10(0.5), -6, rows)
     logits = 0.1 * torch.randn(rows, V)
     logits[one_column(rows)] = ((1 - tail) / tail * V).log()
@@ -53,7 +53,7 @@ def heavy_tail(rows):
 
 
 def crowded_tiles(rows):
-    """All of the probability in one stretch of neighbouring columns: few tiles, each full."""
+    """All probability in 130 neighbouring columns: few tiles, each full."""
     logits = torch.full((rows, V), -30.0) + torch.randn(rows, V)
     for row in range(rows):
         start = int(torch.randint(V - 130, ()))
@@ -92,7 +92,7 @@ def test_no_row_drops_more_than_its_tolerance(kinds, tol, dtype, backend):
     exact = advantage.double()[:, None] * (p - torch.nn.functional.one_hot(target, V))
     dropped = (exact.abs() * (got == 0)).sum(1)
     assert (dropped <= (tol + 3e-6) * advantage.abs()).all(), (dropped / advantage.abs()).max()
-    rounding = 3e-6 if dtype == torch.float32 else 2.0**-6  # of w, dz and the result, over a 1-norm of up to 2
+    rounding = 3e-6 if dtype == torch.float32 else 2.0**-6  # rounding of w, dz and the result, over a 1-norm of up to 2
     difference = (got - exact).abs().sum(1)
     assert (difference <= (tol + rounding) * advantage.abs()).all(), (difference / advantage.abs()).max()
     label = exact.gather(1, target[:, None])
@@ -114,7 +114,7 @@ def test_against_mode_l(model, kind, backend):
         for a, b in zip(found[:5], exact[:5]):
             if backend == "triton":
                 assert torch.equal(a, b)
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # chunks differ in size
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # chunk sizes differ
         for a, b in zip(gradients[:2], wanted[:2]):
             assert a.isfinite().all()
             assert (a.float() - b.float()).norm() <= limit * b.float().norm()

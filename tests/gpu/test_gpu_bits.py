@@ -1,4 +1,4 @@
-"""The triton backend: a row's bits depend on nothing but the row. Chunked: repeated runs are the same."""
+"""Bitwise reproducibility. Triton: a row's values depend on that row only. Both backends: repeated runs are equal."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_a_row_does_not_depend_on_its_batch(model, dtype):
 
 
 def test_a_row_does_not_depend_on_its_batch_with_every_option():
-    """Another tile, another kernel: bias, softcap and a temperature for each row."""
+    """Bias, softcap and a temperature per row change the tile and the kernel."""
     hidden, weight, target = problem(MANY // 4, *HEADS["3b"])
     head, n = dict(bias=random(len(weight)).bfloat16(), softcap=30.0), len(target)
     temperature = 0.5 + torch.rand(n, device=DEVICE)
@@ -83,7 +83,7 @@ def test_repeated_runs_give_the_same_gradients(mode, backend):
 
 
 def test_descriptors_and_pointers_give_the_same_bits():
-    """A weight that begins anywhere, like FSDP's views into flat storage, is read by pointers."""
+    """A weight at an unaligned address, like FSDP's views into flat storage, is read through pointers."""
     hidden, weight, target = problem(MANY // 16, 512, 32007)
     flat = torch.empty(weight.numel() + 1, dtype=weight.dtype, device=DEVICE)
     shifted = flat[1:].view(weight.shape).copy_(weight)
@@ -92,5 +92,5 @@ def test_descriptors_and_pointers_give_the_same_bits():
     rows = policy_rows(scores(hidden, weight, target).logp)
     (a, grads_a), (b, grads_b) = (learn(rows, hidden, w, target, backend="triton") for w in (weight, shifted))
     assert same(a[1:5], b[1:5])
-    for x, y in zip(grads_a[:2], grads_b[:2]):  # the products are the BLAS's
+    for x, y in zip(grads_a[:2], grads_b[:2]):  # the BLAS computes these products, and may round differently
         assert (x.float() - y.float()).norm() <= 4e-3 * x.float().norm()

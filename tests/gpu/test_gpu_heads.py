@@ -1,4 +1,4 @@
-"""Both functions at the real heads, values and gradients, against float64 and against eager in the same dtype."""
+"""Values and gradients of both functions at the real heads, against float64 and against eager in the same dtype."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 @functools.lru_cache(maxsize=1)
 def case(model, n, function, dtype):
-    """(inputs, what the loss takes, exact results, eager's)"""
+    """Return (inputs, upstream gradient or per-row arguments, exact results, eager results)."""
     torch.manual_seed(n)
     inputs = problem(n, *HEADS[model], dtype)
     coefficients = random(3, n)
@@ -38,7 +38,7 @@ def check(model, n, function, dtype, backend, factor):
         lse = values[2]
     else:
         result, gradients = learn(extra, *inputs, backend=backend, config=CONFIG, normalizer=max(n / 4, 1))
-        lse = exact[0][2].float()  # not among its results
+        lse = exact[0][2].float()  # PolicyLoss does not have it
         values = [result.logp, result.entropy, lse]
     oracle.assert_no_less_exact((values, gradients), eager, exact, factor)
     logp, entropy = values[:2]
@@ -58,7 +58,7 @@ def test_bf16(model, n, function, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("function", ["scores", "policy"])
-# In float32 the order of the sums is all there is, and cuBLAS' differs by layout: up to 5 times eager's error was seen.
+# In float32 errors depend only on the order of sums, which varies with the layout in cuBLAS: 5 times eager's was seen.
 @pytest.mark.parametrize("dtype, factor", [(HALF, 1.0), (FLOAT, 8.0)])
 def test_fp16_and_fp32(dtype, factor, function, backend):
     check("3b", FEW_ROWS, function, dtype, backend, factor)
@@ -69,7 +69,7 @@ def test_fp16_and_fp32(dtype, factor, function, backend):
 def test_widths_and_vocabularies_that_are_no_multiple_of_anything(d, v, backend):
     inputs, coefficients = problem(130, d, v), random(3, 130)
     loss = oracle.weighted(coefficients)
-    # Logits of a narrow head have few terms to round: eager may be as exact, up to the rounding of the result.
+    # Logits of a narrow head are sums of few terms: eager may be as exact, up to the rounding of the result.
     oracle.assert_no_less_exact(
         score(coefficients, *inputs, backend=backend),
         oracle.eager(loss, *inputs),

@@ -1,4 +1,4 @@
-"""More than 2^31 logits: in all, in one chunk, in one slab. The last rows are where an int32 offset goes wrong."""
+"""More than 2^31 logits: in total, in one chunk, in one slab. An int32 offset would overflow in the last rows."""
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from mssr_kernels import linear_logprob_entropy
 
 N, D, V = 16384, 256, 152064
 LAST = 64
-# So much that all rows are one chunk.
+# Enough for all rows to be one chunk.
 WORKSPACE = {"triton": 8 << 30, "chunked": 18 << 30}
 SPARSE_WORKSPACE = {"triton": 8 << 30, "chunked": 22 << 30}
 DEVICE_BYTES = 75e9
-# dz has 8 bits, and the last digit of the results may fall either way.
+# dz has 8 significant bits, and the last bit of the results may round either way.
 CLOSE = 5e-3
 
 
@@ -64,7 +64,7 @@ def test_mode_sparse_in_one_chunk(backend):
     data = realistic.make(N, D, V, torch.bfloat16, DEVICE, "peaked")
     inputs = [t.detach() for t in data[:3]]
     rows = dict(advantage=data.advantage, old_logp=data.old_logp)
-    # Some rows have no gradient: the others close up in place, over long distances.
+    # Rows without a gradient are removed: the others are compacted in place, over long distances.
     rows["advantage"][1000:3000] = 0
     options = dict(backend=backend, normalizer=N / 2, workspace_bytes=SPARSE_WORKSPACE[backend])
     sparse, gradients = learn(rows, *inputs, vocab_drop_tol=2.0**-8, **options)

@@ -1,4 +1,4 @@
-"""What the allocator hands out beyond the inputs, at the 7B head, against what the modes promise."""
+"""Peak memory beyond the inputs, at the 7B head, is within what the modes promise."""
 
 import gc
 
@@ -12,12 +12,12 @@ N = 8192
 D, V = HEADS["7b"]
 MIB, GIB = 1 << 20, 1 << 30
 WORKSPACE = 256 * MIB
-# cuBLAS takes up to 32 MiB of the allocator's for a handle and a stream; 16 MiB are for numbers of rows, of tiles and rows.
+# cuBLAS allocates up to 32 MiB per handle and stream; 16 MiB are for arrays with one number per row, or per tile and row.
 SMALL = 48 * MIB
 
 
 def peak(call, *leaves) -> int:
-    """Bytes beyond what is there before; the first call is for the libraries to take what they keep."""
+    """Return the peak bytes that a call adds. A first call lets the libraries allocate what they keep."""
     for _ in range(2):
         for leaf in leaves:
             leaf.grad = None
@@ -49,16 +49,16 @@ def test_forward_holds_no_logits(backend):
     hidden, weight, target = inputs()
     with torch.no_grad():
         extra = peak(lambda: linear_logprob_entropy(hidden, weight, target, backend=backend, workspace_bytes=WORKSPACE))
-    copy = hidden_bytes(2)  # of the rows that are kept
-    if backend == "triton":  # nothing that grows with V; 8 KiB a row for the parts of the vocabulary
+    copy = hidden_bytes(2)  # of the kept rows
+    if backend == "triton":  # nothing grows with V; 8 KiB per row for the parts of the vocabulary
         assert extra <= copy + N * 8192 + SMALL
     assert extra <= copy + WORKSPACE + SMALL
 
 
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
 def test_mode_recompute(backend):
-    """Workspace, dW in bf16, dH in float32 and bf16, a copy of the hidden rows. One slab of dW before it is rounded is
-    in the workspace; a second may be alive with it."""
+    """Allowed: workspace, dW in bf16, dH in float32 and bf16, a copy of the hidden rows. The workspace includes one
+    unrounded slab of dW; a second may exist at the same time."""
     hidden, weight, target = inputs()
 
     def call():
@@ -66,7 +66,7 @@ def test_mode_recompute(backend):
         (out.logp + 0.1 * out.entropy).sum().backward()
 
     extra = peak(call, hidden, weight)
-    rounding_slab = WORKSPACE // 2  # at most: 4 D of a column's 4 D + 2 N bytes
+    rounding_slab = WORKSPACE // 2  # upper bound: 4 D of a column's 4 D + 2 N bytes
     assert extra <= WORKSPACE + rounding_slab + V * D * 2 + hidden_bytes(2 + 4 + 2) + SMALL
 
 
@@ -74,8 +74,8 @@ def test_mode_recompute(backend):
 @pytest.mark.parametrize("weight_grad", [True, False], ids=["trained", "frozen"])
 @pytest.mark.parametrize("backend", ["triton", "chunked"])
 def test_modes_exact_and_sparse(backend, weight_grad, tol):
-    """0.6 GiB for the workspace and dH (float32, and bf16 when handed out), and float32 dW. `backward` rounds dW to bf16, and
-    both exist for a moment."""
+    """Allowed: 0.6 GiB for the workspace and dH (float32, and bf16 as returned), and float32 dW. `backward` rounds dW to
+    bf16, and both exist for a moment."""
     hidden, weight, target = inputs(weight_grad)
     with torch.no_grad():
         rows = policy_rows(linear_logprob_entropy(hidden, weight, target).logp)

@@ -1,4 +1,4 @@
-"""Rows and options that break kernels: extreme distributions, bias with -inf, softcap, a temperature for each row."""
+"""Rows and options that tend to break kernels: extreme distributions, bias with -inf, softcap, temperature per row."""
 
 import gpu_oracle as oracle
 import pytest
@@ -9,10 +9,10 @@ from mssr_kernels import PolicyLossConfig
 
 N = 37
 WORKSPACE = 64 << 20
-# Of the rounding of the results, the same for both, the last digit is luck.
+# Ours and eager's results are rounded alike; which of the two errors is larger in the last bit is luck.
 LUCK = 1.05
-# Where all probabilities of a row are equal, so are their errors, which do not average out: whether ours or eager's is larger
-# is the value's luck. At most they add up: half a digit of bf16 for dL/dlogits, half for the result.
+# If all probabilities of a row are equal, so are their rounding errors, which then do not average out: whether ours or
+# eager's error is larger is luck. The bound is half a bf16 ulp for dL/dlogits plus half for the result.
 SAME_ROUNDING = 2.0**-8
 
 
@@ -29,7 +29,7 @@ def all_equal(hidden, weight, target):
 
 
 def all_negative(hidden, weight, target):
-    """Near -160: e^-160 is 0 in float32, so a maximum that starts at 0 loses the row."""
+    """Logits near -160: e^-160 is 0 in float32, so a running maximum that starts at 0 loses the row."""
     hidden, weight = hidden.float(), weight.clone()
     hidden[:, 0], weight[:, 0] = 20, -8
     return hidden, weight

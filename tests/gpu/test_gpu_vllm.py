@@ -1,4 +1,4 @@
-"""vLLM in the trainer's process on the trainer's GPU: what only CUDA has of it, its sleep mode and its own sampler."""
+"""vLLM in the trainer's process and on its GPU: sleep mode and vLLM's own sampler, which only CUDA has."""
 
 import sys
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_fresh_weights_after_every_sleep(trainer, sampler):
 
 
 def test_the_noise_is_the_calls_own(trainer, sampler):
-    """Equal calls give equal responses and other steps other ones, whichever generator this vLLM draws from."""
+    """Equal calls give equal responses, other steps give others, whichever random generator this vLLM uses."""
     sampler.update_weights(trainer.policy, 0)
     first, other, again = (sample(sampler, step) for step in (1, 2, 1))
     assert responses(first) == responses(again)
@@ -74,4 +74,4 @@ def test_the_memory_is_the_trainers_while_it_sleeps(trainer, sampler):
     awake, total = torch.cuda.mem_get_info()
     sampler.release()
     asleep, _ = torch.cuda.mem_get_info()
-    assert asleep - awake > 0.1 * total  # most of the 0.2 that it was given
+    assert asleep - awake > 0.1 * total  # most of its share of 0.2

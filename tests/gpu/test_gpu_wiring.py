@@ -1,4 +1,4 @@
-"""What only CUDA has: GEMMs of 16-bit operands into float32, streams, device-side assertions, inductor, loss scaling."""
+"""Features of CUDA only: GEMMs of 16-bit operands into float32, streams, device-side assertions, inductor, loss scaling."""
 
 import os
 import subprocess
@@ -18,13 +18,13 @@ COLUMNS = slice(1000, 4001)
 
 
 def padded(rows, columns, dtype, fill):
-    """[rows, columns] whose lines are longer, as the backends store logits."""
+    """Return [rows, columns] with padded lines, as the backends store logits."""
     line = -(-columns // 16) * 16 + 16
     return torch.full((rows, line), fill, dtype=dtype, device=DEVICE)[:, :columns]
 
 
 def close(found, wanted):
-    """Exact products, sums in the tensor cores' float32: nothing was rounded to 16 bits on the way, which costs 1e-3."""
+    """Whether products and sums are in float32, as tensor cores compute them; rounding to 16 bits costs 1e-3."""
     return (found.double() - wanted).norm() <= 2e-5 * wanted.norm()
 
 
@@ -57,7 +57,7 @@ def test_hidden_gradient(matmul, rows, columns):
     dz = padded(len(weight), rows, matmul.operand_dtype, 0).copy_(random(len(weight), rows))
     for dz_ in (dz, dz.contiguous()):
         product = dz_.double().T @ weight.double()
-        out = torch.full((rows, D), torch.nan, device=DEVICE)  # beta 0 may not read it
+        out = torch.full((rows, D), torch.nan, device=DEVICE)  # with beta 0 it must not be read
         matmul.add_hidden_grad(dz_, out=out, columns=columns, beta=0)
         assert close(out, product)
         matmul.add_hidden_grad(dz_, out=out, columns=columns)
@@ -83,7 +83,7 @@ def test_weight_gradient(matmul, rows):
 @pytest.mark.parametrize("terms", [10241, 10247, 28339])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_no_term_of_a_sum_is_lost(terms, rows, dtype):
-    """cuBLAS of CUDA 13.0 alone loses the last of 10,241."""
+    """cuBLAS of CUDA 13.0 can lose the last of 10,241 terms; `HeadMatmul` prevents that."""
     matmul = HeadMatmul(random(terms, 2048).to(dtype), torch.float32, 1 << 20)
     dz = padded(terms, rows, dtype, torch.nan).copy_(random(terms, rows))
     d_hidden = torch.empty(rows, 2048, device=DEVICE)
@@ -109,7 +109,7 @@ print("finished", out.logp.isfinite().all().item())
 
 @pytest.mark.parametrize("backend, target", [("triton", 4999), ("triton", 5000), ("triton", -1), ("chunked", 5000)])
 def test_a_target_out_of_range_is_a_device_side_assertion(backend, target):
-    """In a process of its own: the assertion ends the process's use of the device."""
+    """Runs in a separate process, because after the assertion a process can no longer use the device."""
     code = OUT_OF_RANGE.format(device=DEVICE, target=target, backend=backend)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
@@ -176,7 +176,7 @@ def test_another_stream(backend):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(20_000_000)  # whatever runs on the default stream by mistake comes too early
+        torch.cuda._sleep(20_000_000)  # what runs on the default stream by mistake runs too early
         late = [t.clone() for t in inputs]
         found = score(coefficients, *late, backend=backend), learn(rows, *late, backend=backend, vocab_drop_tol=2.0**-8)
     torch.cuda.current_stream().wait_stream(stream)
@@ -234,7 +234,7 @@ def test_the_head_in_a_model(tied):
     assert torch.equal(model(tokens), logits)
     result = model(tokens, target, advantage, config=PolicyLossConfig(entropy_alpha=0.0))
     result.loss.backward()
-    torch.testing.assert_close(result.logp.view(4, 33), logp.detach(), rtol=0, atol=0.05)  # eager's logits have 8 bits
+    torch.testing.assert_close(result.logp.view(4, 33), logp.detach(), rtol=0, atol=0.05)  # eager's logits are bf16
     for name, parameter in model.named_parameters():
         assert (parameter.grad.float() - wanted[name]).norm() <= 2e-2 * wanted[name].norm(), name
 

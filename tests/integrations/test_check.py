@@ -1,4 +1,4 @@
-"""`mssr doctor --integration NAME`: agreement where the framework is here, one line where it is not."""
+"""`mssr doctor --integration NAME`: agreement if the framework is installed, a one-line error if not."""
 
 import importlib.metadata
 

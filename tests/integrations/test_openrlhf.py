@@ -1,6 +1,6 @@
-"""OpenRLHF's Actor with our head in it: log-probs, entropy and gradients, against its own.
+"""OpenRLHF's Actor with our head: log-probs, entropy and gradients, compared with its own.
 
-With OpenRLHF where it is installed; always on a stand-in with the signatures and the order of calls of OpenRLHF 0.11.2.
+Tested with OpenRLHF if it is installed, and always with a stand-in that has OpenRLHF 0.11.2's signatures and order of calls.
 """
 
 import importlib
@@ -98,7 +98,7 @@ def loaded(package):
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A folder that is `import openrlhf` for this test, also where the real one is installed."""
+    """Return the folder that `import openrlhf` uses in this test, even if the real OpenRLHF is installed."""
     for name, text in STAND_IN.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def stand_in(tmp_path, monkeypatch):
 
 @pytest.fixture
 def openrlhf(monkeypatch):
-    """The real `openrlhf.models.actor`. It imports flash-attn's padding, which transformers has in plain torch as well."""
+    """Return the real `openrlhf.models.actor`. Without flash-attn, transformers' plain torch padding replaces its own."""
     reason = "OpenRLHF is not installed: its stand-in alone is tested"
     pytest.importorskip("openrlhf", reason=reason)
     if importlib.util.find_spec("flash_attn") is None:
@@ -127,7 +127,7 @@ def openrlhf(monkeypatch):
         module.pad_input, module.unpad_input = padding._pad_input, padding._unpad_input
         sys.modules["flash_attn.utils.distributed"].all_gather = None
     module = pytest.importorskip("openrlhf.models.actor", reason=reason, exc_type=ImportError)
-    # It is compiled: half a minute on a CPU.
+    # The original is compiled, which takes half a minute on a CPU.
     monkeypatch.setattr(module, "compute_entropy", inspect.unwrap(module.compute_entropy))
     yield module
     ours.uninstall()
@@ -163,7 +163,7 @@ def picture_model():
 
 
 def batch():
-    """Tokens [3, 12] with padding on the right of two rows, their mask, and the mask of the last 5 columns' actions."""
+    """Return tokens [3, 12], two rows padded on the right; their mask; and the action mask of the last 5 columns [3, 5]."""
     torch.manual_seed(1)
     sequences = torch.randint(290, (3, 12))
     attention = torch.ones_like(sequences)
@@ -173,13 +173,13 @@ def batch():
 
 
 def pictures(sequences):
-    """A picture of 4 x 4 patches, 4 tokens, in every row."""
+    """Put an image of 4 x 4 patches, 4 tokens, into every row, and return the images' inputs."""
     sequences[:, 2:6] = 300
     return dict(pixel_values=torch.randn(48, 3 * 2 * 14 * 14), image_grid_thw=torch.tensor([[1, 4, 4]] * 3))
 
 
 def step(actor, dtype=torch.float32, **images):
-    """Log-probs and entropy of the actions, and the gradients of a policy loss with entropy bonus."""
+    """Return log-probs and entropy of the actions, and the gradients of a policy loss with entropy bonus."""
     sequences, attention, actions = batch()
     if images:
         images = pictures(sequences)
@@ -221,7 +221,7 @@ def test_who_asks_for_logits_gets_logits(stand_in):
     sequences, attention, _ = batch()
     theirs = actor(sequences, attention_mask=attention, return_output=True, return_entropy=True)
     ours.install()
-    actor(sequences, attention_mask=attention, return_logprobs=True)  # the head has scored once
+    actor(sequences, attention_mask=attention, return_logprobs=True)  # so that the head has scored once
     found = actor(sequences, attention_mask=attention, return_output=True, return_entropy=True)
     torch.testing.assert_close(found.logits, theirs.logits)
     torch.testing.assert_close(found.entropy, theirs.entropy)

@@ -1,4 +1,4 @@
-"""TRL's own trainers with our head against the same trainers with TRL's: the real package, the same seed and data."""
+"""TRL's trainers with our head against the same trainers with TRL's head, with the same seed and data."""
 
 import importlib
 import importlib.metadata
@@ -51,7 +51,7 @@ def test_twenty_steps_on_text(text_model, tmp_path):
     assert_same_curves(stock, ours, ("loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean"))
     rewards = [step["reward"] for step in ours if "reward" in step]
     assert rewards == [step["reward"] for step in stock if "reward" in step]
-    assert len(set(rewards)) > 5  # something was learned from
+    assert len(set(rewards)) > 5  # rewards differ, so there is something to learn
 
 
 def test_twenty_steps_on_images(tmp_path):
@@ -74,7 +74,7 @@ def test_rloo(text_model, tmp_path):
 
 
 def test_adapters(text_model, tmp_path):
-    """The reference is the policy without them."""
+    """With adapters, the reference is the policy without them."""
     options = dict(max_steps=4, num_generations=4, beta=0.05)
     stock, ours = (
         train(
@@ -96,7 +96,7 @@ def test_gradient_checkpointing(text_model, tmp_path):
 
 
 def test_autocast(text_model, tmp_path):
-    """To bfloat16, in which the two heads round differently: on the same responses, within its precision."""
+    """In bfloat16 the two heads round differently: on the same responses they agree within its precision."""
     options = dict(max_steps=2, num_generations=4, num_iterations=2, beta=0.02, bf16=True)
     stock, ours = (
         train(kind, GRPOConfig, text_model, text_rows(), tmp_path, **options)

@@ -1,4 +1,4 @@
-"""TRL's trainers with our head on two ranks, under DDP and ZeRO: against TRL's own there, and against one rank."""
+"""TRL's trainers with our head on two ranks, under DDP and ZeRO: compared with TRL's head, and with one rank."""
 
 import math
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from two_ranks import Ranks
 
 from mssr.integrations.trl import FusedGRPOTrainer
 
-TIMEOUT = 300  # seconds of a call; the first one imports TRL
+TIMEOUT = 300  # seconds per call; the first one imports TRL
 pytestmark = pytest.mark.slow("18 s: two ranks that import TRL")
 STAGES = pytest.mark.parametrize("stage", [0, 2, 3], ids=["ddp", "zero2", "zero3"])
 
@@ -24,7 +24,7 @@ def text_model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def own_ranks():
-    """Ranks of their own: what accelerate and transformers keep of a run should not meet other tests."""
+    """Ranks for these tests alone, because accelerate and transformers keep state of a run in their modules."""
     ranks = Ranks(2)
     yield ranks
     ranks.stop()

@@ -1,4 +1,4 @@
-"""MSSR inside TRL: one generation per prompt, against the formulas written out and against MSSR's own parts."""
+"""MSSR inside TRL, one generation per prompt: compared with written-out formulas and with MSSR's own functions."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def run(model, folder, rows=None, kind=MSSRTrainer, **options):
 
 
 def eager_loss(model, inputs, config, normalizer):
-    """The loss of `micro_batch` from logits, in float64, as MSSR's paper writes it."""
+    """Return the loss of `micro_batch`, computed from float64 logits as in MSSR's paper."""
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     length = inputs["completion_ids"].shape[1]
@@ -66,7 +66,7 @@ def eager_loss(model, inputs, config, normalizer):
 
 @pytest.mark.parametrize("head", [None, "frozen", "trained"], ids=["whole", "adapters", "adapters and head"])
 def test_loss_and_gradients_are_those_of_the_formulas(head, text_model, tmp_path):
-    """head: frozen, or a trained copy, of a model with adapters; None without them."""
+    """head: of a model with adapters, frozen or a trained copy; None: a model without adapters."""
     options = dict(beta=0.05, dual_clip=1.2, temperature=0.9)
     if head is not None:
         copies = ["lm_head"] if head == "trained" else None
@@ -74,7 +74,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(head, text_model, tmp_path
     own = run(text_model, tmp_path, **options)
     inputs = micro_batch()
     inputs["tool_mask"] = torch.ones_like(inputs["completion_mask"])
-    inputs["tool_mask"][0, 2:4] = 0  # what a tool wrote is not the policy's
+    inputs["tool_mask"][0, 2:4] = 0  # a tool wrote these tokens, not the policy
     loss, ours = gradients(own, inputs)
     own.model.zero_grad()
     wanted = eager_loss(own.model, inputs, own.args, inputs["num_items_in_batch"])
@@ -88,7 +88,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(head, text_model, tmp_path
 
 
 def test_the_samplers_drift_is_corrected_by_truncated_weights(text_model, tmp_path):
-    """As TRL would with vLLM: a token that vLLM could not score is not corrected."""
+    """As in TRL with vLLM: a token that vLLM could not score is not corrected."""
     corrected = dict(use_vllm=True, vllm_importance_sampling_clip_max=1.2)
     algorithm = MSSRConfig(str(tmp_path), use_cpu=True, bf16=False, beta=0.05, **corrected).algorithm()
     own = run(text_model, tmp_path, beta=0.05)
@@ -125,7 +125,7 @@ def test_a_run_with_images(tmp_path):
 
 
 class Recorded(MSSRTrainer):
-    """Keeps what the trainer was given to learn from, and the tracker's values of the time."""
+    """Records for each batch the prompts' ids, the tracker's values before it, and the advantages."""
 
     batches = ()
 
@@ -137,7 +137,7 @@ class Recorded(MSSRTrainer):
 
 
 def test_advantages_are_rewards_minus_the_trackers_values_normalised(text_model, tmp_path):
-    """Written down by hand: a = rho a + r, b = rho b + 1 - r, from (4, 4), with rho 0.96 where nothing has moved."""
+    """Tracker formulas: a = rho a + r, b = rho b + 1 - r, from (4, 4), with rho 0.96 because there is no drift."""
     rows = text_rows(4, id=[10, 11, 12, 13])
     given = {10: [1.0, 0.25], 11: [0.0, 1.0], 12: [0.5, None], 13: [1.0, 0.0]}
     visits = dict.fromkeys(given, 0)
@@ -168,7 +168,7 @@ def test_advantages_are_rewards_minus_the_trackers_values_normalised(text_model,
 
 
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(text_model, tmp_path):
-    """Within an epoch: in the next one TRL's sampler begins with the first one's order again."""
+    """Within one epoch only: in the next one, TRL's resumed sampler repeats the order of the first."""
     options = dict(save_strategy="steps", save_steps=2, max_steps=4, steps_per_generation=2)
     rows = text_rows(32, id=[row % 12 for row in range(32)])
     whole = run(text_model, tmp_path / "whole", rows, **options)

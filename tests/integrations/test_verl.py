@@ -1,6 +1,6 @@
-"""verl's fused forwards with our log-probs and entropy in them.
+"""verl's fused forwards with our log-probs and entropy.
 
-With verl where it is installed; always on a stand-in with the signatures, defaults and return shapes of verl 0.9.1.
+Tested with verl if it is installed, and always with a stand-in that has verl 0.9.1's signatures, defaults and return shapes.
 """
 
 import importlib
@@ -79,7 +79,7 @@ STAND_IN = {
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A folder that is `import verl` for this test, also where the real one is installed."""
+    """Return the folder that `import verl` uses in this test, even if the real verl is installed."""
     for name, text in STAND_IN.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def stand_in(tmp_path, monkeypatch):
 
 @pytest.fixture
 def verl():
-    """The real one, as it comes."""
+    """Return the real verl, unmodified."""
     yield pytest.importorskip(
         "verl", reason="verl is not installed: its stand-in alone is tested", exc_type=ImportError
     )
@@ -111,7 +111,7 @@ def fused_class():
 
 
 def problem(dtype=torch.float32, vocabulary=301):
-    """hidden [2, 9, 24], weight, labels [2, 9], and upstream gradients of log-probs and entropy."""
+    """Return hidden [2, 9, 24], weight [V, 24], labels [2, 9], and upstream gradients of log-probs and entropy [2, 2, 9]."""
     generator = torch.Generator().manual_seed(1)
     hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((2, 9, 24), (vocabulary, 24)))
     labels = torch.randint(vocabulary, (2, 9), generator=generator)
@@ -120,7 +120,7 @@ def problem(dtype=torch.float32, vocabulary=301):
 
 
 def oracle(hidden, weight, labels, upstream, temperature):
-    """In float64: log-probs, entropy, gradient by hidden and by weight."""
+    """Return log-probs, entropy, and the gradients by hidden and by weight, all float64."""
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
     log_p = (hidden @ weight.T / temperature).log_softmax(-1)
     logp, entropy = log_p.gather(-1, labels[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
@@ -129,7 +129,7 @@ def oracle(hidden, weight, labels, upstream, temperature):
 
 
 def measure(function, hidden, weight, labels, upstream):
-    """The same four of `function(hidden, weight, labels)`."""
+    """Return the same four results of `function(hidden, weight, labels)`."""
     hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     logp, entropy = function(hidden, weight, labels)
     torch.autograd.backward([logp, entropy], [u.view(x.shape).to(x.dtype) for u, x in zip(upstream, (logp, entropy))])
@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def split_vocabulary(world):
-    """This rank's results and gradients, and what a sharded weight says."""
+    """Return this rank's results and gradients, and the error message for a sharded weight."""
     hidden, weight, labels, upstream = problem(vocabulary=300)
     part = weight[world.rank * 150 : (world.rank + 1) * 150]
 
@@ -261,7 +261,7 @@ def split_vocabulary(world):
 
 
 def test_split_vocabulary_leaves_the_sum_of_the_hidden_gradient_to_the_caller(ranks):
-    """verl 0.9.1's kernel reduces nothing in the backward; Megatron's sequence parallelism sums over the ranks."""
+    """As in verl 0.9.1's kernel: Megatron's sequence parallelism sums the ranks' gradients afterwards."""
     found, refusals = zip(*ranks(split_vocabulary))
     logp, entropy, by_hidden, by_weight = zip(*found)
     expected = oracle(*problem(vocabulary=300), 0.7)
@@ -327,7 +327,7 @@ def picture_model():
 @pytest.mark.parametrize("make", [text_model, picture_model])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_with_verls_forward(verl, monkeypatch, make, dtype):
-    """Log-probs, entropy and every gradient of a policy loss with entropy bonus, with verl's own function and with ours."""
+    """Compare verl's function with ours: log-probs, entropy and every gradient of a policy loss with entropy bonus."""
     from verl.models.transformers import monkey_patch
 
     model, inputs = make()

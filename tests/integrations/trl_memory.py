@@ -1,9 +1,9 @@
-"""Peak memory and time of TRL's loss alone, from the hidden states to the gradients, with its own head and with ours.
+"""Peak memory and time of TRL's loss, from the hidden states to the gradients, with TRL's head and with ours.
 
     python trl_memory.py [--dtype bfloat16 --sequences 4 --prompt 0 --completion 512 --d 1024 --v 65536 --repeats 0]
 
-Both heads are called as the trainers call them, `model(..., labels=labels, fused_lm_head=True)`, of a model whose backbone
-hands out given hidden states. Each in a process of its own; the peak is the resident set beyond what the inputs take.
+Both heads are called as in the trainers, `model(..., labels=labels, fused_lm_head=True)`, on a model whose backbone returns
+given hidden states. Each runs in a process of its own; the peak is the resident set beyond the inputs.
 """
 
 import argparse
@@ -22,16 +22,16 @@ from trl.trainer.utils import add_fused_lm_head
 from mssr.integrations.trl.fused_head import PolicyRows, fuse_head
 from mssr_kernels import PolicyLossConfig
 
-HEADS = ("trl", "mssr", "mssr loss")  # the last one forms the loss in the forward pass, as MSSRTrainer has it
+HEADS = ("trl", "mssr", "mssr loss")  # the last one computes the loss in the forward pass, as MSSRTrainer does
 
 
 class GivenHidden(nn.Module):
-    """A backbone whose last hidden states are a leaf."""
+    """A backbone that returns given hidden states, which are a leaf."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         super().__init__()
         self.hidden = nn.Parameter(hidden)
-        self.embed_tokens = nn.Embedding(1, 1)  # a model without one has no head either, says transformers
+        self.embed_tokens = nn.Embedding(1, 1)  # without one, transformers does not find the head either
 
     def forward(self, **_):
         return BaseModelOutputWithPast(last_hidden_state=self.hidden)
@@ -53,7 +53,7 @@ def model_with(head: str, case: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def forward_backward(model: LlamaForCausalLM, head: str, case: argparse.Namespace) -> float:
-    """A clipped loss, on-policy; the seconds that it took."""
+    """Compute an on-policy clipped loss and its gradients; return the seconds that it took."""
     generator = torch.Generator().manual_seed(1)
     shape = case.sequences, case.prompt + case.completion + 1
     labels = torch.randint(case.v, shape, generator=generator)

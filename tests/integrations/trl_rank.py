@@ -1,4 +1,4 @@
-"""A rank's part of a run of TRL's trainers on two: under DDP, or under DeepSpeed without a GPU."""
+"""What one of two ranks does in a run of TRL's trainers, under DDP or under DeepSpeed without a GPU."""
 
 import os
 
@@ -15,7 +15,7 @@ REWARDS = {row: None if row == 5 else 37 * row % 11 / 10 for row in IDS}
 
 
 class Recorded(MSSRTrainer):
-    """Keeps the advantages of its own responses."""
+    """Records the advantages of this rank's responses."""
 
     advantages = ()
 
@@ -26,13 +26,13 @@ class Recorded(MSSRTrainer):
 
 
 def grpo_steps(world, kind, stage: int, model, folder) -> list[dict[str, float]]:
-    """What is logged by a GRPOTrainer of class `kind`; ZeRO's stage, 0 for DDP."""
+    """Return what a GRPOTrainer of class `kind` logs at each step. stage: ZeRO's; 0: DDP."""
     sampling = dict(generation_kwargs=ends_sometimes(3.0), num_generations=4)
     return _steps(_trained(kind, GRPOConfig, stage, model, folder, max_steps=2, beta=0.02, **sampling))
 
 
 def mssr_run(world, stage: int, model, folder):
-    """MSSR on 8 prompts a step over all ranks, nothing sampled: what is logged, the advantages and the tracker."""
+    """Train MSSR on 8 prompts per step over all ranks, with greedy decoding; return its logs, advantages and tracker."""
     greedy = ends_sometimes(1.0) | {"do_sample": False}
     own = _trained(
         Recorded, MSSRConfig, stage, model, folder, generation_kwargs=greedy, per_device_train_batch_size=8 // world.size,
@@ -42,7 +42,7 @@ def mssr_run(world, stage: int, model, folder):
 
 
 def ends_sometimes(bias: float) -> dict:
-    """Generation under which an untrained model's responses are of different lengths: by a bonus for the end's token."""
+    """Return generation options that favour the end token, so that an untrained model's responses differ in length."""
     return {"sequence_bias": [[[2], bias]]}
 
 
@@ -69,7 +69,7 @@ def _steps(own) -> list[dict[str, float]]:
 
 
 def _deepspeed(stage: int) -> dict:
-    """accelerate asks for no backend where DeepSpeed has no GPU, and takes each rank for the only one; so it is told."""
+    """Return options for DeepSpeed, and start gloo: without a GPU accelerate starts no backend, and ranks would run alone."""
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
     zero = {"stage": stage, "overlap_comm": False}
@@ -84,7 +84,7 @@ def _deepspeed(stage: int) -> dict:
 
 
 def _forget_the_last_run() -> None:
-    """accelerate and transformers keep the kind of run in their modules."""
+    """Reset the kind of run, which accelerate and transformers keep in their modules."""
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     AcceleratorState._reset_state(reset_partial_state=True)
     unset_hf_deepspeed_config()

@@ -1,4 +1,4 @@
-"""Tiny runs of TRL's trainers, for its own head and for ours: the same model files, data and seed."""
+"""Tiny runs of TRL's trainers, with TRL's head or with ours: the same model files, data and seed."""
 
 import torch
 from datasets import Dataset
@@ -20,7 +20,7 @@ SETTINGS = dict(
 )
 
 
-# An untrained policy writes the tokens that stand for pixels, too, on which TRL 1.15 fails.
+# An untrained policy also generates image tokens, on which TRL 1.15 fails.
 NO_IMAGES = dict(generation_kwargs={"suppress_tokens": [3, 4, 5, 6]})
 
 
@@ -42,7 +42,7 @@ def text_rows(count: int = 16, **columns) -> Dataset:
 
 
 def image_rows(count: int = 16) -> Dataset:
-    """One image each, of two sizes: a micro-batch has different numbers of patches."""
+    """Return rows with one image each, in two sizes, so that images of a micro-batch differ in their number of patches."""
     return Dataset.from_list(
         [
             {
@@ -55,27 +55,27 @@ def image_rows(count: int = 16) -> Dataset:
 
 
 def share_of_even_bytes(completions, **_) -> list[float]:
-    """A reward in [0, 1] that differs from response to response, and that a policy can raise."""
+    """Return rewards in [0, 1] that differ between responses and that a policy can learn to raise."""
     texts = [completion[0]["content"].encode() for completion in completions]
     return [sum(byte % 2 == 0 for byte in text) / max(len(text), 1) for text in texts]
 
 
 def trainer(kind, config, model, rows, folder, **options):
-    """kind, config: a trainer and its configuration class. options: of the configuration, or `peft_config`."""
+    """Return a trainer. kind, config: its class and its configuration's. options: keyword arguments of either."""
     own = {name: options.pop(name) for name in ("peft_config", "processing_class") if name in options}
     arguments = config(output_dir=str(folder), **SETTINGS | options)
     return kind(str(model), reward_funcs=share_of_even_bytes, args=arguments, train_dataset=rows, **own)
 
 
 def train(*arguments, **options) -> list[dict[str, float]]:
-    """What TRL logged at each step."""
+    """Train, and return what TRL logged at each step."""
     run = trainer(*arguments, **options)
     run.train()
     return [step for step in run.state.log_history if "loss" in step]
 
 
 def micro_batch() -> dict[str, torch.Tensor]:
-    """What TRL hands to `compute_loss`, off-policy: prompts padded on the left, responses on the right."""
+    """Return off-policy inputs of `compute_loss` as TRL makes them: prompts padded left, responses padded right."""
     generator = torch.Generator().manual_seed(0)
     responses, prompt, longest = 4, 3, 6
     lengths = torch.tensor([6, 1, 4, 5])
@@ -93,9 +93,9 @@ def micro_batch() -> dict[str, torch.Tensor]:
 
 
 def gradients(run, inputs) -> tuple[float, dict[str, torch.Tensor]]:
-    """The loss of a micro-batch, and its gradient by every parameter."""
+    """Return the loss of a micro-batch, and its gradient by every parameter."""
     run.model.zero_grad()
-    run.model.eval()  # TRL counts accumulation steps only in a run
+    run.model.eval()  # in train mode TRL uses the accumulation steps, which only a run counts
     loss = run.compute_loss(run.model, inputs)
     loss.backward()
     return loss.item(), {name: value.grad for name, value in run.model.named_parameters() if value.grad is not None}

@@ -1,4 +1,4 @@
-"""FLOPs by formula against what torch counts while real models run."""
+"""FLOPs by formula, compared with torch's count while real models run."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def inputs(config, length: int) -> dict:
 
 @pytest.fixture(autouse=True)
 def torchs_own_linear(monkeypatch):
-    """ZeRO-3 leaves a `linear` of DeepSpeed's in its process, which checkpoints otherwise."""
+    """Restore torch's `linear`: ZeRO-3 leaves DeepSpeed's in the process, which behaves differently under checkpointing."""
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
 

@@ -93,7 +93,7 @@ def test_a_position_inside_a_line_is_refused_and_the_file_left_alone(tmp_path):
 
 def test_a_new_run_does_not_write_over_an_old_one(tmp_path):
     log = MetricsLog(tmp_path, tensorboard=False)
-    MetricsLog(tmp_path, tensorboard=False).close()  # an empty file is nobody's
+    MetricsLog(tmp_path, tensorboard=False).close()  # an empty file is not an old run
     log.write(1, {})
     with pytest.raises(UserError, match="--resume") as error:
         MetricsLog(tmp_path, tensorboard=False)

@@ -30,7 +30,7 @@ def record(run_dir, steps, **more):
 
 
 def colours(png):
-    """Colour -> pixels."""
+    """Return colour -> number of pixels."""
     with Image.open(png) as image:
         assert image.format == "PNG"
         return {colour: count for count, colour in image.convert("RGB").getcolors(maxcolors=2**24)}
@@ -47,7 +47,7 @@ def test_a_run_becomes_a_png_with_all_its_panels(tmp_path):
         assert image.width > 2000 and image.height > 900
     assert len(colours(out)) > 200
     assert pixels(out, COLOURS[0]) > 2000 and pixels(out, COLOURS[1]) > 1000
-    assert pixels(out, COLOURS[2]) == 0  # one run: a colour a metric, at most two share a panel
+    assert pixels(out, COLOURS[2]) == 0  # with one run each metric of a panel has its colour; at most two share a panel
 
 
 def test_runs_are_told_apart_by_colour(tmp_path):

@@ -45,7 +45,7 @@ def records(folder):
 
 
 class Page(HTMLParser):
-    """The page's tags and its text, as a browser reads them."""
+    """The page's tags and text, parsed as a browser does."""
 
     def __init__(self, path):
         super().__init__()

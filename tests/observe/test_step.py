@@ -1,4 +1,4 @@
-"""A step's line in the metrics, against numbers worked by hand."""
+"""Metrics of a step, against hand-worked numbers."""
 
 import math
 from types import SimpleNamespace
@@ -21,12 +21,12 @@ def prompt(tokens):
 
 
 def test_means_over_responses_tokens_and_updates():
-    """Responses of 3 tokens and of 1 after prompts of 10 and 6; the shorter one was cut and is wrong."""
+    """Prompts of 10 and 6 tokens, responses of 3 and 1; the shorter response is truncated and wrong."""
     batch = GradedRollouts(
         prompts=(prompt(10), prompt(6)),
         tokens=torch.zeros(2, 3, dtype=torch.int64),
         mask=torch.tensor([[True, True, True], [True, False, False]]),
-        logp=torch.tensor([[0.5, 0.5, 1.0], [0.25, 0.1, 0.1]]).log(),  # those under the padding do not count
+        logp=torch.tensor([[0.5, 0.5, 1.0], [0.25, 0.1, 0.1]]).log(),  # the padding does not count
         truncated=torch.tensor([False, True]),
         weight_version=torch.zeros(2, dtype=torch.int64),
         masked=torch.tensor([False, False]),

@@ -16,7 +16,7 @@ TERA = 1e12
 
 
 class Clock:
-    """A step of 10 s, 4 of them forward and backward passes, in which two passes scored."""
+    """A step of 10 s: 4 s are forward and backward passes, and there are two scoring passes."""
 
     seconds = {"generate": 3.0, "old_logp": 1.0, "reference": 1.0, "forward_backward": 4.0}  # noqa: RUF012
     total = 10.0
@@ -26,7 +26,7 @@ def test_hand_worked_step():
     forward = Flops(text=3 * TERA, attention=1 * TERA, head=1 * TERA, vision=2 * TERA, patches=1 * TERA)
     work = Work(tokens=1000, slots=1250, forward=forward, checkpointing=True)
     values = utilisation(work, Clock(), ALONE, peak=20.0)
-    # forward 8, backward 2 * 7 + 1 (pixels need no gradient), recomputed 3 + 1 + 2
+    # TFLOPs: forward 8, backward 2 * 7 + 1 (pixels need no gradient), recomputation 3 + 1 + 2
     assert values == pytest.approx({
         "perf/tokens_per_second_per_gpu": 100.0, "perf/padding": 0.25,
         "perf/update_tflops": 23 / 4, "perf/hardware_tflops": 29 / 4, "perf/step_tflops": (23 + 2 * 8) / 10,
@@ -72,7 +72,7 @@ def test_phases_have_their_resident_memory():
     clock = Stopwatch(CPU)
     before = psutil.Process().memory_info().rss / GIB
     with clock("large"):
-        kept = mmap.mmap(-1, 64 << 20)  # not from a heap, which may have room
+        kept = mmap.mmap(-1, 64 << 20)  # not from the heap, which may have free memory
         kept.write(bytes(64 << 20))
     assert clock.memory["memory/large_rss_gib"] >= before + len(kept) / GIB / 2
     kept.close()

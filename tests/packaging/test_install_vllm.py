@@ -1,4 +1,4 @@
-"""Which build of vLLM is installed where, and what of its requirements."""
+"""Which build of vLLM is installed on which machine, and with which requirements."""
 
 import sys
 
@@ -40,7 +40,7 @@ def test_all_but_torch_what_fails_beside_it_and_what_is_for_others(package):
 
 @pytest.fixture
 def run(monkeypatch):
-    """What pip would be told on a machine with this torch, GPU and vLLM."""
+    """Return the arguments of each pip call on a machine with the given torch, GPU and installed vLLM builds."""
 
     def run(*arguments, cuda, gpu, there=(), torch_version=TESTED["torch"]):
         told = []

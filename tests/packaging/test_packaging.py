@@ -1,4 +1,4 @@
-"""What is installed: a wheel built from a copy of the checkout, used away from it."""
+"""The wheel, built from a copy of the checkout and used outside of it."""
 
 import email
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def checkout_files():
-    """Tracked and untracked files that git does not ignore; where there is no git, all but builds and runs."""
+    """Return tracked and untracked files that git does not ignore; without git, all but builds and runs."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -134,7 +134,7 @@ def test_extras_allow_what_was_tested(wheel):
 
 
 def test_no_file_names_a_machine():
-    """Paths of the machines this was written on, and package hosts, have no place in a checkout."""
+    """No file contains a local path of a developer's machine or the address of a package host."""
     local = re.compile(r"(?<![\w.}])/(work|root|home|farm)/\w|://(pypi|files\.pythonhosted|download\.pytorch)")
     found = []
     for name in checkout_files():

@@ -1,4 +1,4 @@
-"""The helpers of the policy's tests are of use here too."""
+"""Makes the helpers of the policy tests importable."""
 
 import sys
 from pathlib import Path

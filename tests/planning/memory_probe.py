@@ -1,6 +1,6 @@
-"""How much memory training takes, measured: a process of its own builds the real engine and makes two real updates.
+"""Measures the memory of training: a separate process builds the real engine and makes two real updates.
 
-Freed tensors go back to the system at once (see `ENVIRONMENT`), so the process's resident memory is its tensors'.
+Freed tensors are returned to the system at once (see `ENVIRONMENT`), so resident memory is the memory of live tensors.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-# glibc: every block from 64 KiB on is a mapping of its own, which `free` unmaps.
+# glibc: every block of 64 KiB or more is its own mapping, which `free` unmaps.
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_MMAP_MAX_": "1000000", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
@@ -28,7 +28,7 @@ TIMEOUT_S = 150
 
 @dataclass(frozen=True)
 class Case:
-    """responses: lengths on each rank. budget: train.micro_batch_tokens. model, train: further keys of these sections."""
+    """responses: their lengths, the same on each rank. budget: train.micro_batch_tokens. model, train: more config keys."""
 
     path: str
     responses: list[int]
@@ -40,7 +40,7 @@ class Case:
 
 
 def measure(case: Case) -> int:
-    """Bytes: the most resident memory over what the process had before it loaded the model; of the largest rank."""
+    """Return the peak resident bytes, minus those before the model is loaded, of the rank with the most."""
     from mssr_process import free_port
 
     port, processes = str(free_port()), []
@@ -77,7 +77,7 @@ def chosen_prompts(count: int) -> list:
 
 @cache
 def wide_model(folder: Path, *, hidden: int = 448, layers: int = 4, vocabulary: int = 4096) -> str:
-    """Some 20 million parameters of the tiny model's architecture, so that tensors are what a process's memory is."""
+    """Write a model like the tiny one with about 20 million parameters, so that tensors dominate memory; return its path."""
     import torch
     from policy_helpers import digit_rows, model_dir
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
@@ -95,7 +95,7 @@ def wide_model(folder: Path, *, hidden: int = 448, layers: int = 4, vocabulary: 
     return str(folder)
 
 
-# In the process that is measured.
+# The rest runs in the measured process.
 
 
 def _train(case: Case) -> None:
@@ -107,7 +107,7 @@ def _train(case: Case) -> None:
 
     torch.set_num_threads(1)
     world = start_world("cpu")
-    _updates(Case(**case.__dict__ | {"path": model_dir(), "responses": [20, 30, 10], "budget": 80}), world)  # warm
+    _updates(Case(**case.__dict__ | {"path": model_dir(), "responses": [20, 30, 10], "budget": 80}), world)  # warm-up
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = _resident_bytes()
@@ -153,12 +153,12 @@ def _updates(case: Case, world) -> dict:
 
 
 def _resident_bytes() -> int:
-    """Mapped files too: on a CPU that is what weights are until they are written to."""
+    """Return resident bytes, mapped files included: on a CPU, weights are a mapped file until they are written to."""
     return psutil.Process().memory_info().rss
 
 
 class Sampler:
-    """peak: the most resident memory in here, looked at every few milliseconds."""
+    """peak: the largest resident memory within the `with` block, sampled every 2 ms."""
 
     def __enter__(self) -> "Sampler":
         self.peak, self._done = _resident_bytes(), threading.Event()

@@ -1,4 +1,4 @@
-"""Predicted memory against real training, measured in processes of their own; nothing here is fitted to a case."""
+"""Predicted memory, compared with real training in separate processes; the prediction is not fitted to any case."""
 
 import pytest
 from memory_probe import Case, chosen_prompts, measure, wide_model
@@ -39,7 +39,7 @@ def configured(case: Case, path: str) -> Config:
 
 
 def predicted(case: Case, path: str) -> list[Memory]:
-    """For each micro-batch that the engine will make."""
+    """Return the prediction for each micro-batch that the engine will make."""
     batch = random_batch(chosen_prompts(len(case.responses)), case.responses)
     lengths = [len(prompt.token_ids) + length for prompt, length in zip(batch.prompts, case.responses)]
     groups = plan_micro_batches(lengths, case.budget)

@@ -44,11 +44,11 @@ def kept(**options) -> int:
     ("stage", "ranks", "dtype", "weights", "masters", "moments", "gradients", "stepping"),
     [  # bytes per parameter of the whole model, on one rank
         (0, 1, "float32", 4, 0, 8, 0, 4),
-        (1, 1, "float32", 4, 4, 8, 4, 4 + 4),  # while it steps, also a flat copy of this rank's gradients
+        (1, 1, "float32", 4, 4, 8, 4, 4 + 4),  # in the optimizer step, also a flat copy of this rank's gradients
         (1, 2, "float32", 4, 2, 4, 4, 4 + 2),
         (2, 2, "float32", 4, 2, 4, 2, 2 + 2),
         (3, 2, "float32", 2, 2, 4, 2, 2),
-        (2, 2, "bfloat16", 2, 2, 4, 1, 1 + 1 + 2),  # and a float32 copy
+        (2, 2, "bfloat16", 2, 2, 4, 1, 1 + 1 + 2),  # and a float32 copy of them
         (3, 2, "bfloat16", 1, 2, 4, 1, 1 + 2),
     ],
 )
@@ -63,7 +63,7 @@ def test_bytes_per_parameter(stage, ranks, dtype, weights, masters, moments, gra
 
 
 def test_gradients_of_earlier_micro_batches_are_counted_once():
-    """Without ZeRO they are in the trace of the micro-batch, with ZeRO in DeepSpeed's buffers; the rest is the same."""
+    """Without ZeRO the micro-batch's trace includes them, with ZeRO DeepSpeed's buffers do; the rest is equal."""
     plain, zero = (predict(train={"zero_stage": stage}).phases["forward_backward"] for stage in (0, 1))
     making = "one layer, its gradients"
     assert "gradients" not in plain and zero["gradients"] == 4 * ALL
@@ -73,7 +73,7 @@ def test_gradients_of_earlier_micro_batches_are_counted_once():
 
 
 def test_zero_takes_each_gradient_as_soon_as_it_is_made():
-    """So with few tokens, beside what the forward pass kept, there is never as much as the gradients of one layer."""
+    """With few tokens, the peak beyond the kept activations is therefore less than the gradients of one layer."""
     shape = MicroBatchShape((4, 4), 2)
     parts = predict(train={"zero_stage": 3}, shape=shape, ranks=2).phases["forward_backward"]
     assert parts["one layer, its gradients"] < 4 * LAYER
@@ -88,7 +88,7 @@ def test_activations_of_a_layer():
 
 def test_activations_grow_with_the_tokens_and_only_sdpa_pads():
     twice = MicroBatchShape((256,) * 4, 2 * RESPONSES)
-    head = 4 * (1000 * 64 + 1)  # the gradient of its weights and the loss: the same for any number of tokens
+    head = 4 * (1000 * 64 + 1)  # its weight gradient and the loss, which do not depend on the number of tokens
     assert kept(shape=twice) - head == 2 * (kept() - head)
     uneven = MicroBatchShape((384, 128), RESPONSES)
     assert kept(shape=uneven) == kept()

@@ -1,4 +1,4 @@
-"""The boxed answer and the format."""
+"""Extracting the boxed answer, and checking the format."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Rewards while a batch generates, and what becomes of truncated responses."""
+"""Grading while a batch is generated, and the rules for truncated responses."""
 
 import threading
 from dataclasses import replace
@@ -52,7 +52,7 @@ def test_every_response_is_graded_whether_told_before_or_not(grader, told):
 
 
 def test_each_response_is_graded_by_its_own_prompts_answer(grader):
-    """Told out of order, one not at all."""
+    """Two responses are passed out of order, the other two only at the end."""
     prompts = [replace(prompt(row), answer=answer) for row, answer in enumerate(["4", "5", "6", "9"])]
     grading = grader.begin(prompts)
     for row in (3, 1):
@@ -61,7 +61,7 @@ def test_each_response_is_graded_by_its_own_prompts_answer(grader):
 
 
 def test_grading_goes_on_while_others_generate(grader):
-    """The first response's reward is there before the second response is."""
+    """The first response is graded before there is a second one."""
     graded = threading.Event()
     rewards = grader._reward
 
@@ -111,7 +111,7 @@ def test_truncated_responses_are_graded_like_others():
 
 def test_truncated_responses_left_out_of_the_loss():
     batch = settled("masked")
-    assert batch.reward.tolist() == [1, 0, 0.5, 1]  # which the tracker counts
+    assert batch.reward.tolist() == [1, 0, 0.5, 1]  # the tracker still counts these rewards
     assert batch.masked.tolist() == [False, False, False, True]
     assert torch.equal(batch.loss_mask[:3], batch.mask[:3]) and not batch.loss_mask[3].any()
 
@@ -119,4 +119,4 @@ def test_truncated_responses_left_out_of_the_loss():
 def test_truncated_responses_fail():
     batch = settled("failed")
     assert batch.reward.tolist() == [1, 0, 0.5, 0] and not batch.masked.any()
-    assert batch.correct.tolist() == [1, 0, 0, 1]  # what was said stays on record
+    assert batch.correct.tolist() == [1, 0, 0, 1]  # unchanged: whether the answer was right

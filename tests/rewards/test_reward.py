@@ -1,4 +1,4 @@
-"""Responses to rewards."""
+"""Rewards of responses."""
 
 from contextlib import closing
 

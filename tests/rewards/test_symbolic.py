@@ -1,4 +1,4 @@
-"""Comparing answers with the real worker process: right, bounded in time, nothing left behind."""
+"""Comparing answers in the real worker process: right results, a time limit, no process left behind."""
 
 import os
 import select
@@ -82,7 +82,7 @@ def test_a_comparison_that_hangs_is_killed_and_the_next_one_works():
 
 
 def children() -> set[int]:
-    """Direct children of this process, zombies included."""
+    """Return the direct children of this process, zombies included."""
     return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
 
 
