@@ -102,7 +102,7 @@ def test_no_row_drops_more_than_its_tolerance(kinds, tol, dtype, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["peaked", "realistic", "flat"])
 @pytest.mark.parametrize("model", HEADS)
-def test_against_mode_l(model, kind, backend):
+def test_against_exact(model, kind, backend):
     data = realistic.make(N_REALISTIC, *HEADS[model], torch.bfloat16, DEVICE, kind)
     inputs, rows = [t.detach() for t in data[:3]], dict(advantage=data.advantage, old_logp=data.old_logp)
     results = {}
