@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -87,8 +88,6 @@ class TrainProgress:
         self._clock = clock
         self._history: dict[str, list[float]] = {column.key: [] for column in columns}
         self._pace: deque[tuple[float, int]] = deque(maxlen=PACE_WINDOW + 1)
-        self._finish: float | None = None
-        self._started = clock()
         self._last_line = -math.inf
         self._live: Live | None = None
 
@@ -113,7 +112,6 @@ class TrainProgress:
         if step != self._step:
             self._step = step
             self._pace.append((now, step))
-            self._finish = self._predict_finish()
         for column in self._columns:
             if column.key in values:
                 self._history[column.key].append(float(values[column.key]))
@@ -121,15 +119,12 @@ class TrainProgress:
             validated = any(column.validation and column.key in values for column in self._columns)
             if validated or step >= self._total or now - self._last_line >= LINE_EVERY_S:
                 self._last_line = now
-                self._print(self._line())
+                self.note(self._line())
 
     def note(self, text: str) -> None:
         """Print a line above the display."""
         if self._enabled:
-            self._print(text)
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+            self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _line(self) -> str:
         width = len(str(self._total))
@@ -173,12 +168,13 @@ class TrainProgress:
         finite = [value for value in self._history[column.key] if math.isfinite(value)]
         return column.show(max(finite)) if column.validation and finite else ""
 
-    def _predict_finish(self) -> float:
-        (first_time, first_step), (last_time, last_step) = self._pace[0], self._pace[-1]
-        return last_time + (last_time - first_time) / (last_step - first_step) * (self._total - last_step)
-
     def _left(self) -> str:
-        return "-" if self._finish is None else _duration(max(0.0, self._finish - self._clock()))
+        """Return the time left at the pace of the last steps; "-" before the first one."""
+        (first_time, first_step), (last_time, last_step) = self._pace[0], self._pace[-1]
+        if last_step == first_step:
+            return "-"
+        finish = last_time + (last_time - first_time) / (last_step - first_step) * (self._total - last_step)
+        return _duration(max(0.0, finish - self._clock()))
 
 
 def _stdout_console() -> Console:
@@ -187,9 +183,7 @@ def _stdout_console() -> Console:
 
 
 def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _sparkline(values: list[float]) -> str:

@@ -1,23 +1,16 @@
 """Saves a few rollouts of a step for people to read: problem, response, reward and advantage."""
 
 import html
+import io
 import json
 import shutil
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from mssr.batch import GradedRollouts
 from mssr.observe.metrics import finite_or_none
-
-SIGNATURES = (
-    (b"\x89PNG\r\n\x1a\n", 0, "png"),
-    (b"\xff\xd8\xff", 0, "jpg"),
-    (b"GIF8", 0, "gif"),
-    (b"WEBP", 8, "webp"),
-    (b"BM", 0, "bmp"),
-)
-
 
 def save_rollouts(
     run_dir: Path, step: int, rollouts: GradedRollouts, baseline: Tensor | None, advantage: Tensor, count: int
@@ -66,10 +59,8 @@ def _value(column: Tensor | None, row: int) -> float | None:
 
 
 def _extension(image: bytes) -> str:
-    for signature, offset, extension in SIGNATURES:
-        if image[offset : offset + len(signature)] == signature:
-            return extension
-    return "bin"
+    with Image.open(io.BytesIO(image)) as opened:  # a prompt's images have been decoded before
+        return opened.format.lower()
 
 
 def _write(path: Path, text: str) -> None:

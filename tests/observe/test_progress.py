@@ -42,7 +42,7 @@ def test_a_log_gets_one_whole_line_with_every_column():
         progress.update(40, VALUES | {"val/accuracy": 0.58})
     assert console.file.getvalue() == (
         "step  40/200  reward 0.61  val 0.58 (best 0.58)  entropy 0.120  clip 0.010  gap 1.2e-06  "
-        "5200 tok/s  1.3 s/step  left 5:20\n"
+        "5200 tok/s  1.3 s/step  left 0:05:20\n"
     )
 
 
@@ -104,7 +104,7 @@ def test_a_terminal_gets_a_panel_with_trends_and_the_best_validation():
             progress.update(step, VALUES | {"train/reward": step / 4, "val/accuracy": accuracy})
     shown = console.file.getvalue()
     last = shown[shown.rindex("╭") :]
-    for part in ("demo", "/4", "1:30 gone", "0:30 left", "▁▅█", "▁█▄", "best 0.90", "0.50", "1.2e-06", "5200"):
+    for part in ("demo", "/4", "0:01:30 gone", "0:00:30 left", "▁▅█", "▁█▄", "best 0.90", "0.50", "1.2e-06", "5200"):
         assert part in last, part
     assert "loading" in shown
 
@@ -113,7 +113,7 @@ def test_supervised_training_has_its_own_columns():
     console, clock = log_console(), Clock()
     with show(console, clock, columns=SFT_COLUMNS) as progress:
         progress.update(1, {"sft/loss": 1.25, "train/reward": 0.5})
-    assert console.file.getvalue() == "step   1/200  loss 1.250  val -  - tok/s  - s/step  left 0:00\n"
+    assert console.file.getvalue() == "step   1/200  loss 1.250  val -  - tok/s  - s/step  left 0:00:00\n"
 
 
 def test_nan_is_shown_and_breaks_nothing():

@@ -76,7 +76,7 @@ def test_the_records_say_what_was_asked_answered_and_given(tmp_path):
             "advantage": 0.75,
             "tokens": 3,
             "truncated": False,
-            "images": ["000_0.png", "000_1.jpg"],
+            "images": ["000_0.png", "000_1.jpeg"],
         },
         {
             "row": 9,
@@ -96,10 +96,10 @@ def test_the_records_say_what_was_asked_answered_and_given(tmp_path):
 
 def test_images_are_files_named_by_what_they_are(tmp_path):
     formats = ["PNG", "JPEG", "GIF", "WEBP", "BMP"]
-    images = [encoded(format) for format in formats] + [b"who knows"]
+    images = [encoded(format) for format in formats]
     folder = save(tmp_path, 1, [prompt(0, images=images)], ["10"], 1)
     names = records(folder)[0]["images"]
-    assert [name.rsplit(".")[-1] for name in names] == ["png", "jpg", "gif", "webp", "bmp", "bin"]
+    assert [name.rsplit(".")[-1] for name in names] == ["png", "jpeg", "gif", "webp", "bmp"]
     assert [(folder / name).read_bytes() for name in names] == images
 
 
