@@ -12,6 +12,7 @@ from torch import Tensor
 from mssr.batch import GradedRollouts
 from mssr.observe.metrics import finite_or_none
 
+
 def save_rollouts(
     run_dir: Path, step: int, rollouts: GradedRollouts, baseline: Tensor | None, advantage: Tensor, count: int
 ) -> Path:
