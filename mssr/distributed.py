@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -52,6 +54,18 @@ class World:
         values = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Context that ends alike on all ranks: a UserError on one of them is raised on all. Collective."""
+        problem = None
+        try:
+            yield
+        except UserError as error:
+            problem = str(error)
+        problem = next(filter(None, self.gather(problem)), None)
+        if problem:
+            raise UserError(problem)
 
     def barrier(self) -> None:
         if self.size > 1:

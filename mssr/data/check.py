@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from mssr.data.files import Row
 from mssr.data.prefetch import worker_count
-from mssr.data.prompts import PromptEncoder
+from mssr.data.prompts import PromptEncoder, Unusable
 from mssr.distributed import World
 from mssr.errors import BadRow, UserError
 
@@ -24,11 +24,10 @@ def check_rows(rows: Sequence[Row], encoder: PromptEncoder, source: str, world: 
     def check(row: int) -> tuple[str, str] | str:
         """Return key and answer, or the reason why the row cannot be used. Keeps no images."""
         try:
-            problem = encoder.read(rows[row], row, source)
-            encoder.check(problem, source)
-        except BadRow as bad:
-            return bad.reason
-        return problem.key, problem.answer.strip()
+            key, answer = encoder.check(rows[row])
+        except Unusable as reason:
+            return str(reason)
+        return key, answer.strip()
 
     rank, size = (world.rank, world.size) if world else (0, 1)
     mine = range(rank, len(rows), size)

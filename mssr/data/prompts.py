@@ -51,7 +51,6 @@ class Problem:
     """
 
     key: str
-    row: int
     text: str
     answer: str
     solution: str | None
@@ -59,12 +58,12 @@ class Problem:
     pictures: tuple[Image.Image, ...]
 
 
-class _Unusable(Exception):
+class Unusable(Exception):
     """Says why a row cannot be used; becomes a BadRow where the row's index is known."""
 
 
 class PromptEncoder:
-    """Turns rows into prompts. `read` and `check` are the cheap part, which a dataset runs on every row at the start."""
+    """Turns rows into prompts. `check` is the cheap part, which a dataset runs on every row at the start."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor | None, config: DataConfig
@@ -83,69 +82,62 @@ class PromptEncoder:
         Raises:
             BadRow: the row cannot be used; says why and what to do.
         """
-        problem = self.read(row, index, source)
         try:
+            problem = self._read(row)
             pixel_values, grid, tokens = self._preprocess(problem.pictures)
-            return Prompt(
-                key=problem.key,
-                row=index,
-                problem=problem.text,
-                answer=problem.answer,
-                solution=problem.solution,
-                token_ids=torch.tensor(self._tokenize(problem.text, tokens)),
-                pixel_values=pixel_values,
-                image_grid_thw=grid,
-                images=problem.images,
+            token_ids = torch.tensor(self._tokenize(problem.text, tokens))
+        except Unusable as reason:
+            raise BadRow(index, source, str(reason)) from None
+        return Prompt(
+            key=problem.key,
+            row=index,
+            problem=problem.text,
+            answer=problem.answer,
+            solution=problem.solution,
+            token_ids=token_ids,
+            pixel_values=pixel_values,
+            image_grid_thw=grid,
+            images=problem.images,
+        )
+
+    def check(self, row: dict[str, Any]) -> tuple[str, str]:
+        """Return key and answer. Refuses what `encode` would refuse, without preprocessing the images. Safe in threads.
+
+        Raises:
+            Unusable: the row cannot be used; says why and what to do.
+        """
+        problem = self._read(row)
+        self._tokenize(problem.text, [self._count_tokens(picture) for picture in problem.pictures])
+        return problem.key, problem.answer
+
+    def _read(self, row: dict[str, Any]) -> Problem:
+        """Check the columns and decode the images."""
+        text = self._text(row, "problem")
+        answer = self._text(row, "answer")
+        solution = None if _missing(row.get("solution")) else self._text(row, "solution")
+        given = row.get("images") or []
+        given = given if isinstance(given, list) else [given]
+        markers = text.count(IMAGE_MARKER)
+        if markers and markers != len(given):
+            raise Unusable(
+                f"image token mismatch: {markers} {IMAGE_MARKER} in `problem` but {len(given)} in `images`; "
+                "make them equal, or drop the markers to put all images first"
             )
-        except _Unusable as reason:
-            raise BadRow(index, source, str(reason)) from None
-
-    def read(self, row: dict[str, Any], index: int, source: str) -> Problem:
-        """Check the columns and decode the images. Safe to call from several threads.
-
-        Raises:
-            BadRow: as `encode`.
-        """
-        try:
-            text = self._text(row, "problem")
-            answer = self._text(row, "answer")
-            solution = None if _missing(row.get("solution")) else self._text(row, "solution")
-            given = row.get("images") or []
-            given = given if isinstance(given, list) else [given]
-            markers = text.count(IMAGE_MARKER)
-            if markers and markers != len(given):
-                raise _Unusable(
-                    f"image token mismatch: {markers} {IMAGE_MARKER} in `problem` but {len(given)} in `images`; "
-                    "make them equal, or drop the markers to put all images first"
-                )
-            if given and self.image_processor is None:
-                raise _Unusable("has images, but model.path is a text-only model; use a vision-language model")
-            images, pictures = _load_images(given)
-        except _Unusable as reason:
-            raise BadRow(index, source, str(reason)) from None
-        return Problem(_content_key(images, text), index, text, answer, solution, images, pictures)
-
-    def check(self, problem: Problem, source: str) -> None:
-        """Refuse what `encode` would refuse, without preprocessing the images.
-
-        Raises:
-            BadRow: as `encode`.
-        """
-        try:
-            self._tokenize(problem.text, [self._count_tokens(picture) for picture in problem.pictures])
-        except _Unusable as reason:
-            raise BadRow(problem.row, source, str(reason)) from None
+        if given and self.image_processor is None:
+            raise Unusable("has images, but model.path is a text-only model; use a vision-language model")
+        images, pictures = _load_images(given)
+        return Problem(_content_key(images, text), text, answer, solution, images, pictures)
 
     def _text(self, row: dict[str, Any], column: str) -> str:
         value = row.get(column)
         if _missing(value):
-            raise _Unusable(f"`{column}` is missing or empty; fill it in or remove the row")
+            raise Unusable(f"`{column}` is missing or empty; fill it in or remove the row")
         if not isinstance(value, str | int | float):
-            raise _Unusable(f"`{column}` is a {type(value).__name__}; it must be text or a number")
+            raise Unusable(f"`{column}` is a {type(value).__name__}; it must be text or a number")
         text = str(value)
         for token in self._special_tokens:
             if token in text:
-                raise _Unusable(f"`{column}` contains the special token {token}; remove it (images are marked <image>)")
+                raise Unusable(f"`{column}` contains the special token {token}; remove it (images are marked <image>)")
         return text
 
     @cached_property
@@ -159,7 +151,7 @@ class PromptEncoder:
         try:
             patches = self.image_processor.get_number_of_image_patches(picture.height, picture.width, limits)
         except ValueError as error:  # an aspect ratio the model was not made for
-            raise _Unusable(f"an image of {picture.width} x {picture.height} pixels is unusable: {error}") from None
+            raise Unusable(f"an image of {picture.width} x {picture.height} pixels is unusable: {error}") from None
         return patches // self.image_processor.merge_size**2
 
     def _preprocess(self, pictures: tuple[Image.Image, ...]) -> tuple[Tensor | None, Tensor | None, list[int]]:
@@ -182,7 +174,7 @@ class PromptEncoder:
         ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         pads = ids.count(self.image_token_id)
         if pads != len(image_tokens):
-            raise _Unusable(
+            raise Unusable(
                 f"image token mismatch: the chat template of model.path made {pads} {self.image_token} "
                 f"for {len(image_tokens)} images; use the template of a vision-language model"
             )
@@ -191,7 +183,7 @@ class PromptEncoder:
         expanded = [copy for token in ids for copy in [token] * (next(counts) if token == self.image_token_id else 1)]
         limit = self.config.max_prompt_tokens
         if len(expanded) > limit:
-            raise _Unusable(
+            raise Unusable(
                 f"prompt too long: {len(expanded)} tokens ({sum(image_tokens)} of images) > data.max_prompt_tokens "
                 f"{limit}; raise it, or lower data.max_pixels"
             )
@@ -231,7 +223,7 @@ def _load_images(given: list[Any]) -> tuple[tuple[bytes, ...], tuple[Image.Image
             pictures.append(decode_image(images[-1]))
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise _Unusable(f"{name} is unreadable: {why}; replace the file or remove the row") from None
+            raise Unusable(f"{name} is unreadable: {why}; replace the file or remove the row") from None
     return tuple(images), tuple(pictures)
 
 

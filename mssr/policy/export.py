@@ -55,9 +55,10 @@ def save_adapter(policy: Policy, folder: Path, world: World) -> None:
 
 def _write_folder(folder: Path, write: Callable[[Path], None], world: World) -> None:
     """Call `write` on rank 0 with a temporary folder, which replaces `folder` when it is complete."""
-    problem = None
-    if world.is_main:
-        partial = folder.with_name(f".partial_{folder.name}")
+    partial = folder.with_name(f".partial_{folder.name}")
+    with world.together():
+        if not world.is_main:
+            return
         shutil.rmtree(partial, ignore_errors=True)
         try:
             write(partial)
@@ -67,10 +68,9 @@ def _write_folder(folder: Path, write: Callable[[Path], None], world: World) -> 
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             reason = " ".join(str(error).split())[:200]
-            problem = f"{folder}: could not be saved: {reason}; make room and run again (train: with --resume)"
-    problem = world.gather(problem)[0]  # the other ranks wait here
-    if problem:
-        raise UserError(problem)
+            raise UserError(
+                f"{folder}: could not be saved: {reason}; make room and run again (train: with --resume)"
+            ) from None
 
 
 @torch.no_grad()

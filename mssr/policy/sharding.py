@@ -8,7 +8,6 @@ from transformers import AutoConfig, PretrainedConfig
 
 from mssr.config import ModelConfig
 from mssr.distributed import World
-from mssr.errors import UserError
 from mssr.policy import attention
 from mssr.policy.families import family_of
 from mssr.policy.loading import apply_options, load_policy
@@ -33,15 +32,10 @@ def load_partitioned_policy(
         UserError: as `load_policy`, on every rank.
     """
     options = options or ModelConfig(path=path)
-    policy, problem = None, None
-    if world.is_main:
-        try:
+    policy = None
+    with world.together():
+        if world.is_main:
             policy = load_policy(path, dtype, options, world.device)
-        except UserError as error:
-            problem = str(error)
-    problem = world.gather(problem)[0]
-    if problem:
-        raise UserError(problem)
     if policy is None:
         policy = _empty_policy(AutoConfig.from_pretrained(path), dtype, torch.device("cpu"))
         apply_options(policy, options, world.device)

@@ -15,8 +15,9 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,11 @@ class Checkpoints:
             UserError: this or the earlier one could not be written (disk full, permission); complete ones are intact.
         """
         self.settle(wait=True)
-        partial, contents = self._partial(step), {}
-        self._together(step, lambda: self._make_room(partial, engine))
-        self._together(step, lambda: contents.update(self._contents(step, engine, state)))
+        partial = self._partial(step)
+        with self._together(step):
+            self._make_room(partial, engine)
+        with self._together(step):
+            contents = self._contents(step, engine, state)
         self._pending = step, self._thread.submit(_write, partial, contents)
         if best is not None:
             self._best_step, self._best_accuracy = step, best
@@ -119,9 +122,12 @@ class Checkpoints:
         if not wait and not all(self._world.gather(writing.done())):
             return
         self._pending = None
-        self._together(step, writing.result)
-        self._together(step, lambda: self._commit(step))
-        self._together(step, self._prune, "is saved, but older ones could not be removed")
+        with self._together(step):
+            writing.result()
+        with self._together(step):
+            self._commit(step)
+        with self._together(step, "is saved, but older ones could not be removed"):
+            self._prune()
 
     def close(self) -> None:
         """Complete an unfinished checkpoint on a single rank; other ranks may be gone."""
@@ -141,21 +147,25 @@ class Checkpoints:
             contents["state.pt"] = buffer.getvalue()
         return contents
 
-    def _together(self, step: int, work: Callable[[], Any], failure: str = "could not be saved") -> None:
-        """Run `work`; if it fails on any rank, raise the same error on all."""
-        problem = None
+    @contextmanager
+    def _together(self, step: int, failure: str = "could not be saved") -> Iterator[None]:
+        """Context that ends alike on all ranks, with the same error if writing fails on one."""
         try:
-            work()
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
-            problem = " ".join(str(cause).split())[:200]
-        problems = [found for found in self._world.gather(problem) if found]
-        if problems:
+            with self._world.together():
+                try:
+                    yield
+                except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+                    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+                    kept = saved_steps(self._folder)
+                    last = f"checkpoint of step {kept[-1]} is intact" if kept else "there is no earlier checkpoint"
+                    raise UserError(
+                        f"{self._path(step)}: {failure}: {' '.join(str(cause).split())[:200]}; {last}; make room and "
+                        "train with --resume"
+                    ) from None
+        except UserError:
             if self._world.is_main:
                 shutil.rmtree(self._partial(step), ignore_errors=True)
-            kept = saved_steps(self._folder)
-            last = f"checkpoint of step {kept[-1]} is intact" if kept else "there is no earlier checkpoint"
-            raise UserError(f"{self._path(step)}: {failure}: {problems[0]}; {last}; make room and train with --resume")
+            raise
 
     def _make_room(self, partial: Path, engine: PolicyEngine) -> None:
         """Remove the remains of interrupted saves, and check for free disk space."""

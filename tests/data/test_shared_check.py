@@ -10,17 +10,17 @@ from mssr.errors import UserError
 
 
 def opened(world, path: str, **keys):
-    """Return (fingerprint, usable rows, bad rows, rows that this rank checked itself), or the error's text."""
+    """Return (fingerprint, usable rows, bad rows, problems that this rank checked itself), or the error's text."""
     encoder = build_encoder(**keys)
-    read, plain = [], encoder.read
-    encoder.read = lambda row, index, source: read.append(index) or plain(row, index, source)
+    checked, check = [], encoder.check
+    encoder.check = lambda row: checked.append(row["problem"]) or check(row)
     path = path.replace("RANK", str(world.rank))
     try:
         problems = ProblemDataset(path, encoder, encoder.config, world=world)
     except UserError as error:
         return str(error)
     rows = [problems[index].row for index in range(len(problems))]
-    return problems.fingerprint, rows, [str(bad) for bad in problems.bad_rows], sorted(read[: len(read) - len(rows)])
+    return problems.fingerprint, rows, [str(bad) for bad in problems.bad_rows], sorted(checked)
 
 
 @pytest.fixture
@@ -44,7 +44,8 @@ def test_two_ranks_find_what_one_finds(ranks, file, make_dataset):
     assert first[0] == alone.fingerprint
     assert first[1] == [prompt.row for prompt in alone]
     assert first[2] == [str(bad) for bad in alone.bad_rows] and len(first[2]) == 3
-    assert first[3] == list(range(0, 13, 2)) and second[3] == list(range(1, 13, 2))
+    assert first[3] == sorted(f"<image>Is it {number}?" for number in (0, 2, 4, 6, 8, 10, 1))  # row 12 repeats row 1
+    assert second[3] == sorted(f"<image>Is it {number}?" for number in (1, 3, 5, 7, 9, 2))  # and row 11 row 2
 
 
 def test_all_ranks_refuse_the_same_rows(ranks, file):

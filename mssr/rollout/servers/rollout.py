@@ -66,9 +66,9 @@ class ServerRollout(RolloutEngine):
         for lost in self._world.gather(self._lost):
             for server, reason in lost.items():
                 self._report(server, reason)
-        workers, problem = self._world.gather(self._roll_call() if self._world.is_main else None)[0]
-        if problem:
-            raise UserError(problem)
+        with self._world.together():
+            called = self._roll_call() if self._world.is_main else {}
+        workers = self._world.gather(called)[0]
         self._transfer.send(policy, version, workers)
         self._live, self._lost, self._weight_version = list(workers), {}, version
         self._reported -= workers.keys()
@@ -142,34 +142,35 @@ class ServerRollout(RolloutEngine):
             self._reported.add(server)
             print(f"mssr: rollout server {server} is out: {reason}", file=sys.stderr, flush=True)
 
-    def _roll_call(self) -> tuple[dict[str, int], str | None]:
-        """Return the servers that answer, with the number of workers of each; or an error message."""
+    def _roll_call(self) -> dict[str, int]:
+        """Return the servers that answer, with the number of workers of each.
+
+        Raises:
+            UserError: one is missing at the start of the run, or all later; or one is no vLLM server.
+        """
         first = self._weight_version is None
         deadline = time.monotonic() + self._config.server_timeout_s
         workers: dict[str, int] = {}
-        try:
-            while True:
-                asked = [server for server in self._servers if server not in workers]
-                answers = _ask(asked, "/health", self._config.server_timeout_s)
-                lost = {server: answer for server, answer in answers.items() if isinstance(answer, ServerLost)}
-                there = _ask([server for server in asked if server not in lost], "/get_world_size", _HEALTH_S)
-                for server, answer in there.items():
-                    if isinstance(answer, ServerLost):
-                        lost[server] = answer
-                    elif not isinstance(answer, dict) or not isinstance(answer.get("world_size"), int):
-                        return {}, f"rollout.servers {server} is not a vLLM server; start one with `mssr serve`"
-                    else:
-                        workers[server] = answer["world_size"]
-                if not first or not lost or time.monotonic() > deadline:
-                    break
-                time.sleep(_POLL_S)
-        except UserError as error:
-            return {}, str(error)
+        while True:
+            asked = [server for server in self._servers if server not in workers]
+            answers = _ask(asked, "/health", self._config.server_timeout_s)
+            lost = {server: answer for server, answer in answers.items() if isinstance(answer, ServerLost)}
+            there = _ask([server for server in asked if server not in lost], "/get_world_size", _HEALTH_S)
+            for server, answer in there.items():
+                if isinstance(answer, ServerLost):
+                    lost[server] = answer
+                elif not isinstance(answer, dict) or not isinstance(answer.get("world_size"), int):
+                    raise UserError(f"rollout.servers {server} is not a vLLM server; start one with `mssr serve`")
+                else:
+                    workers[server] = answer["world_size"]
+            if not first or not lost or time.monotonic() > deadline:
+                break
+            time.sleep(_POLL_S)
         if lost and (first or not workers):
-            return {}, _nobody(lost, self._config.server_timeout_s if first else None)
+            raise UserError(_nobody(lost, self._config.server_timeout_s if first else None))
         for server, answer in lost.items():
             self._report(server, answer.reason)
-        return {server: workers[server] for server in self._servers if server in workers}, None
+        return {server: workers[server] for server in self._servers if server in workers}
 
 
 @dataclass

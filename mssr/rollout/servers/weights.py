@@ -1,6 +1,7 @@
 """Sends the trainer's weights to all servers by vLLM's weight transfer: one broadcast group over all their workers."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -42,11 +43,13 @@ class WeightTransfer:
             torch.cuda.synchronize(self._world.device)  # vLLM reads the parameters on its own streams
         if self._world.gather(not self._connected(servers) if self._world.is_main else None)[0]:
             self.close()
-            self._agree(lambda: self._connect(policy, servers))
+            with self._agree():
+                self._connect(policy, servers)
         self._source.policy = policy
         self._client.version = version
         self._sent = None
-        self._agree(lambda: self._transfer(version))
+        with self._agree():
+            self._transfer()
         self._sent = version
 
     def close(self) -> None:
@@ -86,7 +89,7 @@ class WeightTransfer:
         )
         self._client.give_up = self._engine.shutdown
 
-    def _transfer(self, version: int) -> None:
+    def _transfer(self) -> None:
         try:
             self._engine.send_weights()
         except BaseException:
@@ -96,20 +99,17 @@ class WeightTransfer:
             for path in _CACHES:
                 self._client.post(path)
 
-    def _agree(self, action) -> None:
-        """Run the action on all ranks; a server's failure, which only rank 0 sees, raises on every rank."""
-        problem = None
-        try:
-            action()
-        except UserError as error:
-            problem = str(error)
-        except (RuntimeError, ValueError, TimeoutError, OSError) as error:
-            if not self._world.is_main:
-                raise
-            problem = f"rollout.servers: weight transfer: {' '.join(str(error).split())[:300]}"
-        problem = next(filter(None, self._world.gather(problem)), None)
-        if problem:
-            raise UserError(problem)
+    @contextmanager
+    def _agree(self) -> Iterator[None]:
+        """Context that ends alike on all ranks; a server's failure is seen on rank 0 alone."""
+        with self._world.together():
+            try:
+                yield
+            except (RuntimeError, ValueError, TimeoutError, OSError) as error:
+                if not self._world.is_main:
+                    raise
+                reason = " ".join(str(error).split())[:300]
+                raise UserError(f"rollout.servers: weight transfer: {reason}") from None
 
 
 class FanOut:
