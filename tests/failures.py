@@ -32,7 +32,7 @@ def said(report) -> list[str]:
     ]
     if any(
         "Traceback (most recent call last)" in line for line in lines
-    ):  # what a command printed: its error is at the end
+    ):  # output of a command: its error is at the end
         return [*lines[:1], *lines[1 - LINES :]]
     return lines[:LINES] if crash else lines[-LINES:]
 

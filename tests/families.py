@@ -7,7 +7,7 @@ other file is a family of its own. The longest families start first.
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# By the tests' paths, in the order in which they start.
+# Name -> prefixes of the tests' paths. Families start in this order.
 FAMILIES = {
     "runs": ("tests/training/", "tests/cli/", "tests/study/test_study_run.py"),  # they run `mssr` commands
     "vllm": ("tests/rollout/",),
@@ -25,7 +25,7 @@ class FamilyScheduling(LoadScopeScheduling):
         return family(nodeid)
 
     def remove_node(self, node):
-        """A test that crashed its worker does not run again on the next worker, and the next."""
+        """Mark a test that crashed its worker as done, so that it does not run again and crash the next worker."""
         crashed = super().remove_node(node)
         if crashed is not None:
             for units in (self.workqueue, *self.assigned_work.values()):
@@ -36,7 +36,7 @@ class FamilyScheduling(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    config.option.loadscopereorder = False  # else the largest number of tests goes first
+    config.option.loadscopereorder = False  # else families with the most tests start first
     return FamilyScheduling(config, log)
 
 

@@ -1,4 +1,4 @@
-"""Start processes that have the slow imports done: a server imports them once and forks for each process."""
+"""Start processes without repeating the slow imports: a server imports everything once and forks each process."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ from multiprocessing.context import ForkServerContext
 
 @cache
 def forkserver() -> ForkServerContext:
-    """Return a multiprocessing context. Its processes have the environment of the server's start: see `take_environment`."""
+    """Return a multiprocessing context. Its processes inherit the server's environment: see `take_environment`."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
@@ -18,6 +18,6 @@ def forkserver() -> ForkServerContext:
 
 
 def take_environment(environment: dict[str, str]) -> None:
-    """To be called first in a process from the server, with its parent's `dict(os.environ)`."""
+    """Replace the environment. Call this first in a forked process, with its parent's `dict(os.environ)`."""
     os.environ.clear()
     os.environ.update(environment)

@@ -28,7 +28,7 @@ def write_material(folder: Path) -> Path:
             "min_pixels": 3136,
             "max_pixels": 12544,
         },
-        # Half for the form: rewards of 0, 0.5 and 1 from a policy that has seen forty batches.
+        # Half of the reward is for the format: after forty batches a policy gets rewards of 0, 0.5 and 1.
         "reward": {"format_weight": 0.5},
         "algorithm": {"kl_coef": 0.0, "tracker": {"drift": "batch", "n_init": 0}},
         "rollout": {"engine": "hf", "prompts_per_step": 16, "max_response_tokens": 12},

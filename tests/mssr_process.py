@@ -1,8 +1,8 @@
-"""`mssr` commands in processes of their own, without six seconds of imports for each.
+"""Run `mssr` commands in separate processes, without six seconds of imports for each.
 
 A server imports torch, transformers and DeepSpeed once and forks for every command; the child runs `mssr.cli.main` and
-exits as `python -m mssr` would. `at` makes something happen at an exact moment of a command's life: Python announces
-file operations to audit hooks, and the first one that matches kills the process or fills its disk.
+exits as `python -m mssr` would. `at` interrupts a command at an exact moment: Python reports file operations to audit
+hooks, and the one that matches sends the process a signal or makes its writes fail as on a full disk.
 
     mssr("train", config, at=Moment("os.rename", "step_000004", "kill"))
     mssr("-m", "bench.study", "run", study)
@@ -33,9 +33,9 @@ TIMEOUT_S = 120  # a hang fails the test
 
 @dataclass(frozen=True)
 class Moment:
-    """The nth audit event of this name ("": of any) with `path` in its first argument.
+    """The nth audit event of this name ("": any name) whose first argument contains `path`.
 
-    then: "kill" is kill -9; "full" lets no file grow beyond 100 kB from then on, so that writes fail with an OSError;
+    then: "kill" is kill -9; with "full" no file can grow beyond 100 kB any more, so that writes fail with an OSError;
     "term" is a SIGTERM, "usr1" a SIGUSR1, "twice" two SIGTERMs.
     """
 
@@ -47,7 +47,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Ended:
-    """code: exit status, negative for a signal."""
+    """How a command ended. code: exit status, -N if signal N killed it."""
 
     code: int
     out: str
@@ -59,12 +59,12 @@ class Ended:
 
     @property
     def line(self) -> str:
-        """The one line a user's mistake is told in."""
+        """The one-line message of a user's mistake (exit status 2)."""
         return self._line_with(2)
 
     @property
     def divergence(self) -> str:
-        """The one line of a run that broke its policy: an exit code of its own, so that whoever starts many can tell."""
+        """The one-line message of a run whose policy diverged (exit status 3, so that the study runner can tell)."""
         return self._line_with(3)
 
     def _line_with(self, code: int) -> str:
@@ -92,7 +92,7 @@ class Started:
 
 
 class Launcher:
-    """folder: for the commands' output. model: any model directory, loaded once to fill the libraries' caches."""
+    """Starts commands. folder: for their output. model: any model directory, loaded once to fill the libraries' caches."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
@@ -126,7 +126,7 @@ class Launcher:
         return Started(self, pid, name)
 
     def ranks(self, size: int, *arguments: str | Path, at: Moment | None = None) -> list[Ended]:
-        """The command on several ranks; `at` is rank 0's."""
+        """Run the command on several ranks. `at` applies to rank 0."""
         port = str(free_port())
         started = [
             self.start(
@@ -144,7 +144,7 @@ class Launcher:
 
 
 def free_port() -> int:
-    """Return a port below those that the system gives to connections, so that it stays free until a server has started."""
+    """Return a free port below the ephemeral range, so that no connection takes it before a server has started."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as listener, suppress(OSError):
@@ -153,7 +153,7 @@ def free_port() -> int:
 
 
 def serve() -> None:
-    """Answers requests until its input ends. Returns in the children only."""
+    """Answer requests until the input ends. Returns only in the forked children."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -178,7 +178,7 @@ def wait(pid: int) -> int | None:
 
 
 def ends_within(pid: int, seconds: float) -> bool:
-    """Wait for the process to end, at most so long. Returns whether it has."""
+    """Wait at most `seconds` for the process to end. Return whether it has."""
     with os.fdopen(os.pidfd_open(pid)) as process:
         return bool(select.select([process], [], [], seconds)[0])
 
@@ -194,7 +194,7 @@ def become(arguments: list[str], at: dict | None, env: dict[str, str], name: str
 
 
 def end(command: Callable[[], None]) -> None:
-    """Runs the command and exits as the interpreter would, without the seconds it takes to unload torch."""
+    """Run the command and exit as the interpreter would, without the seconds it takes to unload torch."""
     code = 0
     try:
         command()
@@ -245,6 +245,6 @@ if __name__ == "__main__":
     getattr(deepspeed.ops, "__compatible_ops__")  # noqa: B009  probes for a compiler
     load_policy(sys.argv[1], torch.float32)
     load_processors(sys.argv[1])
-    gc.freeze()  # the children's collectors leave the shared pages alone
+    gc.freeze()  # garbage collection in the children does not touch the shared pages
     serve()
     end(lambda: runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True))

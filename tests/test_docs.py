@@ -1,4 +1,4 @@
-"""README, docs/ and kernels/README.md: generated pages are current, and what they name exists."""
+"""READMEs and docs/: generated pages are up to date, and the links, keys, commands and paths in them exist."""
 
 import importlib.util
 import re
@@ -21,7 +21,7 @@ PAGES = [
 ]
 SECTIONS = [name for name, field in Config.model_fields.items() if hasattr(field.annotation, "model_fields")]
 NO_KEYS = ("model.model", "model.lm_head", "rollout.generate", "rollout.update_weights")  # attributes and methods
-EXAMPLES = {"configs/my.yaml"}  # of a reader's own files
+EXAMPLES = {"configs/my.yaml"}  # paths of a reader's own files
 FOLDERS = "mssr|kernels|bench|configs|docs|examples|tests"
 
 
@@ -57,7 +57,7 @@ def test_links_lead_somewhere(file):
 
 
 def slug(heading: str) -> str:
-    """The anchor that GitHub makes of a heading."""
+    """Return GitHub's anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 

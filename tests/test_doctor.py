@@ -18,7 +18,7 @@ def works(code):
 
 @pytest.fixture
 def check(monkeypatch):
-    """A report on a machine that has everything, except for `changes` (None: not installed)."""
+    """Diagnose a machine that has everything, except for `changes`: package -> version (None: not installed)."""
 
     def check(changes=None, gpus=(), probe=works):
         installed = {name: SUPPORTED[name][0] for name in PACKAGES} | {

@@ -1,4 +1,4 @@
-"""Every example runs as a stranger would run it: as a process, from some other folder, without arguments."""
+"""Every example runs as a user would run it: as a process, from another folder, without arguments."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from mssr.versions import SUPPORTED
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-NOT_INSTALLED_HERE = ("verl", "openrlhf")  # they pin versions that do not go with ours
+NOT_INSTALLED_HERE = ("verl", "openrlhf")  # they pin versions that conflict with ours
 
 
 @pytest.mark.slow("5 to 10 s each, most of it imports; test_readme and tests/integrations call what they call")

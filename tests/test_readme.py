@@ -1,4 +1,4 @@
-"""The examples of the READMEs are run as they stand, and the numbers of the first table are those of its results."""
+"""The examples in the READMEs run unchanged, and the first table has the numbers of the committed results."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-# A row of the first table -> the providers that it shows, with gradients and without.
+# Row of the first table -> the benchmark's providers, with and without gradients.
 ROWS = {
     "eager PyTorch": ("eager", "eager"),
     "torch.compile": ("torch.compile", "torch.compile"),
@@ -48,7 +48,7 @@ def nats(error: float | None) -> str:
 
 
 def test_the_fused_loss_in_five_lines():
-    """It is the plain clipped loss, nothing added to the user's objective."""
+    """It computes the plain clipped loss, with no additional terms."""
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(example.strip().splitlines()) - example.count("\n\n") == 5
     config = Qwen2Config(

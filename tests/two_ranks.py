@@ -1,4 +1,4 @@
-"""Two real gloo ranks in processes of their own. One that hangs or dies fails the call, not the session."""
+"""Two real gloo ranks in separate processes. A rank that hangs or dies fails the call, not the session."""
 
 import atexit
 import gc
@@ -17,7 +17,7 @@ from forked import forkserver, take_environment
 from mssr.distributed import start_world
 
 START_TIMEOUT = 300  # seconds to import everything
-TIMEOUT = 60  # seconds of a call, which takes a few on busy cores
+TIMEOUT = 60  # seconds per call; on busy cores a call takes a few
 
 
 class Ranks:

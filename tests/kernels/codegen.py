@@ -1,8 +1,8 @@
-"""Code for real GPUs from the Triton kernels, on a machine without one, and what it takes of the hardware.
+"""Compile the Triton kernels for real GPUs, on a machine without one, and report their use of the hardware.
 
 `python codegen.py` compiles every kernel for every entry of the tuning table, with and without the options that change
-its code, and prints one JSON object for each. A process of its own: whether a kernel is interpreted is decided when its
-module is imported, and the tests beside this want them interpreted.
+its code, and prints one JSON object per kernel. It is a separate process, because Triton decides at import whether a kernel
+is interpreted, and the other tests need interpreted kernels.
 """
 
 import json
@@ -41,13 +41,13 @@ class Case(NamedTuple):
     kernel: triton.JITFunction
     capability: tuple[int, int]
     dtype: torch.dtype
-    constants: dict  # constexpr arguments; those which are None are absent
-    tiles: TileConfig | None = None  # of a kernel with a product
+    constants: dict  # constexpr arguments; None: the argument is absent
+    tiles: TileConfig | None = None  # only for kernels with a matmul
     d: int = 3584
 
 
 def matmul_cases():
-    """The forward and the slab: plain head, with a bias, then everything at once; storing or not; aligned for TMA or not."""
+    """Yield forward and slab kernels: plain, with bias, with every option; storing or not; D aligned for TMA or not."""
     half, single = torch.bfloat16, torch.float32
     for capability, dtype, d, options in (
         ((9, 0), half, 3584, "plain"),
@@ -85,7 +85,7 @@ def matmul_cases():
             ("slab", slab.slab_kernel, gradient),
         ):
             yield Case(f"{name} {head}", kernel, capability, dtype, constants | more, tiles, d)
-        if capability == (9, 0) and tiles.block_vocab == 256:  # the entropy's gradient puts the most into this tile
+        if capability == (9, 0) and tiles.block_vocab == 256:  # the entropy's gradient needs the most registers here
             constants.update(ROW_TEMPERATURE=True, cap_scale=None)
             yield Case(f"slab with slope {head}", slab.slab_kernel, capability, dtype, constants, tiles, d)
 
@@ -182,7 +182,7 @@ def usage(case: Case) -> dict:
 
 
 def sums(ttgir: str) -> list[str]:
-    """What is summed, with its layout, which is the order of the sum."""
+    """Return the type of each sum's operand, with its layout, which determines the order of the sum."""
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, flags=re.M))
     reductions = re.findall(r'"tt.reduce"(.*?)\}\) : \((tensor<[^)]*)\) -> ', ttgir, flags=re.S)
     kinds = [kind for body, kind in reductions if "arith.addf" in body]

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# `kernels_oracle` is imported by its name: this folder must not become a package called `kernels`.
+# Tests import `kernels_oracle` by name, because this folder must not become a package called `kernels`.
 sys.path.insert(0, str(Path(__file__).parent))
 
 

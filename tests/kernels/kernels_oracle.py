@@ -1,4 +1,4 @@
-"""An independent oracle: float64, autograd, written from the formulas without the package's own code."""
+"""Independent oracle: float64 and autograd, written from the formulas without the package's own code."""
 
 import torch
 
@@ -15,7 +15,7 @@ def logits64(hidden, weight, bias=None, temperature=1.0, softcap=None):
 
 
 def logprob_entropy(hidden, weight, target, ignore_index=-100, **head):
-    """(logp, entropy, lse) with ignored rows zero; hidden, weight (and bias) float64, possibly requiring grad."""
+    """Return (logp, entropy, lse), each [N] float64, zero in ignored rows. hidden, weight and bias are float64."""
     keep = target != ignore_index
     hidden = torch.where(keep[:, None], hidden, torch.zeros((), dtype=hidden.dtype))  # NaN * 0 would be NaN
     z = logits64(hidden, weight, **head)
@@ -43,7 +43,7 @@ def policy_loss(
     ignore_index=-100,
     **head,
 ):
-    """The loss alone, one row at a time, by explicit cases."""
+    """Return the scalar loss, computed row by row with explicit cases."""
     logp, entropy, _ = logprob_entropy(hidden, weight, target, ignore_index, **head)
     total, count = logp.new_zeros(()), 0
     for t in range(len(target)):
@@ -81,7 +81,7 @@ def policy_loss(
 
 
 def gradients64(function, hidden, weight, *arguments, bias=None, **keywords):
-    """Value of a scalar function of the head and its float64 gradients by hidden, weight and bias."""
+    """Return the value of a scalar function and its float64 gradients with respect to hidden, weight and bias."""
     leaves = [None if t is None else t.detach().double().requires_grad_() for t in (hidden, weight, bias)]
     value = function(leaves[0], leaves[1], *arguments, bias=leaves[2], **keywords)
     value.backward()

@@ -1,4 +1,4 @@
-"""Tiny models of many families, and what a patched one of them is compared with: its own logits."""
+"""Tiny models of many families, and expected values for patched models, from the logits of the stock model."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,7 +30,7 @@ FAMILIES = {
 
 
 def tiny(family: str = "qwen2", **options):
-    """A model with weights so large that its distributions are far from flat."""
+    """Return a model with weights large enough that its distributions are far from flat."""
     kind, *_ = family.split()
     config = AutoConfig.for_model(kind, **(TEXT | FAMILIES.get(family, {}) | options))
     return with_large_weights(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
@@ -45,13 +45,13 @@ def with_large_weights(model):
 
 
 def batch(rows: int = 2, length: int = 9):
-    """Tokens and their targets, of which the first three of each row and the last are ignored."""
+    """Return tokens and targets, both [rows, length]; each row's first three targets and its last are ignored."""
     tokens = torch.randint(3, VOCAB, (rows, length))
     return tokens, next_token_target(tokens, torch.arange(length).expand(rows, length) > 3)
 
 
 def expected(model, target, temperature=1.0, **inputs):
-    """logp and entropy [B, T] from the logits of the stock model, in float64."""
+    """Return logp and entropy, both [B, T] float64, from the logits of the stock model."""
     log_p = torch.log_softmax(model(**inputs).logits.double() / temperature, dim=-1)
     kept = target != -100
     logp = log_p.gather(2, target.clamp(min=0)[..., None])[..., 0]

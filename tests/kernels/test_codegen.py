@@ -1,7 +1,7 @@
-"""Code for A100 and H100 from every kernel and every entry of the tuning table, without a GPU.
+"""Every kernel compiles for A100 and H100 with every entry of the tuning table; no GPU is needed.
 
-What the table promises: everything in registers, tensor cores under every 16-bit product, operands by the widest
-copies.
+The code has what the table promises: no register spills, tensor cores for every 16-bit product, and the widest copies
+of operands.
 """
 
 import json
@@ -14,12 +14,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-SHARED_MEMORY = {8: 99 << 10, 9: 227 << 10}  # that a program may have: sm_86 and sm_89, sm_90
+SHARED_MEMORY = {8: 99 << 10, 9: 227 << 10}  # limit per program: of sm_86 and sm_89, of sm_90
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    """What each kernel takes of the hardware, by its name; `codegen` has the fields."""
+    """Return each kernel's use of the hardware, by name; the fields are those of `codegen.usage`."""
     here = Path(__file__).parent
     path = os.pathsep.join([str(here.parents[1] / "kernels"), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""torch.compile of a caller: one node for each operator, no graph break, the same values and gradients."""
+"""torch.compile of a calling function: one node per operator, no graph break, the same values and gradients."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ def scores(hidden, weight, target, advantage, old_logp):
 
 
 class Backend:
-    """Counts the graphs and our operators in them, and runs them as AOTAutograd traced them."""
+    """Counts the graphs and our operators in them, and runs them with `aot_eager`."""
 
     def __init__(self):
         self.graphs, self.nodes = 0, []
@@ -65,7 +65,7 @@ def test_the_head_compiles():
 
 @pytest.mark.parametrize("name", ["logprob_entropy", "policy_loss"])
 def test_the_operators_keep_the_rules_of_the_dispatcher(name):
-    """Schema, fake tensors and autograd registration, by PyTorch's own check."""
+    """Schema, fake tensors and autograd registration pass PyTorch's own check."""
     hidden, weight, target, advantage, _ = inputs()
     hidden.requires_grad_(), weight.requires_grad_()
     tensors = (hidden, weight, None, target, None)
@@ -82,7 +82,7 @@ def test_the_operators_keep_the_rules_of_the_dispatcher(name):
 
 
 def test_gradient_scaler_and_autocast_as_with_a_linear():
-    """A loss scaled by 2^16 under fp16 autocast: unscaled gradients as without."""
+    """With a loss scaled by 2^16 under fp16 autocast, the unscaled gradients are those without scaling."""
     hidden, weight, target, advantage, _ = inputs()
     plain = [t.clone().requires_grad_() for t in (hidden.half().float(), weight.half().float())]
     linear_policy_loss(*plain, target, advantage, backend="reference").loss.backward()

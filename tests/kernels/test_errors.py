@@ -1,4 +1,4 @@
-"""Every mistake gets one line that says what, where and what to do."""
+"""Every mistake gets a one-line error that says what is wrong, where, and what to do."""
 
 import math
 

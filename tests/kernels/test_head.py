@@ -1,4 +1,4 @@
-"""FusedLMHead is an nn.Linear in every respect, and the functions when it is given targets."""
+"""FusedLMHead behaves as an nn.Linear, and as the loss functions when it is given targets."""
 
 import copy
 import typing
@@ -92,7 +92,7 @@ FORBIDDEN = [3, 49]
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_forbidden_columns_are_out_of_the_distribution(biased):
-    """Against the head that never had them."""
+    """The head equals one that never had these columns."""
     head, smaller = FusedLMHead(12, 50, bias=biased), nn.Linear(12, 48, bias=biased)
     kept = [column for column in range(50) if column not in FORBIDDEN]
     names, parameters = list(head.state_dict()), list(head.parameters())
@@ -147,7 +147,7 @@ def test_what_is_forbidden_follows_the_head():
 
 
 def test_typed_overloads_say_what_forward_takes_and_returns():
-    """The option types are those of the functions, whose bias is the head's own."""
+    """The options have the types of the functions' arguments; the bias is the head's own."""
     plain, scores, loss = typing.get_overloads(FusedLMHead.forward)
     assert typing.get_type_hints(plain)["return"] is torch.Tensor
     named = {"hidden", "weight", "target", "advantage", "bias"}

@@ -1,6 +1,6 @@
-"""A row's values do not depend on its company: not on the batch, the chunks, nor on whether gradients are wanted.
+"""A row's values do not depend on the other rows, on the chunks, or on whether gradients are computed.
 
-Bitwise in the Triton backend; the chunked one inherits its BLAS's rounding.
+This holds bitwise in the Triton backend. The chunked backend has the rounding of its BLAS.
 """
 
 import pytest

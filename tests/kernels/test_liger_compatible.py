@@ -1,6 +1,6 @@
-"""`mssr_kernels.liger` against liger-kernel's own class: the same signature, loss, metrics and gradients.
+"""`mssr_kernels.liger` has the signature, loss, metrics and gradients of liger-kernel's own class.
 
-Where both are inexact (bfloat16), against float64: log-probs in eager PyTorch, the loss by Liger's own formulas.
+Where both have rounding errors (bfloat16), the oracle is float64: eager log-probs and Liger's own formulas for the loss.
 """
 
 import inspect
@@ -20,7 +20,7 @@ KINDS = [(kind, "token") for kind in (*CLIPPED, "cispo", "sapo", "vespo")] + [(k
 
 
 def batch(b=B, t=T, d=D, v=V, off_policy=0.5, scale=0.3):
-    """Arguments of a call, every branch of the clip among the tokens; one completion has none, one a single token."""
+    """Return arguments whose tokens reach every branch of the clip; one completion is empty, one has a single token."""
     hidden, weight, bias = torch.randn(b, t, d), scale * torch.randn(v, d), torch.randn(v)
     tokens = torch.randint(v, (b, t))
     tokens[0, 0] = v - 1
@@ -39,7 +39,7 @@ def batch(b=B, t=T, d=D, v=V, off_policy=0.5, scale=0.3):
 
 
 def scores(loss, arguments, frozen=()):
-    """[loss, *metrics, *gradients by _input, lin_weight and bias]"""
+    """Return [loss, *metrics, *gradients of _input, lin_weight and bias]."""
     leaves = {
         name: arguments[name].clone().requires_grad_(name not in frozen)
         for name in ("_input", "lin_weight", "bias")
@@ -130,13 +130,13 @@ def test_reference_model_by_its_hidden_states(kind):
     both(arguments, loss_type=kind)
     arguments["ref_bias"] = torch.randn(V)
     both(arguments, loss_type=kind)
-    both(arguments, loss_type=kind, use_ref_model=False)  # not used, a divergence of 0 is reported
+    both(arguments, loss_type=kind, use_ref_model=False)  # then it is not used, and the reported divergence is 0
     with pytest.warns(UserWarning, match="ref_input is not used"):
         with_both = scores(Ours(loss_type=kind), arguments | {"ref_per_token_logps": batch()["ref_per_token_logps"]})
     assert not torch.equal(with_both[1], scores(Ours(loss_type=kind), arguments)[1])
 
 
-@pytest.mark.parametrize("kind,level", [pair for pair in KINDS if pair[0] != "luspo"])  # to luspo, the padding counts
+@pytest.mark.parametrize("kind,level", [pair for pair in KINDS if pair[0] != "luspo"])  # luspo has a loss on padding
 def test_what_the_mask_leaves_out_has_no_influence(kind, level):
     arguments = batch() | {"vllm_is_ratio": 0.5 + torch.rand(B, T)}
     options = dict(loss_type=kind, importance_sampling_level=level, max_completion_length=9)
@@ -152,7 +152,7 @@ def test_what_the_mask_leaves_out_has_no_influence(kind, level):
     clean, dirty = scores(Ours(**options), arguments), scores(Ours(**options), arguments | poisoned)
     for a, b in zip(clean, dirty):
         assert torch.equal(a, b)
-    assert (dirty[3][out] == 0).all()  # the gradient by _input
+    assert (dirty[3][out] == 0).all()  # the gradient of _input
 
 
 @pytest.mark.parametrize("kind,level", KINDS)
@@ -164,7 +164,7 @@ def test_nothing_to_learn_from(kind, level):
 
 
 def exact(arguments, **options):
-    """[loss, gradients] in float64, by Liger's formulas on eager log-probs; the rounding of 3.0 is exact."""
+    """Return [loss, *gradients] in float64, from Liger's formulas on eager log-probs; 3.0 is exact in every dtype."""
     leaves = [arguments[name].double().requires_grad_() for name in ("_input", "lin_weight", "bias")]
     hidden, weight, bias = leaves
     logp = torch.log_softmax(hidden @ weight.T + bias, -1).gather(-1, arguments["selected_token_ids"][..., None])[
@@ -195,7 +195,7 @@ EXACT = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind,level,beta", EXACT)
 def test_no_less_exact_than_liger(kind, level, beta, dtype):
-    # Ratios near 1, away from the bounds: on which side a token falls is no matter of exactness.
+    # Ratios near 1, away from the bounds, so that rounding does not decide whether a token is clipped.
     arguments = batch(b=8, t=40, d=64, v=5000, off_policy=0.0, scale=0.1)
     arguments |= {name: arguments[name].to(dtype) for name in ("_input", "lin_weight", "bias")}
     options = dict(loss_type=kind, importance_sampling_level=level, beta=beta, epsilon_low=0.5, epsilon_high=0.5)
@@ -206,7 +206,7 @@ def test_no_less_exact_than_liger(kind, level, beta, dtype):
         assert all(value.dtype == dtype for value in found[-3:])
         errors.append([(a.double() - b).norm().item() for a, b in zip([found[0], *found[-3:]], wanted)])
     for ours, theirs, value in zip(*errors, wanted):
-        # In float32 both are at the rounding: an order of the sums apart.
+        # In float32 both have only rounding errors, which depend on the order of the sums.
         bound = theirs + 1e-6 if dtype == torch.bfloat16 else 2e-6 * value.norm().item() + 1e-7
         assert ours <= bound
 
@@ -223,7 +223,7 @@ def test_autocast_and_a_head_of_another_dtype():
 
 
 class MatmulWork(TorchDispatchMode):
-    """Products of one row with the head, counted where the arithmetic is done."""
+    """Counts products of one row with the head, by the matmuls that run."""
 
     def __init__(self):
         super().__init__()
@@ -259,7 +259,7 @@ def test_a_row_local_loss_has_its_gradients_from_one_pass(products, options):
 
 
 def losses_of_rank(world):
-    """Unequal micro-batches on two ranks: the tokens of both are averaged."""
+    """Return [our loss, Liger's] of several cases. Ranks have unequal micro-batches; the mean is over the tokens of both."""
     torch.manual_seed(world.rank)
     arguments = batch()
     arguments["attention_mask"][4, 3 + 2 * world.rank :] = 0

@@ -32,7 +32,7 @@ def compare(
     workspace=SMALL_WORKSPACE,
     **head,
 ):
-    """Outputs and gradients of a backend against the oracle; returns the backend's outputs and leaves."""
+    """Compare outputs and gradients of a backend with the oracle. Return the backend's outputs and leaves."""
 
     def wanted(h, w, bias):
         return weighted(*oracle.logprob_entropy(h, w, target, bias=bias, **head), coefficients.double())
@@ -65,7 +65,7 @@ def test_all_outputs_and_gradients(backend, n):
 
 
 REAL = pytest.mark.slow("10 s each under the interpreter: a real vocabulary, a real number of rows")
-# The smaller ones have all that is special about these: parts of several tiles, no multiple of a tile, several row tiles.
+# The smaller sizes cover the same cases: parts of several tiles, no multiple of a tile, several row tiles.
 LARGE = [(33930, 3, 8), (32007, 7, 19), (1000, 300, 5)]
 
 
@@ -74,14 +74,14 @@ LARGE = [(33930, 3, 8), (32007, 7, 19), (1000, 300, 5)]
 def test_large_vocabulary(backend, v, n, d):
     hidden, weight, target = make(n, d, v)
     target[0] = v - 1
-    # Sums over so many columns carry this much in float32: the eager reference does, too.
+    # Float32 sums over so many columns have this error, also in the eager reference.
     compare(hidden, weight, target, torch.randn(3, n), workspace=64 << 20, tolerance=3e-4, backend=backend)
 
 
 @pytest.mark.parametrize("row", ["peaked", "flat", "negative", "eighty"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes_of_distribution(row, backend):
-    """Logits are hidden (weight = identity), so that each row's distribution is as written."""
+    """The weight is the identity, so that the hidden states are the logits."""
     v = 200
     logits = torch.randn(9, v)
     target = torch.randint(v, (9,))
@@ -90,7 +90,7 @@ def test_shapes_of_distribution(row, backend):
     elif row == "flat":
         logits = torch.zeros(9, v)
     elif row == "negative":
-        logits -= 160  # e^-160 is 0 in float32: a maximum that starts at 0 loses the row
+        logits -= 160  # e^-160 is 0 in float32: a running maximum that starts at 0 loses the row
     else:
         logits = torch.where(torch.rand(9, v) < 0.5, 80.0, -80.0)
     got, _ = compare(logits, torch.eye(v), target, torch.randn(3, 9), backend=backend)
@@ -127,7 +127,7 @@ def test_bias_of_minus_infinity_masks_a_column(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_masking_by_the_lowest_number_is_masking(backend):
-    """What users without -inf do: whole tiles of columns at -3e38, whose sums overflow."""
+    """Some users mask with -3e38 instead of -inf: whole tiles of such columns, whose sums overflow."""
     hidden, weight, target = make(5, 16, 1500)
     target[:] = torch.tensor([1200, 1201, 1300, 1499, 1400])
     results = []
@@ -180,7 +180,7 @@ def test_missing_upstream_gradients(backend, used):
     hidden, weight, target = make(40, 16, 300)
     leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     out = linear_logprob_entropy(*leaves, target, workspace_bytes=64 << 10, backend=backend)
-    sum(value.sum() for value, use in zip(out, used) if use).backward()  # .sum(): expanded upstream, the others None
+    sum(value.sum() for value, use in zip(out, used) if use).backward()  # upstream: expanded by .sum(), or None
     _, expected = oracle.gradients64(
         lambda h, w, bias: sum(v.sum() for v, use in zip(oracle.logprob_entropy(h, w, target), used) if use),
         hidden,
@@ -290,7 +290,7 @@ def test_nan_is_not_hidden(backend):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_is_no_less_exact_than_16_bit_eager(backend, dtype):
-    """The rule for bf16: error against float64 <= the 16-bit eager implementation's + 1e-6."""
+    """The error against float64 is at most that of the 16-bit eager implementation + 1e-6."""
     hidden, weight, target = make(64, 48, 1000, scale=0.3, dtype=dtype)
     c = torch.randn(3, 64)
     _, expected = oracle.gradients64(
@@ -324,7 +324,7 @@ def test_autocast_casts_like_linear(backend):
     hidden.requires_grad_(), weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         out = linear_logprob_entropy(hidden, weight, target, backend=backend)
-        out.logp.sum().backward()  # inside the region, where matmuls would be cast, too
+        out.logp.sum().backward()  # the backward also runs under autocast, which would cast its matmuls
     expected = linear_logprob_entropy(hidden.detach().bfloat16(), weight.detach().bfloat16(), target, backend=backend)
     assert torch.equal(out.logp, expected.logp)
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32

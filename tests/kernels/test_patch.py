@@ -1,4 +1,4 @@
-"""A patched model: log-probs and losses are those of its own logits, and all else about it is as it was."""
+"""A patched model's log-probs and losses are those of its logits, and everything else about it is unchanged."""
 
 import copy
 import inspect
@@ -56,7 +56,7 @@ def test_log_probs_entropies_and_gradients_are_those_of_the_logits(family):
 
 @pytest.mark.parametrize("family", ["qwen2 tied", "gemma2", "granite"])
 def test_the_policy_loss(family):
-    """Clipped ratios against eager code on the stock model's logits; a temperature for each position."""
+    """The clipped loss equals eager code on the stock model's logits, with one temperature per position."""
     model = tiny(family)
     stock, (tokens, target) = copy.deepcopy(model), batch()
     patch(model)
@@ -113,7 +113,7 @@ def test_without_target_nothing_is_new(family, tmp_path):
 
 
 def test_a_deep_copy_is_a_model_of_its_own():
-    """A reference model is made so."""
+    """Reference models are made this way."""
     model, (tokens, target) = patch(tiny()), batch()
     reference = copy.deepcopy(model)
     before = reference(tokens, target=target).logp
@@ -135,14 +135,14 @@ def test_a_pickled_model_comes_back_unpatched():
 
 @pytest.fixture
 def accelerator():
-    """bfloat16 on the CPU; its settings are global."""
+    """An Accelerator with bfloat16 on the CPU. Its settings are global, so they are reset."""
     AcceleratorState._reset_state(True)
     yield Accelerator(mixed_precision="bf16", cpu=True)
     AcceleratorState._reset_state(True)
 
 
 def test_accelerate(accelerator):
-    """`prepare` wraps forward for autocast, and `unwrap_model` takes that back and no more."""
+    """`prepare` wraps forward for autocast; `unwrap_model` removes that wrapper and nothing else."""
     model, (tokens, target) = patch(tiny()), batch()
     with torch.autocast("cpu", torch.bfloat16):
         wanted = model(tokens, target=target)
@@ -195,7 +195,7 @@ def test_gradient_checkpointing(family):
 
 
 def test_autocast():
-    """No further from float64 than the stock model with its bfloat16 logits."""
+    """Log-probs are no further from float64 than those of the stock model's bfloat16 logits."""
     model, (tokens, target) = tiny(), batch(8, 24)
     stock = copy.deepcopy(model)
     patch(model)
@@ -221,7 +221,7 @@ def test_compiled_in_one_graph():
 @pytest.mark.parametrize("wrapped_first", [False, True])
 @pytest.mark.parametrize("trained_head", [False, True])
 def test_lora(wrapped_first, trained_head):
-    """A patched model made a PeftModel, and a PeftModel that is patched."""
+    """A patched model can become a PeftModel, and a PeftModel can be patched, unless it wraps the head."""
     model, (tokens, target) = tiny(), batch()
     stock = copy.deepcopy(model)
     options = LoraConfig(

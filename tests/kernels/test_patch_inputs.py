@@ -1,4 +1,4 @@
-"""A call with target gives the backbone what the model's own forward gives it: images, padding, positions, no cache."""
+"""A call with `target` gives the backbone the inputs of the model's own forward, images included, but no cache."""
 
 import copy
 
@@ -30,7 +30,7 @@ TOKENS = torch.tensor([[5, 92, 90, 90, 90, 90, 93, 7, 8, 9, 10, 2]])
 
 
 def with_images(family):
-    """A model, and a function that makes its inputs: one image of four tokens, other pixels at each call."""
+    """Return a model and a function that makes its inputs: one image of four tokens, with new pixels at each call."""
     vision, rotary, options = FAMILIES[family]
     text = TEXT | ({"rope_parameters": {"rope_type": "default", "rope_theta": 100.0} | rotary} if rotary else {})
     if family == "gemma3":
@@ -67,12 +67,12 @@ def test_a_model_with_images(family):
     logp, _ = expected(stock, target, **given)
     torch.testing.assert_close(out.logp.double(), logp, rtol=1e-5, atol=2e-5)
     assert_same_gradients(gradients(model, out.logp.sum()), gradients(stock, logp.sum()))
-    assert (model(**inputs(), target=target).logp - out.logp).abs().max() > 1e-2  # it looks at the pixels
+    assert (model(**inputs(), target=target).logp - out.logp).abs().max() > 1e-2  # the pixels matter
 
 
 @pytest.mark.parametrize("family", ["text", *FAMILIES])
 def test_no_cache_is_kept_unless_it_is_asked_for(family):
-    """Some backbones do not name use_cache and pass it on all the same."""
+    """Also for backbones that do not name use_cache but pass it on."""
     model, inputs = with_images(family) if family != "text" else (tiny(), lambda: {"input_ids": TOKENS})
     patch(model)
     caches = []
@@ -94,7 +94,7 @@ def test_left_padding():
 
 
 def test_positions():
-    """Two sequences in one row, told apart by their positions."""
+    """Two sequences in one row are separated by their positions."""
     model, (tokens, _) = patch(tiny()), batch(rows=1, length=10)
     positions, target = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]), next_token_target(tokens)
     out = model(tokens, target=target, position_ids=positions)
@@ -106,7 +106,7 @@ def test_positions():
 
 
 class HeadProducts(TorchDispatchMode):
-    """Rows of each product with the head: [N, D] by [D, V] or its transpose, and [V, N] by [N, D]."""
+    """Records N of each product with the head: [N, D] by [D, V] or its transpose, and [V, N] by [N, D]."""
 
     def __init__(self, width: int, vocab: int):
         super().__init__()

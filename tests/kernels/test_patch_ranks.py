@@ -1,4 +1,4 @@
-"""A patched model on two ranks, each with half of the batch, does what the stock model does on one with all of it."""
+"""A patched model on two ranks, each with half of the batch, matches the stock model on one rank with all of it."""
 
 import copy
 import warnings
@@ -16,7 +16,7 @@ CLIPPED = PolicyLossConfig(clip_low=0.2, clip_high=0.3, dual_clip=None, entropy_
 
 
 def problem(tied: bool):
-    """The stock model, tokens, target, advantage and old_logp: the same on every rank."""
+    """Return the stock model, tokens, target, advantage and old_logp: the same on every rank."""
     torch.manual_seed(7)
     model = tiny("qwen2 tied" if tied else "qwen2")
     tokens, target = batch(4)
@@ -24,7 +24,7 @@ def problem(tied: bool):
 
 
 def of_logits(model, tokens, target, advantage, old_logp):
-    """The policy loss in eager code, summed."""
+    """Return the summed policy loss, computed eagerly from the logits."""
     log_p = torch.log_softmax(model(tokens).logits.double(), dim=-1)
     logp = log_p.gather(2, target.clamp(min=0)[..., None])[..., 0]
     ratio = torch.exp(logp - old_logp)
@@ -33,7 +33,7 @@ def of_logits(model, tokens, target, advantage, old_logp):
 
 
 def one_process(tied: bool):
-    """Loss and gradients, and the loss after a step of plain gradient descent."""
+    """Return the loss, its gradients, and the loss after a step of plain gradient descent."""
     model, *rows = problem(tied)
     loss = of_logits(model, *rows)
     found = gradients(model, loss / 20)
@@ -73,7 +73,7 @@ WRAPPERS = {
 
 
 def train_wrapped(world, wrapper: str, tied: bool):
-    """Twice, so that what a backward left behind is seen."""
+    """Make every call twice, so that a backward that leaves state behind is noticed."""
     stock, *rows = problem(tied)
     model = WRAPPERS[wrapper](patch(stock))
     tokens, target, advantage, old_logp = own(world, *rows)
@@ -126,7 +126,7 @@ def train_deepspeed(world, stage: int, tied: bool):
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if stage == 3:  # as from_pretrained does under ZeRO-3: patched are shares
+    if stage == 3:  # as from_pretrained does under ZeRO-3: sharded parameters are patched
         deepspeed.zero.Init(module=model, config_dict_or_path=settings)
     patch(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -172,7 +172,7 @@ def cast_by_fsdp(world):
 
 
 def test_mixed_precision_of_fsdp2(ranks):
-    """It would cast advantages and log-probs to bfloat16: refused, with the setting that keeps them."""
+    """It would cast advantages and log-probs to bfloat16; the error names the setting that keeps them in float32."""
     _, wanted, _ = one_process(False)
     norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm().item()
     for refused, found in ranks(cast_by_fsdp):

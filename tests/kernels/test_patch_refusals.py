@@ -1,4 +1,4 @@
-"""What a patch does not know it refuses in one line, at once or at the call."""
+"""Unsupported models are refused by `patch`, and unsupported arguments at the call, with a one-line error."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from mssr_kernels import (
 
 
 class Between(Qwen2ForCausalLM):
-    """A model that does something of its own before its backbone, or between hidden states and logits."""
+    """A model with code of its own before the backbone, or between hidden states and logits."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -113,7 +113,7 @@ def test_a_check_notices_a_config_that_changed():
 
 
 class FourBit(nn.Linear):
-    """Stands for the quantised heads, which are subclasses of nn.Linear too."""
+    """Stand-in for quantised heads, which are also subclasses of nn.Linear."""
 
 
 def test_models_that_cannot_be_patched():
@@ -158,7 +158,7 @@ def test_calls_that_are_refused():
     refused(
         "num_items_in_batch cannot be given with target: pass it as normalizer", target=target, num_items_in_batch=7
     )
-    # To transformers these would be nothing: the ratio would be 1, the temperature 1.
+    # transformers would silently ignore these misspelt names: ratio and temperature would be 1.
     refused(
         "old_logps is an argument neither of the head nor of Qwen2.*old_logp", TypeError, target=target, old_logps=rows
     )

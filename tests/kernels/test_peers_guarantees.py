@@ -1,4 +1,4 @@
-"""What cut-cross-entropy 25.1 and liger-kernel 0.8 promise of a head fused with its loss holds here, on the same inputs.
+"""What cut-cross-entropy 25.1 and liger-kernel 0.8 promise for a fused head also holds for ours, on the same inputs.
 
 The packages themselves are the oracles, where they run on a CPU:
 
@@ -10,11 +10,11 @@ scaled     `LigerFusedLinearScaledCrossEntropyFunction`, its PyTorch fallback. R
            entropy per token, temperature, rows whose target equals ignore_index contribute zero outputs and gradients.
 fused      `LigerFusedLinearCrossEntropyLoss`, its Triton kernel under the interpreter: ignore_index, bias, reductions.
 
-Not run: cut-cross-entropy's own kernels and Liger's softcap, neither of which the interpreter can execute (libdevice, casts
-of numbers); Liger's CuTe and cuTile kernels (a GPU). cut-cross-entropy 25.1 has no bias, and its `filter_eps` only its
-kernels have; ours, which is bounded for every row, is in test_sparse.
+Not run: cut-cross-entropy's own kernels and Liger's softcap, which the interpreter cannot execute (libdevice, casts of
+numbers); Liger's CuTe and cuTile kernels (they need a GPU). cut-cross-entropy 25.1 has no bias, and only its kernels have
+`filter_eps`; our counterpart, whose error is bounded for every row, is tested in test_sparse.
 
-Where the packages break and we do not, float64 is the oracle: NaN in an ignored row makes all of Liger's gradient of the
+Where the packages fail and we do not, float64 is the oracle: NaN in an ignored row makes all of Liger's gradient of the
 weight NaN, and the mean of a batch without targets is NaN in cut-cross-entropy.
 """
 
@@ -30,7 +30,7 @@ from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 from mssr_kernels import FusedLMHead, PolicyLossConfig, linear_logprob_entropy, linear_policy_loss
 
 BACKENDS = ("chunked", "triton")
-VOCABULARIES = (130, 1000, 2049)  # below a block, no multiple of one, one column more
+VOCABULARIES = (130, 1000, 2049)  # less than a block, no multiple of one, one column more than a multiple
 ON_POLICY = PolicyLossConfig(entropy_alpha=0.0)  # with advantage 1: the gradient of cross entropy
 
 
@@ -49,14 +49,14 @@ def scaled(hidden, weight, target, temperature=1.0, ignore_index=-100):
 
 
 def make(n, v, d=24, dtype=torch.float32):
-    """Hidden states, weight and labels, some ignored, one in the last column."""
+    """Return hidden states, weight and labels; some labels are ignored, one is the last column."""
     hidden, weight, target = torch.randn(n, d), 0.5 * torch.randn(v, d), torch.randint(v, (n,))
     target[0], target[1], target[3::5] = v - 1, 0, -100
     return hidden.to(dtype), weight.to(dtype), target
 
 
 def gradients(function, *leaves):
-    """[value, *gradients] of a scalar function."""
+    """Return [value, *gradients] of a scalar function."""
     leaves = [None if leaf is None else leaf.detach().clone().requires_grad_() for leaf in leaves]
     value = function(*leaves)
     value.backward()
@@ -86,13 +86,13 @@ def test_cross_entropy_with_softcap_as_cce(vocab, softcap, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_mean_loss_of_cce_is_a_policy_loss_of_advantage_one(backend):
-    """Their mean over the targets not ignored: our normalizer, and gradients that are there when the call returns."""
+    """Their mean is over the targets that are not ignored, as with our default normalizer."""
     hidden, weight, target = make(33, 1000)
 
     def policy(h, w):
         return linear_policy_loss(h, w, target, torch.ones(33), config=ON_POLICY, softcap=4.0, backend=backend).loss
 
-    agree(  # the value is -1 where the ratio is 1
+    agree(  # not the value: where the ratio is 1, ours is -1
         gradients(policy, hidden, weight)[1:],
         gradients(lambda h, w: cce(h, w, target, softcap=4.0), hidden, weight)[1:],
     )
@@ -120,7 +120,7 @@ def test_any_ignore_index_as_cce_and_liger(ignore_index):
 
 
 def test_shift_as_cce():
-    """Their shift=True is a slice here: rows need not be contiguous."""
+    """Here, slices replace their shift=True: rows need not be contiguous."""
     hidden, weight, labels = torch.randn(3, 9, 24), torch.randn(130, 24), torch.randint(130, (3, 9))
     labels[0, :4], labels[2, -1] = -100, -100
 
@@ -224,7 +224,7 @@ def test_inputs_of_any_strides_as_theirs(layout):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_an_ignored_row_may_hold_anything(poison, backend):
-    """cut-cross-entropy leaves the rows out, too; Liger multiplies them with zero."""
+    """cut-cross-entropy also leaves ignored rows out; Liger multiplies them by zero."""
     hidden, weight, target = make(20, 130)
     ignored = target == -100
     poisoned = hidden.masked_fill(ignored[:, None], poison)
@@ -238,7 +238,7 @@ def test_an_ignored_row_may_hold_anything(poison, backend):
     for peer in (
         lambda h, w: scaled(h, w, target)[0].sum(),
         lambda h, w: LigerFusedLinearCrossEntropyLoss(reduction="sum")(w, h, target),
-    ):  # were it mended, the file's docstring would be wrong
+    ):  # if this fails, Liger has fixed it: update the file's docstring
         assert gradients(peer, poisoned, weight)[2].isnan().any()
 
 
@@ -267,7 +267,7 @@ def test_a_frozen_head_gets_no_gradient_as_ligers():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bfloat16_is_no_less_exact_than_theirs(backend):
-    """Errors against float64 of loss, entropy and gradients, each at most any peer's that computes it."""
+    """Errors of loss, entropy and gradients against float64 are at most those of every peer that computes them."""
     hidden, weight, target = make(64, 1000, d=48, dtype=torch.bfloat16)
     _, expected = oracle.gradients64(lambda h, w, bias: -oracle.logprob_entropy(h, w, target)[0].sum(), hidden, weight)
     exact = oracle.logprob_entropy(hidden.double(), weight.double(), target)

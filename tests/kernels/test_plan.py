@@ -1,4 +1,4 @@
-"""The choice of a backend, and what `explain` says a call would do."""
+"""How the backend is chosen, and what `explain` predicts for a call."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_auto_goes_by_device_dtype_and_shape_but_never_by_the_number_of_tokens()
     assert explain(**SEVEN_B, device="cpu").backend == "chunked"
     assert explain(8192, 3584, 1000).backend == "chunked"
     assert explain(8192, 64, 152064).backend == "chunked"
-    assert explain(**SEVEN_B, workspace_bytes=32 << 20, loss=False).backend == "chunked"  # not 128 rows of weights
+    assert explain(**SEVEN_B, workspace_bytes=32 << 20, loss=False).backend == "chunked"  # fits fewer than 128 rows
     cuda = torch.device("cuda")
     assert choice.resolve("auto", cuda, torch.bfloat16, 3584, 152064, 256 << 20) == "triton"
     assert choice.resolve("auto", cuda, torch.bfloat16, 3584, 152064, 256 << 20, contiguous=False) == "chunked"
@@ -45,7 +45,7 @@ def test_flops_of_the_modes():
 
 
 def test_what_is_said_is_what_happens():
-    """Chunks, products and memory of a call on the CPU, against those recorded."""
+    """The plan's chunks, FLOPs and memory match those recorded during a call on the CPU."""
     plan = explain(N, D, V, dtype=torch.float32, device="cpu", workspace_bytes=WORKSPACE)
     recorder = policy_loss_work(*leaves())
     assert recorder.work * 2 * D * V == pytest.approx(plan.flops)

@@ -1,4 +1,4 @@
-"""Mode `exact` and the reference: hand-worked rows, then everything against the float64 oracle."""
+"""Mode `exact` and the reference backend: rows worked out by hand, then everything against the float64 oracle."""
 
 import dataclasses
 import math
@@ -16,12 +16,12 @@ LOG = math.log
 
 
 def two_logits(p):
-    """hidden [N, 2] which, with the identity as weight, gives the label 0 the probabilities p."""
+    """Return hidden [N, 2] that, with the identity as weight, gives label 0 the probabilities p."""
     p = torch.tensor(p, dtype=torch.float64)
     return torch.stack([(p / (1 - p)).log(), torch.zeros_like(p)], 1).float()
 
 
-# A probability of 1/2 now, an old one so that the ratio is r. Objective and slope (d objective / d logp) by hand.
+# The probability is 1/2, and old_logp gives the ratio. Objective and slope (d objective / d logp) by hand.
 CLIP_CASES = [
     # advantage, ratio, dual clip, objective, slope, clipped
     (+2.0, 1.0, 3.0, 2.0, 2.0, False),
@@ -104,7 +104,7 @@ def test_whole_row_by_hand(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_ppo_is_the_clipped_objective_alone(backend):
-    """Flat on the side that the clip bounds, and nowhere else: no shaping, and no bound at a large ratio of a bad token."""
+    """The objective is flat only where the clip bounds it: no shaping, and no dual clip of a large ratio with A < 0."""
     ratios, config = torch.tensor([0.5, 1.1, 1.5, 9.0]), PolicyLossConfig.ppo()
     for sign, objective in ((1.0, torch.tensor([0.5, 1.1, 1.2, 1.2])), (-1.0, -torch.tensor([0.8, 1.1, 1.5, 9.0]))):
         result = linear_policy_loss(

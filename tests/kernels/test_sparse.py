@@ -1,6 +1,6 @@
-"""Mode `sparse`: what it drops of every row is bounded, whatever the row, and nothing else differs from mode `exact`.
+"""Mode `sparse` drops a bounded part of every row's gradient, whatever the row, and otherwise equals mode `exact`.
 
-The weight is the identity, so that hidden are the logits and the gradient by hidden is the gradient by the logits.
+In most tests the weight is the identity, so that hidden states are logits, and their gradients those of the logits.
 """
 
 import math
@@ -26,7 +26,7 @@ def certain(rows):
 
 
 def forks(rows):
-    """A few columns share nearly everything, in unequal parts."""
+    """A few columns share nearly all of the probability, in unequal parts."""
     logits = torch.randn(rows, V)
     for size in (20.0, 19.0, 17.5, 15.0, 12.0):
         logits[torch.arange(rows), torch.randint(V, (rows,))] += size
@@ -38,7 +38,7 @@ def flat(rows):
 
 
 def bimodal(rows):
-    """One column against all the others together: the tail holds from 0.5 down to 1e-6 of the mass."""
+    """One column against all others: the others together hold from 0.5 (first row) to 1e-6 (last row) of the mass."""
     tail = torch.logspace(math.log10(0.5), -6, rows)
     logits = 0.1 * torch.randn(rows, V)
     logits[torch.arange(rows), torch.randint(V, (rows,))] = ((1 - tail) / tail * V).log()
@@ -46,13 +46,13 @@ def bimodal(rows):
 
 
 def heavy_tail(rows):
-    """p of the k-th column falls like k^-s, in a random order, s from 1 to 3."""
+    """The k-th largest probability is proportional to k^-s, s from 1 to 3; columns are in random order."""
     order = torch.stack([torch.randperm(V) for _ in range(rows)])
     return -torch.linspace(1, 3, rows)[:, None] * torch.log(order + 1.0)
 
 
 def crowded_tiles(rows):
-    """All of the probability in one stretch of neighbouring columns: few tiles, each full."""
+    """All of the probability is in 130 adjacent columns: few tiles, each full."""
     logits = torch.full((rows, V), -30.0) + torch.randn(rows, V)
     for row in range(rows):
         start = int(torch.randint(V - 130, ()))
@@ -91,7 +91,7 @@ def test_no_row_drops_more_than_its_tolerance(kinds, backend, tol):
     got = gradient_by_logits(logits, target, advantage, tol, backend=backend)
     exact = gradient_by_logits(logits.double(), target, advantage, None, backend="reference")
     dropped = (got - exact).abs().sum(1)
-    # On-policy the derivative by logp is -A; float32 sums over V columns carry the rest.
+    # On-policy the derivative with respect to logp is -A; 3e-6 allows for float32 sums over V columns.
     assert (dropped <= (tol + 3e-6) * advantage.abs()).all(), (dropped / advantage.abs()).max()
 
 
@@ -103,7 +103,7 @@ def test_the_bound_covers_an_entropy_gradient(tol):
     got = gradient_by_logits(logits, target, advantage, tol, config)
     exact = gradient_by_logits(logits.double(), target, advantage, None, config, backend="reference")
     assert ((got - exact).abs().sum(1) <= (tol + 1e-5) * (advantage.abs() + 0.7)).all()
-    assert (got[:24] == 0).float().mean() > 0.5  # the certain rows did leave columns out
+    assert (got[:24] == 0).float().mean() > 0.5  # the peaked rows did drop columns
 
 
 @pytest.mark.parametrize("kind", [certain, forks])
@@ -112,13 +112,11 @@ def test_peaked_rows_cost_a_fraction(kind):
     target, advantage = sampled(logits), torch.randn(150)
     with Recorder() as recorder:
         gradient_by_logits(logits, target, advantage, 2.0**-8)
-    unit = V * V / (16 * 4000)  # of the recorder's work
+    unit = V * V / (16 * 4000)  # one row's product, in the recorder's units
     assert 150 < recorder.work / unit <= 1.5 * 150  # the forward pass, and less than half of dhidden
     with Recorder() as recorder:
         gradient_by_logits(flat(150), target, advantage, 2.0**-8)
-    assert recorder.work / unit == pytest.approx(
-        300
-    )  # as in mode `exact`: forward and dhidden, the weight being frozen
+    assert recorder.work / unit == pytest.approx(300)  # as in mode `exact`: forward and dhidden; the weight is frozen
 
 
 def test_an_improbable_label_is_kept():
@@ -132,8 +130,8 @@ def test_an_improbable_label_is_kept():
 
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 def test_sparse_rows_in_several_chunks_and_pieces(backend):
-    """Improbable labels, so that every sparse row has a gradient of about 1; ignored rows, so that a row's number is not its
-    place in the chunk; a workspace for a few rows and columns at a time."""
+    """Labels are improbable, so that every sparse row has a gradient of about 1. Rows are ignored, so that a row's number is
+    not its position in the chunk. The workspace holds a few rows and columns at a time."""
     n, tol, normalizer = 200, 2.0**-8, 50.0
     logits = certain(n)
     target, advantage = logits.argmin(1), torch.randn(n)
@@ -154,7 +152,7 @@ def test_sparse_rows_in_several_chunks_and_pieces(backend):
 
 
 class TwoRows:
-    """Row 0 needs ten columns. Row 1 needs all of them, or (covered) none but its own label."""
+    """Tiles of two rows. Row 0 needs ten columns. Row 1 needs all columns, or (covered) only its label."""
 
     def __init__(self, covered: bool):
         self.covered = covered
@@ -170,7 +168,7 @@ class TwoRows:
 
 
 def test_rows_beyond_the_split_are_dense(monkeypatch):
-    """Even if the columns happen to be enough for them: their label need not be among these."""
+    """Even if the chosen columns drop little enough of their mass: their label may not be among these columns."""
     monkeypatch.setattr(sparse, "GATHER_ROWS", {"cpu": 0})
     rows, target, tolerance = torch.arange(2), torch.tensor([3, 1999]), torch.full((2,), 0.01)
     chosen = sparse.choose(TwoRows(covered=False), rows, target, None, tolerance)
@@ -186,7 +184,7 @@ def test_rows_beyond_the_split_are_dense(monkeypatch):
 @pytest.mark.parametrize("tol", [0.5, 2.0**-4, 2.0**-14])
 @pytest.mark.parametrize("vocab", [50, 152064])
 def test_the_mass_allowed_beside_an_entropy_gradient(tol, vocab):
-    """delta (H + log V - log delta) <= tolerance, and not much less."""
+    """The allowed mass delta has delta (H + log V - log delta) <= tolerance, and not much less."""
     entropy = torch.linspace(0, math.log(vocab), 20)
     statistics = RowStatistics(entropy, entropy, entropy, entropy)
     delta = sparse.row_tolerance(tol, statistics, True, vocab).double()
@@ -196,7 +194,7 @@ def test_the_mass_allowed_beside_an_entropy_gradient(tol, vocab):
 
 
 def everything():
-    """Arguments that use every option, on rows of all kinds, with a weight that gets a gradient."""
+    """Return arguments that use every option, for rows of all kinds and a weight near the identity."""
     torch.manual_seed(5)
     n = 20 * len(KINDS)
     hidden = torch.cat([kind(20) for kind in KINDS])
@@ -234,7 +232,7 @@ def test_with_every_option_the_gradients_are_near_and_the_values_the_same(backen
         result.loss.backward()
         results[tol] = result, [leaf.grad for leaf in leaves]
     exact, gradients = results[None]
-    for other, _ in results.values():  # chunks may differ in size, which only a BLAS sees
+    for other, _ in results.values():  # chunk sizes may differ, which changes only the rounding of a BLAS
         tolerance = 0 if backend == "triton" else 1e-5
         torch.testing.assert_close(exact[1:5], other[1:5], rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(exact.loss, other.loss, rtol=1e-6, atol=1e-6)

@@ -1,7 +1,6 @@
 """The Triton kernels, run by Triton's interpreter, against float64 and against their counterparts in PyTorch.
 
-Whether a kernel is interpreted is decided when its module is imported. Where the session did not ask for it
-(TRITON_INTERPRET=1) before that, these tests skip rather than pass for another reason.
+Triton decides at import whether a kernel is interpreted. Without TRITON_INTERPRET=1 at that time, these tests are skipped.
 """
 
 import pytest
@@ -13,11 +12,11 @@ from mssr_kernels.backends.triton import tuning
 from mssr_kernels.core.inputs import HeadInputs
 from mssr_kernels.core.statistics import UpstreamGradient, row_gradient, row_statistics, take
 
-pytest.importorskip("triton")  # not there for every platform
+pytest.importorskip("triton")  # not available on every platform
 from mssr_kernels.backends.triton import forward, logits_tile, slab
 from mssr_kernels.backends.triton.tiles import TritonTiles
 
-# The interpreter is NumPy: it warns of what the kernels mean, log 0 or a row of NaN, and of columns never stored.
+# The interpreter uses NumPy, which warns of intended values (log 0, rows of NaN) and of columns that are never stored.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
     pytest.mark.skipif(not logits_tile.INTERPRETED, reason="needs TRITON_INTERPRET=1"),
@@ -26,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def problem(rows, vocab, width, dtype=torch.float32, scale=1.0):
-    """Hidden states, weight and labels whose logits have about the given standard deviation."""
+    """Return hidden states, weight and labels; `scale` is about the standard deviation of the logits."""
     h = torch.randn(rows, width).to(dtype)
     weight = (torch.randn(vocab, width) * scale / width**0.5).to(dtype)
     target = torch.randint(vocab, (rows,))
@@ -35,7 +34,7 @@ def problem(rows, vocab, width, dtype=torch.float32, scale=1.0):
 
 
 def oracle(h, weight, target, bias=None, temperature=1.0, softcap=None):
-    """(z [N, V], max, log_sum, logp, entropy) in float64."""
+    """Return (z [N, V], max, log_sum, logp, entropy) in float64."""
     z = h.double() @ weight.double().T
     if bias is not None:
         z = z + bias.double()
@@ -63,7 +62,7 @@ def test_statistics(rows, vocab, width, dtype):
 
 
 def test_statistics_of_many_tiles():
-    """More tiles than parts, the last of 7 columns."""
+    """There are more tiles than parts; the last tile has 7 columns."""
     check_statistics(*problem(7, 32007, 64, torch.bfloat16, scale=3.0))
 
 
@@ -95,7 +94,7 @@ def test_bias_temperature_and_softcap():
 
 
 def test_masked_columns():
-    """A bias of -inf: some columns, the whole of the first tiles, and a masked label."""
+    """A bias of -inf masks some columns, all columns of the first tiles, or a label."""
     h, weight, target = problem(9, 1000, 64)
     bias = torch.zeros(1000)
     bias[:300] = bias[500:510] = -torch.inf
@@ -167,7 +166,7 @@ def test_stored_weights(dtype):
         torch.testing.assert_close(store.max[number].double(), columns.amax(0), atol=1e-5, rtol=1e-6)
         w = (columns - columns.amax(0)).exp()
         torch.testing.assert_close(store.sum[number].double(), w.sum(0), atol=1e-5, rtol=1e-5)
-        # The interpreter cuts bf16 off where the hardware rounds.
+        # The interpreter truncates to bf16 where the hardware rounds.
         stored = store.weights[number * tile : number * tile + len(columns)].double()
         torch.testing.assert_close(stored, w, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 2**-7)
 
@@ -220,7 +219,7 @@ def test_slab_gradient_of_masked_columns_is_zero():
 
 
 class Pair:
-    """The same chunk in `TritonTiles` and in `TorchTiles`."""
+    """One chunk, held by `TritonTiles` and by `TorchTiles`."""
 
     def __init__(self, rows=45, vocab=500, width=40, softcap=None, bias=None, capacity=None, scale=4.0):
         self.h, weight, self.target = problem(rows, vocab, width, scale=scale)
@@ -286,7 +285,7 @@ def test_what_mode_sparse_asks_for():
     mass = ours.tile_mass(pair.statistics)
     torch.testing.assert_close(mass.sum(0), torch.ones(130))
 
-    cut = p.sort(dim=1, descending=True).values[:, :9].mean(1)  # between probabilities, never at one
+    cut = p.sort(dim=1, descending=True).values[:, :9].mean(1)  # lies between probabilities, never equal to one of them
     cut[5] = torch.inf
     ranks = torch.randperm(130)
     first = ours.first_ranks(cut, ranks, pair.statistics)

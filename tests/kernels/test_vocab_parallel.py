@@ -1,4 +1,4 @@
-"""The vocabulary split over two gloo ranks does what one rank does with all of it."""
+"""A vocabulary split over two gloo ranks gives the same results as one rank with all of it."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def inputs(dtype=torch.float32):
 
 
 def scores(world, backend, dtype, whole=False):
-    """Values and gradients of both functions on this rank's shard of the vocabulary (or on all of it)."""
+    """Return values and gradients of both functions on this rank's shard of the vocabulary (or on all of it)."""
     hidden, weight, bias, target, rows = inputs(dtype)
     shard = slice(0, V) if whole else slice(*CUTS[world.rank : world.rank + 2])
     options = dict(

@@ -1,4 +1,4 @@
-"""What the chunked backend does not do: hold the logits, touch rows without gradient, work for frozen parts."""
+"""The chunked backend never holds all logits, and does no matmuls for rows without gradient or for frozen parameters."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ WORKSPACE = 1 << 20  # the logits are 3.8 MB
 
 
 class Recorder(TorchDispatchMode):
-    """Matmul work in units of one row's D x V product, and the peak of the memory allocated since it began."""
+    """Records matmul work, in units of one row's D x V product, and the peak of the memory allocated since it started."""
 
     def __init__(self):
         super().__init__()
@@ -27,7 +27,7 @@ class Recorder(TorchDispatchMode):
         for tensor in tree_leaves((arguments, keywords)):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self._live_ids():
                 self._known.add(tensor.untyped_storage()._cdata)  # existed before
-        if function.namespace == "mssr_kernels":  # look into our operators
+        if function.namespace == "mssr_kernels":  # also record inside our operators
             with self:
                 return getattr(ops, function.overloadpacket.__name__)(*arguments, **keywords)
         result = function(*arguments, **keywords)
@@ -70,7 +70,7 @@ def test_memory_stays_within_the_workspace():
     recorder = policy_loss_work(*leaves())
     weight_grad, small = V * D * 4, 16 * N * D * 4
     assert recorder.peak_bytes <= WORKSPACE + weight_grad + small
-    assert recorder.peak_bytes > WORKSPACE / 2  # it is used, too
+    assert recorder.peak_bytes > WORKSPACE / 2  # and the workspace is used
 
     hidden, weight, target = leaves()
     with Recorder() as recorder:
@@ -92,7 +92,7 @@ def test_memory_in_16_bit(function):
 
 
 def test_memory_of_sparse_chunks_and_the_rows_they_put_off():
-    """Certain rows, and among them a few flat ones whose logits are computed once more."""
+    """Peaked rows, with every fourth row flat: the sparse mode postpones flat rows and computes their logits again."""
     hidden, weight, target = leaves()
     with torch.no_grad():
         weight.copy_(torch.randn(V, D))
@@ -125,7 +125,7 @@ def test_rows_without_gradient_enter_no_backward_matmul():
     advantage = torch.randn(N)
     advantage[40:100] = 0
     assert policy_loss_work(*leaves(), advantage).work == pytest.approx(N + 2 * (N - 60))
-    # clipped rows, whose gradient vanishes only once the ratio is known
+    # clipped rows: that their gradient is zero is known only after the ratio
     hidden, weight, target = leaves()
     old_logp = linear_logprob_entropy(hidden, weight, target).logp.detach()
     old_logp[:50] -= 1
@@ -162,8 +162,8 @@ def whole(matrix, dim):
 
 
 class _MixedOperands:
-    """torch, with the GEMMs of 16-bit operands and float32 results that only CUDA has, where one of cuBLAS 13.0 was seen to
-    lose the last term of a sum of 10,241: these lose what is beyond the last multiple of 8."""
+    """torch, with GEMMs of 16-bit operands and float32 results, which only CUDA has. A GEMM of cuBLAS 13.0 was seen to lose
+    the last term of a sum of 10,241 terms; these drop all terms beyond the last multiple of 8."""
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -181,7 +181,7 @@ class _MixedOperands:
 
 @pytest.fixture
 def mixed_operands(monkeypatch):
-    """Makes the CPU take the path of 16-bit operands on CUDA."""
+    """Make the CPU take CUDA's path for 16-bit operands."""
     initialise = matmul.HeadMatmul.__init__
 
     def mixed(self, weight, compute_dtype, slab_bytes):
@@ -196,9 +196,9 @@ def mixed_operands(monkeypatch):
 @pytest.mark.parametrize("backend", ["chunked", "triton"])
 @pytest.mark.parametrize("function", ["policy_loss", "logp and entropy", "entropy alone", "entropy and zero logp"])
 def test_small_gradients_survive_16_bit_operands(function, backend, mixed_operands):
-    """A row's coefficient is about 1 / normalizer, 1e-9 here: zero in fp16, unless it is scaled around the matmul.
+    """A row's coefficient is about 1 / normalizer, here 1e-9, which is zero in fp16 unless it is rescaled around the matmul.
 
-    Rows, columns and width are no multiples of 8, and the last row's label is the last column.
+    Rows, columns and width are not multiples of 8, and the last row's label is the last column.
     """
     tiny, loss_scale = 1e-9, 2.0**20
     rows, columns, width = N - 3, V - 5, D - 3

@@ -4,8 +4,8 @@
     python -m tests.mutants NAME...       these faults, or all of a file in faults/
     options: --jobs 2 (copies side by side), --list
 
-The tests that the fault names run first; only if they pass, all of `make test`. Writes the rows of these faults into
-tests/mutants/README.md. The exit code is 1 if a fault goes unnoticed, or if tests fail without one.
+The tests that the fault lists run first; if they pass, all of `make test` runs. Writes the rows of these faults into
+tests/mutants/README.md. The exit code is 1 if a fault goes unnoticed, or if tests fail without any fault.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from .faults import ROOT, TABLE, Fault, all_faults, escaped, table
 
-LIMIT = 900  # seconds for the tests that a fault names: it can make them hang
+LIMIT = 900  # seconds for the tests that a fault lists; a fault can make them hang
 WORDS = """# Mutants
 
 Does `make test` notice small mistakes? `faults/*.toml` lists some, over all packages. `python -m tests.mutants`
@@ -39,7 +39,7 @@ A fault replaces text that occurs once in its file; `tests/mutants/test_faults.p
 
 class Found(NamedTuple):
     by: str | None  # the first test that failed, if any
-    named: bool  # among the tests that the fault names
+    named: bool  # whether that is one of the tests that the fault lists
     seconds: float
 
     def row(self, fault: Fault) -> str:
@@ -85,7 +85,7 @@ def chosen(names: Sequence[str]) -> list[Fault]:
 
 
 def copy_checkout(folder: Path) -> Path:
-    """Copy what git would take: no environment, no runs, no bytecode of another version of the file."""
+    """Copy the files that git does not ignore: no virtual environment, no runs, no stale bytecode."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, names.split("\0")):
@@ -96,7 +96,7 @@ def copy_checkout(folder: Path) -> Path:
 
 
 def without_fault(copy: Path, faults: Sequence[Fault]) -> str | None:
-    """Return the first of the named tests that fails without any fault."""
+    """Return the first of the listed tests that fails without any fault."""
     files = list(dict.fromkeys(test for fault in faults for test in fault.tests))
     print(f"{len(files)} files of tests without a fault ...", flush=True)
     return first_failure(copy, files, jobs=2)
@@ -145,7 +145,7 @@ def made(fault: Fault, copy: Path):
 
 
 def first_failure(copy: Path, tests: Sequence[str], jobs: int = 0, limit: float | None = None) -> str | None:
-    """Run those of these tests that are in `make test`. Returns the first one that fails; over the limit counts as a failure.
+    """Run those of these tests that are in `make test`. Return the first failure; exceeding the limit counts as one.
 
     Raises:
         RuntimeError: pytest itself failed.
@@ -167,7 +167,7 @@ def first_failure(copy: Path, tests: Sequence[str], jobs: int = 0, limit: float 
 
 
 def write_table(rows: dict[str, str]) -> None:
-    """rows: new ones by fault. Those of other faults stay as they are."""
+    """Write the table. rows: new rows by fault; those of other faults stay."""
     rows = table() | rows
     faults = all_faults()
     lines = [WORDS]

@@ -16,7 +16,7 @@ class Fault:
     file: str  # relative to the checkout, like the tests
     old: str  # occurs once in the file
     new: str
-    tests: tuple[str, ...]  # files whose tests must fail, the likeliest first
+    tests: tuple[str, ...]  # test files that must notice it, the likeliest first
     group: str
 
     def applied(self, root: Path) -> str:
@@ -57,5 +57,5 @@ def table() -> dict[str, str]:
 
 
 def escaped(text: str) -> str:
-    """Return the text as it stands in a cell."""
+    """Return the text escaped for a cell of the table."""
     return text.replace("|", "\\|")

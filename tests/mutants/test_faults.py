@@ -1,4 +1,4 @@
-"""Every fault fits the code, and the table of results has it. Whether tests notice it, `python -m tests.mutants` checks."""
+"""Every fault applies to the current code and is in the table; `python -m tests.mutants` checks that tests notice it."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Tiny models of every family, their prompts, and the oracle: plain transformers on one sequence at a time, all logits."""
+"""Tiny models of every family, their prompts, and the oracle: plain transformers, full logits, one sequence at a time."""
 
 from functools import cache
 
@@ -19,7 +19,7 @@ VISION = [name for name, family in FAMILIES.items() if family.has_vision]
 
 @cache
 def family_dir(family: str) -> str:
-    """A tiny model with weights so large that a token's position and neighbours matter to its log-prob."""
+    """Return a tiny model with weights large enough that a log-prob depends on the token's position and neighbours."""
     folder = workspace() / f"family_{family}"
     if folder.exists():
         return str(folder)
@@ -40,7 +40,7 @@ def family_dir(family: str) -> str:
 
 
 def family_plain(path, dtype=torch.float32, attention: str = "eager"):
-    """Anything but our own class and attention."""
+    """Return the model in plain transformers, without our class and attention."""
     return family_of(AutoConfig.from_pretrained(path)).auto_class.from_pretrained(
         path, dtype=dtype, attn_implementation=attention
     )
@@ -52,7 +52,7 @@ def family_policy(family: str) -> Policy:
 
 @cache
 def family_prompts(family: str) -> tuple[Prompt, ...]:
-    """Six problems; for a family with vision pictures of different sizes, one problem without any, one with two."""
+    """Return six prompts. If the family has vision: images of different sizes; one prompt has none, one has two."""
     encoder = PromptEncoder(*load_processors(family_dir(family)), DATA)
     made = []
     for number, sizes in enumerate(PICTURE_SIZES):
@@ -69,7 +69,7 @@ def never_sampled(model) -> list[int]:
 
 
 def family_distribution(model, prompt: Prompt, response: Tensor) -> Tensor:
-    """[R, V] float64 log-probs of every token at each position of the response."""
+    """Return [R, V] float64 log-probs of all tokens at each response position."""
     logits = model(**plain_inputs(prompt, response, model), use_cache=False).logits[0]
     start = len(prompt.token_ids) - 1
     logits = logits[start : start + len(response)].double()
@@ -78,7 +78,7 @@ def family_distribution(model, prompt: Prompt, response: Tensor) -> Tensor:
 
 
 def family_logp(model, batch: Sequences) -> Tensor:
-    """[B, R] float64 log-prob of each response token, 0 under the padding."""
+    """Return the float64 log-prob of each response token, [B, R], 0 in the padding."""
     rows = []
     for row, prompt in enumerate(batch.prompts):
         response = batch.response(row)

@@ -1,4 +1,4 @@
-"""Run by test_liger_layers: the policy with liger's layers beside plain transformers; prints the differences as JSON."""
+"""Compare the policy with liger's layers to plain transformers; print the differences as JSON. Run by test_liger_layers."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from mssr.policy.lora import add_adapters
 
 
 def interpret_as_compiled() -> None:
-    """Two things that Triton compiles and its interpreter leaves out: float arguments as tensors, and libdevice."""
+    """Add two things that Triton's interpreter lacks: float arguments as tensors, and libdevice."""
     convert = interpreter._implicit_cvt
 
     def with_floats(arg):
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def count_calls(model) -> list:
-    """Grows with every call of liger's rotary function by the model's layers."""
+    """Return a list that gets an entry at each call of liger's rotary function by the model's layers."""
     module, calls = sys.modules[type(model).__module__], []
     liger = module.apply_rotary_pos_emb
     assert liger.__module__.startswith("liger_kernel"), liger

@@ -1,4 +1,4 @@
-"""Engines with options of `model` beyond dtype and checkpointing, for the tests of what those do."""
+"""Engines with options of section `model` beyond dtype and gradient checkpointing, for the tests of these options."""
 
 import torch
 from policy_helpers import ALONE, model_dir
@@ -28,7 +28,7 @@ def make_engine_with(
 
 @torch.no_grad()
 def disturb(policy, std: float = 0.05) -> None:
-    """Adapters as after some training: B is no longer 0."""
+    """Set the adapters as if they were trained: B is no longer 0."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in policy.model.named_parameters():
         if "lora_B" in name:

@@ -1,4 +1,4 @@
-"""Fixtures that the tests of the policy and of the rollouts share."""
+"""Fixtures shared by the tests of the policy and of the rollouts."""
 
 import os
 
@@ -12,7 +12,7 @@ from mssr.policy.loading import load_policy
 
 @pytest.fixture(scope="module")
 def world():
-    """A process group of one; the launcher's variables that it sets are gone again afterwards."""
+    """A process group of one rank. The environment variables of a launcher are set only meanwhile."""
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     with pytest.MonkeyPatch.context() as patch:
         launched = dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -33,11 +33,11 @@ def prompts():
 
 @pytest.fixture(scope="session")
 def plain(model_dir):
-    """The oracle's model; never trained."""
+    """The oracle's model in plain transformers; never trained."""
     return policy_helpers.plain_model(model_dir).requires_grad_(False)
 
 
 @pytest.fixture(scope="session")
 def policy(model_dir):
-    """The same weights as the trainer loads them; never trained."""
+    """The same weights, loaded as the trainer does; never trained."""
     return load_policy(model_dir, torch.float32)

@@ -1,5 +1,5 @@
-"""Real small parts for the tests of the policy and the rollouts, each made once: a tiny Qwen2.5-VL, prompts with
-pictures of handwritten digits, batches; and the oracle, plain transformers on one sequence at a time, all logits."""
+"""Small real parts for the tests of the policy and the rollouts, each made once: a tiny Qwen2.5-VL, prompts with images
+of handwritten digits, batches. The oracle is plain transformers with full logits, one sequence at a time."""
 
 import atexit
 import io
@@ -31,14 +31,14 @@ from mssr.training.checkpoint import Checkpoints
 
 WORKSPACE = "MSSR_TEST_POLICY_WORKSPACE"  # environment variable
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
-PICTURE_SIZES = [[(112, 56)], [(56, 56)], [], [(140, 84)], [(56, 28), (84, 56)], [(28, 84)]]  # of each prompt's images
-LOWEST = -1e4  # a logit: the probability is 0 in float64, and 0 times its log is 0 and no NaN
+PICTURE_SIZES = [[(112, 56)], [(56, 56)], [], [(140, 84)], [(56, 28), (84, 56)], [(28, 84)]]  # per prompt and image
+LOWEST = -1e4  # as a logit: p is 0 in float64, and p log p is 0 instead of NaN
 DATA = DataConfig(train="unused", min_pixels=784, max_pixels=50_176, instruction="Box it.")
 
 
 @cache
 def workspace() -> Path:
-    """Where models and data are, also for the rank processes that this one starts."""
+    """Return the folder of models and data, also used by the rank processes that this one starts."""
     if WORKSPACE not in os.environ:
         os.environ[WORKSPACE] = tempfile.mkdtemp(prefix="mssr_policy_")
         atexit.register(shutil.rmtree, os.environ[WORKSPACE], ignore_errors=True)
@@ -61,7 +61,7 @@ def digit_rows() -> list[dict]:
 
 @cache
 def model_dir(tied: bool = False) -> str:
-    """A tiny model with weights so large that a token's position and neighbours matter to its log-prob."""
+    """Return a tiny model with weights large enough that a log-prob depends on the token's position and neighbours."""
     folder = workspace() / f"model_{'tied' if tied else 'untied'}"
     if folder.exists():
         return str(folder)
@@ -85,7 +85,7 @@ def processors() -> tuple:
 
 @cache
 def prompts() -> tuple[Prompt, ...]:
-    """Six problems: pictures of different sizes, one without any, one with two."""
+    """Return six prompts: images of different sizes; one prompt has none, one has two."""
     encoder = PromptEncoder(*processors(), DATA)
     made = []
     for number, sizes in enumerate(PICTURE_SIZES):
@@ -104,7 +104,7 @@ def _resized(image: dict, size: tuple[int, int]) -> bytes:
 
 
 def random_batch(chosen: list[Prompt], lengths: list[int], seed: int = 0) -> UpdateBatch:
-    """Random response tokens (none special), and random values for everything the loss reads."""
+    """Return random response tokens (none special) and random values for everything the loss reads."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = len(processors()[0])
     responses = [torch.randint(10, vocabulary, (length,), generator=generator) for length in lengths]
@@ -155,7 +155,7 @@ def _zero(stage: int, deepspeed: str | None) -> dict:
 
 
 def run_config(path: str | None = None, *, algorithm: dict | None = None, **rollout) -> Config:
-    """A run's configuration around the helpers' model, for what needs more of it than one section."""
+    """Return a run's configuration with the helpers' model, for code that needs more than one section."""
     return validate_config({
         "run_dir": str(workspace() / "run"), "model": {"path": path or model_dir(), "dtype": "float32"},
         "data": {"train": "unused", "max_prompt_tokens": 128}, "rollout": {"engine": "hf"} | rollout,
@@ -168,15 +168,15 @@ def weights(engine: PolicyEngine) -> dict[str, Tensor]:
 
 
 def whole_weights(engine: PolicyEngine) -> dict[str, Tensor]:
-    """`weights` under any ZeRO stage; on all ranks."""
+    """Return unsharded `weights` under any ZeRO stage. Collective over the ranks."""
     return {name: value.clone() for name, value in named_weights(engine.policy, 1 << 20)}
 
 
 def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor], *, exact: bool = False) -> None:
-    """After a few updates at a rate of 1e-4.
+    """Compare weights after a few updates with a learning rate of 1e-4.
 
-    AdamW divides by the gradient's size: where that is nearly 0, rounding alone moves a weight by part of the rate. So
-    single weights may differ by that, but not on average.
+    AdamW divides by the gradient's size: where that is nearly 0, rounding alone moves a weight by part of the learning
+    rate. Single weights may differ by that much, but not on average.
     """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -205,7 +205,7 @@ def plain_inputs(prompt: Prompt, response: Tensor, model) -> dict:
 
 
 def plain_distribution(model, prompt: Prompt, response: Tensor, temperature: float = 1.0) -> Tensor:
-    """[R, V] log-probs of every token at each position of the response; no model here samples image or video pads."""
+    """Return [R, V] float64 log-probs of all tokens at each response position, without the image and video pads."""
     logits = model(**plain_inputs(prompt, response, model), use_cache=False).logits[0]
     start = len(prompt.token_ids) - 1
     logits = logits[start : start + len(response)].double() / temperature
@@ -214,7 +214,7 @@ def plain_distribution(model, prompt: Prompt, response: Tensor, temperature: flo
 
 
 def plain_logp(model, batch: Sequences, temperature: float = 1.0) -> Tensor:
-    """[B, R] log-prob of each response token, 0 under the padding."""
+    """Return the float64 log-prob of each response token, [B, R], 0 in the padding."""
     rows = []
     for row, prompt in enumerate(batch.prompts):
         response = batch.response(row)
@@ -229,7 +229,7 @@ def edit_json(path: Path, **values) -> None:
 def near_batch(
     chosen: list[Prompt], lengths: list[int], model, *, temperature: float = 1.0, seed: int = 0
 ) -> UpdateBatch:
-    """As `random_batch`, with log-probs around the model's own, so that some ratios are clipped and most are not."""
+    """Return a `random_batch` with log-probs around the model's own, so that some ratios are clipped and most are not."""
     batch = random_batch(chosen, lengths, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -242,7 +242,7 @@ def near_batch(
 
 
 def method_loss(dist: Tensor, target: Tensor, advantage, old: Tensor, ref: Tensor, sampler: Tensor, config) -> Tensor:
-    """[R] loss of each token written out. dist: [R, V] log-probs."""
+    """Return the loss of each token [R], in eager code. dist: [R, V] log-probs."""
     logp = dist.gather(1, target[:, None]).squeeze(1)
     entropy = -(dist.exp() * dist).sum(-1)
     psi = torch.minimum(config.entropy_alpha * entropy.detach(), advantage.abs() / config.entropy_kappa)
@@ -257,7 +257,7 @@ def method_loss(dist: Tensor, target: Tensor, advantage, old: Tensor, ref: Tenso
 
 
 class EagerTrainer:
-    """A training step with nothing of ours in it: full logits, float64, one sequence at a time, torch's AdamW."""
+    """Training step without our code: full logits, float64, one sequence at a time, torch's AdamW."""
 
     def __init__(self, path: str, *, grad_clip: float, temperature: float = 1.0, weight_decay: float = 0.01) -> None:
         self.model = plain_model(path, torch.float64)
@@ -265,7 +265,7 @@ class EagerTrainer:
         self._clip, self._temperature = grad_clip, temperature
 
     def update(self, batch: UpdateBatch, config) -> float:
-        """Returns the gradient's norm before clipping."""
+        """Update the model. Return the gradient norm before clipping."""
 
         def loss(row: int, dist: Tensor, response: Tensor) -> Tensor:
             values = [values[row, : len(response)].double() for values in (batch.old_logp, batch.ref_logp, batch.logp)]
@@ -279,7 +279,7 @@ class EagerTrainer:
     def _step(self, batch: UpdateBatch, loss) -> float:
         self._optimizer.zero_grad()
         for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)  # a tower that saw no picture still decays
+            parameter.grad = torch.zeros_like(parameter)  # weight decay also applies to a tower without images
         for row, prompt in enumerate(batch.prompts):
             response = batch.response(row)
             dist = plain_distribution(self.model, prompt, response, self._temperature)

@@ -1,4 +1,4 @@
-"""DeepSpeed with the shipped JSON files, and a user's: real engines, against plain transformers and torch's AdamW."""
+"""DeepSpeed with the shipped JSON files and with a user's: real engines equal plain transformers with torch's AdamW."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,7 @@ def engine_of(world, path: str, model: str) -> PolicyEngine:
 
 
 def train(world, path: str, model: str, batches):
-    """Updates on this rank's share of each batch -> (weights, gradient norms)."""
+    """Train on this rank's share of each batch. Return (weights, gradient norms)."""
     engine, norms = engine_of(world, path, model), []
     for batch in batches:
         share = len(batch) // world.size

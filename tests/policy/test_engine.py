@@ -1,4 +1,4 @@
-"""Updates of the engine against the same updates written out with plain transformers, autograd and torch's AdamW."""
+"""The engine's updates equal those of plain transformers, autograd and torch's AdamW."""
 
 import math
 from dataclasses import replace
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("world")
 
 
 def batches(prompts, plain, temperature=1.0):
-    """Three steps' batches of different sizes; the second without any picture."""
+    """Return batches of three steps, of different sizes; the second has no image."""
     return [
         near_batch(prompts, LENGTHS, plain, temperature=temperature, seed=1),
         near_batch([prompts[2]] * 2, [4, 8], plain, temperature=temperature, seed=2),
@@ -112,7 +112,7 @@ def test_supervised_learning_is_cross_entropy(model_dir, prompts, plain):
 )
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_learning_rates(prompts, settings, expected, zero_stage):
-    """What is reported, and what the first update did: AdamW's first step moves a weight by the rate."""
+    """Check reported rates, and what the first update did: AdamW's first step moves a weight by the learning rate."""
     engine = make_engine(zero_stage=zero_stage, lr=1e-3, weight_decay=0.0, **settings)
     batch = random_batch(prompts[2:3], [6])
     before = weights(engine)
@@ -194,7 +194,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(prompts, plain):
 
 
 def test_masked_responses_are_no_part_of_the_loss(world, prompts):
-    """The update is the one that the other responses alone would have made."""
+    """The update equals one from the other responses alone."""
     batch = random_batch(prompts, [5, 9, 3, 7, 1, 12])
     masked = torch.tensor([False, True, False, False, True, True])
     some, others = make_engine(), make_engine()

@@ -1,4 +1,4 @@
-"""Two ranks with unequal shares of work do what one rank does with the whole batch."""
+"""Two ranks with unequal work match one rank with the whole batch."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ CONFIG = PolicyLossConfig(kl_coef=0.05, entropy_coef=0.01, tis_cap=2.0)
 
 
 def global_batches(prompts, plain):
-    """Rank 0 has pictures and long rows, rank 1 short ones of text; then the other way round; then no picture."""
+    """Return four batches: images and long rows on rank 0, short text on rank 1; vice versa; no images; images on both."""
     text = prompts[2]
     return [
         near_batch([*prompts[3:], prompts[0], text, text, text, text], [9, 12, 7, 20, 1, 2, 3, 2], plain, seed=1),
@@ -31,7 +31,7 @@ def global_batches(prompts, plain):
 
 
 def train(world, batches, **settings):
-    """Updates on this rank's contiguous share of each batch -> (weights, stats)."""
+    """Train on this rank's contiguous share of each batch. Return (weights, stats)."""
     engine = make_engine(world=world, **settings)
     stats = []
     for batch in batches:
@@ -76,7 +76,7 @@ def update_uneven(world, batch, **settings):
 
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_a_rank_out_of_rows_waits_for_the_other(ranks, model_dir, prompts, plain, zero_stage):
-    """One row a micro-batch, three on one rank and one on the other."""
+    """With one row per micro-batch, one rank has three and the other has one."""
     batch = near_batch(prompts[:4], [4, 6, 3, 8], plain)
     eager = EagerTrainer(model_dir, grad_clip=1.0)
     eager.update(batch, CONFIG)
@@ -89,7 +89,7 @@ def score_own(world, batches, **settings):
 
 
 def test_ranks_score_on_their_own(ranks, world, model_dir, prompts):
-    """Different numbers of micro-batches, and nobody waits for anybody."""
+    """They have different numbers of micro-batches and do not wait for each other."""
     batches = [random_batch(prompts, [5, 9, 3, 7, 1, 12]), random_batch(prompts[2:3], [2])]
     found = ranks(score_own, batches, path=model_dir, budget=70)
     for scores, batch in zip(found, batches):
@@ -97,7 +97,7 @@ def test_ranks_score_on_their_own(ranks, world, model_dir, prompts):
 
 
 def save_and_go_on(world, batches, folder, **settings):
-    """(weights of a run of all updates, weights of one that was saved after the first and loaded by a new engine)."""
+    """Return weights of an uninterrupted run, and of one that was saved after the first update and loaded by a new engine."""
     share = [batch.rows(world.rank * len(batch) // 2, (world.rank + 1) * len(batch) // 2) for batch in batches]
     first = make_engine(world=world, **settings)
     first.update(share[0], PolicyGradient(CONFIG))

@@ -1,4 +1,4 @@
-"""`mssr export`: what it writes is the trained policy, by plain transformers and by peft."""
+"""`mssr export` writes the trained policy: plain transformers and peft load it and get the trainer's log-probs."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ KINDS = {"plain": {}, "frozen tower": {"train_vision": False}, "lora": {"lora": 
 
 
 class TrainedRun:
-    """A run folder with checkpoints of steps 1 and 2, and what the trainer makes of `batch` at each."""
+    """A run folder with checkpoints of steps 1 and 2, and the trainer's log-probs of `batch` at each."""
 
     def __init__(self, folder: Path, kind: str, tied: bool, batch) -> None:
         self.folder, self.batch, self.scores = folder, batch, {}
@@ -36,7 +36,7 @@ class TrainedRun:
             self.scores[step] = self.engine.score(batch)
             checkpoints.save(step, self.engine, {})
         checkpoints.close()
-        # As on the machine that trained: a GPU with flash-attn, files that are not here.
+        # Settings of the training machine: flash-attn, which needs a GPU, and a file that does not exist here.
         config = {
             "run_dir": str(folder),
             "model": model.model_dump() | {"attention": "flash", "liger": "on"},
@@ -89,7 +89,7 @@ def test_plain_transformers_scores_as_the_trainer_did(trained, tmp_path, kind, t
 @pytest.mark.parametrize("tied", [False, True])
 def test_peft_puts_the_adapter_on_the_start(trained, tmp_path, tied):
     run, out = trained("lora", tied), tmp_path / "adapter"
-    out.mkdir()  # an empty folder is as good as none
+    out.mkdir()  # an empty folder may exist
     assert run.export("--out", str(out), "--adapter").exit_code == 0
     assert {path.name for path in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     run.assert_scores(PeftModel.from_pretrained(plain_model(model_dir(tied)), out), 2)
@@ -97,7 +97,7 @@ def test_peft_puts_the_adapter_on_the_start(trained, tmp_path, tied):
 
 
 def save_from_ranks(world, folder, batch, zero_stage):
-    """A step each rank has its own rows of; then all rows' log-probs."""
+    """Train one step on this rank's half of the rows and save it. Return the log-probs of all rows."""
     engine = make_engine_with(options(lora=LORA), zero_stage=zero_stage, world=world)
     checkpoints = Checkpoints(folder, world, TrainConfig(async_save=False))
     half = len(batch) // 2
@@ -151,7 +151,7 @@ def test_the_end_of_a_run_leaves_the_same(trained, tmp_path, tied):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
     run.assert_scores(plain_model(tmp_path / "model"), 2)
     run.assert_scores(PeftModel.from_pretrained(plain_model(model_dir(tied)), tmp_path / "adapter"), 2)
-    save_trained(run.engine.policy, processors(), tmp_path, ALONE)  # what an earlier run left goes
+    save_trained(run.engine.policy, processors(), tmp_path, ALONE)  # replaces what an earlier run left
     run.export("--out", str(tmp_path / "exported"))
     exported, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("exported", "model"))
     assert all(torch.equal(value, saved[name]) for name, value in exported.items()) and exported.keys() == saved.keys()

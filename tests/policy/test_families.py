@@ -1,4 +1,4 @@
-"""Every family packed is as plain transformers computes each sequence alone; and a tower that sees no picture still runs."""
+"""Every family: packed sequences equal plain transformers on single ones, and the vision tower runs without images too."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def packed(policy, batch, rows):
 
 
 def scored(policy, batch, rows):
-    """[B, R] log-probs of the rows packed together, in the given order."""
+    """Return [B, R] log-probs of the rows, packed together in the given order."""
     micro_batch = packed(policy, batch, rows)
     logp = torch.zeros(batch.tokens.shape)
     return logp.index_put((micro_batch.row, micro_batch.column), policy(micro_batch, 1.0).logp)
@@ -88,7 +88,7 @@ def test_a_sequence_never_sees_its_neighbours(policy, batch, changed):
 
 
 class LargestSquare(TorchDispatchMode):
-    """side: of the largest [..., n, n] that any operation made."""
+    """Records n of the largest [..., n, n] tensor that any operation returned, in `side`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,8 +113,8 @@ def test_no_mask_over_the_packed_row(policy, batch):
 @pytest.mark.parametrize("family", VISION)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_without_images_the_tower_runs_as_with_them(family, checkpointing):
-    """The same modules in the same order forwards, the same parameters' gradients in the same order backwards: what
-    ranks of ZeRO-2 and ZeRO-3 wait for each other in. And it changes nothing: the tower's gradients are exactly 0."""
+    """Forward runs the same modules and backward produces the same gradients, in the same order: ranks under ZeRO-2 and
+    ZeRO-3 wait for each other in this order. The update does not change: the tower's gradients are exactly 0."""
     policy = family_policy(family).train()
     if checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -142,7 +142,7 @@ def test_without_images_the_tower_runs_as_with_them(family, checkpointing):
 
 
 def test_what_is_never_sampled(family, policy, batch):
-    """Images' and videos' pads have probability 0; a text-only vocabulary is sampled whole."""
+    """Image and video pads have probability 0; a text-only model can sample its whole vocabulary."""
     assert policy.forbidden_token_ids == never_sampled(policy.model)
     assert len(policy.forbidden_token_ids) == (2 if family in VISION else 0)
     assert (policy.image_token_id is None) == (policy.vision_tower is None) == (family not in VISION)
@@ -152,7 +152,7 @@ def test_what_is_never_sampled(family, policy, batch):
 
 
 def test_image_tokens_are_what_the_tower_makes(family):
-    """By the image processor's own patches: 14 or 16 pixels a side, two by two to a token."""
+    """The image processor's patches have sides of 14 or 16 pixels; 2 x 2 of them become one image token."""
     for prompt in family_prompts(family):
         if prompt.pixel_values is None:
             continue

@@ -1,4 +1,4 @@
-"""Families on two ranks, one with pictures and one without, do what one rank does with the whole batch."""
+"""Model families on two ranks, one with images and one without, match one rank with the whole batch."""
 
 import pytest
 from family_helpers import family_dir, family_prompts
@@ -8,7 +8,7 @@ from mssr.policy.loss import CrossEntropy
 
 
 def imitate(world, batches, **settings):
-    """One supervised update on this rank's half of each batch -> whole weights."""
+    """Make one supervised update on this rank's half of each batch. Return the unsharded weights."""
     engine = make_engine(world=world, **settings)
     for batch in batches:
         share = len(batch) // world.size

@@ -1,4 +1,4 @@
-"""`model.train_vision: false`: the tower stays, costs no gradient, and the rest is trained as before."""
+"""`model.train_vision: false`: the vision tower gets no gradient and does not change; the rest trains as before."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def in_tower(name: str) -> bool:
 
 
 def train(world, batches, zero_stage, gradient_checkpointing=False):
-    """Two updates, each rank on its own rows."""
+    """Make two updates, each rank on its own rows. Return the unsharded weights."""
     model = options(train_vision=False, gradient_checkpointing=gradient_checkpointing)
     engine = make_engine_with(model, zero_stage=zero_stage, world=world, lr=1e-4)
     for _ in range(2):

@@ -1,7 +1,7 @@
-"""The shipped 3B and 7B configurations at full size: shapes, ZeRO-3 shares and a packed batch without memory, and one real
-step of a layer as wide as the 7B's.
+"""The shipped 3B and 7B configurations at full size: shapes, ZeRO-3 shards and a packed batch, without memory for the
+weights; and one real step of a layer as wide as the 7B's.
 
-What is published of the architecture is written out here by hand; nothing of it is read from transformers.
+The published architecture is written out here by hand; none of it is read from transformers.
 """
 
 import copy
@@ -38,7 +38,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Size:
-    """Of the language model; the vision tower is the same in both but for the width it hands on."""
+    """Sizes of the language model; the vision tower is the same in both, except for its output width."""
 
     config: str
     parameters: int
@@ -62,7 +62,7 @@ IMAGE, VIDEO = 151_655, 151_656  # token ids
 
 
 def published_shapes(size: Size) -> dict[str, tuple[int, ...]]:
-    """Every weight by name, the tied head under both of its names."""
+    """Return the shape of every weight by name; a tied head is listed under both of its names."""
     d, kv = size.hidden, size.kv_heads * HEAD_DIM
     linear = {f"{name}.{part}": shape for name, (rows, columns) in {
         "attn.qkv": (3 * WIDTH, WIDTH), "attn.proj": (WIDTH, WIDTH), "mlp.gate_proj": (MLP, WIDTH),
@@ -98,13 +98,13 @@ def published_shapes(size: Size) -> dict[str, tuple[int, ...]]:
 
 def load(size: Size) -> Config:
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)  # where the configuration's paths start
+        patch.chdir(ROOT)  # the configuration's paths are relative to it
         return load_config(ROOT / "configs" / size.config)
 
 
 @cache
 def whole_policy(size: Size) -> Policy:
-    """The architecture of the configuration's model, on the meta device."""
+    """Return the policy of the configuration's model on the meta device."""
     return Policy(meta_model(load(size).model.path))
 
 
@@ -144,9 +144,9 @@ def test_ids_and_positions_are_the_published_ones(size):
 
 
 def shares_of_eight(path: str) -> tuple[dict[str, tuple[int, int]], float]:
-    """(numbers of each weight, and those in rank 0's share; peak memory in GiB), by DeepSpeed's own partitioning.
+    """Return (name -> (size of the weight, of rank 0's shard), peak memory in GiB), as DeepSpeed partitions the model.
 
-    To be run in a process of its own: the group's other ranks are made up, and what they would send is never looked at.
+    Run this in a separate process: the other ranks of the group are fake, and what they would send is never read.
     """
     os.environ.update(RANK="0", WORLD_SIZE=str(RANKS), LOCAL_RANK="0", DS_ACCELERATOR="cpu", DS_LOG_LEVEL="error")
     import torch.distributed as dist
@@ -156,7 +156,7 @@ def shares_of_eight(path: str) -> tuple[dict[str, tuple[int, int]], float]:
     import deepspeed
 
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-    model = meta_model(path).to_empty(device="cpu")  # memory that nobody writes to is not there
+    model = meta_model(path).to_empty(device="cpu")  # unwritten memory is not allocated
     model.tie_weights()
     deepspeed.zero.Init(module=model, config_dict_or_path=settings, dtype=torch.bfloat16)
     shares = {name: (weight.ds_numel, weight.ds_tensor.numel()) for name, weight in model.named_parameters()}
@@ -192,7 +192,7 @@ def picture(width: int, height: int) -> bytes:
 
 
 def encode(config, images: list[bytes]):
-    """A prompt as the run's encoder makes it, with the real model's id of image tokens; the text's are a tiny tokenizer's."""
+    """Return a prompt from the run's encoder, with the real model's image token id; text ids are from a tiny tokenizer."""
     encoder = PromptEncoder(*processors(), config)
     row = digit_rows()[0] | {"images": images, "problem": "How many?" if images else "Two and two?"}
     prompt = encoder.encode(row, 0, "rows")
@@ -209,7 +209,7 @@ def test_the_largest_picture_is_a_row_that_is_left_out(size):
 
 
 def rows_of_a_rank(size: Size) -> tuple:
-    """(prompts, response lengths) of one update on one of eight ranks: the longest there are, and short ones."""
+    """Return (prompts, response lengths) of one update on one of eight ranks: the longest possible, and short ones."""
     data = load(size).data
     wide = data.model_copy(update={"max_prompt_tokens": 8192})
     largest, usual, text = encode(wide, [picture(2048, 2048)]), encode(data, [picture(1232, 1232)]), encode(data, [])
@@ -222,13 +222,13 @@ def rows_of_a_rank(size: Size) -> tuple:
 
 
 def hidden_states(policy: Policy, micro_batch: MicroBatch) -> torch.Tensor:
-    """What the head is given, on the meta device: tower, image tokens, layers, choice of the predicting positions."""
+    """Return the input of the head on the meta device: vision tower, image tokens, layers, predicting positions."""
     model, grids = policy.model, micro_batch.image_grid_thw
     embeddings = model.get_input_embeddings()(micro_batch.input_ids.to("meta"))
     if grids is not None:
         positions = get_vision_position_ids(grids, policy.merge_size).to("meta")
         pixels = micro_batch.pixel_values.to("meta", model.dtype)
-        # One window in place of hundreds, which attend in as many calls; shapes are the same.
+        # One window instead of hundreds, which would take as many attention calls; shapes are the same.
         windows = {
             "window_index": torch.arange(len(pixels) // policy.merge_size**2),
             "cu_window_seqlens": torch.tensor([0, len(pixels)], dtype=torch.int32),
@@ -267,7 +267,7 @@ def test_an_update_at_full_size_fits_its_budget_and_reaches_the_head(size):
         assert micro_batch.position_ids.shape == (4, 1, count)
         sides = {row: side for row, side in ((0, 73), (1, 44)) if row in rows}
         assert int(micro_batch.mm_token_type_ids.sum()) == sum(side**2 for side in sides.values())
-        # A picture of side s moves the text behind it on by s, not by its s * s tokens.
+        # An image of side s advances the positions of the text behind it by s, not by its s * s tokens.
         starts = torch.tensor([0, *(lengths[row] for row in rows)]).cumsum(0)
         for row, start, end in zip(rows, starts, starts[1:]):
             own = micro_batch.position_ids[:, 0, start:end]
@@ -281,7 +281,7 @@ def test_an_update_at_full_size_fits_its_budget_and_reaches_the_head(size):
 
 
 def wide_model():
-    """One layer and one vision block as wide as the 7B's, random float32; vocabulary and ids of the tiny tokenizer."""
+    """Return a random float32 model: one layer and one vision block as wide as the 7B's, the tiny tokenizer's ids."""
     config, tokenizer = copy.deepcopy(model_config("Qwen/Qwen2.5-VL-7B-Instruct")), processors()[0]
     text, vision = config.text_config, config.vision_config
     text.num_hidden_layers, text.layer_types, text.vocab_size = 1, ["full_attention"], len(tokenizer)
@@ -294,7 +294,7 @@ def wide_model():
 
 
 def wide_step() -> dict:
-    """A step at the 7B's width: gradients of the packed batch against those of each sequence alone, then AdamW."""
+    """Make a step at the 7B's width: compare the packed batch's gradients with those of single sequences, then AdamW."""
     torch.set_num_threads(1)
     loss_config = PolicyLossConfig(kl_coef=0.05, entropy_coef=0.01, tis_cap=2.0)
     asked, model = list(prompts()[:3]), wide_model()

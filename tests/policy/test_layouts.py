@@ -1,4 +1,4 @@
-"""One run under every layout: ZeRO stages and numbers of ranks give the same weights, and each loads what another saved."""
+"""One run under every layout: all ZeRO stages and rank counts give the same weights and load each other's checkpoints."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from mssr.training.checkpoint import read_weights
 
 OFFLOADED = str(Path(__file__).parents[2] / "configs" / "deepspeed" / "zero3_offload.json")
 LAYOUTS = [(1, 0), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3), (2, OFFLOADED)]  # (ranks, ZeRO stage or JSON)
-UPDATES = 9  # three of each batch
+UPDATES = 9  # three of each kind of batch
 
 
 def name(layout):
@@ -24,7 +24,7 @@ def name(layout):
 
 @pytest.fixture(scope="module")
 def mixed_batches(prompts, plain):
-    """Rows with a picture, with two and with none, so that some micro-batches, and one rank's whole share, have none."""
+    """Rows with one, two or no images, so that some micro-batches, and one rank's whole share, have no image."""
     text = prompts[2]
     rows = [[prompts[0], text, prompts[4], prompts[1]], [text, text, prompts[3], prompts[5]], [text] * 4]
     return [near_batch(rows[step % 3], [5 + step % 4, 9, 3, 7], plain, seed=step) for step in range(UPDATES)]
@@ -36,7 +36,7 @@ def own_rows(world, batch):
 
 
 def go_on(world, batches, stage, folder, start=None, **settings):
-    """Updates from the checkpoint in `start` (else from the model's file), saved in `folder` -> gradient norms."""
+    """Train from the checkpoint in `start` (None: from the model's file) and save in `folder`. Return gradient norms."""
     layout = {"zero_stage": stage} if isinstance(stage, int) else {"deepspeed": stage}
     engine = make_engine(world=world, budget=100, lr=1e-3, **layout, **settings)
     if start is not None:
@@ -48,7 +48,7 @@ def go_on(world, batches, stage, folder, start=None, **settings):
 
 @pytest.fixture
 def under(ranks, world):
-    """`under((ranks, stage), ...)` runs `go_on` on that many ranks -> rank 0's result."""
+    """`under((ranks, stage), ...)` runs `go_on` on that many ranks and returns rank 0's result."""
 
     def run(layout, batches, *args, **settings):
         size, stage = layout
@@ -103,7 +103,7 @@ def test_what_one_layout_saved_another_goes_on_with(under, saved, loaded, mixed_
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=OTHERS), "bfloat16"])
 def test_every_bit_survives_every_layout(under, dtype, mixed_batches, tmp_path):
-    """Saved by one, loaded and saved again by the next, and so on: masters and moments are those of the first."""
+    """Each layout loads and saves the checkpoint of the one before. Master weights and moments stay those of the first."""
     layouts = [layout for layout in LAYOUTS if dtype == "float32" or layout[1]]
     under(layouts[-1], mixed_batches[:2], tmp_path / "0", dtype=dtype)
     before = everything(tmp_path / "0")
@@ -116,7 +116,7 @@ def test_every_bit_survives_every_layout(under, dtype, mixed_batches, tmp_path):
 
 
 def everything(folder):
-    """(name, kind) -> the whole value, from all ranks' files."""
+    """Return (name, kind) -> unsharded value, flat, from all ranks' files."""
     step = folder / "checkpoints" / "step_000001"
     shapes = torch.load(step / "state.pt", weights_only=True)["engine"]["shapes"]
     saved, found = SavedPieces(sorted(step.glob("rank_*.pt"))), {}
@@ -134,7 +134,7 @@ def scores_after_loading(world, batch, folder, stage):
 
 
 def test_the_weights_in_use_are_the_loaded_ones(ranks, world, mixed_batches, tmp_path):
-    """Not only masters and moments, which the next update would show: scores before any."""
+    """Loading also sets the weights in use, not only master weights and moments: scores match before any update."""
     batch = mixed_batches[0]
     ranks(go_on, mixed_batches[1:3], 2, tmp_path, dtype="bfloat16")
     expected = scores_after_loading(world, batch, tmp_path, 1)

@@ -1,4 +1,4 @@
-"""Updates that are left out: nothing of them stays, under any ZeRO stage."""
+"""Skipped updates leave nothing behind, under any ZeRO stage."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ LOSS = PolicyGradient(CONFIG)
 
 
 def updates(world, batches, kind, stage, dtype):
-    """(weights, statistics) with a bad update before the good ones; kind None: without it."""
+    """Return (weights, statistics) of three good updates with a bad one after the first; kind None: without it."""
     engine = make_engine(world=world, zero_stage=stage, dtype=dtype, budget=60, schedule="cosine", lr=1e-3)
     share = [batch.rows(world.rank * 2, world.rank * 2 + 2) for batch in batches]
     stats = [engine.update(share[0], LOSS)]

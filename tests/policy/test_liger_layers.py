@@ -1,6 +1,6 @@
-"""liger-kernel's layers: the model computes what it did, and learns what it did; and who may ask for them.
+"""liger-kernel's layers: log-probs and gradients do not change; where the layers cannot run, model.liger=on is an error.
 
-Its kernels run in Triton's interpreter, in a process of their own, since transformers is patched for good.
+The kernels run in Triton's interpreter, in a separate process, because the patch of transformers cannot be undone.
 """
 
 import json
@@ -20,8 +20,8 @@ from mssr.policy.loading import load_policy
 
 @pytest.fixture(scope="module")
 def compared():
-    """What the script below prints last."""
-    model_dir()  # where the process will find it
+    """Return the JSON that liger_comparison.py prints."""
+    model_dir()  # the process reads it
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     run = subprocess.run(
         [sys.executable, Path(__file__).with_name("liger_comparison.py")],

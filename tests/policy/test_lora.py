@@ -1,4 +1,4 @@
-"""LoRA: what is trained, that it is the gradient of the merged weights, and that everyone else sees a model without it."""
+"""LoRA: what is trained, that gradients are those of the merged weights, and that others get merged weights."""
 
 import re
 
@@ -20,7 +20,7 @@ SCALE = LORA.alpha / LORA.rank
 
 
 def merged_by_hand(start: dict[str, torch.Tensor], parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """W + (alpha / rank) B A in float64, rounded to the start's dtype. parts: by their names in the model."""
+    """Return W + (alpha / rank) B A, in float64, rounded to W's dtype. parts: adapters by their names in the model."""
     whole = dict(start)
     for name, a in parts.items():
         if ".lora_A." in name:
@@ -55,7 +55,7 @@ def test_untrained_adapters_change_nothing_and_are_the_same_everywhere(world, pr
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_gradients_are_those_of_the_merged_weights(world, prompts, gradient_checkpointing):
-    """By the chain rule from plain transformers' gradient on W' = W + s B A: dA = s B' dW', dB = s dW' A'."""
+    """By the chain rule from plain transformers' gradient G of W + s B A: dA = s B^T G, dB = s G A^T."""
     engine = make_engine_with(options(lora=LORA, gradient_checkpointing=gradient_checkpointing), budget=1000)
     policy = engine.policy
     disturb(policy)
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_merged_weights(world, prompts, gradient_chec
 
 
 def train(world, batches: list[UpdateBatch], **settings):
-    """Updates on this rank's half of each batch; the adapters, what others see of the weights, and their shapes."""
+    """Train on this rank's half of each batch. Return the adapters, the merged weights that others get, and their shapes."""
     engine = make_engine_with(world=world, **settings)
     for batch in batches:
         share = len(batch) // world.size
@@ -102,7 +102,7 @@ def train(world, batches: list[UpdateBatch], **settings):
 
 
 def batches_of(prompts, plain) -> list[UpdateBatch]:
-    """Rank 0 has pictures, rank 1 text alone."""
+    """Return two batches: rank 0's half has images, rank 1's half is text only."""
     text = prompts[2]
     return [near_batch([*prompts[:2], text, text], [9, 12, 7, 5], plain, seed=seed) for seed in (1, 2)]
 
@@ -138,7 +138,7 @@ def test_a_bfloat16_weight_is_merged_in_float32_and_rounded_once():
     expected, rough = merged_by_hand(start, adapter_weights(policy)), 0
     for name, weight in named_weights(policy, 1):
         assert weight.dtype == torch.bfloat16
-        wrong = (weight != expected[name]).float().mean()  # float64 rounds another way now and then
+        wrong = (weight != expected[name]).float().mean()  # float64 sometimes rounds differently
         assert wrong <= 1e-3, name
         rough += int((weight != start[name]).any())
     assert rough == 8

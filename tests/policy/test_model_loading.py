@@ -1,4 +1,4 @@
-"""Directories that are a model load as one, those that are not say so in a line, and what is saved loads anywhere."""
+"""Model directories load, other directories give a one-line error, and what is saved loads in plain transformers."""
 
 import json
 import shutil
@@ -114,7 +114,7 @@ def test_saved_after_an_update_loads_in_plain_transformers(world, prompts, tmp_p
     inputs = plain_inputs(prompts[0], batch.response(0), saved)
     with torch.no_grad():
         logits = engine.policy.model(**inputs).logits
-        possible = logits.isfinite()  # image and video pads are not, in the policy alone: nothing of that is saved
+        possible = logits.isfinite()  # not for image and video pads: the policy masks them, the saved model does not
         assert possible.sum(-1).unique().tolist() == [logits.shape[-1] - 2]
         torch.testing.assert_close(saved(**inputs).logits[possible], logits[possible], atol=1e-5, rtol=0)
         assert (plain_model(model_dir(tied))(**inputs).logits - logits)[possible].abs().max() > 1e-2
@@ -141,7 +141,7 @@ def test_save_replaces_what_an_earlier_run_left(policy, tmp_path):
 
 
 def test_a_models_own_sampling_settings_survive_saving(copied, tmp_path):
-    """As Qwen2.5-VL ships them."""
+    """Qwen2.5-VL ships such settings."""
     settings = {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05, "top_k": 1, "top_p": 0.001}
     edit_json(copied / "generation_config.json", **settings)
     folder = save_model(load(copied), processors(), tmp_path / "out", ALONE)

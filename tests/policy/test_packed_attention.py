@@ -1,6 +1,6 @@
-"""Packed attention by flash-attn's interface is packed attention by SDPA, and which of the two a run gets.
+"""Packed attention through flash-attn's interface equals packed SDPA, and which of the two a run gets.
 
-flash-attn itself needs a GPU. In its place is a function of its signature, whose attention is written out in float64.
+flash-attn itself needs a GPU. A function with its signature, which computes attention in float64, stands in for it.
 """
 
 import sys
@@ -22,7 +22,7 @@ LENGTHS = [5, 9, 3, 7, 1, 12]
 
 
 class EagerVarlen:
-    """flash_attn 2.8's `flash_attn_varlen_func`: q [total, heads, d]; k and v [total, kv heads, d] -> [total, heads, d]."""
+    """Replaces flash_attn 2.8's `flash_attn_varlen_func`: q and result [total, heads, d], k and v [total, kv heads, d]."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -51,7 +51,7 @@ class EagerVarlen:
 
 @pytest.fixture
 def flash_attn(monkeypatch):
-    """A module of that name, as if it were installed."""
+    """Add a fake module flash_attn, as if it were installed. Return its function."""
     function = EagerVarlen()
     module = types.ModuleType("flash_attn")
     module.flash_attn_varlen_func = function
@@ -81,7 +81,7 @@ def test_flash_attention_is_sdpa(family, flash_attn):
 
 
 def test_flash_attention_generates_as_sdpa_does(flash_attn):
-    """Where nothing is packed it is transformers' own attention; padding is masked."""
+    """Without packing, transformers' own attention runs, and padding is masked."""
     policy = family_policy("qwen3")
     policy.model.set_attn_implementation(FLASH)
     prompt, other = family_prompts("qwen3")[1:3]
@@ -117,7 +117,7 @@ def test_flash_attention_is_taken_where_it_can_run(flash_attn, dtype):
 )
 def test_where_it_cannot_run(flash_attn, monkeypatch, dtype, device, installed, why):
     if not installed:
-        monkeypatch.setitem(sys.modules, "flash_attn", None)  # how Python marks a module that is not there
+        monkeypatch.setitem(sys.modules, "flash_attn", None)  # makes the import fail
     assert attention_name("auto", dtype, device) == attention_name("sdpa", dtype, device) == SDPA
     with pytest.raises(UserError) as caught:
         attention_name("flash", dtype, device)
@@ -145,7 +145,7 @@ def test_a_layout_counts_what_is_computed():
 
 @torch.no_grad()
 def test_a_layer_that_lost_the_layout_fails():
-    """Instead of attending over its neighbours."""
+    """It must not attend over the whole packed row instead."""
     policy = family_policy("llama")
     batch = random_batch(family_prompts("llama"), LENGTHS)
     micro_batch = pack(batch, [0, 1], policy.prompt_positions, None, ALONE.device)

@@ -1,4 +1,4 @@
-"""Packed sequences score as each does alone in plain transformers: positions, attention and pictures all its own."""
+"""Each packed sequence gets the log-probs that it gets alone in plain transformers: own positions, attention, images."""
 
 import math
 
@@ -12,7 +12,7 @@ LENGTHS = [5, 9, 3, 7, 1, 12]
 
 
 def scored(policy, batch, rows, temperature=1.0):
-    """[B, R] log-probs of the rows packed together, in the given order."""
+    """Return [B, R] log-probs of the rows, packed together in the given order."""
     micro_batch = pack(batch, rows, policy.prompt_positions, policy.image_token_id, ALONE.device)
     logp = torch.zeros(batch.tokens.shape)
     return logp.index_put((micro_batch.row, micro_batch.column), policy(micro_batch, temperature).logp)
@@ -102,7 +102,7 @@ def test_pack_lays_out_the_rows_it_is_given(policy, prompts):
     [
         ([5, 5, 5, 5], 10, 2),
         ([5, 5, 5, 5], 20, 1),
-        ([6, 6, 6], 10, 3),  # their sum fits two groups, the rows do not
+        ([6, 6, 6], 10, 3),  # their sum fits into two groups, but no two rows fit into one
         ([100], 10, 1),
         ([100, 1, 1], 10, 2),
         ([3, 100, 4, 50, 3], 10, 3),

@@ -1,4 +1,4 @@
-"""The KL term's reference: the start of the policy, wherever its weights are kept."""
+"""The KL term's reference: the initial policy, wherever its weights are kept, or the current policy with blank images."""
 
 from dataclasses import replace
 
@@ -15,13 +15,13 @@ PLACEMENTS = ["copy", "sharded", "cpu"]
 
 
 def settings(placement: str, tied: bool = False):
-    """Of `model`; the LoRA base needs no placement."""
+    """Return the section `model`. With LoRA the base model is the reference and needs no placement."""
     lora = {"lora": LORA} if placement == "lora" else {"reference": placement}
     return options(model_dir(tied), **lora)
 
 
 def score_while_training(world, batches, zero_stage, **kind):
-    """Twice, with an update before each: (the reference's, the policy's own log-probs) of this rank's rows."""
+    """Return (the reference's, the policy's own log-probs) of this rank's rows after each of two updates."""
     engine = make_engine_with(settings(**kind), zero_stage=zero_stage, world=world)
     reference, batch, found = frozen_start(settings(**kind), engine), batches[world.rank], []
     for _ in range(2):
@@ -68,7 +68,7 @@ def train(world, batches, zero_stage, placement, scored):
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_scoring_leaves_the_training_as_it_was(ranks, prompts, zero_stage):
-    """Adapters that were switched off must be trained on: ZeRO's hooks are on their parameters."""
+    """Adapters that were disabled for scoring must still train: ZeRO's hooks are on their parameters."""
     batches = [random_batch(prompts, [5, 9, 3, 7, 1, 12]), random_batch(prompts[2:3], [2])]
     without, with_scores = (ranks(train, batches, zero_stage, "lora", scored) for scored in (False, True))
     for mine, theirs in zip(with_scores, without):
@@ -105,7 +105,7 @@ def test_text_only_is_the_policy_of_now_before_blank_images(world, prompts):
     assert ((now - seen).abs().sum(1)[pictured] > 1e-3).all()
     blank = replace(batch, prompts=tuple(without_colour(prompt) for prompt in batch.prompts))
     torch.testing.assert_close(now, plain_logp(engine.policy.model, blank).float(), atol=1e-5, rtol=0)
-    assert all(prompt.pixel_values is None or prompt.pixel_values.any() for prompt in batch.prompts)  # as they were
+    assert all(prompt.pixel_values is None or prompt.pixel_values.any() for prompt in batch.prompts)  # unchanged
 
 
 def without_colour(prompt):

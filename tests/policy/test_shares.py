@@ -1,4 +1,4 @@
-"""How a step's global batch is shared out, and the collectives that put it together again."""
+"""How a step's global batch is split over ranks, and the collectives that gather it again."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_each_update_sees_the_same_rows_on_any_number_of_ranks(prompts, size):
 
 
 def pick(batch, slots):
-    """The slots' rows as a batch."""
+    """Return the slots' rows as a batch."""
     parts = {name: getattr(batch, name)[slots] for name in vars(batch) if name != "prompts"}
     return type(batch)(prompts=tuple(batch.prompts[slot] for slot in slots), **parts)
 
@@ -110,7 +110,7 @@ def test_collectives(ranks):
         assert found["max"].tolist() == [3.0, -2.0]
         assert found["gather"] == [{"rank": 0, "values": []}, {"rank": 1, "values": [1]}]
         assert found["is_main"] == (rank == 0)
-        assert found["argument"].tolist() == [1.5 * (rank + 1), -2.0 * (rank + 1)]  # left as it was
+        assert found["argument"].tolist() == [1.5 * (rank + 1), -2.0 * (rank + 1)]  # unchanged
 
 
 def test_collectives_of_one():

@@ -1,4 +1,4 @@
-"""Joining the process group: alone, launched, and when it cannot be."""
+"""Joining the process group: alone, from a launcher, and where it is impossible."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""The policy's weights by name: whole, the same on every rank and under every ZeRO stage, a bounded part at a time."""
+"""The policy's unsharded weights by name: the same on every rank and under every ZeRO stage, one bucket at a time."""
 
 import pytest
 import torch
@@ -7,17 +7,17 @@ from policy_helpers import make_engine, model_dir, plain_model
 from mssr.policy.loading import load_policy
 from mssr.policy.weights import named_weights, weight_shapes
 
-BUCKET = 100_000  # bytes; several matrices of a layer, but not the largest parameter
+BUCKET = 100_000  # bytes; fits several matrices of a layer, but not the largest parameter
 
 
 def held(policy) -> list[int]:
-    """Bytes of the parameters that are in shares, where this rank holds them whole."""
+    """Return the size in bytes of each sharded parameter that is gathered on this rank at the moment."""
     shared = [parameter for parameter in policy.parameters() if not getattr(parameter, "ds_persist", True)]
     return [parameter.nbytes for parameter in shared if parameter.numel()]
 
 
 def gather(world, bucket, **settings):
-    """What `named_weights` gives, and the bytes that were whole at each weight."""
+    """Return what `named_weights` yields, the bytes gathered at each weight, and the shapes."""
     policy = make_engine(world=world, **settings).policy
     at_rest, found, most = held(policy), {}, []
     for name, weight in named_weights(policy, bucket):
@@ -52,7 +52,7 @@ def test_no_more_than_a_bucket_is_whole_at_a_time(ranks, bucket):
     for _, _, most, _ in ranks(gather, bucket, path=model_dir(), zero_stage=3):
         assert all(size <= bucket or count == 1 for size, count in most)
         assert max(size for size, _ in most) >= min(bucket, max(sizes))
-        assert max(count for _, count in most) > {1: 0, BUCKET: 2, 1 << 30: 20}[bucket]  # and buckets are filled
+        assert max(count for _, count in most) > {1: 0, BUCKET: 2, 1 << 30: 20}[bucket]  # buckets are filled
 
 
 def leave_early(world, **settings):

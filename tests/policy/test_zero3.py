@@ -1,6 +1,6 @@
-"""ZeRO-3: two ranks with a share of every parameter do what one rank does with the whole of them.
+"""ZeRO-3: two ranks with sharded parameters match one rank with unsharded ones.
 
-`test_engine_ranks` has what all stages have in common; here is what only shares can get wrong.
+`test_engine_ranks` tests what all stages have in common; this file tests what only sharding can break.
 """
 
 import json
@@ -42,7 +42,7 @@ SHARES = {"zero_stage": 3, "budget": 100}
 
 
 def in_shares(policy) -> bool:
-    """No parameter of 4096 numbers or more (all but vectors and two small matrices a layer) is whole here."""
+    """Return whether all parameters of at least 4096 numbers (not vectors, two small matrices per layer) are sharded."""
     large = [parameter for parameter in policy.parameters() if parameter.ds_numel >= 4096]
     return len(large) > 20 and all(one.numel() == 0 and one.ds_tensor.numel() < one.ds_numel for one in large)
 
@@ -107,7 +107,7 @@ def test_bfloat16_follows_one_rank_that_has_it_whole(ranks, world, prompts, plai
 
 
 def score_unevenly(world, batches):
-    """Rank 1: fewer micro-batches, no picture, in the end nothing at all. Then the reference, each at its own pace."""
+    """Rank 1 has fewer micro-batches, no image, then an empty batch. Only rank 0 scores with the reference."""
     engine = make_engine(world=world, **SHARES | {"budget": 1})
     scores = [engine.score(batches[world.rank])]
     if world.rank == 0:
@@ -128,7 +128,7 @@ def test_ranks_score_what_they_have(ranks, prompts, plain):
 
 
 def drift_of_few(world, batch):
-    """The tracker knows the previous responses of rank 0's prompts alone."""
+    """The tracker knows previous responses only for rank 0's prompts."""
     engine = make_engine(world=world, **SHARES)
     tracker = ValueTracker(TrackerConfig(drift="prompt"))
     known = batch.rows(0, 3)
@@ -157,7 +157,7 @@ def test_drift_of_the_second_of_three_alone(world, prompts, plain):
 
 
 def sample_and_move(world, prompts, streams, **settings):
-    """Each rank its own number of prompts, of calls and of tokens; the weights before an update and after."""
+    """Sample before and after an update; ranks differ in prompts, calls and tokens. Return batches and log-prob gaps."""
     engine = make_engine(world=world, lr=1e-2, **settings)
     config = RolloutConfig(max_response_tokens=[12, 7][world.rank], batch_size=4)
     tokenizer, _ = processors()
@@ -192,7 +192,7 @@ def test_rollouts_are_from_the_weights_as_they_are(ranks, world, prompts, tied):
 
 
 def checkpoint_and_export(world, batches, folder):
-    """Two updates, saved after the first, and a new engine that goes on from there; the model exported."""
+    """Make two updates, save after the first, resume there in a new engine, and export its model."""
     share = [batch.rows(world.rank * len(batch) // 2, (world.rank + 1) * len(batch) // 2) for batch in batches]
     first = make_engine(world=world, path=model_dir(True), **SHARES)
     first.update(share[0], PolicyGradient(CONFIG))
@@ -238,7 +238,7 @@ def test_weights_that_are_not_whole_are_refused_on_every_rank(ranks, tmp_path):
 
 
 def test_a_response_with_an_image_pad_is_refused(world, prompts, policy):
-    """Its log-prob is -inf: training on it would be NaN a step later."""
+    """Its log-prob is -inf: training on it would make the weights NaN."""
     batch = random_batch(prompts[:2], [4, 4])
     tokens = batch.tokens.clone()
     tokens[1, 2] = policy.image_token_id

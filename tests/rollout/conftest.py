@@ -20,5 +20,5 @@ def own_policy():
 
 @pytest.fixture(scope="module")
 def many(prompts):
-    """Text alone, one image and two, in one batch; far more than the servers take at once."""
+    """36 prompts with no, one or two images; far more than the servers handle at once."""
     return list(prompts) * 6

@@ -1,4 +1,4 @@
-"""The rollout engines as the tests make them, around the tiny model of `policy_helpers`."""
+"""Rollout engines for tests, with the tiny model of `policy_helpers`."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ from mssr.rollout.hf import HFRollout
 from mssr.rollout.vllm.adapter import require_vllm
 from mssr.rollout.vllm.engine import VLLMRollout
 
-# Of 300 tokens: some responses of untrained weights end, others are cut.
+# 30 of 300 tokens, so that some responses of untrained weights end and others are truncated.
 ENDS = list(range(100, 130))
 LIMIT = 12
 
@@ -23,7 +23,7 @@ def hf(policy: Policy, limit: int = LIMIT, ends=ENDS, batch_size: int = 64) -> H
 
 @cache
 def small_cache() -> None:
-    """128 MiB for keys and values: vLLM's own setting is in whole GiB, and engines stay until the session ends."""
+    """Limit the KV cache to 128 MiB: vLLM's own setting is in whole GiB, and engines live until the session ends."""
     from vllm.platforms.cpu import CpuPlatform
 
     whole = CpuPlatform.check_and_update_config.__func__
@@ -37,7 +37,7 @@ def small_cache() -> None:
 
 @cache
 def vllm(path: str, limit: int = LIMIT, world=ALONE, **settings) -> VLLMRollout:
-    """Started once for each kind: that takes seconds, and an engine forgets with every sync."""
+    """Return vLLM's engine, started once per combination of arguments; a sync clears what earlier tests left in it."""
     require_vllm("cpu")  # before vLLM is imported
     small_cache()
     config = run_config(path, engine="vllm", max_response_tokens=limit, **settings)
@@ -45,7 +45,7 @@ def vllm(path: str, limit: int = LIMIT, world=ALONE, **settings) -> VLLMRollout:
 
 
 def engine_of(name: str, policy: Policy, limit: int = LIMIT):
-    """The engine with the policy's weights, version 0."""
+    """Return the engine with the policy's weights, version 0."""
     engine = hf(policy, limit) if name == "hf" else vllm(model_dir(), limit)
     engine.update_weights(policy, 0)
     return engine

@@ -1,4 +1,4 @@
-"""Real vLLM servers on this machine, each in a process group of its own, and the trainer's side of them."""
+"""Real vLLM servers on this machine, each in its own process group, and the trainer's side."""
 
 import os
 import signal
@@ -17,20 +17,20 @@ from mssr.config import RolloutConfig
 from mssr.rollout.hf import HFRollout
 from mssr.rollout.servers.rollout import ServerRollout
 
-ENDS = list(range(100, 130))  # of 300 tokens: some responses end, others are cut
+ENDS = list(range(100, 130))  # 30 of 300 tokens, so that some responses end and others are truncated
 PROMPT_TOKENS, RESPONSE_TOKENS = 244, 12
 
-# Here and in every process started from here, vLLM finds the weight transfer for machines without a GPU.
+# With this, vLLM finds the weight transfer for machines without a GPU, here and in child processes.
 PLUGIN = str(Path(__file__).parent / "gloo_plugin")
 sys.path.append(PLUGIN)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), PLUGIN]))
 
 
 class Server:
-    """`mssr serve` in the background. stop, go_on, kill: by signals, to all of its processes, which it cannot catch."""
+    """`mssr serve` in the background. stop, go_on, kill: send all its processes SIGSTOP, SIGCONT, SIGKILL."""
 
     def __init__(self, folder: Path, config: Path | None = None) -> None:
-        """folder: for its log. config: by default of the helpers' tiny model."""
+        """folder: for its log. config: defaults to one with the helpers' tiny model."""
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._log = folder / f"server_{port}.log"
@@ -88,7 +88,7 @@ def serve_settings(folder: Path) -> dict:
 
 
 def rollout(policy, servers: list, *, world=ALONE, ends=ENDS, **settings) -> ServerRollout:
-    """The engine. servers: `Server`s or addresses. Small buffers: even the tiny model's weights take many."""
+    """Return the engine. servers: `Server`s or addresses. Buffers are so small that even the tiny model fills many."""
     defaults = {
         "engine": "servers", "servers": [getattr(server, "url", server) for server in servers], "batch_size": 4,
         "max_response_tokens": RESPONSE_TOKENS, "server_timeout_s": 60, "sync_gib": 1e-4,
@@ -99,7 +99,7 @@ def rollout(policy, servers: list, *, world=ALONE, ends=ENDS, **settings) -> Ser
 
 
 def change_weights(policy, seed: int) -> None:
-    """Every weight by up to a fifth: the language model's and the vision tower's, matrices, norms and biases."""
+    """Scale every weight by up to 1.2 and add noise: language model and vision tower, matrices, norms and biases."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in policy.parameters():
         parameter.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator))
@@ -107,7 +107,7 @@ def change_weights(policy, seed: int) -> None:
 
 
 def greedy_oracle(policy, prompts):
-    """What transformers' own generation gives."""
+    """Return the greedy responses of the hf engine."""
     tokenizer, _ = processors()
     ends = sorted({tokenizer.eos_token_id, *ENDS})
     config = RolloutConfig(max_response_tokens=RESPONSE_TOKENS)
@@ -130,7 +130,7 @@ def assert_same_responses(found, expected):
 
 
 def assert_samples_from(batch, policy, temperature=1.0):
-    """The log-probs are those of plain transformers with the policy's weights."""
+    """Check that the log-probs are those of plain transformers with the policy's weights."""
     plain = plain_model(model_dir())
     plain.load_state_dict(policy.model.state_dict())
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What every rollout engine promises (`RolloutEngine`): both engines, the same tests, real vLLM included."""
+"""The contract of every rollout engine (`RolloutEngine`): the same tests for both engines, with real vLLM."""
 
 import random
 from dataclasses import replace
@@ -28,7 +28,7 @@ def engine(name, policy):
 
 @pytest.fixture
 def sampled(engine, prompts):
-    """24 responses, each prompt four times."""
+    """24 responses, four per prompt."""
     return engine.generate(list(prompts) * 4, STREAMS, 1.0)
 
 
@@ -37,7 +37,7 @@ def responses(batch):
 
 
 def test_prompts_with_other_images_of_the_same_size_are_answered_as_theirs(engine, plain, prompts):
-    """Two prompts that differ in the picture alone, one call, greedy."""
+    """Two prompts that differ only in their image, in one greedy call."""
     first = prompts[1]
     second = replace(first, key="another", pixel_values=-first.pixel_values)
     batch = engine.generate([first, second], [0, 0], 0.0)
@@ -48,7 +48,7 @@ def test_prompts_with_other_images_of_the_same_size_are_answered_as_theirs(engin
     for row in range(2):
         response = batch.response(row)
         assert response.tolist() == own[row].argmax(1).tolist()
-        assert (own[row] - others[row]).gather(1, response[:, None]).abs().max() > 0.1  # the picture matters
+        assert (own[row] - others[row]).gather(1, response[:, None]).abs().max() > 0.1  # the image matters
         torch.testing.assert_close(batch.logp[row, : len(response)].double(), own[row].amax(1), atol=1e-5, rtol=0)
 
 
@@ -71,7 +71,7 @@ def test_a_response_ends_at_its_first_end_token_or_is_truncated(sampled):
 
 
 def test_an_end_token_on_the_last_position_is_no_truncation(engine, prompts):
-    """Of 200 responses some end exactly there."""
+    """Of 200 responses, some end exactly at the limit."""
     batch = engine.generate([prompts[2]] * 200, list(range(200)), 1.0)
     full = batch.lengths == LIMIT
     ended = torch.isin(batch.tokens[:, -1], torch.tensor(ENDS)) & full
@@ -81,7 +81,7 @@ def test_an_end_token_on_the_last_position_is_no_truncation(engine, prompts):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_log_probs_are_the_trainers(world, engine, plain, prompts, temperature):
-    """The trainer's own scores, and plain transformers without the tokens that are never sampled."""
+    """They equal the trainer's scores, and plain transformers' without the tokens that are never sampled."""
     batch = engine.generate(list(prompts), list(range(6)), temperature)
     scored = make_engine(temperature=temperature).score(batch)
     torch.testing.assert_close(batch.logp[batch.mask], scored[batch.mask], atol=1e-5, rtol=0)
@@ -102,7 +102,7 @@ def test_greedy_is_the_most_probable_token(engine, plain, prompts):
 
 
 def test_the_same_call_gives_the_same_responses(engine, prompts, sampled):
-    engine.generate(list(prompts), [5] * 6, 1.0)  # whatever came between
+    engine.generate(list(prompts), [5] * 6, 1.0)  # a call in between has no influence
     again = engine.generate(list(prompts) * 4, STREAMS, 1.0)
     assert responses(again) == responses(sampled)
     assert torch.equal(again.logp, sampled.logp)
@@ -112,13 +112,13 @@ def test_other_streams_give_other_responses(engine, prompts, sampled):
     other = engine.generate(list(prompts) * 4, noise_streams(0, "train", 1, list(range(24))), 1.0)
     same = sum(mine == theirs for mine, theirs in zip(responses(other), responses(sampled)))
     assert same <= 2
-    for first in range(6):  # and so do the visits of one prompt in a batch
+    for first in range(6):  # responses to one prompt in a batch differ, too
         visits = {tuple(responses(sampled)[row]) for row in range(first, 24, 6)}
         assert len(visits) >= 3
 
 
 def test_samples_follow_the_distribution(engine, plain, prompts):
-    """First tokens of 1,500 responses against their probabilities: chi-square over the likelier tokens."""
+    """Chi-square test of the first tokens of 1,500 responses against their probabilities."""
     prompt, count = prompts[0], 1500
     batch = engine.generate([prompt] * count, noise_streams(3, "train", 0, list(range(count))), 1.0)
     probability = plain_distribution(plain, prompt, torch.zeros(1, dtype=torch.int64))[0].exp()
@@ -171,7 +171,7 @@ def test_the_longest_response_is_begun_first(world, policy, prompts, monkeypatch
 
 
 def test_image_and_video_pads_are_never_sampled(world, name, prompts):
-    """Even where the weights want nothing else."""
+    """Even if the weights give them the largest logits."""
     policy_engine = make_engine()
     model = policy_engine.policy.model
     pads = [model.config.image_token_id, model.config.video_token_id]
@@ -183,7 +183,7 @@ def test_image_and_video_pads_are_never_sampled(world, name, prompts):
 
 
 def test_weights_as_they_are_now(world, name, prompts):
-    """Through updates of the policy's engine, images seen before included."""
+    """Samples are from the current weights after each update, also for images seen before."""
     policy_engine = make_engine(lr=1e-2)
     engine = engine_of(name, policy_engine.policy)
     before = engine.generate(list(prompts), list(range(6)), 1.0)
@@ -195,7 +195,7 @@ def test_weights_as_they_are_now(world, name, prompts):
         assert after.weight_version.tolist() == [version] * 6
         torch.testing.assert_close(after.logp, policy_engine.score(after), atol=1e-4, rtol=0)
         moved = (policy_engine.score(before) - before.logp).abs()[before.mask].max()
-        assert moved > 0.1  # else the comparison above says nothing
+        assert moved > 0.1  # else the comparison above proves nothing
     fresh = plain_model(policy_engine.policy.model.config._name_or_path).requires_grad_(False)
     fresh.load_state_dict(policy_engine.policy.model.state_dict())
     response = after.response(0)
@@ -216,6 +216,6 @@ def test_an_engine_without_weights_refuses(name, model_dir):
 
 
 def test_nothing_asked_is_an_empty_batch(engine):
-    """A rank whose share of the problems is used up still takes part."""
+    """A rank without problems left still makes the call."""
     batch = engine.generate([], [], 1.0)
     assert len(batch) == 0 and batch.tokens.shape == (0, 0) and batch.truncated.dtype == torch.bool

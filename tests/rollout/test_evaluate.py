@@ -1,4 +1,4 @@
-"""Accuracy on held-out problems, alone and shared out over ranks."""
+"""Accuracy on held-out problems, on one rank and split over ranks."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def run(world, path, count, **settings):
 
 
 def answered(count, temperature=0.0):
-    """Every problem's response, by the sampler directly."""
+    """Return the graded response to every problem, sampled without `evaluate`."""
     policy = load_policy(model_dir(), torch.float32)
     rollout = sampler(policy)
     return odd_is_right(rollout.generate(list(held_out(count)), list(range(count)), temperature))
@@ -65,6 +65,6 @@ def test_the_first_problems_only():
     ("count", "settings"), [(13, {}), (13, {"temperature": 1.0}), (1, {}), (13, {"max_problems": 1})]
 )
 def test_two_ranks_find_what_one_does(ranks, count, settings):
-    """Odd numbers of problems, and one problem, which leaves a rank without any."""
+    """Also for an odd number of problems, and for one problem, which leaves a rank without any."""
     alone = run(ALONE, model_dir(), count, **settings)
     assert ranks(run, model_dir(), count, **settings) == [alone, alone]

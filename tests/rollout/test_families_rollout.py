@@ -1,4 +1,4 @@
-"""Every family sampled: greedily what plain transformers generates, by real vLLM what the policy gives, after every sync."""
+"""Rollouts of every family: hf equals plain greedy generation; real vLLM equals the policy after every sync."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from mssr.policy.loss import CrossEntropy
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_hf_is_plain_greedy_generation(family):
-    """Of all prompts at once, padded; then of the text alone, which must not keep the pictures' position offset."""
+    """All prompts in one padded batch; then only the text prompt, which must not get the images' position offset."""
     plain, prompts = family_plain(family_dir(family)), family_prompts(family)
     policy = family_policy(family)
     engine = hf(policy, ends=[0])

@@ -1,4 +1,4 @@
-"""The log-prob gap finds weights that are not the trainer's: each link of the sync broken on purpose, with real vLLM."""
+"""The log-prob gap detects weights that are not the trainer's: each part of the sync is broken on purpose, in real vLLM."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ LIMIT = 1e-3  # nats; an exact sync is within 1e-5
 
 
 class Step:
-    """The policy, its sampler after one sync and one use, and an update that the sampler has not seen."""
+    """The policy and its sampler. The sampler has synced and sampled once; the policy has made an update since then."""
 
     def __init__(self, prompts, *, tied=False, zero_stage=0, **settings):
         self.prompts = list(prompts)
@@ -46,7 +46,7 @@ def test_a_whole_sync_leaves_no_gap(step):
 
 
 def test_a_sync_of_zero_3_in_many_buckets(world, prompts, monkeypatch):
-    """Of parameters that are whole only while their bucket is gathered; vLLM merges q, k and v from different buckets."""
+    """Parameters are unsharded only while their bucket is gathered; vLLM merges q, k and v from different buckets."""
     step = Step(prompts, zero_stage=3, sync_gib=4e-5)
     limit, buckets, gathered = 4e-5 * 2**29, [], weights.gathered
 
@@ -68,7 +68,7 @@ def test_a_sync_that_comes_a_step_late(step):
 
 
 def test_images_seen_before_with_the_old_vision_tower(step, monkeypatch):
-    """No reset of the encoder cache, neither by us nor inside vLLM's reload."""
+    """The encoder cache is not reset, neither by us nor by vLLM's reload."""
     runner = step.sampler._llm.collective_rpc(lambda worker: worker.model_runner)[0]
     monkeypatch.setattr(type(runner), "reset_encoder_cache", lambda self: None)
     monkeypatch.setattr(weight_sync, "reset_caches", lambda llm: llm.reset_mm_cache())
@@ -78,7 +78,7 @@ def test_images_seen_before_with_the_old_vision_tower(step, monkeypatch):
 
 
 def without(monkeypatch, skipped):
-    """The next syncs leave out the weights whose name ends so."""
+    """Make later syncs leave out the weights whose names end with one of `skipped`."""
     whole = weight_sync.named_weights
 
     def partial(policy, bucket_bytes):
@@ -99,7 +99,7 @@ SKIPPED = [
 
 @pytest.mark.parametrize("skipped", SKIPPED, ids=lambda names: names[0])
 def test_a_weight_that_is_not_sent(step, monkeypatch, skipped):
-    """The sync itself refuses, and names it; were that gone too, the gap would tell."""
+    """The sync refuses and names the weight. Without that check, the gap is too large."""
     without(monkeypatch, skipped)
     with pytest.raises(
         UserError, match=f"weight sync: . weights were not sent to vLLM, the first .*({'|'.join(skipped)})"
@@ -112,7 +112,7 @@ def test_a_weight_that_is_not_sent(step, monkeypatch, skipped):
 
 
 def test_a_weight_of_vllms_that_nothing_is_loaded_into(step):
-    """As when a name changes between versions and vLLM drops what it does not know."""
+    """This happens when a name changes between versions and vLLM drops weights that it does not know."""
     load = weight_sync.load_weights
 
     def losing(worker, weights):
@@ -125,7 +125,7 @@ def test_a_weight_of_vllms_that_nothing_is_loaded_into(step):
 
 
 def test_every_weight_is_vllms_afterwards(step):
-    """Bit for bit, by vLLM's own names where it keeps a tensor as it came (its norms and embeddings)."""
+    """Bitwise, by vLLM's names, for tensors that it keeps as they came (norms and embeddings)."""
     step.sampler.update_weights(step.trainer.policy, 1)
     (model,) = step.sampler._llm.collective_rpc(lambda worker: worker.model_runner.get_model())
     theirs = dict(model.named_parameters())
@@ -136,4 +136,4 @@ def test_every_weight_is_vllms_afterwards(step):
         "visual.merger.ln_q.weight": "model.visual.merger.ln_q.weight",
     }
     for name, own in same.items():
-        assert torch.equal(theirs[name][: len(ours[own])], ours[own]), name  # it pads the vocabulary
+        assert torch.equal(theirs[name][: len(ours[own])], ours[own]), name  # vLLM pads the vocabulary

@@ -21,7 +21,7 @@ def test_mean_and_largest_of_the_sampled_tokens():
 
 
 def test_the_99th_percentile_is_of_tokens():
-    """Of 1,000 tokens the ten largest gaps are beyond it."""
+    """Of 1,000 tokens, the ten largest gaps are above it."""
     gaps = torch.arange(1000.0).flip(0).view(4, 250)
     found = measure_gap(gaps, torch.zeros(4, 250), torch.ones(4, 250).bool(), ALONE)
     assert found == LogpGap(mean=499.5, p99=989.0, max=999.0)
@@ -45,7 +45,7 @@ def test_over_all_ranks(ranks):
 
 
 def gap_of(offset):
-    """The gap of log-probs that are `offset` from the sampler's."""
+    """Return the gap of log-probs that differ from the sampler's by `offset`."""
     return measure_gap(SAMPLER + offset, SAMPLER, MASK, ALONE)
 
 

@@ -1,4 +1,4 @@
-"""What the hf engine promises beyond the contract: a response depends on its stream and the weights alone."""
+"""Guarantees of the hf engine beyond the contract: a response depends only on its noise stream and the weights."""
 
 import shutil
 from dataclasses import replace
@@ -22,11 +22,11 @@ from mssr.policy.loss import CrossEntropy
 from mssr.rollout.base import noise_streams
 from mssr.rollout.hf import HFRollout, end_token_ids
 
-EXTRA_ENDS = list(range(100, 130))  # of 300 tokens: some responses end, others are cut
+EXTRA_ENDS = list(range(100, 130))  # 30 of 300 tokens, so that some responses end and others are truncated
 
 
 def rollout(policy, *, max_response_tokens=12, batch_size=64, ends=EXTRA_ENDS):
-    """A sampler of the policy, with more end tokens than one, so that untrained weights finish some responses."""
+    """Return a sampler of the policy, with many end tokens, so that untrained weights finish some responses."""
     tokenizer, _ = processors()
     own = policy.model.generation_config.eos_token_id
     policy.model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
@@ -52,7 +52,7 @@ def pads(model) -> list[int]:
 
 
 def assert_same_responses(found, expected):
-    """The rows may be padded to different lengths, and a neighbour may cost a rounding in log-probs."""
+    """Compare responses. Padded lengths may differ, and neighbours may change the rounding of log-probs."""
     assert len(found) == len(expected)
     for row in range(len(expected)):
         assert found.response(row).tolist() == expected.response(row).tolist()
@@ -67,7 +67,7 @@ def select(batch, order):
 
 @pytest.fixture(scope="module")
 def sampled(policy, prompts):
-    """24 responses, each prompt four times."""
+    """24 responses, four per prompt."""
     chosen = list(prompts) * 4
     return rollout(policy).generate(chosen, noise_streams(0, "train", 0, list(range(24))), 1.0)
 
@@ -94,12 +94,12 @@ def test_a_longer_limit_only_continues(policy, prompts, sampled):
 
 
 def chi_square_bound(bins: int) -> float:
-    """Far beyond what the statistic reaches by chance (more than 4 standard deviations)."""
+    """Return a bound far above what the statistic reaches by chance (more than 4 standard deviations)."""
     return bins + 4 * (2 * bins) ** 0.5 + 8
 
 
 def test_whole_responses_follow_the_policy(policy, plain, prompts):
-    """Each token's cumulative probability given its past is uniform, and independent of the position before."""
+    """Each token's cumulative probability given its past is uniform, and uncorrelated with that of the token before."""
     prompt, count, length = prompts[0], 96, 8
     streams = noise_streams(5, "train", 0, list(range(count)))
     batch = rollout(policy, max_response_tokens=length, ends=[]).generate([prompt] * count, streams, 1.0)
@@ -144,11 +144,11 @@ def test_a_models_own_sampling_settings_change_nothing(model_dir, prompts, sampl
     greedy = rollout(policy, ends=[]).generate(list(prompts), [0] * 6, 0.0)
     plain = rollout(load_policy(model_dir, torch.float32), ends=[]).generate(list(prompts), [0] * 6, 0.0)
     assert_same_responses(greedy, plain)
-    assert policy.model.generation_config.repetition_penalty == 1.5  # still the model's, for whoever saves it
+    assert policy.model.generation_config.repetition_penalty == 1.5  # unchanged, and saved with the model
 
 
 def test_text_only_prompts_after_pictures(model_dir, prompts):
-    """The model keeps the last pictures' position offset; it is not the text's."""
+    """The model keeps the position offset of the last images, which must not be used for text."""
     expected = rollout(load_policy(model_dir, torch.float32)).generate([prompts[2]] * 2, [1, 2], 1.0)
     policy = load_policy(model_dir, torch.float32)
     rollout(policy).generate([prompts[3], prompts[4]], [3, 4], 1.0)
@@ -156,7 +156,7 @@ def test_text_only_prompts_after_pictures(model_dir, prompts):
 
 
 def test_weights_as_they_are_now(world, model_dir, prompts):
-    """Between updates of the engine, also with gradient checkpointing, which has no cache to generate with."""
+    """Sampling between updates also works with gradient checkpointing, which turns off the cache for generation."""
     engine = make_engine(lr=1e-2, gradient_checkpointing=True)
     sampler = rollout(engine.policy)
     before = sampler.generate(list(prompts), list(range(6)), 1.0)

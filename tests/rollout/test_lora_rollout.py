@@ -1,4 +1,4 @@
-"""Rollouts of a policy with adapters are the adapted policy's, by both engines; and vLLM loads what was exported."""
+"""Both rollout engines sample from a policy with its adapters, and vLLM loads an exported model."""
 
 import warnings
 
@@ -14,7 +14,7 @@ from mssr.rollout.hf import HFRollout
 from mssr.rollout.vllm.requests import engine_input, response, sampling
 from mssr.rollout.weight_sync import sync_weights
 
-ALIVE = []  # a vLLM that is collected takes the process group of everybody else with it
+ALIVE = []  # never garbage-collected: a vLLM engine would destroy the process group that all tests share
 STREAMS = list(range(6))
 NEAR = 1e-4  # nats
 
@@ -51,13 +51,13 @@ def test_hf_on_a_whole_copy(ranks, prompts):
 
 
 def start_vllm(path):
-    """As a user's own vLLM reads a directory, but for the log-probs and the pixels, which are ours already."""
+    """Start vLLM on a directory as a user would, but with our settings for log-probs and pixels."""
     from vllm import LLM
 
     with warnings.catch_warnings(action="ignore"):
         llm = LLM(
             model=str(path), dtype="float32", max_model_len=128, max_num_seqs=8, enforce_eager=True,
-            distributed_executor_backend="external_launcher",  # in this process, whose group of one is there already
+            distributed_executor_backend="external_launcher",  # in this process, which already has a process group of one
             logprobs_mode="processed_logprobs", generation_config="vllm", enable_prefix_caching=False,
             mm_processor_cache_gb=0, limit_mm_per_prompt={"video": 0}, disable_log_stats=True, mm_device_do_normalize=False,
         )  # fmt: skip

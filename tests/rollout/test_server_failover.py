@@ -1,4 +1,4 @@
-"""Requests to rollout servers that fall silent, die or fail: others answer them, each once.
+"""When a rollout server hangs, dies or fails, the other servers answer its requests, each exactly once.
 
 The servers are threads of this process that speak vLLM's protocol; test_several_servers has real ones.
 """
@@ -21,17 +21,17 @@ SILENCE_S = 1000  # on the test's clock
 
 
 class Http(ThreadingHTTPServer):
-    daemon_threads = False  # they end with the server
+    daemon_threads = False  # closing the server waits for them
 
     def handle_error(self, request, client_address):
-        """The client is gone. Printing a traceback here, beside pytest's own, crashes Python 3.11 (both use `ast`)."""
+        """Do nothing: the client is gone. Printing a traceback beside pytest's own crashes Python 3.11 (both use `ast`)."""
 
 
 class FakeServer:
     """Answers prompt [10, row] with [row].
 
-    asked: the rows of its requests. fault: what it does instead of answering, called with the request's handler and row.
-    version: of the weights that it says it has. may_answer: acquired before each answer.
+    asked: the rows of its requests. fault: called instead of answering, with the request's handler and row.
+    version: the weight version that it reports. may_answer: acquired before each answer.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class FakeServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """From now on it refuses connections."""
+        """Refuse connections from now on."""
         self._end.set()
         self.may_answer.release(1000)
         if self._thread.is_alive():
@@ -80,7 +80,7 @@ class FakeServer:
             self._http.server_close()
 
     def say_nothing(self, handler, row) -> None:
-        """Until the test ends."""
+        """Send nothing until the test ends."""
         self._end.wait(30)
 
     def reset(self, handler, row) -> None:
@@ -107,7 +107,7 @@ def choice(row: int, version: str, finish_reason: str = "stop") -> dict:
 
 
 class Sends:
-    """Stands for the transfer of the weights, which needs real servers. policy.sent: the servers of each transfer."""
+    """Stand-in for the weight transfer, which needs real servers. policy.sent: the servers of each transfer."""
 
     def __init__(self, *_) -> None:
         pass
@@ -148,7 +148,7 @@ def fakes():
 
 @pytest.fixture
 def synced(fakes, monkeypatch):
-    """Makes an engine of both servers, or of the first `count`, that has sent the weights of version 0, and a policy."""
+    """Make an engine with the first `count` servers that has sent weights of version 0. Return it and the policy."""
     monkeypatch.setattr(servers_module, "WeightTransfer", Sends)
 
     def synced(at_once=2, server_timeout_s=SILENCE_S, count=2):
@@ -161,7 +161,7 @@ def synced(fakes, monkeypatch):
 
 
 def ask(engine, count=8, on_response=lambda row: None):
-    """Every row is answered with its own answer, and told once."""
+    """Check that every row gets its own answer and is reported once."""
     prompts = [Prompt(str(row), row, "", "", None, torch.tensor([10, row]), None, None, ()) for row in range(count)]
     told = []
 
@@ -194,7 +194,7 @@ def test_a_server_that_fails_is_left_out_until_the_next_sync(synced, fakes, capf
     (well, broken), (engine, policy) = fakes, synced()
     broken.fault = fault.__get__(broken)
     ask(engine)
-    assert 1 <= len(broken.asked) <= 2  # at once; none after the first failure
+    assert 1 <= len(broken.asked) <= 2  # two at once; none after the first failure
     assert set(range(8)) <= set(well.asked)
     (line,) = out_lines(capfd)
     assert line.startswith(f"mssr: rollout server {broken.url} is out: {reason}")
@@ -210,7 +210,7 @@ def test_a_server_that_fails_is_left_out_until_the_next_sync(synced, fakes, capf
 
 
 def test_a_server_that_falls_silent_loses_its_requests(synced, fakes, clock, capfd):
-    """One request at a time, so the silent server alone owes a response whenever the clock moves."""
+    """With one request at a time, only the silent server owes a response when the clock moves."""
     (well, silent), (engine, policy) = fakes, synced(at_once=1)
     well.may_answer = threading.Semaphore(0)
 
@@ -231,7 +231,7 @@ def test_a_server_that_falls_silent_loses_its_requests(synced, fakes, clock, cap
 
 
 def test_a_server_that_answers_now_and_then_is_not_silent(synced, fakes, clock, capfd):
-    """One answer at a time, each after more than half of the time allowed."""
+    """Each answer comes after more than half of the allowed time."""
     fakes[0].may_answer = threading.Semaphore(1)
     engine, _ = synced(at_once=4, count=1)
 
@@ -244,7 +244,7 @@ def test_a_server_that_answers_now_and_then_is_not_silent(synced, fakes, clock, 
 
 
 def test_no_server_says_anything(synced, fakes, capfd):
-    """On the real clock."""
+    """With the real clock."""
     engine, _ = synced(server_timeout_s=0.5)
     for fake in fakes:
         fake.fault = fake.say_nothing

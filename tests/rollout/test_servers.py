@@ -1,4 +1,4 @@
-"""Rollouts by real vLLM servers: they sample from the trainer's weights, and none of them is needed.
+"""Rollouts by real vLLM servers: they sample from the trainer's weights, and errors name the server.
 
 The tests share one server, started by `mssr serve`; test_several_servers has two.
 """
@@ -68,7 +68,7 @@ def test_samples_are_reported_with_the_log_probs_they_were_drawn_with(servers, o
 
 
 def test_each_response_is_told_once_as_it_comes_the_long_ones_first(servers, own_policy, many):
-    """One at a time: beside another one, a response begun first may well end later."""
+    """One request at a time: of two concurrent ones, the first to start may be the last to end."""
     engine = rollout(own_policy, servers, batch_size=1)
     engine.update_weights(own_policy, 0)
     told = []
@@ -92,7 +92,7 @@ def test_generates_in_another_thread(servers, own_policy, many):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_announced_is_what_comes(tied):
-    """Name for name: a receiver cuts the stream by what was announced. `weight_shapes` has tied weights elsewhere."""
+    """In the same order: receivers split the stream by the announcement. `weight_shapes` has tied weights elsewhere."""
     policy = load_policy(model_dir(tied), torch.float32)
     source = PolicySource(policy, 1 << 20)
     announced = [(one.name, one.dtype, one.shape) for one in source.metadata()]
@@ -115,7 +115,7 @@ def test_servers_that_were_started_for_shorter_responses(servers, own_policy, pr
     engine = rollout(own_policy, servers, max_response_tokens=4096, ends=[])
     engine.update_weights(own_policy, 0)
     with pytest.raises(UserError, match=r"cuts responses at \d+ tokens, before rollout.max_response_tokens 4096"):
-        engine.generate([prompts[2]] * 20, list(range(20)), 1.0)  # that each of them ends by chance is unlikely
+        engine.generate([prompts[2]] * 20, list(range(20)), 1.0)  # it is unlikely that all 20 end by chance
     engine.close()
 
 

@@ -1,4 +1,4 @@
-"""Rollouts by two real vLLM servers: shared by ranks, and lost one after the other. What loses one for good comes last."""
+"""Rollouts by two real vLLM servers: shared by ranks, and lost one after the other. Tests that kill a server come last."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def servers(tmp_path_factory):
 
 
 def ranks_roll_out(world, servers, zero_stage):
-    """Each rank asks for its own half of the prompts, before and after a change of the weights."""
+    """Return greedy rollouts of this rank's half of the prompts, before and after a change of the weights."""
     trainer = make_engine(world=world, zero_stage=zero_stage)
     engine = rollout(trainer.policy, servers, world=world)
     engine.update_weights(trainer.policy, 0)
@@ -41,7 +41,7 @@ def ranks_roll_out(world, servers, zero_stage):
 
 
 def scale_all(policy) -> None:
-    """Every weight, in whatever shares it is held."""
+    """Multiply every weight by 1.1, whether it is sharded or not."""
     for parameter in policy.parameters():
         (parameter.ds_tensor if parameter.numel() == 0 else parameter).mul_(1.1)
 
@@ -124,6 +124,6 @@ def test_no_server_left(servers, own_policy, many):
 
 
 def once(action):
-    """The action, the first time it is called."""
+    """Return a function that runs the action only at its first call."""
     todo = [action]
     return lambda: todo.pop()() if todo else None

@@ -1,4 +1,4 @@
-"""Which vLLM is taken, and what is said of one that is not."""
+"""Which versions and builds of vLLM are used, and the errors for others."""
 
 import sys
 

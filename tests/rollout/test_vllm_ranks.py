@@ -1,4 +1,4 @@
-"""vLLM in the process of each of two ranks: 20 steps of training under ZeRO-2 and ZeRO-3, and one engine over both."""
+"""vLLM in the processes of two ranks: 20 training steps under ZeRO-2 and ZeRO-3, and one engine over both ranks."""
 
 from pathlib import Path
 
@@ -22,10 +22,10 @@ STEPS = 20
 
 
 def gaps_of_training(world, prompts, path, zero_stage, tensor_parallel=1, steps=STEPS):
-    """Steps as `train` does them: sync, generate, measure, update. Returns each step's largest gap, and how far the policy
-    moved in all of them, nats per token."""
+    """Run steps as `mssr train` does: sync, generate, measure the gap, update. Return each step's largest gap, and how far
+    the policy moved over all steps, in nats per token."""
     engine = make_engine(path=path, world=world, zero_stage=zero_stage, lr=3e-3, total_updates=steps)
-    # A quarter of the model: the weights come in several buckets, and q, k, v of a layer in different ones.
+    # A quarter of the model, so that weights come in several buckets, and a layer's q, k, v in different ones.
     sampler = vllm(path, world=world, tensor_parallel=tensor_parallel, sync_gib=1e-4)
     loss = policy_loss(AlgorithmConfig(kl_coef=0.0))
     mine = list(prompts)[world.rank :: world.size] * 2
@@ -52,12 +52,12 @@ def gaps_of_training(world, prompts, path, zero_stage, tensor_parallel=1, steps=
 def test_no_gap_after_any_of_twenty_steps(ranks, prompts, zero_stage, tied):
     for gaps, moved in ranks(gaps_of_training, prompts, model_dir(tied), zero_stage, timeout=300):
         assert len(gaps) == STEPS + 1 and max(gaps) <= 1e-3
-        assert moved > 0.05  # with stale weights the gap would have been of this size
+        assert moved > 0.05  # stale weights would give a gap of this size
 
 
 @pytest.fixture
 def no_leftovers():
-    """vLLM's CPU build gives the memory that ranks share the same name in every run, and one that is killed leaves it."""
+    """Remove shared memory: vLLM's CPU build uses the same names in every run, and a killed run leaves its memory."""
 
     def clear():
         for segment in Path("/dev/shm").glob("*-cpushm_*"):
@@ -69,7 +69,7 @@ def no_leftovers():
 
 
 def test_one_engine_over_both_ranks(ranks, prompts, no_leftovers):
-    """Tensor parallel: the two share the weights and answer each other's prompts. In processes that have no vLLM yet, since
+    """Tensor parallel: both ranks hold part of the weights and answer each other's prompts. This needs new processes, because
     one process cannot have engines of different tensor-parallel sizes."""
     pair = Ranks(2)
     try:

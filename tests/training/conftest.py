@@ -1,4 +1,4 @@
-"""Runs that several tests look at."""
+"""Runs that several tests check."""
 
 import os
 import subprocess
@@ -15,9 +15,9 @@ def run(tmp_path):
 
 @pytest.fixture(scope="session")
 def whole(warm, tmp_path_factory):
-    """Six steps as a user starts them: `python -m mssr train`, one process, never interrupted.
+    """An uninterrupted run of six steps in one process, started as a user would: `python -m mssr train`.
 
-    16 prompts a step out of 64: step 4 ends the first epoch. Checkpoints at 2, 4, 6, two kept.
+    Each step takes 16 of 64 prompts: step 4 ends the first epoch. Checkpoints at 2, 4 and 6; the last two are kept.
     """
     folder = RunFolder(tmp_path_factory.mktemp("whole") / "run")
     command = [sys.executable, "-m", "mssr", "train", str(warm), folder.override]
@@ -31,7 +31,7 @@ def whole(warm, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole_with_everything(mssr, warm, everything, tmp_path_factory):
-    """The same with every state a run can have."""
+    """Like `whole`, with options that put every kind of state into a checkpoint."""
     folder = RunFolder(tmp_path_factory.mktemp("whole_with_everything") / "run")
     mssr("train", warm, folder.override, *everything).check()
     return folder
@@ -39,7 +39,7 @@ def whole_with_everything(mssr, warm, everything, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def everything():
-    """Overrides: drift by each prompt's previous response, first rollouts, a frozen reference, ZeRO-2, a schedule."""
+    """Overrides: drift on each prompt's previous response, first rollouts, a frozen reference, ZeRO-2, a schedule."""
     return [
         "algorithm.tracker.drift=prompt",
         "algorithm.tracker.n_init=1",

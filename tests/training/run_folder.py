@@ -1,4 +1,4 @@
-"""What a run leaves, read back."""
+"""Read the files that a run leaves."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from mssr.observe.metrics import read_metrics
 
 
 class RunFolder:
-    """A finished (or broken) run."""
+    """Folder of a finished (or interrupted) run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -21,7 +21,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """Lines of metrics.jsonl without what differs between two runs of the same: times, and memory."""
+        """Lines of metrics.jsonl without the values that differ between identical runs: times and memory."""
         lines = read_metrics(self.path / "metrics.jsonl")
         return [
             {
@@ -45,7 +45,7 @@ class RunFolder:
         return [json.loads(line) for line in text.splitlines()]
 
     def assert_same_as(self, other: "RunFolder") -> None:
-        """Every number of every step, and every bit of the final weights."""
+        """Check that every metric of every step and every bit of the final weights are equal."""
         assert len(self.metrics) == len(other.metrics)
         for mine, theirs in zip(self.metrics, other.metrics):
             assert mine == theirs

@@ -1,4 +1,4 @@
-"""The algorithm as the loop runs it: numbers of real steps, checked by hand."""
+"""The algorithm in the training loop: metrics of real steps equal values worked out by hand."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ ONE_UPDATE = ("train.steps=2", "train.responses_per_update=16", "algorithm.kl_co
 
 @pytest.fixture(scope="module")
 def train(mssr, warm, tmp_path_factory):
-    """A short run with changed keys."""
+    """Return a function that makes a short run with overrides."""
 
     def train(*overrides):
         run = RunFolder(tmp_path_factory.mktemp("short") / "run")
@@ -28,7 +28,7 @@ def with_rollout_logp(train):
 
 
 def test_a_baseline_is_from_before_the_step_saw_the_reward(whole):
-    """Steps 1 to 4 visit each of the 64 prompts once: nothing is known of any of them before."""
+    """Steps 1 to 4 visit each of the 64 prompts once: before its visit nothing is known about a prompt."""
     baselines = [line["tracker/baseline_mean"] for line in whole.metrics[1:]]
     assert baselines[:4] == [0.5] * 4
     assert baselines[4] != 0.5 and baselines[5] != 0.5
@@ -36,7 +36,7 @@ def test_a_baseline_is_from_before_the_step_saw_the_reward(whole):
 
 
 def test_a_visit_moves_the_value_by_the_update_rule(whole):
-    """Beta(4, 4), forgetting rho, reward r: v = (4 rho + r) / (8 rho + 1)."""
+    """From Beta(4, 4), with forgetting factor rho and reward r: v = (4 rho + r) / (8 rho + 1)."""
     first = whole.metrics[1]
     rho = first["tracker/rho_mean"]
     assert rho == pytest.approx(min(max(2 ** (-first["tracker/drift_mean"] / 0.06), 0.875), 0.96))
@@ -45,7 +45,7 @@ def test_a_visit_moves_the_value_by_the_update_rule(whole):
 
 
 def test_the_second_visit_is_compared_with_the_first(whole):
-    """Rows of step 5 were visited once, in steps 1 to 4: their baselines are that visit's update."""
+    """Rows of step 5 were visited once, in steps 1 to 4; their baselines are the values after that visit."""
     seen = {
         rollout["row"]: (rollout["reward"], whole.metrics[step]["tracker/rho_mean"])
         for step in range(1, 5)
@@ -67,13 +67,13 @@ def test_advantages_are_normalised_over_the_step(whole, step):
 
 
 def test_first_rollouts_set_the_baselines(whole_with_everything):
-    """One rollout a prompt, Jeffreys-smoothed: rewards 0, 0.5, 1 make v 0.25, 0.5, 0.75 on the first visit."""
+    """One first rollout per prompt, Jeffreys-smoothed: rewards 0, 0.5 and 1 give baselines 0.25, 0.5 and 0.75."""
     baselines = [rollout["baseline"] for step in range(1, 5) for rollout in whole_with_everything.rollouts(step)]
     assert set(baselines) == {0.25, 0.5, 0.75}
 
 
 def test_drift_is_measured_on_each_prompts_previous_response(whole_with_everything):
-    """First on those sampled before training, which the policy has not moved away from at step 1."""
+    """At step 1 these were sampled from the initial policy, which has not moved yet, so the drift is 0."""
     drift = [line["tracker/drift_mean"] for line in whole_with_everything.metrics[1:]]
     assert drift[0] < 1e-4 < 1e-2 < min(drift[1:])
     rho = [line["tracker/rho_mean"] for line in whole_with_everything.metrics[1:]]
@@ -103,10 +103,10 @@ def test_the_kl_is_zero_until_the_first_update(with_rollout_logp):
 def test_recomputed_log_probs_give_the_same_first_update(train, with_rollout_logp):
     recomputed = train(*ONE_UPDATE, "algorithm.old_logp=recompute").metrics[1]
     rollout = with_rollout_logp.metrics[1]
-    assert recomputed["policy/ratio_max"] == 1  # exactly: the same pass
+    assert recomputed["policy/ratio_max"] == 1  # exactly 1: scoring repeats the same computation
     assert recomputed["policy/tis_weight"] == pytest.approx(1, abs=1e-4)
     assert (
         rollout["policy/ratio_max"] == pytest.approx(1, abs=1e-4) and rollout["policy/ratio_max"] != 1
-    )  # the sampler's
+    )  # the sampler's log-probs
     assert recomputed["train/grad_norm"] == pytest.approx(rollout["train/grad_norm"], rel=1e-3)
     assert recomputed["policy/policy_loss"] == pytest.approx(rollout["policy/policy_loss"], rel=1e-3, abs=1e-4)

@@ -1,4 +1,4 @@
-"""The algorithms that MSSR is compared with, as runs: groups, dynamic sampling, prioritised prompts, text-only KL."""
+"""Runs of the algorithms that MSSR is compared with: groups, dynamic sampling, prioritised prompts, text-only KL."""
 
 import re
 import statistics
@@ -8,7 +8,7 @@ from run_folder import RunFolder
 
 from mssr.observe.metrics import read_metrics
 
-GROUPS = ("rollout.prompts_per_step=4", "rollout.responses_per_prompt=4")  # the same 16 responses a step
+GROUPS = ("rollout.prompts_per_step=4", "rollout.responses_per_prompt=4")  # 16 responses per step, as without groups
 STEPS = "train.steps=3"
 
 
@@ -49,7 +49,7 @@ def test_a_group_answers_one_prompt(grpo):
         assert [len({rollout["row"] for rollout in group}) for group in groups] == [1] * 4
         assert len({group[0]["row"] for group in groups}) == 4
     responses = [rollout["response"] for rollout in grpo.rollouts(1)]
-    assert len(set(responses)) > 8  # each from noise of its own
+    assert len(set(responses)) > 8  # each has its own noise
 
 
 def test_grpo_compares_within_groups(grpo):
@@ -94,7 +94,7 @@ def test_dynamic_sampling_leaves_no_group_that_says_nothing(grpo, dapo):
 
 
 def test_dynamic_sampling_keeps_the_groups_that_said_something(grpo, dapo):
-    """The first step's rollouts are the same before the refill."""
+    """Before the refill, the first step's rollouts are the same in both runs."""
     kept = 0
     for before, after in zip(groups_of(grpo.rollouts(1)), groups_of(dapo.rollouts(1)), strict=True):
         if len({rollout["reward"] for rollout in before}) > 1:
@@ -121,7 +121,7 @@ def test_groups_on_two_ranks(train, dapo):
 
 
 def test_groups_cut_across_ranks(train, grpo):
-    """Groups of 8 in updates of 8: half of each on either rank."""
+    """Groups of 8 in updates of 8: half of each group is on each rank."""
     halves = ("rollout.prompts_per_step=2", "rollout.responses_per_prompt=8", "algorithm.dynamic_sampling=20")
     one = train("algorithm.name=rloo", *halves, "train.steps=2")
     assert_equal_runs(train("algorithm.name=rloo", *halves, "train.steps=2", ranks=2), one)
@@ -152,11 +152,11 @@ def test_a_resumed_run_chooses_the_same_prompts(mssr, warm, run, request, name):
     mssr(*common, STEPS, "--resume").check()
     run.assert_same_as(whole)
     seconds = [line["cost/seconds"] for line in read_metrics(run.path / "metrics.jsonl")]
-    assert seconds == sorted(seconds)  # what was spent before counts
+    assert seconds == sorted(seconds)  # the time before the resume counts
 
 
 def test_prioritised_prompts_are_the_uncertain_ones(train):
-    """Eight first rollouts a prompt spread the values enough for weights of sqrt(v (1 - v)) + 0.05 to show."""
+    """Eight first rollouts per prompt spread the values enough to see the effect of the weights sqrt(v (1 - v)) + 0.05."""
     sharp = ("algorithm.tracker.n_init=8", "algorithm.tracker.rho_min=0.95", "algorithm.tracker.rho_max=0.96")
     drawn = train("algorithm.name=spo", *sharp, "rollout.prompts_per_step=16", "train.steps=1").rollouts(1)
     assert len({rollout["row"] for rollout in drawn}) == 16
@@ -166,7 +166,7 @@ def test_prioritised_prompts_are_the_uncertain_ones(train):
 
 
 def test_the_text_only_kl_reaches_the_loss(train):
-    """Without images the warm policy says something else: the KL is there at once, and pulls."""
+    """Without images the warm policy differs, so that the KL term is positive at once and changes the gradient."""
     without = train("algorithm.name=mvsr", "train.steps=1").metrics[1]
     pulled = train(
         "algorithm.name=mvsr", "algorithm.kl_coef=0.2", "algorithm.kl_to=text_only", "train.steps=1"
@@ -188,7 +188,7 @@ def test_a_budget_ends_the_run_with_the_step_that_reaches_it(train, budget, step
 
 
 def test_first_rollouts_are_part_of_the_budget(train):
-    """64 problems once, then 16 a step."""
+    """64 problems once, then 16 per step."""
     spent = [line["cost/rollouts"] for line in train("algorithm.tracker.n_init=1", "train.budget.rollouts=90").metrics]
     assert spent == [64, 80, 96]
 

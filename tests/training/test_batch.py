@@ -1,4 +1,4 @@
-"""Rows of a batch in place of others."""
+"""Replacing rows of a batch."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""What a run keeps beside the algorithm."""
+"""The bookkeeping of a run."""
 
 import signal
 

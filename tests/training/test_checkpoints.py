@@ -1,4 +1,4 @@
-"""When a run saves, and what it keeps."""
+"""When a run saves checkpoints, and which it keeps."""
 
 import json
 from contextlib import closing
@@ -25,7 +25,7 @@ def test_the_best_validation_is_kept_besides_the_newest(mssr, warm, run):
 
 
 def test_the_best_is_remembered_by_a_resumed_run(mssr, warm, run):
-    """The second half learns nothing, so that its validations are all the same."""
+    """The resumed part learns nothing, so that its validations are all the same."""
     settings = ["eval.every=1", "train.keep_best=true", "train.checkpoint_every=9", "train.keep_checkpoints=1"]
     mssr("train", warm, run.override, *settings, "train.steps=3").check()
     still = [*settings, "train.optimizer.lr=1e-12"]

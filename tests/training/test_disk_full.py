@@ -1,4 +1,4 @@
-"""A disk that is full while saving: one line, and the checkpoint before is intact and resumable."""
+"""A full disk while saving gives a one-line error, and the previous checkpoint stays intact and resumable."""
 
 import subprocess
 import sys
@@ -39,7 +39,7 @@ def test_a_rank_that_cannot_write_does_not_leave_the_other_waiting(mssr, warm, r
 
 @pytest.mark.slow("10 s: a real small disk under torchrun and two ranks")
 def test_a_small_disk(warm, tmp_path):
-    """A real one of 12 MB (a checkpoint takes 4.4) under two ranks: refused on all of them before writing."""
+    """A real disk of 12 MB and two ranks (a checkpoint takes 4.4 MB): all ranks refuse before writing."""
     disk, rescued = tmp_path / "disk", tmp_path / "rescued"
     disk.mkdir()
     mount = f"mount -t tmpfs -o size=12m none {disk}"

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 save and end the run; resumed, it is the uninterrupted one."""
+"""SIGTERM and SIGUSR1 save and end the run; when resumed, it equals an uninterrupted run."""
 
 import pytest
 from mssr_process import Moment
@@ -16,7 +16,7 @@ def test_a_signal_saves_at_the_steps_end(mssr, warm, run, whole, sent, name, cod
 
 
 def test_a_signal_before_the_first_step_saves_the_trackers_start(mssr, warm, run):
-    """A first rollout of every prompt may take longer than any step."""
+    """The first rollouts, of every prompt, may take longer than any step."""
     settings = ["algorithm.tracker.n_init=1", "train.steps=2"]
     ended = mssr("train", warm, run.override, *settings, at=Moment("open", "metrics.jsonl", "term"))
     assert ended.code == 143 and ended.err.splitlines()[-1] == "mssr: SIGTERM: saved step 0; go on with --resume"
@@ -28,7 +28,7 @@ def test_a_signal_before_the_first_step_saves_the_trackers_start(mssr, warm, run
 
 
 def test_a_signal_sent_twice_is_one(mssr, warm, run):
-    """As when a launcher hands on what its whole group was sent."""
+    """This happens when a launcher forwards a signal that its whole process group received."""
     ended = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/step_000001", "twice"))
     assert ended.code == 143 and run.checkpoints == ["step_000001"]
 

@@ -1,4 +1,4 @@
-"""Two ranks give what one rank gives at the same global batch, under every ZeRO stage."""
+"""Two ranks match one rank with the same global batch, under every ZeRO stage."""
 
 import json
 
@@ -12,14 +12,14 @@ STEPS = 3
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_two_ranks_equal_one(mssr, warm, run, whole, stage):
     common = ["train", warm, run.override, f"train.zero_stage={stage}"]
-    if stage == 1:  # in two parts: each rank's share of the optimiser comes back
+    if stage == 1:  # in two parts, so that each rank's shard of the optimiser state is restored
         finish(mssr.ranks(2, *common, "train.steps=2"))
         common.append("--resume")
     finish(mssr.ranks(2, *common, f"train.steps={STEPS}"))
     assert [line["step"] for line in run.metrics] == list(range(STEPS + 1))
     for mine, theirs in zip(run.metrics, whole.metrics):
         for key, value in theirs.items():
-            if not key.startswith("rollout/logp_gap"):  # rounding noise itself
+            if not key.startswith("rollout/logp_gap"):  # which is only rounding noise
                 assert np.ravel(mine[key]) == pytest.approx(np.ravel(value), rel=1e-3, abs=1e-5), (mine["step"], key)
     # Rank 0 saved its own eight rows of step 1: the global batch's first four of each update.
     rollouts = whole.rollouts(1)
@@ -35,7 +35,7 @@ def finish(ranks):
 
 
 def test_another_number_of_ranks_and_another_stage_go_on(mssr, warm, run, whole):
-    """One rank without ZeRO, then two with ZeRO-3, then one with ZeRO-2: the run of one rank."""
+    """One rank without ZeRO, then two with ZeRO-3, then one with ZeRO-2: equal to a run on one rank."""
     train = ["train", warm, run.override]
     mssr(*train, "train.steps=2").check()
     finish(mssr.ranks(2, *train, "train.steps=4", "train.zero_stage=3", "--resume"))
@@ -47,7 +47,7 @@ def test_another_number_of_ranks_and_another_stage_go_on(mssr, warm, run, whole)
 
 
 def test_shares_of_the_weights_equal_one_rank(mssr, warm, tmp_path):
-    """ZeRO-3, interrupted and resumed; of the problems it validates on, the ranks have three and two."""
+    """ZeRO-3, interrupted and resumed. Of the five validation problems one rank has three, the other two."""
     common = [
         warm,
         "rollout.engine=hf",

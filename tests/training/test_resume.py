@@ -10,7 +10,7 @@ from mssr_process import Moment
 
 KILLED = -9
 IN_TURN = "train.async_save=false"  # so that a checkpoint is valid before the next step
-FILE_OPERATIONS = 100  # in a run's folder, at least
+FILE_OPERATIONS = 100  # a run makes at least so many in its folder
 
 
 def kill_at(mssr, config, run, moment, *overrides):
@@ -20,11 +20,11 @@ def kill_at(mssr, config, run, moment, *overrides):
 
 def test_killed_again_and_again(mssr, warm, run, whole):
     first = mssr("train", warm, run.override, IN_TURN, at=Moment("os.mkdir", "rollouts/step_000001"))
-    assert first.code == KILLED and len(run.metrics) == 2  # before the first checkpoint: all over again
-    kill_at(mssr, warm, run, Moment("open", ".partial_step_000002/rank_0.pt"), IN_TURN)  # a save just begun
+    assert first.code == KILLED and len(run.metrics) == 2  # before the first checkpoint: the run starts over
+    kill_at(mssr, warm, run, Moment("open", ".partial_step_000002/rank_0.pt"), IN_TURN)  # a save has just begun
     assert run.checkpoints == [".partial_step_000002"]
-    kill_at(mssr, warm, run, Moment("os.rename", ".partial_step_000002"), IN_TURN)  # all written, not yet valid
-    # An epoch's end, before its checkpoint; then the checkpoint is an epoch's end.
+    kill_at(mssr, warm, run, Moment("os.rename", ".partial_step_000002"), IN_TURN)  # all is written, but not yet valid
+    # Killed at the end of an epoch, before its checkpoint; then resumed from the checkpoint at that end.
     kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/step_000004"), IN_TURN)
     assert run.checkpoints == ["step_000002"]
     kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/step_000005"), IN_TURN)
@@ -80,7 +80,7 @@ def test_resuming_a_finished_run_changes_nothing(mssr, warm, copy_of_whole, whol
 
 
 def test_leftovers_of_a_kill_are_no_checkpoint(mssr, warm, copy_of_whole, whole):
-    """A newer half-written one beside the complete ones, and a run cut back to step 4."""
+    """The checkpoint of step 6 is half-written, so that the run resumes from step 4."""
     checkpoints = copy_of_whole.path / "checkpoints"
     (checkpoints / "step_000006").rename(checkpoints / ".partial_step_000006")
     (checkpoints / ".partial_step_000006" / "state.pt").write_bytes(b"half")

@@ -1,4 +1,4 @@
-"""What a step takes: a batch of the right weights, or the run stops; prompts and responses prepared beside the last step."""
+"""A step's batch: from the right weights, or the run stops. Prompts and responses are prepared during the step before."""
 
 import threading
 from dataclasses import replace
@@ -47,7 +47,7 @@ def test_a_sync_that_does_nothing_stops_the_step(material, single_process):
 
 
 class Recorded:
-    """A rollout engine's noise streams, call by call."""
+    """Records the noise streams of each call of a rollout engine."""
 
     def __init__(self, monkeypatch, engine) -> None:
         self.streams: list[list[int]] = []
@@ -71,7 +71,7 @@ def test_no_two_responses_of_two_steps_share_their_noise(material, single_proces
 
 
 def test_first_rollouts_are_drawn_apart_and_judged_like_others(material, single_process, monkeypatch):
-    """Two of each prompt, all cut short; what is cut has failed, whatever its reward: (0 + 1/2) / (2 + 1)."""
+    """Two per prompt, all truncated and so failed, whatever their reward: the value is (0 + 1/2) / (2 + 1)."""
     settings = ["algorithm.tracker.n_init=2", "rollout.truncated=failed", "rollout.max_response_tokens=1"]
     with Run(load_config(material / "config.yaml", settings)) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
@@ -100,7 +100,7 @@ def test_the_responses_of_a_group_answer_one_prompt(material, single_process):
 
 
 class Beside:
-    """A rollout engine of one-token responses that logs what it is asked for.
+    """A rollout engine with one-token responses that logs its calls.
 
     A call in another thread ends when the test releases `may_end`.
     """
@@ -133,7 +133,7 @@ class Beside:
 
 @pytest.fixture
 def one_step_off(material, single_process, monkeypatch):
-    """The rollouts of a run of three steps, one step off, and their engine."""
+    """Yield the rollout phase of a three-step run with one_step_off, and its engine."""
     settings = ["rollout.engine=servers", "rollout.servers=[http://127.0.0.1:9]", "rollout.one_step_off=true"]
     beside = Beside()
     monkeypatch.setattr(Run, "rollout_engine", lambda run, policy: beside)
@@ -141,7 +141,7 @@ def one_step_off(material, single_process, monkeypatch):
     with Run(config) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
         yield RolloutPhase(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker)), beside
-        beside.may_end.release()  # what a test left under way
+        beside.may_end.release()  # ends a call that a test left running
 
 
 def test_one_step_off_each_step_trains_while_the_next_one_is_sampled(one_step_off):
@@ -149,7 +149,7 @@ def test_one_step_off_each_step_trains_while_the_next_one_is_sampled(one_step_of
     clock, taken = Stopwatch(torch.device("cpu")), []
     for step in range(3):
         if step > 0:
-            engine.may_end.release()  # only now: the last `take` returned while these responses were on their way
+            engine.may_end.release()  # only now: the last `take` returned before these responses were complete
         taken.append(rollouts.take(step, clock))
     assert [one.rollouts.weight_version.unique().tolist() for one in taken] == [[0], [0], [1]]
     assert [one.metrics(step)["rollout/staleness"] for step, one in enumerate(taken)] == [0, 1, 1]
@@ -164,10 +164,10 @@ def test_one_step_off_each_step_trains_while_the_next_one_is_sampled(one_step_of
 
 
 def test_one_step_off_others_who_sample_wait_for_the_responses_on_their_way(one_step_off):
-    """Validation, for one."""
+    """Validation, for example."""
     rollouts, engine = one_step_off
     rollouts.take(0, Stopwatch(torch.device("cpu")))
-    end = threading.Timer(0.05, engine.may_end.release)  # should this be too early, the test sees less, but passes
+    end = threading.Timer(0.05, engine.may_end.release)  # if this is too early, the test checks less, but passes
     end.start()
     with rollouts.awake(1):
         assert engine.log == [("sync", 0), ("generate", 0), ("end", 0), ("generate", 0), ("end", 0), ("sync", 1)]
@@ -175,7 +175,7 @@ def test_one_step_off_others_who_sample_wait_for_the_responses_on_their_way(one_
 
 
 class Encodings:
-    """Which rows were encoded, in the order in which they were done."""
+    """Records which rows were encoded, in order of completion."""
 
     def __init__(self, monkeypatch) -> None:
         self.rows: list[int] = []
@@ -206,15 +206,15 @@ def test_a_step_finds_its_prompts_prepared(material, single_process, monkeypatch
             prompts = rollouts.take(step, Stopwatch(run.world.device)).rollouts.prompts
             assert [prompt.row for prompt in prompts] == rows
             if step + 1 < len(steps):
-                encodings.wait_for(steps[step + 1])  # beside this step
-            # Of this step's rows none but the first one's is encoded in it; none twice, though step 5 sees old ones.
+                encodings.wait_for(steps[step + 1])  # during this step
+            # Only the first step encodes its own rows. No row is encoded twice, although step 5 sees old ones.
             assert sorted(encodings.rows) == sorted({row for ahead in steps[: step + 2] for row in ahead})
     left = set(threading.enumerate()) - before
     assert not [thread.name for thread in left if thread.name.startswith("prompts")]
 
 
 def test_dynamic_sampling_prepares_the_next_step_again_after_a_refill(material, single_process, monkeypatch):
-    """What the refill loads ends what was begun ahead. Untrained: all rewards are equal, all prompts are replaced."""
+    """Loading the refill cancels what was prepared. Untrained, all rewards are equal: all prompts are replaced."""
     asked = []
     for name in ("load", "begin"):
         done = getattr(ProblemDataset, name)

@@ -1,4 +1,4 @@
-"""`mssr train` on a real vLLM server: in turn, and one step off."""
+"""`mssr train` with a real vLLM server: synchronous, and with one_step_off."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow(
     "47 s: a vLLM server of its own; test_servers has the engine, test_algorithms_run the loop"
 )
 STEPS = 5
-ONE_STEP_OFF = ["rollout.one_step_off=true", "rollout.max_gap=9"]  # at this rate the policy moves far in a step
+ONE_STEP_OFF = ["rollout.one_step_off=true", "rollout.max_gap=9"]  # with this lr the policy moves far per step
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +47,12 @@ def test_one_step_off_staleness_is_exactly_one_and_corrected_for(mssr, warm, ser
     assert lines[0]["rollout/logp_gap_max"] < 1e-4
     for line in lines[1:]:
         assert line["rollout/logp_gap_mean"] > 1e-4  # the policy has moved since it sampled
-        assert abs(line["policy/tis_weight"] - 1) > 1e-6  # and the loss knows
+        assert abs(line["policy/tis_weight"] - 1) > 1e-6  # and the loss corrects for it
     assert all("val/accuracy" in line for line in lines if line["step"] in (3, STEPS))
 
 
 def test_what_it_hides_is_reported(mssr, warm, server, tmp_path):
-    """Seconds of generation beside those that the step waited for it."""
+    """The metrics have the seconds of generation and those that the step waited for it."""
     from mssr.observe.metrics import read_metrics
 
     run = trained(mssr, warm, server, tmp_path / "run", *ONE_STEP_OFF)
@@ -64,7 +64,7 @@ def test_a_one_step_off_run_can_be_resumed(mssr, warm, server, tmp_path):
     run = trained(mssr, warm, server, tmp_path / "run", *ONE_STEP_OFF)
     longer = [setting.replace(f"train.steps={STEPS}", f"train.steps={STEPS + 2}") for setting in run.settings]
     mssr("train", warm, *longer, "--resume").check()
-    # The batch that was on its way is gone: the first one after the resume is sampled from the weights of its own step.
+    # The batch in progress is lost: the first one after resuming is sampled from the weights of its own step.
     assert [line["rollout/staleness"] for line in run.metrics[1:]] == [0, 1, 1, 1, 1, 0, 1]
 
 

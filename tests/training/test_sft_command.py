@@ -13,8 +13,8 @@ from mssr.training.sft import demonstrations
 
 def test_it_learns_the_solutions(warm):
     lines = read_metrics(warm.parent / "sft" / "metrics.jsonl")
-    assert lines[0]["sft/loss"] > 5 > 1 > lines[-1]["sft/loss"]  # log of the vocabulary at first
-    assert lines[0]["sft/lr"] == 3e-3  # from the first step
+    assert lines[0]["sft/loss"] > 5 > 1 > lines[-1]["sft/loss"]  # at first, the log of the vocabulary size
+    assert lines[0]["sft/lr"] == 3e-3  # the full rate from the first step on
     AutoModelForImageTextToText.from_pretrained(warm.parent / "sft" / "model")
 
 

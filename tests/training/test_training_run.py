@@ -108,7 +108,7 @@ def test_steps_with_a_gap_beyond_the_limit_are_left_out_and_end_the_run(mssr, wa
 
 
 def test_a_step_that_is_left_out_changes_nothing(mssr, warm, run):
-    """Neither weights nor schedule nor tracker: two steps left out, and the checkpoint is that of the start."""
+    """Neither weights nor schedule nor tracker: after two skipped steps, the checkpoint equals the start."""
     settings = [
         "rollout.max_gap=1e-12",
         "train.steps=2",
@@ -118,12 +118,12 @@ def test_a_step_that_is_left_out_changes_nothing(mssr, warm, run):
     mssr("train", warm, run.override, *settings).check()
     state = torch.load(run.path / "checkpoints" / "step_000002" / "state.pt", weights_only=True)
     assert state["engine"]["updates"] == 0
-    assert set(state["tracker"]["beta"].sum(1).tolist()) == {8.0}  # N0: of no prompt was anything forgotten or seen
+    assert set(state["tracker"]["beta"].sum(1).tolist()) == {8.0}  # N0: nothing was learned or forgotten
     start = load_file(Path(yaml.safe_load(warm.read_text())["model"]["path"]) / "model.safetensors")
     assert all(torch.equal(weight, start[name]) for name, weight in run.weights.items())
     assert (
         len({line["tracker/baseline_mean"] for line in run.metrics[1:]}) == 2
-    )  # other prompts, the values they began with
+    )  # the prompts differ, and have their initial values
 
 
 def test_a_policy_that_became_nan_ends_the_run_in_one_line(mssr, warm, run):

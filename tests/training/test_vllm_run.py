@@ -1,4 +1,4 @@
-"""`mssr train` with vLLM in its process: from start to end, and resumed."""
+"""`mssr train` with vLLM in the same process: uninterrupted, and resumed."""
 
 import pytest
 from mssr_process import Moment
@@ -9,12 +9,12 @@ KILLED = -9
 
 @pytest.fixture(scope="session")
 def settings():
-    """vLLM, with all that the loop does around it."""
+    """Overrides: vLLM, with every feature of the loop that concerns it."""
     return [
         "rollout.engine=vllm",
         "rollout.offload_optimizer=true",
         "rollout.truncated=masked",
-        "rollout.max_response_tokens=8",  # cuts some
+        "rollout.max_response_tokens=8",  # truncates some responses
         "rollout.max_gap=1e-3",
         "train.zero_stage=2",
         "algorithm.tracker.n_init=1",
@@ -44,7 +44,7 @@ def test_nothing_but_the_progress_is_printed(whole_with_vllm):
 
 @pytest.mark.slow("9 s: a command that starts vLLM for one step")
 def test_the_responses_of_a_group_are_drawn_apart(mssr, warm, run):
-    """vLLM is asked the same prompt four times in one call, with one seed for the call."""
+    """vLLM gets the same prompt four times in one call, with one seed for the call."""
     groups = ("algorithm.name=grpo", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4")
     sampling = ("rollout.engine=vllm", "rollout.temperature=1.5")
     mssr("train", warm, run.override, *sampling, *groups, "train.steps=1").check()
@@ -58,8 +58,8 @@ def test_the_responses_of_a_group_are_drawn_apart(mssr, warm, run):
 
 @pytest.mark.slow("20 s: two commands that start vLLM")
 def test_a_killed_run_goes_on_as_if_it_had_not_been(mssr, warm, run, settings, whole_with_vllm):
-    """Sampling noise and the order of requests included."""
+    """This includes sampling noise and the order of requests."""
     first = mssr("train", warm, run.override, *settings, at=Moment("os.mkdir", "rollouts/step_000005"))
-    assert first.code == KILLED and "step_000002" in run.checkpoints  # step 4's may still be in the making
+    assert first.code == KILLED and "step_000002" in run.checkpoints  # step 4's may be unfinished
     mssr("train", warm, run.override, *settings, "--resume").check()
     run.assert_same_as(whole_with_vllm)

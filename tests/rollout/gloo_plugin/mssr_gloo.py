@@ -1,7 +1,7 @@
 """A vLLM plugin: weight transfer over gloo, so that servers can be tested on machines without a GPU.
 
-vLLM finds it by the metadata beside it once this folder is on PYTHONPATH. Rank 0 of a process group of its own sends,
-the workers of all servers receive. Both sides cut the same list of weights into chunks of bounded size, and each chunk
+vLLM finds it by the metadata beside it once this folder is on PYTHONPATH. Rank 0 of a separate process group sends,
+the workers of all servers receive. Both sides split the same list of weights into chunks of bounded size, and each chunk
 is one broadcast. The settings on the wire are those of vLLM's NCCL transfer.
 """
 
@@ -80,7 +80,7 @@ class Group:
 
 
 class GlooReceiver(WeightTransferEngine[NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo]):
-    """The side of a vLLM worker, which loads what arrives as it would load a checkpoint, layer by layer."""
+    """The side of a vLLM worker, which loads the weights layer by layer as they arrive, as from a checkpoint."""
 
     init_info_cls = NCCLWeightTransferInitInfo
     update_info_cls = NCCLWeightTransferUpdateInfo
@@ -99,7 +99,7 @@ class GlooReceiver(WeightTransferEngine[NCCLWeightTransferInitInfo, NCCLWeightTr
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        if self._torn:  # vLLM would take the rest of the lost transfer for part of this one
+        if self._torn:  # vLLM would mistake the rest of the lost transfer for part of this one
             raise RuntimeError("an earlier weight transfer broke off; restart this server")
         initialize_layerwise_reload(self.model)
 
@@ -194,7 +194,7 @@ class GlooSender(TrainerWeightTransferEngine[NCCLTrainerInitInfo]):
         self.client.finish_weight_update()
 
     def _broadcast_until_broken(self, weights: list[ParamMeta]) -> str | None:
-        """Return what broke the transfer: text, since an exception's traceback would keep the group alive."""
+        """Return the error that broke the transfer, as text: an exception's traceback would keep the group alive."""
         try:
             self._broadcast(weights)
         except RuntimeError as error:  # gloo's
@@ -219,7 +219,7 @@ class GlooSender(TrainerWeightTransferEngine[NCCLTrainerInitInfo]):
 
 
 def chunks(weights: list[ParamMeta], limit: int) -> Iterator[list[ParamMeta]]:
-    """Cut the list into neighbours of at most `limit` bytes together; a larger weight is a chunk of its own."""
+    """Split the list into consecutive chunks of at most `limit` bytes; a larger weight is a chunk by itself."""
     chunk, filled = [], 0
     for weight in weights:
         if chunk and filled + size_bytes(weight) > limit:
