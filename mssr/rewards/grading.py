@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mssr.batch import GradedRollouts, Prompt, Rollouts
-from mssr.rewards.reward import RewardFunction, Rewards
+from mssr.rewards.reward import Reward, RewardFunction
 from mssr.rollout.base import Response
 
 
@@ -26,16 +26,16 @@ class Grader:
         return Grading(self, prompts)
 
     def submit(self, prompt: Prompt, tokens: Tensor) -> Future:
-        """Return a future of (rewards of one response, its text). tokens: [R] int64."""
+        """Return a future of (reward of the response, its text). tokens: [R] int64."""
         return self._thread.submit(self._grade, tokens.tolist(), prompt.answer)
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
         self._reward.close()
 
-    def _grade(self, tokens: list[int], answer: str) -> tuple[Rewards, str]:
+    def _grade(self, tokens: list[int], answer: str) -> tuple[Reward, str]:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return self._reward([text], [answer]), text
+        return self._reward(text, answer), text
 
 
 class Grading:
@@ -57,8 +57,8 @@ class Grading:
         graded = [self._jobs[row].result() for row in range(len(rollouts))]
         return GradedRollouts(
             **vars(rollouts),
-            reward=torch.tensor([rewards.reward[0] for rewards, _ in graded]),
-            correct=torch.tensor([rewards.correct[0] for rewards, _ in graded]),
+            reward=torch.tensor([found.reward for found, _ in graded]),
+            correct=torch.tensor([found.correct for found, _ in graded]),
             masked=torch.zeros(len(rollouts), dtype=torch.bool),
             texts=tuple(text for _, text in graded),
         )

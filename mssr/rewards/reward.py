@@ -1,20 +1,17 @@
 """The reward of a response: whether its boxed answer is right, and whether it has the requested format."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mssr.config import RewardConfig
-from mssr.errors import UserError
 from mssr.rewards.extract import last_boxed, well_formed
 from mssr.rewards.symbolic import SymbolicChecker
 
 
-@dataclass(frozen=True)
-class Rewards:
-    """Rewards of B responses, in [0, 1], and whether each answer is right, 0 or 1."""
+class Reward(NamedTuple):
+    """reward: in [0, 1]. correct: 1 if the answer is right, else 0."""
 
-    reward: list[float]
-    correct: list[float]
+    reward: float
+    correct: float
 
 
 class RewardFunction:
@@ -24,14 +21,11 @@ class RewardFunction:
         self.format_weight = config.format_weight
         self.checker = SymbolicChecker(config.timeout_s)
 
-    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> Rewards:
-        """Grade B responses. answers: the right answers, one per response."""
-        weight = self.format_weight
-        correct = [float(self.is_correct(*pair)) for pair in zip(responses, answers, strict=True)]
-        formed = [float(well_formed(response)) for response in responses]
-        reward = [(1 - weight) * c + weight * f for c, f in zip(correct, formed, strict=True)]
-        check_in_unit_interval(reward, "reward")
-        return Rewards(reward, correct)
+    def __call__(self, response: str, answer: str) -> Reward:
+        """Grade a response. answer: the right one."""
+        correct = float(self.is_correct(response, answer))
+        reward = (1 - self.format_weight) * correct + self.format_weight * well_formed(response)
+        return Reward(reward, correct)
 
     def is_correct(self, response: str, answer: str) -> bool:
         r"""Whether the last `\boxed{}` has the right answer; the right number anywhere else does not count."""
@@ -40,16 +34,3 @@ class RewardFunction:
 
     def close(self) -> None:
         self.checker.close()
-
-
-def check_in_unit_interval(rewards: Sequence[float], what: str) -> None:
-    """Refuse values that a Beta tracker cannot take, NaN included.
-
-    Raises:
-        UserError: names the first offending row.
-    """
-    for row, reward in enumerate(rewards):
-        if not 0 <= reward <= 1:
-            raise UserError(
-                f"{what}: row {row} is {reward}, outside [0, 1]; the value tracker counts successes, rescale it"
-            )

@@ -131,7 +131,7 @@ import os, sys
 from mssr.config import RewardConfig
 from mssr.rewards.reward import RewardFunction
 rewards = RewardFunction(RewardConfig(timeout_s=1000.0))
-assert rewards([r"\boxed{\frac12}"], ["0.5"]).correct == [1.0]
+assert rewards(r"\boxed{\frac12}", "0.5").correct == 1.0
 assert not {"torch", "transformers", "sympy"} & set(sys.modules)
 print(rewards.checker._worker.pid, flush=True)
 os.kill(os.getpid(), 9)
