@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, Qwen2_5_VLConfig
 
 from mssr.batch import Prompt, Sequences, UpdateBatch
-from mssr.config import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mssr.config.schema import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mssr.distributed import World, start_world
 from mssr.observe.utilisation import peak_tflops, utilisation, work_of_step
 from mssr.policy.architectures import model_config

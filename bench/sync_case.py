@@ -126,7 +126,7 @@ def make_policy(world, case: dict) -> tuple:
     """Return (policy, the engine that must live as long). zero0 is the frozen policy alone; it syncs the same weights."""
     if case["mode"] == "zero0":
         return random_policy(case, world.device), None
-    from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
+    from mssr.config.schema import ModelConfig, OptimizerConfig, TrainConfig
     from mssr.policy.engine import PolicyEngine
 
     engine = PolicyEngine(

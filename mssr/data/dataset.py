@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable
 
 from mssr.batch import Prompt
-from mssr.config import DataConfig
+from mssr.config.schema import DataConfig
 from mssr.data.cache import PromptCache
 from mssr.data.check import Checked, check_rows
 from mssr.data.files import open_rows

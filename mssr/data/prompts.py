@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor, 
 from transformers.utils import cached_file
 
 from mssr.batch import Prompt
-from mssr.config import DataConfig
+from mssr.config.schema import DataConfig
 from mssr.data.images import decode_image, image_bytes
 from mssr.errors import BadRow, UserError
 

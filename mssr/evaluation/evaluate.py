@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from mssr.batch import GradedRollouts, Rollouts
-from mssr.config import EvalConfig
+from mssr.config.schema import EvalConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.distributed import World
 from mssr.rollout.base import RolloutEngine, noise_streams

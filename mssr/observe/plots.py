@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: it keeps every figure and sets a backend for the process
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from mssr.errors import UserError
 from mssr.observe.metrics import read_metrics
@@ -120,8 +120,8 @@ def _draw_panel(axes: Axes, panel: Panel, curves: dict[str, dict[str, Points]]) 
             if series.key in run:
                 colour = _colour(run_index if several else series_index)
                 _draw_series(axes, series, run[series.key], colour, "--" if several and series_index else "-")
-    if panel.log:
-        _whole_decades(axes, [value for line in axes.lines for value in line.get_ydata()])
+    if panel.log and any(value > 0 for line in axes.lines for value in line.get_ydata()):  # an exact gap is 0
+        axes.set_yscale("log", nonpositive="mask")
     axes.set_title(panel.title, loc="left", fontsize=11, fontweight="bold", color=INK)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel(panel.y_label, color=INK)
@@ -133,16 +133,6 @@ def _draw_panel(axes: Axes, panel: Panel, curves: dict[str, dict[str, Points]]) 
     axes.tick_params(colors=INK, labelsize=9)
     if len(drawn) > 1:
         axes.legend(handles=_legend(drawn, several), fontsize=8.5, frameon=False, labelcolor=INK)
-
-
-def _whole_decades(axes: Axes, values: list[float]) -> None:
-    """Set a log scale between powers of ten; keep it linear if all values are 0, as an exact gap can be."""
-    positive = [value for value in values if value > 0]
-    if positive:
-        low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
-        axes.set_yscale("log", nonpositive="mask")
-        axes.set_ylim(10.0**low, 10.0 ** max(high, low + 1))
-        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_series(axes: Axes, series: Series, points: Points, colour: str, line: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from transformers import PretrainedConfig
 
 from mssr.batch import Sequences
-from mssr.config import ModelConfig
+from mssr.config.schema import ModelConfig
 from mssr.distributed import World
 from mssr.observe.flops import Flops, countable, forward_flops
 from mssr.observe.gpu import known_gpu

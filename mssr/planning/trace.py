@@ -8,7 +8,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import sdpa_mask
 from transformers.vision_utils import get_vision_position_ids
 
-from mssr.config import ModelConfig
+from mssr.config.schema import ModelConfig
 from mssr.planning.ledger import FusedAttention, MemoryLedger
 from mssr.policy.attention import PackedLayout, packed, packed_sdpa
 from mssr.policy.families import family_of

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from mssr.config import OptimizerConfig, TrainConfig
 from mssr.config.deepspeed_json import ZERO, read_deepspeed_json
+from mssr.config.schema import OptimizerConfig, TrainConfig
 from mssr.errors import UserError
 from mssr.policy.sharding import PERSISTENT_NUMEL
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mssr.batch import Sequences
-from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
 from mssr.config.resolve import dtype_name
+from mssr.config.schema import ModelConfig, OptimizerConfig, TrainConfig
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.deepspeed_settings import deepspeed_settings

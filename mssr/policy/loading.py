@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 
-from mssr.config import ModelConfig
+from mssr.config.schema import ModelConfig
 from mssr.errors import UserError
 from mssr.policy import attention
 from mssr.policy.families import family_of, require_family, require_full_attention

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mssr.config import LoraConfig
+from mssr.config.schema import LoraConfig
 from mssr.errors import UserError
 from mssr.policy.model import Policy
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from mssr.config import OptimizerConfig
+from mssr.config.schema import OptimizerConfig
 
 
 class GuardedAdamW(torch.optim.AdamW):

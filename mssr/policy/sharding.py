@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, PretrainedConfig
 
-from mssr.config import ModelConfig
+from mssr.config.schema import ModelConfig
 from mssr.distributed import World
 from mssr.policy import attention
 from mssr.policy.families import family_of

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from mssr.config import RewardConfig
+from mssr.config.schema import RewardConfig
 from mssr.rewards.extract import last_boxed, well_formed
 from mssr.rewards.symbolic import SymbolicChecker
 

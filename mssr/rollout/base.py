@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mssr.batch import Prompt, Rollouts, pad_rows
-from mssr.config import RolloutConfig
+from mssr.config.schema import RolloutConfig
 from mssr.policy.model import Policy
 
 

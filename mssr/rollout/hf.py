@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from mssr.batch import Prompt
-from mssr.config import RolloutConfig
+from mssr.config.schema import RolloutConfig
 from mssr.policy.model import Policy
 from mssr.policy.sharding import WholeCopy
 from mssr.rollout.base import OnResponse, Request, Response, RolloutEngine

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mssr.config import TrainConfig
+from mssr.config.schema import TrainConfig
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.engine import PolicyEngine

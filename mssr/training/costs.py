@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from mssr.config import BudgetConfig
+from mssr.config.schema import BudgetConfig
 from mssr.distributed import World
 from mssr.errors import UserError
 

@@ -6,7 +6,7 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-from mssr.config import ModelConfig
+from mssr.config.schema import ModelConfig
 from mssr.data.prompts import load_processors
 from mssr.distributed import World
 from mssr.errors import UserError

@@ -8,8 +8,9 @@ import torch
 import yaml
 
 from mssr.batch import GradedRollouts, Rollouts
-from mssr.config import Config, OptimizerConfig
+from mssr.config import Config
 from mssr.config.resolve import dtype_name
+from mssr.config.schema import OptimizerConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.distributed import World, start_world

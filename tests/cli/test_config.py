@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mssr.algorithms.advantages import ALGORITHMS, Outcomes
-from mssr.config import RolloutConfig, load_config
+from mssr.config import load_config
+from mssr.config.schema import RolloutConfig
 from mssr.errors import UserError
 
 MINIMAL = "run_dir: run\nmodel: {path: m}\ndata: {train: t}\n"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mssr.config import DataConfig
+from mssr.config.schema import DataConfig
 from mssr.data.images import decode_image
 from mssr.data.prompts import PromptEncoder, Unusable, load_processors
 from mssr.errors import BadRow, UserError

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "policy"))
 
 from policy_helpers import model_dir, processors, prompts, random_batch, run_config  # noqa: E402
 
-from mssr.config import ModelConfig, OptimizerConfig, TrainConfig  # noqa: E402
+from mssr.config.schema import ModelConfig, OptimizerConfig, TrainConfig  # noqa: E402
 from mssr.distributed import start_world  # noqa: E402
 from mssr.policy.engine import PolicyEngine  # noqa: E402
 from mssr.policy.loss import CrossEntropy  # noqa: E402

@@ -125,7 +125,7 @@ def _updates(case: Case, world) -> dict:
     import torch
     from policy_helpers import random_batch
 
-    from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
+    from mssr.config.schema import ModelConfig, OptimizerConfig, TrainConfig
     from mssr.policy.engine import PolicyEngine
     from mssr.policy.loading import load_frozen_policy
     from mssr.policy.loss import PolicyGradient

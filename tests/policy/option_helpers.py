@@ -3,7 +3,7 @@
 import torch
 from policy_helpers import ALONE, model_dir
 
-from mssr.config import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mssr.config.schema import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mssr.policy.engine import PolicyEngine
 
 LORA = LoraConfig(rank=4, alpha=6.0, targets=["q_proj", "v_proj", "up_proj", "down_proj"])

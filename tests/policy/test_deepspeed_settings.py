@@ -16,8 +16,8 @@ from policy_helpers import (
 )
 from test_engine_ranks import CONFIG, global_batches
 
-from mssr.config import ModelConfig, OptimizerConfig, TrainConfig
 from mssr.config.deepspeed_json import with_stage_of_json
+from mssr.config.schema import ModelConfig, OptimizerConfig, TrainConfig
 from mssr.errors import UserError
 from mssr.policy.deepspeed_settings import deepspeed_settings
 from mssr.policy.engine import PolicyEngine

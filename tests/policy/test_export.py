@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from mssr.cli import app
-from mssr.config import TrainConfig
+from mssr.config.schema import TrainConfig
 from mssr.data.prompts import load_processors
 from mssr.errors import UserError
 from mssr.policy.export import save_trained

@@ -11,7 +11,7 @@ import torch
 from family_helpers import family_dir, family_logp, family_plain, family_policy, family_prompts
 from policy_helpers import ALONE, random_batch
 
-from mssr.config import ModelConfig
+from mssr.config.schema import ModelConfig
 from mssr.errors import UserError
 from mssr.policy.attention import FLASH, SDPA, PackedLayout, attention_name
 from mssr.policy.loading import load_policy

@@ -27,7 +27,7 @@ from test_engine_ranks import CONFIG, global_batches, train
 
 from mssr.algorithms.value_tracker import ValueTracker
 from mssr.batch import Sequences
-from mssr.config import RolloutConfig, TrackerConfig, TrainConfig
+from mssr.config.schema import RolloutConfig, TrackerConfig, TrainConfig
 from mssr.errors import UserError
 from mssr.policy.export import save_model
 from mssr.policy.loading import load_frozen_policy

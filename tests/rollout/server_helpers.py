@@ -13,7 +13,7 @@ import yaml
 from mssr_process import ends_within, free_port
 from policy_helpers import ALONE, model_dir, plain_logp, plain_model, processors
 
-from mssr.config import RolloutConfig
+from mssr.config.schema import RolloutConfig
 from mssr.rollout.hf import HFRollout
 from mssr.rollout.servers.rollout import ServerRollout
 

@@ -6,7 +6,7 @@ from policy_helpers import ALONE, DATA, digits, model_dir, processors
 from rollout_engines import hf
 
 from mssr.batch import GradedRollouts
-from mssr.config import EvalConfig
+from mssr.config.schema import EvalConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.data.prompts import PromptEncoder
 from mssr.evaluation.evaluate import evaluate

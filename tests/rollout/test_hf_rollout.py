@@ -16,7 +16,7 @@ from policy_helpers import (
     random_batch,
 )
 
-from mssr.config import RolloutConfig
+from mssr.config.schema import RolloutConfig
 from mssr.policy.loading import load_policy
 from mssr.policy.loss import CrossEntropy
 from mssr.rollout.base import noise_streams

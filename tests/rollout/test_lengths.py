@@ -2,7 +2,7 @@
 
 import torch
 
-from mssr.config import RolloutConfig
+from mssr.config.schema import RolloutConfig
 from mssr.rollout.base import Response, RolloutEngine
 from mssr.rollout.lengths import ResponseLengths
 

@@ -6,7 +6,7 @@ from option_helpers import LORA, disturb, make_engine_with, options
 from policy_helpers import processors, random_batch
 from rollout_engines import ENDS, LIMIT, hf
 
-from mssr.config import RolloutConfig
+from mssr.config.schema import RolloutConfig
 from mssr.policy.export import save_model
 from mssr.policy.loss import CrossEntropy
 from mssr.rollout.base import collect

@@ -7,7 +7,7 @@ import pytest
 import torch
 from mssr_process import Moment
 
-from mssr.config import TrainConfig
+from mssr.config.schema import TrainConfig
 from mssr.distributed import World
 from mssr.training.checkpoint import Checkpoints
 

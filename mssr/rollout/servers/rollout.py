@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mssr.batch import Prompt
-from mssr.config import RolloutConfig
+from mssr.config.schema import RolloutConfig
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.model import Policy
