@@ -14,6 +14,7 @@ from mssr.observe.metrics import read_metrics
 
 COLOURS = ("#2f6db5", "#e07b39", "#3a9e6f", "#b5479b", "#c9a227", "#5c5f66", "#3fb3c4", "#d1495b")
 INK = "#33363b"
+EMPTY = -1
 
 Points = tuple[list[int], list[float]]
 
@@ -70,8 +71,8 @@ def plot_curves(runs: dict[str, Path], out: Path) -> Path:
     panels = [panel for panel in PANELS if any(s.key in run for s in panel.series for run in curves.values())]
     figure = Figure(layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
-    for panel, cell in zip(panels, _cells(figure, panels), strict=True):
-        _draw_panel(figure.add_subplot(cell), panel, curves)
+    for panel, axes in zip(panels, _axes(figure, panels), strict=True):
+        _draw_panel(axes, panel, curves)
     if len(curves) > 1:
         handles = [Line2D([], [], color=_colour(index), lw=2.5) for index in range(len(curves))]
         figure.legend(handles, list(curves), loc="outside upper center", ncols=min(len(curves), 6), frameon=False)
@@ -98,18 +99,16 @@ def _read_curves(path: Path) -> dict[str, Points]:
     return curves
 
 
-def _cells(figure: Figure, panels: list[Panel]):
-    """Yield each panel's cells in a grid of two rows (one for up to three cells), filled from the left."""
-    slots = sum(panel.slots for panel in panels)
-    rows = 1 if slots <= 3 else 2
-    columns = max(math.ceil(slots / rows), max(panel.slots for panel in panels))
+def _axes(figure: Figure, panels: list[Panel]) -> list[Axes]:
+    """Return each panel's axes, in a grid of two rows (one for up to three cells)."""
+    cells = [number for number, panel in enumerate(panels) for _ in range(panel.slots)]
+    rows = 1 if len(cells) <= 3 else 2
+    columns = math.ceil(len(cells) / rows)
+    cells += [EMPTY] * (rows * columns - len(cells))
     figure.set_size_inches(max(3.8 * columns, 5.5), 3.2 * rows + 0.5)
-    grid = figure.add_gridspec(rows, columns)
-    slot = 0
-    for panel in panels:
-        row, column = divmod(slot, columns)
-        yield grid[row, column : column + panel.slots]
-        slot += panel.slots
+    grid = [cells[row * columns : (row + 1) * columns] for row in range(rows)]
+    axes = figure.subplot_mosaic(grid, empty_sentinel=EMPTY)
+    return [axes[number] for number in range(len(panels))]
 
 
 def _draw_panel(axes: Axes, panel: Panel, curves: dict[str, dict[str, Points]]) -> None:
