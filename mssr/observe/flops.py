@@ -1,4 +1,4 @@
-"""Floating-point operations of a model's forward and backward pass, from its configuration and its inputs.
+"""Floating-point operations of a policy's passes, from its weights and its inputs.
 
 Counts matrix products only, two operations per multiply-add; norms, activations and rotary positions are below 1 %.
 Causal attention counts the half of its scores that are used, whatever a kernel computes.
@@ -7,123 +7,76 @@ Causal attention counts the half of its scores that are used, whatever a kernel 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
+import torch
+from torch import Tensor, nn
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_window_index
 
-VISION_TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-TEXT_MODELS = ("qwen2", "qwen3", "llama")
+from mssr.policy.model import Policy
+from mssr.policy.weights import whole_shape
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one forward pass.
+    """FLOPs of a forward pass, and of its backward pass: gradients of inputs and of trained weights.
 
-    text: linear layers of the decoder. attention: its scores and their products with the values. head: LM head.
-    vision: blocks of the vision tower, with their attention. patches: patch embedding. mergers: to the text's width.
-    text_last, vision_last: the last product of each layer, which text and vision include.
+    recomputed: of the second forward pass with gradient checkpointing. They are not model FLOPs, so not in the MFU.
     """
 
-    text: float = 0.0
-    attention: float = 0.0
-    head: float = 0.0
-    vision: float = 0.0
-    patches: float = 0.0
-    mergers: float = 0.0
-    text_last: float = 0.0
-    vision_last: float = 0.0
-
-    @property
-    def forward(self) -> float:
-        return self.text + self.attention + self.head + self.vision + self.patches + self.mergers
-
-    def backward(self, *, train_vision: bool = True, lora: bool = False) -> float:
-        """FLOPs of the gradients of inputs and of trained weights; pixels need no gradient."""
-        weights = 0.0 if lora else 1.0
-        language = 2 * self.attention + (1 + weights) * (self.text + self.head)
-        if lora or not train_vision:
-            return language
-        return language + 2 * (self.vision + self.mergers) + self.patches
-
-    def recomputed(self, *, train_vision: bool = True, lora: bool = False) -> float:
-        """FLOPs of the second forward pass with gradient checkpointing. They are not model FLOPs, so not in the MFU.
-
-        A layer's last product is not recomputed: the backward pass needs only its inputs.
-        """
-        text = self.text - self.text_last + self.attention
-        return text if lora or not train_vision else text + self.vision - self.vision_last
+    forward: float
+    backward: float = 0.0
+    recomputed: float = 0.0
 
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
 
-def countable(config: PretrainedConfig) -> bool:
-    """Whether `forward_flops` knows the architecture; for others no FLOPs are reported."""
-    return config.model_type in (*VISION_TOWERS, *TEXT_MODELS)
-
-
-def forward_flops(
-    config: PretrainedConfig, lengths: Sequence[int], head_tokens: int, grids: Iterable[Sequence[int]] = ()
+def policy_flops(
+    policy: Policy, lengths: Sequence[int], head_tokens: int, grids: Sequence[Sequence[int]] = ()
 ) -> Flops:
-    """Count one forward pass over packed sequences.
+    """Count the passes over packed sequences.
 
     lengths: tokens of each sequence, prompt and response. head_tokens: tokens whose logits are computed.
     grids: (frames, height, width) of each image in patches: `image_grid_thw`.
-
-    Raises:
-        ValueError: the architecture is unknown.
     """
-    if not countable(config):
-        raise ValueError(f"the FLOPs of {config.model_type} are unknown; known are {VISION_TOWERS} and {TEXT_MODELS}")
-    text = config.get_text_config()
-    width, layers = text.hidden_size, text.num_hidden_layers
-    head_dim = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    projections = width * (queries + 2 * keys) + queries * width
-    linear = projections + 3 * width * text.intermediate_size
-    squares = sum(length * length for length in lengths)
-    return Flops(
-        text=2.0 * layers * linear * sum(lengths),
-        attention=2.0 * layers * queries * squares,  # two products, 2 operations each, half of them used
-        head=2.0 * width * text.vocab_size * head_tokens,
-        text_last=2.0 * layers * width * text.intermediate_size * sum(lengths),
-        **_vision(config.vision_config, config.model_type, grids) if config.model_type in VISION_TOWERS else {},
-    )
+    layers = policy.language_model.layers
+    queries = policy.model.config.get_text_config().num_attention_heads * layers[0].self_attn.head_dim
+    pairs = len(layers) * sum(length * length for length in lengths) / 2
+    language = _layers(layers, sum(lengths), queries * pairs) + _products([policy.model.lm_head], head_tokens)
+    return language + _vision(policy, torch.tensor(grids)) if grids else language
 
 
-def _vision(vision: PretrainedConfig, model_type: str, grids: Iterable[Sequence[int]]) -> dict[str, float]:
-    width = vision.embed_dim if model_type == "qwen2_vl" else vision.hidden_size
-    out = vision.hidden_size if model_type == "qwen2_vl" else vision.out_hidden_size
-    inner = int(width * vision.mlp_ratio) if model_type == "qwen2_vl" else vision.intermediate_size
-    mlp = (3 if model_type == "qwen2_5_vl" else 2) * width * inner
-    merge, mergers = vision.spatial_merge_size**2, 1
-    full_blocks = vision.depth
-    if model_type == "qwen2_5_vl":
-        full_blocks = len(vision.fullatt_block_indexes)
-    if model_type == "qwen3_vl":
-        mergers += len(vision.deepstack_visual_indexes)
-    grids = [tuple(map(int, grid)) for grid in grids]
-    patches = sum(frames * height * columns for frames, height, columns in grids)
-    full = sum(frames * (height * columns) ** 2 for frames, height, columns in grids)
-    windowed = sum(_window_squares(grid, vision) for grid in grids) if full_blocks < vision.depth else 0
-    inputs = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    merged = width * merge
-    linear = 4 * width * width + mlp
-    return {
-        "vision": 2.0 * vision.depth * linear * patches
-        + 4.0 * width * (full_blocks * full + (vision.depth - full_blocks) * windowed),
-        "vision_last": 2.0 * vision.depth * width * inner * patches,
-        "patches": 2.0 * inputs * width * patches,
-        "mergers": 2.0 * mergers * merged * (merged + out) * (patches // merge),
-    }
+def _vision(policy: Policy, grids: Tensor) -> Flops:
+    tower, config = policy.vision_tower, policy.model.config.vision_config
+    patches, width = int(grids.prod(1).sum()), whole_shape(tower.patch_embed.proj.weight)[0]
+    whole = get_vision_cu_seqlens(grids)
+    attended = [whole for _ in tower.blocks]
+    if hasattr(config, "fullatt_block_indexes"):  # the other blocks attend within windows
+        _, windows = get_vision_window_index(grids, policy.merge_size, config.window_size, config.patch_size)
+        attended = [whole if each in config.fullatt_block_indexes else windows for each in range(len(attended))]
+    pairs = sum(float(boundaries.diff().double().square().sum()) for boundaries in attended)
+    mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+    pixels = _products([tower.patch_embed], patches)
+    found = pixels + _layers(tower.blocks, patches, width * pairs) + _products(mergers, patches // policy.merge_size**2)
+    if any(weight.requires_grad for weight in tower.parameters()):
+        return found + Flops(0.0, backward=-pixels.forward)  # pixels need no gradient
+    return Flops(found.forward)
 
 
-def _window_squares(grid: Sequence[int], vision: PretrainedConfig) -> int:
-    """Sum of squared patch counts over Qwen2.5-VL's attention windows, which are smaller at the edges."""
-    frames, height, columns = grid
-    side = vision.spatial_merge_size
-    window = vision.window_size // side // vision.patch_size
+def _layers(layers: nn.ModuleList, rows: int, scores: float) -> Flops:
+    """Count layers of attention and MLP. scores: multiply-adds of queries and keys, in all layers.
 
-    def squares(patches: int) -> int:
-        whole, rest = divmod(patches // side, window)
-        return (whole * window * window + rest * rest) * side * side
+    Gradient checkpointing does not repeat a layer's last product: the backward pass needs only its inputs.
+    """
+    linear = _products(layers, rows)
+    last = [[module for module in layer.modules() if isinstance(module, nn.Linear)][-1] for layer in layers]
+    attention = 4 * scores  # the scores, and their product with the values
+    recomputed = linear.forward + attention - _products(last, rows).forward
+    return Flops(linear.forward + attention, linear.backward + 2 * attention, recomputed)
 
-    return frames * squares(height) * squares(columns)
+
+def _products(modules: Iterable[nn.Module], rows: int) -> Flops:
+    """Count the products of `rows` inputs, which need gradients, with all weight matrices of the modules."""
+    weights = [weight for module in modules for weight in module.parameters() if len(whole_shape(weight)) > 1]
+    forward = 2.0 * rows * sum(whole_shape(weight).numel() for weight in weights)
+    trained = 2.0 * rows * sum(whole_shape(weight).numel() for weight in weights if weight.requires_grad)
+    return Flops(forward, forward + trained)

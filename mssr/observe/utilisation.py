@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import PretrainedConfig
 
 from mssr.batch import Sequences
 from mssr.config.schema import ModelConfig
 from mssr.distributed import World
-from mssr.observe.flops import Flops, countable, forward_flops
+from mssr.observe.flops import Flops, policy_flops
 from mssr.observe.gpu import known_gpu
 from mssr.policy.engine import UpdateStats
 from mssr.policy.model import Policy
@@ -24,50 +23,24 @@ class Work:
 
     tokens: prompt and response tokens of its rows. slots: token positions that attention computed, padding included
         (`PackedLayout.slots` over the update's micro-batches).
-    forward: one pass over its rows; None for an architecture whose FLOPs are unknown.
-    train_vision, lora: whether parts of the backward pass were skipped. checkpointing: the forward pass ran twice.
+    flops: of one pass over its rows. checkpointing: the forward pass ran twice.
     """
 
     tokens: int
     slots: int
-    forward: Flops | None
-    train_vision: bool = True
-    lora: bool = False
+    flops: Flops
     checkpointing: bool = False
-
-    @property
-    def training_flops(self) -> float:
-        """FLOPs of forward and backward pass, without recomputation."""
-        return self.forward.forward + self.forward.backward(train_vision=self.train_vision, lora=self.lora)
-
-    @property
-    def hardware_flops(self) -> float:
-        recomputed = self.forward.recomputed(train_vision=self.train_vision, lora=self.lora)
-        return self.training_flops + recomputed * self.checkpointing
 
 
 def work_of_step(policy: Policy, options: ModelConfig, batch: Sequences, updates: list[UpdateStats]) -> Work:
+    responses = batch.lengths.tolist()
+    lengths = [len(prompt.token_ids) + response for prompt, response in zip(batch.prompts, responses)]
+    images = [prompt.image_grid_thw.tolist() for prompt in batch.prompts if prompt.image_grid_thw is not None]
     return Work(
-        tokens=sum(len(prompt.token_ids) for prompt in batch.prompts) + int(batch.lengths.sum()),
+        tokens=sum(lengths),
         slots=sum(update.slots for update in updates),
-        forward=batch_flops(policy.model.config, batch),
-        train_vision=options.train_vision,
-        lora=options.lora is not None,
+        flops=policy_flops(policy, lengths, sum(responses), [grid for grids in images for grid in grids]),
         checkpointing=options.gradient_checkpointing,
-    )
-
-
-def batch_flops(config: PretrainedConfig, batch: Sequences) -> Flops | None:
-    """One forward pass over the batch's rows; None for an architecture whose FLOPs are not known."""
-    if not countable(config):
-        return None
-    lengths = batch.lengths.tolist()
-    grids = [prompt.image_grid_thw.tolist() for prompt in batch.prompts if prompt.image_grid_thw is not None]
-    return forward_flops(
-        config,
-        [len(prompt.token_ids) + length for prompt, length in zip(batch.prompts, lengths)],
-        sum(lengths),
-        [grid for images in grids for grid in images],
     )
 
 
@@ -88,20 +61,17 @@ def utilisation(work: Work, clock: Stopwatch, world: World, peak: float | None) 
     perf/step_tflops, perf/step_mfu: these FLOPs and those of scoring passes, over the time of the whole step, which
         includes sampling.
     """
-    known = work.forward is not None
-    scored = sum(phase in clock.seconds for phase in SCORING_PHASES) * work.forward.forward if known else 0.0
-    training, hardware = (work.training_flops, work.hardware_flops) if known else (0.0, 0.0)
+    flops = work.flops
+    training = flops.forward + flops.backward
+    hardware = training + flops.recomputed * work.checkpointing
+    scored = flops.forward * sum(phase in clock.seconds for phase in SCORING_PHASES)
     sums = torch.tensor([work.tokens, work.slots, training, hardware, scored], dtype=torch.float64)
     tokens, slots, training, hardware, scored = world.sum(sums).tolist()
-    step, update = clock.total, clock.seconds.get("forward_backward", 0.0)
+    step, update = clock.total, clock.seconds["forward_backward"]
+    per_device = TERA * world.size
     metrics = {
         "perf/tokens_per_second_per_gpu": tokens / world.size / step,
         "perf/padding": slots / max(tokens, 1.0) - 1,
-    }
-    if not known or not update:
-        return metrics
-    per_device = TERA * world.size
-    metrics |= {
         "perf/update_tflops": training / per_device / update,
         "perf/hardware_tflops": hardware / per_device / update,
         "perf/step_tflops": (training + scored) / per_device / step,

@@ -10,22 +10,32 @@ from transformers import PretrainedConfig
 
 from mssr.config import Config
 from mssr.config.resolve import dtype_name, planned_engine
+from mssr.observe.gpu import Gpu
 from mssr.planning.trace import MicroBatchShape, Trace, planned_policy, trace
-from mssr.planning.zero import FP32, Parameters, TrainerState, Zero, offloaded, trainer_state
-from mssr.policy.deepspeed_settings import deepspeed_settings
+from mssr.planning.zero import FP32, Parameters, TrainerState, trainer_state, zero_settings
 from mssr.policy.weights import BUCKET_BYTES
 from mssr.stopwatch import GIB
 
 CONTEXT_BYTES = int(1.5 * GIB)  # assumed: CUDA context, cuBLAS workspaces, NCCL's buffers
+# Elements of a sharded reference that DeepSpeed by default keeps gathered at once, and those it fetches ahead.
+GATHERED_REFERENCE = 1_000_000_000 + 50_000_000
 
 
 @dataclass(frozen=True)
 class Machine:
-    """device: "cuda" or "cpu". gpus: ranks, one per GPU. memory: bytes of one device; None: not considered."""
+    """gpus: ranks, one per GPU. gpu: its data sheet; None: the ranks are on a CPU, whose memory is not considered."""
 
-    device: str
     gpus: int
-    memory: int | None = None
+    gpu: Gpu | None = None
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.gpu else "cpu"
+
+    @property
+    def memory(self) -> int:
+        """Bytes of one GPU."""
+        return int(self.gpu.memory_gib * GIB) if self.gpu else 0
 
 
 @dataclass(frozen=True)
@@ -57,58 +67,48 @@ class MemoryPlanner:
 
     def predict(self, config: Config, shape: MicroBatchShape, *, micro_batches: int = 2) -> Memory:
         """shape: of a micro-batch. micro_batches: per update; from 2 on, gradients of earlier ones are kept."""
-        dtype = plan_dtype(config, self._machine)
-        zero = Zero.of(deepspeed_settings(config.train.optimizer, config.train, dtype))
-        parameters, micro_batch = self._traced(config, dtype, shape, zero.stage == 0, micro_batches)
-        state = trainer_state(
-            parameters, zero, self._machine.gpus, eager=self._machine.device == "cuda", micro_batches=micro_batches
-        )
-        state, offloaded_bytes = offloaded(state, parameters, zero, self._machine.gpus)
-        resident = {"weights": state.weights, "fp32 masters": state.masters, "AdamW moments": state.moments}
-        if self._machine.device == "cuda":
-            resident |= {"CUDA context, libraries": CONTEXT_BYTES}
-        resident["reference"], reference_in_pass, reference_host = self._reference(config, parameters)
+        ranks, cuda = self._machine.gpus, self._machine.device == "cuda"
+        zero = zero_settings(config, plan_dtype(config, self._machine))
+        parameters, micro_batch = self._traced(config, shape, zero.stage == 0, micro_batches)
+        state = trainer_state(parameters, zero, ranks, eager=cuda, micro_batches=micro_batches)
+        reference, reference_in_pass, reference_host = self._reference(config, parameters)
+        resident = {
+            "weights": state.weights,
+            "fp32 masters": state.masters,
+            "AdamW moments": state.moments,
+            "CUDA context, libraries": CONTEXT_BYTES * cuda,
+            "reference": reference,
+        }
+        scoring = {
+            "one pass": micro_batch.scoring,
+            "gathered weights": state.gathered,
+            "reference in its pass": reference_in_pass,
+        }
         phases = {
-            "scoring": resident
-            | {
-                "one pass": micro_batch.scoring,
-                "gathered weights": state.gathered,
-                "reference in its pass": reference_in_pass,
-            },
+            "generate": self._generate(config, resident, parameters),
+            "scoring": resident | scoring,
             "forward_backward": resident | _forward_backward(state, micro_batch),
             "optimizer": resident | {"gradients": state.stepping},
         }
-        phases = {"generate": self._generate(config, resident, parameters, zero)} | phases
-        phases = {phase: {part: size for part, size in parts.items() if size} for phase, parts in phases.items()}
         host = {
-            "offloaded by DeepSpeed": offloaded_bytes,
+            "offloaded by DeepSpeed": state.host,
             "optimizer while generating": (state.masters + state.moments) * config.rollout.offload_optimizer,
-            "copy for saving": _saved_copy(config, parameters, self._machine.gpus),
+            "copy for saving": 3 * FP32 * -(-parameters.trained // ranks) * config.train.async_save,
             "reference": reference_host,
             "prompts": int(config.data.cache_gib * GIB) * (1 + (config.data.val is not None)),
         }
-        return Memory(phases, {part: size for part, size in host.items() if size}, parameters)
+        return Memory({phase: _present(parts) for phase, parts in phases.items()}, _present(host), parameters)
 
     def _traced(
-        self, config: Config, dtype: torch.dtype, shape: MicroBatchShape, accumulated: bool, micro_batches: int
+        self, config: Config, shape: MicroBatchShape, accumulated: bool, micro_batches: int
     ) -> tuple[Parameters, Trace]:
-        options = config.model
-        # Whether flash-attn is installed on the machine that is planned for is not known here.
-        padded = options.attention != "flash"
-        key = (options.model_dump_json(), dtype, shape, accumulated, micro_batches)
+        key = (config.model.model_dump_json(), shape, accumulated, micro_batches)
         if key not in self._traces:
-            policy = planned_policy(self._model, dtype, options, padded=padded)
-            sizes = [(each.numel(), each.requires_grad) for each in policy.parameters()]
-            parameters = Parameters(
-                total=sum(size for size, _ in sizes),
-                trained=sum(size for size, trained in sizes if trained),
-                largest=max(size for size, _ in sizes),
-                itemsize=dtype.itemsize,
-            )
+            policy = planned_policy(self._model, plan_dtype(config, self._machine), config.model)
             seen = trace(
                 policy, shape, device=self._machine.device, accumulated=accumulated, micro_batches=micro_batches
             )
-            self._traces[key] = parameters, seen
+            self._traces[key] = Parameters.of(policy), seen
         return self._traces[key]
 
     def _reference(self, config: Config, parameters: Parameters) -> tuple[int, int, int]:
@@ -119,25 +119,24 @@ class MemoryPlanner:
             return size, 0, 0
         if config.model.reference == "cpu":
             return 0, size * (self._machine.device == "cuda"), size
-        zero = Zero(3)
-        live = min(size, (zero.max_live + zero.prefetch_bucket) * parameters.itemsize)
+        live = min(size, GATHERED_REFERENCE * parameters.itemsize)
         return -(-size // ranks), live * (ranks > 1), 0
 
-    def _generate(self, config: Config, resident: dict[str, int], parameters: Parameters, zero: Zero) -> dict[str, int]:
-        parts = dict(resident)
-        rollout = config.rollout
-        if rollout.offload_optimizer:
-            parts |= {"fp32 masters": 0, "AdamW moments": 0}
+    def _generate(self, config: Config, resident: dict[str, int], parameters: Parameters) -> dict[str, int]:
+        rollout, sharded = config.rollout, config.train.zero_stage == 3
+        parts = resident | ({"fp32 masters": 0, "AdamW moments": 0} if rollout.offload_optimizer else {})
         if rollout.engine == "servers":
             return parts
         size = parameters.total * parameters.itemsize
-        if zero.stage == 3:
-            parts["weights gathered for the sync"] = min(size, int(rollout.sync_gib * GIB))
         if self._machine.device == "cuda" and planned_engine(rollout.engine) == "vllm":
             weights = vllm_weight_bytes(config, parameters)
-            room = int(rollout.gpu_memory * (self._machine.memory or 0))
-            return parts | {"vLLM weights": weights, "vLLM KV cache, activations": max(0, room - weights)}
-        if zero.stage == 3:  # a full copy generates
+            room = int(rollout.gpu_memory * self._machine.memory)
+            return parts | {
+                "weights gathered for the sync": min(size, int(rollout.sync_gib * GIB)) * sharded,
+                "vLLM weights": weights,
+                "vLLM KV cache, activations": max(0, room - weights),
+            }
+        if sharded:  # a full copy generates
             parts |= {"weights gathered for the sync": min(size, BUCKET_BYTES), "full copy that generates": size}
         return parts
 
@@ -167,6 +166,5 @@ def plan_dtype(config: Config, machine: Machine) -> torch.dtype:
     return getattr(torch, dtype_name(config.model.dtype, machine.device))
 
 
-def _saved_copy(config: Config, parameters: Parameters, ranks: int) -> int:
-    """Bytes of this rank's masters and moments, copied for train.async_save."""
-    return 3 * FP32 * -(-parameters.trained // ranks) if config.train.async_save else 0
+def _present(parts: dict[str, int]) -> dict[str, int]:
+    return {part: size for part, size in parts.items() if size}

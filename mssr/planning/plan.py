@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 
+from transformers import PretrainedConfig
+
 from mssr.config import Config
 from mssr.config.resolve import planned_engine
 from mssr.errors import UserError
 from mssr.observe.gpu import GPUS, Gpu
 from mssr.planning.advice import Advice, advise
 from mssr.planning.memory import Machine, Memory, MemoryPlanner
-from mssr.planning.step_time import StepTime, step_time
-from mssr.planning.trace import MicroBatchShape
+from mssr.planning.step_time import NOTES, StepTime, step_time
 from mssr.planning.workload import Workload
 from mssr.policy.architectures import model_config
-from mssr.stopwatch import GIB
+from mssr.policy.families import require_family
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,10 @@ class RunPlan:
     """mean: the lengths that the step time is for. advice: None if the run fits, or if nothing helps."""
 
     model: str
-    gpu: Gpu
     machine: Machine
     mean: Workload
     memory: Memory
-    time: StepTime | None
+    time: StepTime
     advice: Advice | None
     assumptions: tuple[str, ...]
 
@@ -34,7 +34,7 @@ class RunPlan:
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.fits else 1
+        return int(not self.fits)
 
 
 def plan_run(config: Config, gpu: str, gpus: int, context: str | None = None) -> RunPlan:
@@ -43,11 +43,11 @@ def plan_run(config: Config, gpu: str, gpus: int, context: str | None = None) ->
     gpu: a key of GPUS. gpus: ranks, one per GPU. context: mean lengths, see `Workload.parse`; None: half of the limits.
 
     Raises:
-        UserError: unknown GPU, invalid lengths, or a model whose config.json cannot be read.
+        UserError: unknown GPU, invalid lengths, or a model that is not supported or whose config.json cannot be read.
     """
-    device = _gpu(gpu)
+    machine = Machine(gpus, _gpu(gpu))
     model = model_config(config.model.path)
-    machine = Machine("cuda", gpus, int(device.memory_gib * GIB))
+    require_family(config.model.path, model.model_type)
     longest = Workload.longest(config, model)
     mean = Workload.parse(context, config, model) if context else longest.half()
     planner = MemoryPlanner(model, machine)
@@ -56,16 +56,14 @@ def plan_run(config: Config, gpu: str, gpus: int, context: str | None = None) ->
         return planner.predict(config, longest.micro_batch(config.train.micro_batch_tokens, model))
 
     memory = predict(config)
-    advice = None if memory.peak <= machine.memory else advise(config, predict, machine.memory, gpus)
     return RunPlan(
         model=config.model.path,
-        gpu=device,
         machine=machine,
         mean=mean,
         memory=memory,
-        time=step_time(config, model, mean, memory, machine, device),
-        advice=advice,
-        assumptions=_assumptions(config, longest, longest.micro_batch(config.train.micro_batch_tokens, model)),
+        time=step_time(config, model, mean, memory, machine),
+        advice=None if memory.peak <= machine.memory else advise(config, predict, machine.memory, gpus),
+        assumptions=(*_assumptions(config, longest, model), *NOTES),
     )
 
 
@@ -76,7 +74,8 @@ def _gpu(key: str) -> Gpu:
     raise UserError(f"--gpu {key}: unknown; choose from {', '.join(gpu.key for gpu in GPUS)}")
 
 
-def _assumptions(config: Config, longest: Workload, shape: MicroBatchShape) -> tuple[str, ...]:
+def _assumptions(config: Config, longest: Workload, model: PretrainedConfig) -> list[str]:
+    shape = longest.micro_batch(config.train.micro_batch_tokens, model)
     notes = [
         f"memory: micro-batches of {len(shape.lengths)} sequences, {shape.tokens} tokens, at the limits: prompts of "
         f"{longest.prompt} tokens ({longest.image} of an image), responses of {longest.response}",
@@ -88,4 +87,4 @@ def _assumptions(config: Config, longest: Workload, shape: MicroBatchShape) -> t
         notes.append("transformers' own layers; liger-kernel's keep fewer activations")
     if planned_engine(config.rollout.engine) == "vllm":
         notes.append("vLLM uses rollout.gpu_memory of the GPU while it generates, and none while it sleeps")
-    return tuple(notes)
+    return notes

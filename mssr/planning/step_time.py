@@ -1,4 +1,4 @@
-"""Estimated seconds of a step by phase: its work over the peak rate times the share in ASSUMED. Nothing is measured."""
+"""Estimated seconds of a step by phase: its work over the peak rate times an assumed share. Nothing is measured."""
 
 import math
 from dataclasses import dataclass
@@ -6,35 +6,22 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from mssr.config import Config
-from mssr.observe.flops import countable, forward_flops
-from mssr.observe.gpu import Gpu
+from mssr.observe.flops import policy_flops
 from mssr.planning.memory import Machine, Memory, plan_dtype, vllm_weight_bytes
+from mssr.planning.trace import planned_policy
 from mssr.planning.workload import Workload
-from mssr.planning.zero import FP32, Zero
-from mssr.policy.deepspeed_settings import deepspeed_settings
+from mssr.planning.zero import FP32, on_host, zero_settings
 
 GIGA = 1e9
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Shares of the device's peak rates that phases reach; host, pcie: GB/s of the CPU's AdamW and of copies to the host."""
-
-    training: float = 0.45
-    scoring: float = 0.5
-    decoding: float = 0.6
-    streaming: float = 0.7
-    link: float = 0.6
-    host: float = 20.0
-    pcie: float = 20.0
-
-
-ASSUMED = Shares()
+# Shares of the GPU's peak rates.
+TRAINING, SCORING, DECODING, STREAMING, LINK = 0.45, 0.5, 0.6, 0.7, 0.6
+# Bytes per second of the CPU's AdamW and of copies between host and GPU.
+HOST, PCIE = 20 * GIGA, 20 * GIGA
 NOTES = (
-    f"matrix products at {ASSUMED.training:.0%} of the peak in training and {ASSUMED.scoring:.0%} in scoring, "
-    f"decoding at {ASSUMED.decoding:.0%} of the memory bandwidth",
-    f"collectives at {ASSUMED.link:.0%} of the link, not overlapped; host copies at {ASSUMED.pcie:.0f} GB/s, "
-    f"AdamW on the CPU at {ASSUMED.host:.0f} GB/s",
+    f"matrix products at {TRAINING:.0%} of the peak in training and {SCORING:.0%} in scoring, "
+    f"decoding at {DECODING:.0%} of the memory bandwidth",
+    f"collectives at {LINK:.0%} of the link, not overlapped; host copies at {PCIE / GIGA:.0f} GB/s, "
+    f"AdamW on the CPU at {HOST / GIGA:.0f} GB/s",
     "all responses have the mean length: waiting for the longest is not included",
 )
 
@@ -52,41 +39,44 @@ class StepTime:
 
 
 def step_time(
-    config: Config, model: PretrainedConfig, workload: Workload, memory: Memory, machine: Machine, gpu: Gpu
-) -> StepTime | None:
-    """Estimate one step at the workload's mean lengths; None for an architecture whose FLOPs are not known."""
-    if not countable(model):
-        return None
+    config: Config, model: PretrainedConfig, workload: Workload, memory: Memory, machine: Machine
+) -> StepTime:
+    """Estimate one step at the workload's mean lengths."""
+    peak = machine.gpu.tflops * 1e12
     rows = math.ceil(config.responses_per_step / machine.gpus)
-    grid = workload.grid(model)
-    grids = [grid] if grid else []
-    per_row = forward_flops(model, [workload.tokens], workload.response, grids)
-    one_pass = rows * per_row.forward / (gpu.tflops * 1e12 * ASSUMED.scoring)
-    seconds, concurrent = _sampling(config, model, workload, memory, machine, gpu, rows)
+    policy = planned_policy(model, plan_dtype(config, machine), config.model)
+    grids = workload.grids(model)
+    prompt = policy_flops(policy, [workload.prompt], 1, grids)
+    flops = policy_flops(policy, [workload.tokens], workload.response, grids)
+    decode, concurrent = _decoding(config, model, workload, memory, machine, rows)
+    seconds = {"sync": _sync(config, memory, machine), "generate": decode + rows * prompt.forward / peak / SCORING}
     scored = {
         "old_logp": config.algorithm.old_logp == "recompute",
         "reference": config.algorithm.kl_coef > 0,
         "drift": config.algorithm.rescores_responses,
     }
-    seconds |= {phase: one_pass for phase, wanted in scored.items() if wanted}
+    seconds |= {phase: rows * flops.forward / peak / SCORING for phase, wanted in scored.items() if wanted}
     if config.loads_reference and config.model.reference == "cpu":
-        parameters = memory.parameters
-        seconds["reference"] += parameters.total * parameters.itemsize / GIGA / ASSUMED.pcie
-    left_out = {"train_vision": config.model.train_vision, "lora": config.model.lora is not None}
-    flops = per_row.forward + per_row.backward(**left_out)
-    if config.model.gradient_checkpointing:
-        flops += per_row.recomputed(**left_out)
-    seconds["forward_backward"] = rows * flops / (gpu.tflops * 1e12 * ASSUMED.training)
-    communication, optimizer = _updates(config, workload, memory, machine, gpu, rows)
-    seconds["forward_backward"] += communication
-    seconds["optimizer"] = optimizer
+        seconds["reference"] += memory.parameters.total * memory.parameters.itemsize / PCIE
+    products = flops.forward + flops.backward + flops.recomputed * config.model.gradient_checkpointing
+    communication, optimizer = _updates(config, workload, memory, machine, rows)
+    seconds |= {"forward_backward": rows * products / peak / TRAINING + communication, "optimizer": optimizer}
     return StepTime(seconds, concurrent)
 
 
-def _sampling(
-    config: Config, model: PretrainedConfig, workload: Workload, memory: Memory, machine: Machine, gpu: Gpu, rows: int
-) -> tuple[dict[str, float], int]:
-    """(seconds of sync and generate, responses decoded at once)"""
+def _sync(config: Config, memory: Memory, machine: Machine) -> float:
+    """Seconds until the sampler has the weights."""
+    size = memory.parameters.total * memory.parameters.itemsize
+    seconds = 3 * size / (machine.gpu.bandwidth * GIGA * STREAMING)  # read, written, and copied once between
+    if config.train.zero_stage == 3 and machine.gpus > 1:
+        seconds += size / (machine.gpu.link * GIGA * LINK)
+    return seconds
+
+
+def _decoding(
+    config: Config, model: PretrainedConfig, workload: Workload, memory: Memory, machine: Machine, rows: int
+) -> tuple[float, int]:
+    """(seconds, responses decoded at once)"""
     parameters, tensor_parallel = memory.parameters, config.rollout.tensor_parallel
     text = model.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -95,32 +85,22 @@ def _sampling(
     weights = vllm_weight_bytes(config, parameters)
     room = memory.phases["generate"].get("vLLM KV cache, activations")
     if room is None:  # generated by servers or hf: all memory of the device but the weights
-        room = config.rollout.gpu_memory * (machine.memory or 0) - weights
+        room = config.rollout.gpu_memory * machine.memory - weights
     mean_context = workload.prompt + workload.response / 2
     together = rows * tensor_parallel
     fitting = max(1, int(0.9 * room / (token_bytes * mean_context)))
     concurrent = min(fitting, config.rollout.batch_size * tensor_parallel, together)
-    bandwidth = gpu.bandwidth * GIGA * ASSUMED.decoding
-    matmul = 2 * parameters.total * concurrent / tensor_parallel / (gpu.tflops * 1e12 * ASSUMED.scoring)
-    token_seconds = max((weights + concurrent * token_bytes * mean_context) / bandwidth, matmul)
-    decode = together / concurrent * workload.response * token_seconds
-    prompt = forward_flops(model, [workload.prompt], 1, [workload.grid(model)] if workload.image else [])
-    prefill = rows * prompt.forward / (gpu.tflops * 1e12 * ASSUMED.scoring)
-    size = parameters.total * parameters.itemsize
-    sync = 3 * size / (gpu.bandwidth * GIGA * ASSUMED.streaming)  # read, written, and copied once between
-    if config.train.zero_stage == 3 and machine.gpus > 1:
-        sync += size / (gpu.link * GIGA * ASSUMED.link)
-    return {"sync": sync, "generate": decode + prefill}, concurrent
+    reading = (weights + concurrent * token_bytes * mean_context) / (machine.gpu.bandwidth * GIGA * DECODING)
+    matmul = 2 * parameters.total * concurrent / tensor_parallel / (machine.gpu.tflops * 1e12 * SCORING)
+    return together / concurrent * workload.response * max(reading, matmul), concurrent
 
 
-def _updates(
-    config: Config, workload: Workload, memory: Memory, machine: Machine, gpu: Gpu, rows: int
-) -> tuple[float, float]:
+def _updates(config: Config, workload: Workload, memory: Memory, machine: Machine, rows: int) -> tuple[float, float]:
     """(seconds of collectives in forward and backward passes, seconds of the optimizer), for all updates of a step"""
     parameters, ranks, updates = memory.parameters, machine.gpus, config.updates_per_step
-    zero = Zero.of(deepspeed_settings(config.train.optimizer, config.train, plan_dtype(config, machine)))
+    zero = zero_settings(config, plan_dtype(config, machine))
     micro_batches = updates * math.ceil(rows / updates * workload.tokens / config.train.micro_batch_tokens)
-    link = gpu.link * GIGA * ASSUMED.link
+    link = machine.gpu.link * GIGA * LINK
     own = parameters.trained / (ranks if zero.stage else 1)
     gradients, weights = parameters.trained * parameters.itemsize, parameters.total * parameters.itemsize
     communication = 0.0
@@ -128,14 +108,13 @@ def _updates(
         communication += gradients / link * (updates if zero.stage < 2 else micro_batches)
         if zero.stage == 3:
             communication += 2 * weights / link * micro_batches
-    if zero.offload_param:
-        communication += 2 * weights / ranks / GIGA / ASSUMED.pcie * micro_batches
+    if on_host(zero.offload_param):
+        communication += 2 * weights / ranks / PCIE * micro_batches
     # Masters and moments are read and written, gradients read, weights written.
     moved = own * (6 * FP32 + FP32 + parameters.itemsize)
-    rate = GIGA * ASSUMED.host if zero.offload_optimizer else gpu.bandwidth * GIGA * ASSUMED.streaming
-    optimizer = moved / rate
+    optimizer = moved / (HOST if on_host(zero.offload_optimizer) else machine.gpu.bandwidth * GIGA * STREAMING)
     if ranks > 1 and zero.stage in (1, 2):
         optimizer += gradients / link
     if config.rollout.offload_optimizer:
-        optimizer += 2 * own * 3 * FP32 / GIGA / ASSUMED.pcie / updates
+        optimizer += 2 * own * 3 * FP32 / PCIE / updates
     return communication, optimizer * updates

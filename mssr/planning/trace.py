@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import sdpa_mask
-from transformers.vision_utils import get_vision_position_ids
 
 from mssr.config.schema import ModelConfig
 from mssr.planning.ledger import FusedAttention, MemoryLedger
@@ -50,27 +49,30 @@ class Trace:
     scoring: int
 
 
-def planned_policy(config: PretrainedConfig, dtype: torch.dtype, options: ModelConfig, *, padded: bool) -> Policy:
-    """Return the policy as `load_policy` makes it, on the meta device. padded: attention pads sequences to a batch (SDPA)."""
+def planned_policy(config: PretrainedConfig, dtype: torch.dtype, options: ModelConfig) -> Policy:
+    """Return the policy as `load_policy` makes it, on the meta device."""
     family = family_of(config)
     with torch.device("meta"):
         policy = Policy(family.auto_class.from_config(config, dtype=dtype, attn_implementation=_PADDED))
     # The kernels of attention and layers depend on the machine; stand-ins replace them here.
     apply_options(policy, options.model_copy(update={"attention": "sdpa", "liger": "off"}), CPU)
-    policy.model.set_attn_implementation(_PADDED if padded else _PACKED)
+    # Whether flash-attn is installed on the machine that is planned for is not known here.
+    policy.model.set_attn_implementation(_PACKED if options.attention == "flash" else _PADDED)
     return policy.train()
 
 
 def trace(policy: Policy, shape: MicroBatchShape, *, device: str, accumulated: bool, micro_batches: int = 2) -> Trace:
-    """Run a micro-batch through a `planned_policy`, forward and backward.
+    """Run a micro-batch through a `planned_policy`, forward and backward; it keeps hooks and gradients.
 
     device: "cuda" or "cpu", for the head's kernels.
     accumulated: each parameter keeps its gradient, to which later micro-batches add (at most 2 are run);
         False: ZeRO takes each gradient as soon as it is made; its memory is counted elsewhere.
     """
     workspace = _head_workspace(policy.model.lm_head.weight, shape, device)
-    parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    hooks = [] if accumulated else [each.register_post_accumulate_grad_hook(_drop_gradient) for each in parameters]
+    if not accumulated:
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)
     scoring, ledger = MemoryLedger(), MemoryLedger()
     with torch.no_grad(), scoring:
         _hidden(policy, shape).new_empty(workspace, dtype=torch.uint8)
@@ -81,10 +83,6 @@ def trace(policy: Policy, shape: MicroBatchShape, *, device: str, accumulated: b
             kept = ledger.live - before
             loss.backward()
             del loss
-    for hook in hooks:
-        hook.remove()
-    for parameter in parameters:
-        parameter.grad = None
     return Trace(kept, ledger.peak, scoring.peak)
 
 
@@ -115,14 +113,13 @@ def _with_images(policy: Policy, embeddings: Tensor, shape: MicroBatchShape) -> 
     pixels = torch.zeros(shape.patches, width, device="meta").to(embeddings.dtype)
     # The tower reads the grids for positions (only their shape matters here) and for the attention windows. Two windows
     # take the same memory as a hundred, in a fiftieth of the time.
-    grids = torch.tensor(shape.grids)
-    half = shape.patches // 2
-    windows = torch.tensor([0, half, shape.patches] if half else [0, shape.patches], dtype=torch.int32)
-    given = {"cu_seqlens": windows, "position_ids": get_vision_position_ids(grids, policy.merge_size).to("meta")}
+    positions = torch.zeros(shape.patches, 2, dtype=torch.int64, device="meta")
+    windows = torch.tensor([0, shape.patches // 2, shape.patches], dtype=torch.int32)
+    given = {"cu_seqlens": windows, "position_ids": positions}
     if hasattr(vision, "fullatt_block_indexes"):
         order = torch.arange(shape.patches // policy.merge_size**2)
         given |= {"window_index": order, "cu_window_seqlens": windows}
-    out = policy.vision_tower(pixels, grid_thw=grids, **given)
+    out = policy.vision_tower(pixels, grid_thw=torch.tensor(shape.grids), **given)
     image_tokens = torch.zeros(embeddings.shape, dtype=torch.bool, device="meta")
     embeddings = embeddings.masked_scatter(image_tokens, out.pooler_output.to(embeddings.dtype))
     for features in getattr(out, "deepstack_features", None) or ():

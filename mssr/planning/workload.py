@@ -39,6 +39,10 @@ class Workload:
                 f"--context {text}: expected mean lengths in tokens, PROMPT,RESPONSE or PROMPT,RESPONSE,IMAGE; "
                 "the prompt includes the image: 600,1200,400"
             )
+        if sum(image) and not hasattr(model, "vision_config"):
+            raise UserError(
+                f"--context {text}: {config.model.path} reads no images; leave out IMAGE: {prompt},{response}"
+            )
         return cls(prompt, response, image[0] if image else _image_tokens(prompt, config, model))
 
     @classmethod
@@ -50,13 +54,13 @@ class Workload:
     def half(self) -> "Workload":
         return Workload(max(1, self.prompt // 2), max(1, self.response // 2), self.image // 2)
 
-    def grid(self, model: PretrainedConfig) -> tuple[int, int, int] | None:
-        """(1, height, width) in patches of a nearly square image of about `image` tokens."""
+    def grids(self, model: PretrainedConfig) -> tuple[tuple[int, int, int], ...]:
+        """(1, height, width) in patches of a nearly square image of about `image` tokens; () without image."""
         if not self.image:
-            return None
+            return ()
         side = model.vision_config.spatial_merge_size
         height = max(1, math.isqrt(self.image))
-        return 1, height * side, max(1, round(self.image / height)) * side
+        return ((1, height * side, max(1, round(self.image / height)) * side),)
 
     def micro_batch(self, budget: int, model: PretrainedConfig) -> MicroBatchShape:
         """Return a micro-batch that fills the budget; a sequence longer than the budget is alone in it."""
@@ -64,8 +68,7 @@ class Workload:
         lengths = [self.tokens] * count
         left = max(0, budget - count * self.tokens)  # a shorter sequence with the same share of response tokens
         responses = count * self.response + left * self.response // self.tokens
-        grid = self.grid(model)
-        return MicroBatchShape(tuple(lengths + [left] * (left > 0)), max(1, responses), (grid,) * count if grid else ())
+        return MicroBatchShape(tuple(lengths + [left] * (left > 0)), max(1, responses), self.grids(model) * count)
 
 
 def _image_tokens(prompt: int, config: Config, model: PretrainedConfig) -> int:

@@ -1,45 +1,31 @@
 """Memory that DeepSpeed's ZeRO keeps on each rank, from its settings."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mssr.config import Config
+from mssr.config.deepspeed_json import ZERO
+from mssr.policy.deepspeed_settings import deepspeed_settings
+from mssr.policy.model import Policy
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 FP32 = 4
 
 
-@dataclass(frozen=True)
-class Zero:
-    """DeepSpeed's settings that affect memory; sizes are in elements, with DeepSpeed's own defaults.
+def zero_settings(config: Config, dtype: torch.dtype) -> "DeepSpeedZeroConfig":
+    """Return a run's settings with DeepSpeed's own defaults; sizes are in elements. dtype: of the weights."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # slow to import
 
-    double_buckets: overlap_comm reduces one bucket while the next fills.
-    """
+    return DeepSpeedZeroConfig(**deepspeed_settings(config.train.optimizer, config.train, dtype)[ZERO])
 
-    stage: int
-    offload_optimizer: bool = False
-    offload_param: bool = False
-    double_buckets: bool = False
-    reduce_bucket: int = 500_000_000
-    prefetch_bucket: int = 50_000_000
-    max_live: int = 1_000_000_000
-    sub_group: int = 1_000_000_000
 
-    @classmethod
-    def of(cls, settings: dict[str, Any]) -> "Zero":
-        """Read DeepSpeed's settings."""
-        zero = settings["zero_optimization"]
-        names = {
-            "reduce_bucket": "reduce_bucket_size",
-            "prefetch_bucket": "stage3_prefetch_bucket_size",
-            "max_live": "stage3_max_live_parameters",
-            "sub_group": "sub_group_size",
-        }
-        sizes = {own: int(zero[name]) for own, name in names.items() if name in zero}
-        return cls(
-            zero["stage"],
-            offload_optimizer=(zero.get("offload_optimizer") or {}).get("device") == "cpu",
-            offload_param=(zero.get("offload_param") or {}).get("device") == "cpu",
-            double_buckets=bool(zero.get("overlap_comm")),
-            **sizes,
-        )
+def on_host(offload: Any) -> bool:
+    """Whether `offload_optimizer` or `offload_param` moves its part to host memory."""
+    return offload is not None and offload.device == "cpu"
 
 
 @dataclass(frozen=True)
@@ -51,9 +37,15 @@ class Parameters:
     largest: int
     itemsize: int
 
-    @property
-    def mixed(self) -> bool:
-        return self.itemsize != FP32
+    @classmethod
+    def of(cls, policy: Policy) -> "Parameters":
+        sizes = [(each.numel(), each.requires_grad) for each in policy.parameters()]
+        return cls(
+            total=sum(size for size, _ in sizes),
+            trained=sum(size for size, trained in sizes if trained),
+            largest=max(size for size, _ in sizes),
+            itemsize=next(policy.parameters()).itemsize,
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,8 @@ class TrainerState:
     weights, masters, moments: resident all the time.
     gradients: kept from one micro-batch to the next. reducing: buffers for gradients in a backward pass, beside
         activations. last_reduction: the same at its end, when no activations are left.
-    gathered: full weights of layers while they compute. stepping: gradients during the optimizer's step.
+    stepping: gradients during the optimizer's step. gathered: full weights of layers while they compute.
+    host: in host memory, by DeepSpeed's own offloading.
     """
 
     weights: int
@@ -72,71 +65,55 @@ class TrainerState:
     gradients: int
     reducing: int
     last_reduction: int
-    gathered: int
     stepping: int
+    gathered: int
+    host: int
 
 
-def trainer_state(parameters: Parameters, zero: Zero, ranks: int, *, eager: bool, micro_batches: int) -> TrainerState:
+def trainer_state(
+    parameters: Parameters, zero: "DeepSpeedZeroConfig", ranks: int, *, eager: bool, micro_batches: int
+) -> TrainerState:
     """Bytes of the trainer's state on one rank.
 
     eager: the device reserves a buffer's memory at once (CUDA), not as it is written to (CPU).
     """
     size, trained = parameters.itemsize, parameters.trained
-    own = -(-trained // ranks)
-    state = {
-        "weights": parameters.total * size,
-        "masters": FP32 * own if zero.stage else 0,  # also for float32 weights
-        "moments": 2 * FP32 * (own if zero.stage else trained),
-        "gathered": 0,
-    }
-    bucket = zero.reduce_bucket if eager else min(zero.reduce_bucket, trained)
-    bucket *= size * (2 if zero.double_buckets else 1)
+    own = -(-trained // ranks) if zero.stage else trained
+    weights = parameters.total * size
+    masters = FP32 * own if zero.stage else 0  # also for float32 weights
+    moments = 2 * FP32 * own
+    gathered = host = 0
+    mixed = size != FP32
+    bucket = zero.reduce_bucket_size if eager else min(zero.reduce_bucket_size, trained)
+    bucket *= size * (2 if zero.overlap_comm else 1)  # one bucket is reduced while the next fills
     if zero.stage == 0:
         # The micro-batch's trace includes these gradients. At its end, flat copies are summed over ranks.
-        flat = min(trained, zero.reduce_bucket + parameters.largest) * FP32
-        return TrainerState(
-            **state, gradients=0, reducing=0, last_reduction=trained * FP32 + flat, stepping=trained * FP32
-        )
-    if zero.stage == 3:
-        if parameters.total:
-            state["weights"] = -(-parameters.total // ranks) * size
-        live = min(parameters.total, zero.max_live) if ranks > 1 or zero.offload_param else 0
-        state["gathered"] = min(parameters.total, live + zero.prefetch_bucket) * size if live else 0
-        # A copy of a bucket is split among the ranks.
-        return TrainerState(
-            **state,
-            gradients=own * size,
-            reducing=2 * bucket if ranks > 1 else bucket,
-            last_reduction=2 * bucket if ranks > 1 else bucket,
-            stepping=own * size + min(own, zero.sub_group) * FP32 * parameters.mixed,
-        )
-    shared = own if zero.stage == 2 else trained
-    # The sum over micro-batches; once the first bucket is full, also this micro-batch's share.
-    kept = shared * size if micro_batches > 1 else 0
-    passes_early = trained > zero.reduce_bucket
-    return TrainerState(
-        **state,
-        gradients=kept,
-        reducing=(bucket if eager or passes_early else 0) + (shared * size if passes_early else 0),
-        last_reduction=bucket + shared * size,
+        gradients = reducing = 0
+        last_reduction = FP32 * (trained + min(trained, zero.reduce_bucket_size + parameters.largest))
+        stepping = FP32 * trained
+    elif zero.stage == 3:
+        weights = -(-parameters.total // ranks) * size
+        live = min(parameters.total, zero.max_live_parameters) if ranks > 1 or on_host(zero.offload_param) else 0
+        gathered = min(parameters.total, live + zero.prefetch_bucket_size) * size if live else 0
+        gradients = own * size
+        reducing = last_reduction = bucket * (2 if ranks > 1 else 1)  # a copy of a bucket is split among the ranks
+        stepping = own * size + min(own, zero.sub_group_size) * FP32 * mixed
+    else:
+        shared = own if zero.stage == 2 else trained
+        # The sum over micro-batches; once the first bucket is full, also this micro-batch's share.
+        gradients = shared * size if micro_batches > 1 else 0
+        passes_early = trained > zero.reduce_bucket_size
+        reducing = (bucket if eager or passes_early else 0) + (shared * size if passes_early else 0)
+        last_reduction = bucket + shared * size
         # A flat copy, the list that it is made from, and a float32 copy.
-        stepping=shared * size + own * size + own * FP32 * parameters.mixed,
-    )
-
-
-def offloaded(state: TrainerState, parameters: Parameters, zero: Zero, ranks: int) -> tuple[TrainerState, int]:
-    """(state that stays on the device, bytes in this rank's host memory) with DeepSpeed's own offloading."""
-    own, host = -(-parameters.trained // ranks), 0
-    values = {}
-    if zero.offload_optimizer:
-        # The host's AdamW also keeps float32 gradients, and up to ZeRO-2 the rounded weights.
-        rounded = own * parameters.itemsize if zero.stage < 3 else 0
-        host += state.masters + state.moments + own * FP32 + rounded
-        values |= {"masters": 0, "moments": 0, "stepping": 0}
+        stepping = shared * size + own * size + own * FP32 * mixed
+    if on_host(zero.offload_optimizer):
+        host += masters + moments + own * FP32  # the host's AdamW also keeps float32 gradients
         if zero.stage < 3:
-            host += state.gradients
-            values["gradients"] = 0
-    if zero.offload_param:
-        host += state.weights
-        values["weights"] = 0
-    return replace(state, **values), host
+            host += gradients + own * size  # and the rounded weights
+            gradients = 0
+        masters = moments = stepping = 0
+    if on_host(zero.offload_param):
+        host += weights
+        weights = 0
+    return TrainerState(weights, masters, moments, gradients, reducing, last_reduction, stepping, gathered, host)

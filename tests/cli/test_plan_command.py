@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import MistralConfig, Qwen2Config
 
 from mssr.config import load_config
 from mssr.errors import UserError
@@ -85,6 +86,16 @@ def test_what_saves_memory_is_seen_to(config_file, wide, override, phase):
 def test_mistakes_are_one_line(mssr, config_file):
     assert "--gpu tpu" in mssr("plan", config_file, "--gpu", "tpu").line
     assert "PROMPT,RESPONSE" in mssr("plan", config_file, "--context", "12").line
+
+
+def test_text_models_have_no_images_and_other_architectures_are_refused(config_file, tmp_path):
+    config = load_config(config_file, [f"model.path={tmp_path}"])
+    Qwen2Config(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="reads no images; leave out IMAGE: 300,500"):
+        plan_run(config, "h100", 8, "300,500,100")
+    MistralConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="model_type mistral is not supported"):
+        plan_run(config, "h100", 8)
 
 
 def test_longer_responses_take_more_time(config_file, wide):

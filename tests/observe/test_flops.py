@@ -1,4 +1,4 @@
-"""FLOPs by formula, compared with torch's count while real models run."""
+"""FLOPs from weights and inputs, compared with torch's count while real models run."""
 
 import pytest
 import torch
@@ -18,7 +18,10 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from mssr.observe.flops import Flops, countable, forward_flops
+from mssr.config import LoraConfig
+from mssr.observe.flops import Flops, policy_flops
+from mssr.policy.lora import add_adapters
+from mssr.policy.model import Policy
 
 TEXT = {
     "vocab_size": 500, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -84,69 +87,74 @@ def torchs_own_linear(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
 
 
+def built(make) -> Policy:
+    model_class, config = make()
+    return Policy(model_class._from_config(config, attn_implementation="eager").train())
+
+
+def loss_of(policy: Policy, length: int, head_tokens: int) -> torch.Tensor:
+    """The sum of the logits; the image pads' are -inf."""
+    given = inputs(policy.model.config, length)
+    return policy.model(**given, use_cache=False, logits_to_keep=head_tokens).logits[..., 10:].sum()
+
+
+def found(policy: Policy, length: int, head_tokens: int) -> Flops:
+    """What is counted, and the half of the attention that only eager attention computes."""
+    text = policy.model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    unused = 2 * text.num_hidden_layers * text.num_attention_heads * head_dim * length**2
+    grids = GRIDS if policy.family.has_vision else []
+    return policy_flops(policy, [length], head_tokens, grids) + Flops(unused, 2 * unused, unused)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forward_and_backward_are_what_torch_counts(family):
-    model_class, config = FAMILIES[family]()
-    model = model_class._from_config(config, attn_implementation="eager").train()
-    length, head_tokens = 150, 60
+    policy = built(FAMILIES[family])
     with FlopCounterMode(display=False) as forward:
-        loss = model(**inputs(config, length), use_cache=False, logits_to_keep=head_tokens).logits.sum()
+        loss = loss_of(policy, 150, 60)
     with FlopCounterMode(display=False) as backward:
         loss.backward()
+    flops = found(policy, 150, 60)
+    assert flops.forward == pytest.approx(forward.get_total_flops(), rel=0.01)
+    assert flops.backward == pytest.approx(backward.get_total_flops(), rel=0.01)
 
-    grids = GRIDS if hasattr(config, "vision_config") else []
-    found = forward_flops(config, [length], head_tokens, grids)
-    uncausal = Flops(attention=found.attention)  # eager attention computes the other half too
-    assert (found + uncausal).forward == pytest.approx(forward.get_total_flops(), rel=0.01)
-    assert (found + uncausal).backward() == pytest.approx(backward.get_total_flops(), rel=0.01)
+
+def backward_flops(policy: Policy) -> int:
+    loss = loss_of(policy, 120, 120)
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    return backward.get_total_flops()
 
 
 def test_frozen_vision_tower_has_no_backward_pass():
-    model_class, config = qwen2_5_vl()
-    model = model_class._from_config(config, attn_implementation="eager").train()
-    model.model.visual.requires_grad_(False)
-    loss = model(**inputs(config, 120), use_cache=False).logits.sum()
-    with FlopCounterMode(display=False) as backward:
-        loss.backward()
-    found = forward_flops(config, [120], 120, GRIDS)
-    expected = (found + Flops(attention=found.attention)).backward(train_vision=False)
-    assert expected == pytest.approx(backward.get_total_flops(), rel=0.01)
+    policy = built(qwen2_5_vl)
+    policy.vision_tower.requires_grad_(False)
+    assert found(policy, 120, 120).backward == pytest.approx(backward_flops(policy), rel=0.01)
 
 
-def test_gradient_checkpointing_computes_the_layers_again():
-    model_class, config = qwen2_5_vl()
-    model = model_class._from_config(config, attn_implementation="eager").train()
+def test_with_adapters_only_their_weights_have_gradients():
+    policy = built(qwen2_5_vl)
+    add_adapters(policy, LoraConfig(rank=8))
+    # The first layer's input has a gradient too, as all others have.
+    policy.model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_())
+    assert found(policy, 120, 120).backward == pytest.approx(backward_flops(policy), rel=0.01)
 
-    def counted() -> int:
-        loss = model(**inputs(config, 120), use_cache=False).logits.sum()
-        with FlopCounterMode(display=False) as backward:
-            loss.backward()
-        return backward.get_total_flops()
 
-    without = counted()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    found = forward_flops(config, [120], 120, GRIDS)
-    recomputed = (found + Flops(attention=found.attention)).recomputed()
-    assert counted() - without == pytest.approx(recomputed, rel=0.01)
+@pytest.mark.parametrize("rank", [None, 8], ids=["whole", "adapters"])
+def test_gradient_checkpointing_computes_the_layers_again(rank):
+    policy = built(qwen2_5_vl)
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if rank:
+        add_adapters(policy, LoraConfig(rank=rank))
+        policy.model.disable_input_require_grads()  # peft's, for reentrant checkpointing: the frozen tower needs none
+    twice = backward_flops(policy)
+    policy.model.gradient_checkpointing_disable()
+    assert twice - backward_flops(policy) == pytest.approx(found(policy, 120, 120).recomputed, rel=0.01)
 
 
 def test_packed_sequences_attend_to_themselves_alone():
-    config = LlamaConfig(**TEXT)
-    one, two = forward_flops(config, [100], 10), forward_flops(config, [50, 50], 10)
-    assert two.attention == one.attention / 2
-    assert (two.text, two.head) == (one.text, one.head)
-    # 3 layers, 128 query channels, 100^2 / 2 pairs, scores and values, 2 operations each
-    assert one.attention == 3 * 128 * 5000 * 2 * 2
-
-
-def test_adapters_leave_out_the_weights_gradients():
-    flops = forward_flops(LlamaConfig(**TEXT), [64], 16)
-    assert flops.backward(lora=True) == flops.text + flops.head + 2 * flops.attention
-
-
-def test_other_architectures_are_not_guessed():
-    config = LlamaConfig(**TEXT)
-    config.model_type = "mamba"
-    assert not countable(config)
-    with pytest.raises(ValueError, match="mamba"):
-        forward_flops(config, [10], 1)
+    policy = built(FAMILIES["llama"])
+    one, two = policy_flops(policy, [100], 10), policy_flops(policy, [50, 50], 10)
+    # 3 layers, 128 query channels, 100^2 / 2 pairs or half as many, scores and values, 2 operations each
+    pairs = 3 * 128 * 2 * 2 * 2500
+    assert (one.forward - two.forward, one.backward - two.backward) == (pairs, 2 * pairs)

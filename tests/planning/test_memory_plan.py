@@ -43,7 +43,7 @@ def predicted(case: Case, path: str) -> list[Memory]:
     batch = random_batch(chosen_prompts(len(case.responses)), case.responses)
     lengths = [len(prompt.token_ids) + length for prompt, length in zip(batch.prompts, case.responses)]
     groups = plan_micro_batches(lengths, case.budget)
-    planner = MemoryPlanner(AutoConfig.from_pretrained(path), Machine("cpu", case.ranks))
+    planner = MemoryPlanner(AutoConfig.from_pretrained(path), Machine(case.ranks))
     memories = []
     for rows in groups:
         grids = [batch.prompts[row].image_grid_thw for row in rows if batch.prompts[row].image_grid_thw is not None]

@@ -33,7 +33,7 @@ def predict(model=None, train=None, *, layers=4, shape=SHAPE, ranks=1, micro_bat
         num_key_value_heads=2,
         tie_word_embeddings=False,
     )
-    return MemoryPlanner(architecture, Machine("cpu", ranks)).predict(config, shape, micro_batches=micro_batches)
+    return MemoryPlanner(architecture, Machine(ranks)).predict(config, shape, micro_batches=micro_batches)
 
 
 def kept(**options) -> int:
