@@ -4,7 +4,6 @@ Reads package metadata instead of importing packages; the few questions that onl
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import subprocess
@@ -51,7 +50,6 @@ PACKAGES = {
     "rich": Use("display"),
     "tensorboard": Use("metrics"),
     "matplotlib": Use("curves"),
-    "nvidia-ml-py": Use("GPU readings"),
     "vllm": Use("fast rollouts", extra="vllm", needed=False),
     "flash-attn": Use("attention", extra="flash", needed=False),
     "liger-kernel": Use("norms, SwiGLU; benchmarks", extra="liger", needed=False),
@@ -59,15 +57,8 @@ PACKAGES = {
 
 # The registry's builds of these are for CUDA: beside a CPU torch they fail on import, and transformers with them.
 BREAKABLE = ("torchvision", "torchaudio")
+PATIENCE = 120  # seconds for the answer of another process
 ASK_TORCH = "import torch; print(torch.version.cuda, torch.cuda.is_available())"
-
-
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    memory: str
-    compute_capability: str
-    driver: str
 
 
 @dataclass(frozen=True)
@@ -101,8 +92,8 @@ class Probe:
     text: str
 
 
-def diagnose(gpus: Sequence[Gpu] | None = None, probe: Callable[[str], Probe] | None = None) -> Report:
-    """Examine this machine. The arguments replace what it finds: its GPUs, and how a line of Python ends."""
+def diagnose(gpus: Sequence[str] | None = None, probe: Callable[[str], Probe] | None = None) -> Report:
+    """Examine this machine. The arguments replace what it finds: its GPUs (`_gpus`), and how a line of Python ends."""
     gpus = _gpus() if gpus is None else gpus
     versions = _installed()
     device = "cuda" if gpus else "cpu"
@@ -167,7 +158,7 @@ def _unsupported(versions: dict[str, str]) -> list[Finding]:
     ]
 
 
-def _import_findings(versions: dict[str, str], gpus: Sequence[Gpu], probe: Callable[[str], Probe]) -> list[Finding]:
+def _import_findings(versions: dict[str, str], gpus: Sequence[str], probe: Callable[[str], Probe]) -> list[Finding]:
     """Problems that only an import shows."""
     findings = []
     breakable = [name for name in BREAKABLE if name in versions and "torch" in versions]
@@ -181,7 +172,7 @@ def _import_findings(versions: dict[str, str], gpus: Sequence[Gpu], probe: Calla
     return findings
 
 
-def _cuda_findings(answer: Probe, version: str, gpu: Gpu) -> list[Finding]:
+def _cuda_findings(answer: Probe, version: str, gpu: str) -> list[Finding]:
     """answer: to ASK_TORCH. version: torch's."""
     # Uninstalled first, since pip takes 2.13.0+cpu for an installed 2.13.0.
     reinstall = f"pip uninstall -y torch && pip install torch=={TESTED['torch']}"
@@ -189,18 +180,18 @@ def _cuda_findings(answer: Probe, version: str, gpu: Gpu) -> list[Finding]:
         return [Finding(f"torch {version} cannot be imported: {answer.text}", reinstall)]
     cuda, available = answer.text.split()
     if cuda == "None":
-        return [Finding(f"{gpu.name} is here, but torch {version} is built for the CPU only", reinstall)]
+        return [Finding(f"{gpu.partition(',')[0]} is here, but torch {version} is built for the CPU only", reinstall)]
     if available == "False":
-        problem = f"torch {version} (CUDA {cuda}) cannot use {gpu.name} with driver {gpu.driver}"
+        problem = f"torch {version} (CUDA {cuda}) cannot use {gpu}"
         return [Finding(problem, "update the driver, take a torch for an older CUDA, or unset CUDA_VISIBLE_DEVICES")]
     return []
 
 
 def _probe(code: str) -> Probe:
     try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        return Probe(False, "no answer for 120 s")
+        return Probe(False, f"no answer for {PATIENCE} s")
     lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
     return Probe(done.returncode == 0, lines[-1] if lines else f"exit status {done.returncode}")
 
@@ -214,41 +205,25 @@ def _installed() -> dict[str, str]:
     return versions | ({"vllm": vllm} if vllm else {})
 
 
-def _gpus() -> list[Gpu]:
-    if importlib.util.find_spec("pynvml") is None:
-        return []
-    import pynvml
-
+def _gpus() -> list[str]:
+    """Name, memory, compute capability and driver of each GPU that the NVIDIA driver lists."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader"]
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver
+        done = subprocess.run(query, capture_output=True, text=True, timeout=PATIENCE, check=True)
+    except (OSError, subprocess.SubprocessError):  # no driver
         return []
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        return [
-            Gpu(
-                name=pynvml.nvmlDeviceGetName(handle),
-                memory=f"{pynvml.nvmlDeviceGetMemoryInfo(handle).total >> 20} MiB",
-                compute_capability="{}.{}".format(*pynvml.nvmlDeviceGetCudaComputeCapability(handle)),
-                driver=pynvml.nvmlSystemGetDriverVersion(),
-            )
-            for handle in handles
-        ]
-    finally:
-        pynvml.nvmlShutdown()
+    return ["{}, {}, capability {}, driver {}".format(*line.split(", ")) for line in done.stdout.splitlines()]
 
 
-def _machine(gpus: Sequence[Gpu]) -> dict[str, str]:
+def _machine(gpus: Sequence[str]) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     facts = {
         "Python": f"{platform.python_version()} ({sys.prefix})",
         "system": platform.platform(),
         "CPU": f"{cores} cores, {_memory_bytes() / 2**30:.1f} GiB memory",
     }
-    for index, gpu in enumerate(gpus):
-        about = f"{gpu.name}, {gpu.memory}, capability {gpu.compute_capability}, driver {gpu.driver}"
-        facts[f"GPU {index}"] = about
-    return facts if gpus else facts | {"GPU": "none with an NVIDIA driver: training runs on the CPU"}
+    listed = {f"GPU {index}": gpu for index, gpu in enumerate(gpus)}
+    return facts | (listed or {"GPU": "none with an NVIDIA driver: training runs on the CPU"})
 
 
 def _memory_bytes() -> int:

@@ -6,10 +6,10 @@ import sys
 import pytest
 from rich.console import Console
 
-from mssr.doctor import PACKAGES, Gpu, Probe, diagnose, print_report
+from mssr.doctor import PACKAGES, Probe, diagnose, print_report
 from mssr.versions import SUPPORTED, TESTED, requirement
 
-H200 = Gpu("NVIDIA H200", "143771 MiB", "9.0", "580.95")
+H200 = "NVIDIA H200, 143771 MiB, capability 9.0, driver 580.95"
 
 
 def works(code):
@@ -179,6 +179,19 @@ def test_a_torchvision_that_breaks_imports_is_found(check, vllm, fix):
     assert "torchvision 0.28.0" in finding.problem and "nms does not exist" in finding.problem
     assert finding.fix == fix
     assert report.exit_code == 1
+
+
+def test_the_driver_lists_the_gpus(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho NVIDIA H200, 143771 MiB, 9.0, 580.95\necho NVIDIA L4, 23034 MiB, 8.9, 580.95\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    facts = diagnose(probe=works).facts
+    assert (facts["GPU 0"], facts["GPU 1"]) == (H200, "NVIDIA L4, 23034 MiB, capability 8.9, driver 580.95")
+    tool.write_text("#!/bin/sh\necho No devices were found\nexit 6\n")
+    assert "GPU" in diagnose(probe=works).facts
+    tool.unlink()
+    assert "GPU" in diagnose(probe=works).facts
 
 
 def test_a_package_that_really_fails_to_import_is_found(check, tmp_path, monkeypatch):

@@ -20,23 +20,18 @@ ALLOWED = 1e-4  # float32 on both sides
 TEMPERATURE = 0.8
 
 
-class Agreement(NamedTuple):
-    """differences: quantity -> largest difference, in nats; of gradients relative to their largest entry."""
+# By quantity: its values; its largest difference, in nats, of gradients relative to their largest entry.
+Results = dict[str, Tensor]
+Differences = dict[str, float]
 
+
+class Agreement(NamedTuple):
     framework: str
-    differences: dict[str, float]
+    differences: Differences
 
     def __str__(self) -> str:
         found = ", ".join(f"{what} {difference:.1e}" for what, difference in self.differences.items())
         return f"✓ {self.framework}: largest differences from its own results on a tiny model: {found}"
-
-
-class Scores(NamedTuple):
-    """Log-probs and entropy of the tokens, [B, T - 1], and the head's gradient of a loss of both, [V, D]."""
-
-    logp: Tensor
-    entropy: Tensor
-    gradient: Tensor
 
 
 def check_integration(name: str) -> Agreement:
@@ -47,8 +42,10 @@ def check_integration(name: str) -> Agreement:
     """
     if name not in CHECKS:
         raise UserError(f"--integration {name}: unknown; choose from {', '.join(CHECKS)}")
-    found = CHECKS[name]()
-    for what, difference in found.differences.items():
+    differences = CHECKS[name]()
+    package = {"liger": "liger-kernel"}.get(name, name)
+    found = Agreement(f"{package} {importlib.metadata.version(package)}", differences)
+    for what, difference in differences.items():
         if not difference <= ALLOWED:
             raise UserError(
                 f"{found.framework}: {what} differs by {difference:.1e} from the framework's own (allowed: {ALLOWED:.0e}); "
@@ -57,22 +54,20 @@ def check_integration(name: str) -> Agreement:
     return found
 
 
-def _transformers() -> Agreement:
-    framework = f"transformers {importlib.metadata.version('transformers')}"
+def _transformers() -> Differences:
     try:
-        difference = check_patch(patch(_model()), input_ids=_tokens())
+        return {"log-prob": check_patch(patch(_model()), input_ids=_tokens())}
     except RuntimeError as error:
-        raise UserError(f"{framework}: {error}") from None
-    return Agreement(framework, {"log-prob": difference})
+        raise UserError(f"transformers {importlib.metadata.version('transformers')}: {error}") from None
 
 
-def _trl() -> Agreement:
-    version = require_version("trl")
+def _trl() -> Differences:
+    require_version("trl")
     from trl.trainer.utils import add_fused_lm_head
 
     from mssr.integrations.trl.fused_head import fuse_head
 
-    def scores(fused: bool) -> Scores:
+    def scores(fused: bool) -> Results:
         model = _model()
         add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
         if fused:
@@ -80,41 +75,41 @@ def _trl() -> Agreement:
         out = model(input_ids=_tokens(), labels=_tokens(), fused_lm_head=True)
         return _scores(model, out.log_probs, out.entropy)
 
-    return Agreement(f"trl {version}", _differences(scores(fused=False), scores(fused=True)))
+    return _differences(scores(fused=False), scores(fused=True))
 
 
-def _verl() -> Agreement:
+def _verl() -> Differences:
     from mssr.integrations import verl
 
-    version = verl.install()
+    verl.install()
     from verl.models.transformers.monkey_patch import patch_forward_with_backends
 
-    def scores() -> Scores:
+    def scores() -> Results:
         model = _model()
         patch_forward_with_backends(model, use_fused_kernels=True, fused_kernels_backend="torch")
         out = model(input_ids=_tokens(), temperature=TEMPERATURE, return_dict=True)
         return _scores(model, out.log_probs[:, :-1], out.entropy[:, :-1])
 
-    return Agreement(f"verl {version}", _with_and_without(scores, verl.uninstall))
+    return _with_and_without(scores, verl.uninstall)
 
 
-def _openrlhf() -> Agreement:
+def _openrlhf() -> Differences:
     from mssr.integrations import openrlhf
 
-    version = openrlhf.install()
+    openrlhf.install()
     from openrlhf.models import Actor
 
-    def scores() -> Scores:
+    def scores() -> Results:
         actor = Actor(_model(), temperature=TEMPERATURE)
         actor.packing_samples = False
         ones = torch.ones_like(_tokens())
         logp, out = actor(_tokens(), ones[:, 1:].bool(), attention_mask=ones, return_output=True, return_entropy=True)
         return _scores(actor.model, logp, out.entropy[:, -logp.shape[1] :])
 
-    return Agreement(f"openrlhf {version}", _with_and_without(scores, openrlhf.uninstall))
+    return _with_and_without(scores, openrlhf.uninstall)
 
 
-def _liger() -> Agreement:
+def _liger() -> Differences:
     from mssr_kernels import liger as ours
 
     try:
@@ -130,21 +125,17 @@ def _liger() -> Agreement:
     advantage, mask = torch.randn(4, generator=generator), torch.ones(4, 16)
     tokens = torch.randint(512, (4, 16), generator=generator)
 
-    def loss(module) -> tuple[Tensor, Tensor]:
+    def results(module) -> Results:
         head = weight.clone().requires_grad_()
         settings = dict(beta=0.0, use_ref_model=False, compiled=False, temperature=TEMPERATURE)
         value, _ = module.LigerFusedLinearGRPOLoss(**settings)(hidden, head, tokens, mask, advantage)
         value.backward()
-        return value.detach(), head.grad
+        return {"loss": value.detach(), "gradient": head.grad}
 
-    (value, gradient), (other, other_gradient) = loss(ours), loss(theirs)
-    return Agreement(
-        f"liger-kernel {importlib.metadata.version('liger-kernel')}",
-        {"loss": float((value - other).abs()), "gradient": _relative(gradient, other_gradient)},
-    )
+    return _differences(results(theirs), results(ours))
 
 
-CHECKS: dict[str, Callable[[], Agreement]] = {
+CHECKS: dict[str, Callable[[], Differences]] = {
     "transformers": _transformers,
     "trl": _trl,
     "verl": _verl,
@@ -167,12 +158,14 @@ def _tokens() -> Tensor:
     return torch.randint(512, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def _scores(model: PreTrainedModel, logp: Tensor, entropy: Tensor) -> Scores:
+def _scores(model: PreTrainedModel, logp: Tensor, entropy: Tensor) -> Results:
+    """Return both, [B, T - 1], and the gradient of a loss of both."""
     (logp.mean() - 0.1 * entropy.mean()).backward()
-    return Scores(logp.detach().float(), entropy.detach().float(), model.get_output_embeddings().weight.grad)
+    gradient = model.get_output_embeddings().weight.grad
+    return {"log-prob": logp.detach().float(), "entropy": entropy.detach().float(), "gradient": gradient}
 
 
-def _with_and_without(scores: Callable[[], Scores], uninstall: Callable[[], None]) -> dict[str, float]:
+def _with_and_without(scores: Callable[[], Results], uninstall: Callable[[], None]) -> Differences:
     try:
         ours = scores()
     finally:
@@ -180,13 +173,6 @@ def _with_and_without(scores: Callable[[], Scores], uninstall: Callable[[], None
     return _differences(scores(), ours)
 
 
-def _differences(theirs: Scores, ours: Scores) -> dict[str, float]:
-    return {
-        "log-prob": float((ours.logp - theirs.logp).abs().max()),
-        "entropy": float((ours.entropy - theirs.entropy).abs().max()),
-        "gradient": _relative(ours.gradient, theirs.gradient),
-    }
-
-
-def _relative(value: Tensor, other: Tensor) -> float:
-    return float((value - other).abs().max() / other.abs().max())
+def _differences(theirs: Results, ours: Results) -> Differences:
+    largest = {what: float((ours[what] - theirs[what]).abs().max()) for what in theirs}
+    return largest | {"gradient": largest["gradient"] / float(theirs["gradient"].abs().max())}
