@@ -198,9 +198,10 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(text_model, tmp_path)
         (dict(tracker_rho_min=0.97), r"MSSRConfig, tracker: .*rho_min 0.97 is larger than rho_max 0.96"),
         (dict(per_device_train_batch_size=1), r"MSSRConfig.per_device_train_batch_size 1 .*"),
         (
-            dict(use_vllm=True, vllm_importance_sampling_mode="sequence_mask"),
-            r"MSSRConfig: vllm_importance_sampling_mode 'sequence_mask' .*",
+            dict(vllm_importance_sampling_mode="sequence_mask"),
+            r"MSSRConfig.vllm_importance_sampling_mode must be 'token_truncate', got 'sequence_mask': .*",
         ),
+        (dict(vllm_importance_sampling_clip_min=0.5), r"MSSRConfig.vllm_importance_sampling_clip_min must be None, .*"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -113,25 +113,30 @@ class MSSRTrainer(FusedGRPOTrainer):
     def _compute_loss(self, model, inputs):
         mode = "train" if self.model.training else "eval"
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        call = _PolicyLossCall(model, self._policy_rows(inputs, mask.bool(), mode))
+        rows, outputs = self._policy_rows(inputs, mask.bool(), mode), []
+
+        def scored(**kwargs) -> PolicyLossOutput:  # the model, which also computes the loss of the rows
+            outputs.append(model(**kwargs, policy_rows=rows))
+            return outputs[-1]
+
         given = inspect.signature(super()._get_per_token_logps_and_entropies).parameters  # the model's own inputs
         logp, _, aux_loss = self._get_per_token_logps_and_entropies(
-            call,
+            scored,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
             mask.shape[1],
             compute_aux_loss=self.aux_loss_enabled,
             **{name: value for name, value in inputs.items() if name in given},
         )
-        loss = call.output.loss
+        (output,) = outputs
+        loss = output.loss
         if self.aux_loss_enabled:
             steps = self.current_gradient_accumulation_steps if mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / steps
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         if mode == "train":
             self._observe_drift(inputs, logp, mask.bool())
-        found = policy_metrics(call.output, mask, self.loss, self.accelerator)
-        for name, value in found.items():
+        for name, value in policy_metrics(output, mask, self.loss, self.accelerator).items():
             self._metrics[mode][name].append(value)
         return loss
 
@@ -179,15 +184,3 @@ class MSSRTrainer(FusedGRPOTrainer):
         state = torch.load(path, weights_only=True)
         self.tracker.load_state_dict(state["tracker"])
         self._moved = state["moved"] if self.accelerator.is_main_process else torch.zeros(2)
-
-
-class _PolicyLossCall:
-    """A model for TRL's scoring method that also computes the loss of `rows`."""
-
-    def __init__(self, model, rows: PolicyRows) -> None:
-        self._model, self._rows = model, rows
-        self.output: PolicyLossOutput | None = None
-
-    def __call__(self, **kwargs) -> PolicyLossOutput:
-        self.output = self._model(**kwargs, policy_rows=self._rows)
-        return self.output

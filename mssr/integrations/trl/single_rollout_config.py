@@ -18,7 +18,9 @@ _FIXED = {
     "delta": (None, "dual_clip bounds the ratio of negative advantages"),
     "top_entropy_quantile": (1.0, "entropy_alpha weights tokens by their entropy"),
     "use_adaptive_entropy": (False, "entropy_coef is constant"),
-    "off_policy_mask_threshold": (None, "vllm_importance_sampling_mode='token_truncate' corrects the sampler's drift"),
+    "off_policy_mask_threshold": (None, "vllm_importance_sampling_correction corrects the sampler's drift"),
+    "vllm_importance_sampling_mode": ("token_truncate", "the ratio to the sampler is truncated token by token"),
+    "vllm_importance_sampling_clip_min": (None, "vllm_importance_sampling_clip_max alone truncates the ratio"),
     "use_bias_correction_kl": (False, "the KL term is plain k3"),
 }
 
@@ -48,9 +50,7 @@ class MSSRConfig(GRPOConfig):
     vllm_importance_sampling_mode: str = field(default="token_truncate", metadata={"help": "Only token_truncate."})
     entropy_alpha: float = field(default=0.4, metadata={"help": "Shaping strength (arXiv 2506.14758)."})
     entropy_kappa: float = field(default=2.0, metadata={"help": "Shaping is at most |A| / kappa."})
-    entropy_source: str = field(
-        default="exact", metadata={"help": "exact: of the whole distribution; sampled_token: the authors' -p log p."}
-    )
+    entropy_source: str = field(default="exact", metadata={"help": "exact, or sampled_token: the authors' -p log p."})
     dual_clip: float | None = field(default=3.0, metadata={"help": "Bound of the ratio for negative advantages."})
     tracker_rho_min: float = field(default=0.875, metadata={"help": "Strongest forgetting; N0 = 1 / (1 - rho_min)."})
     tracker_rho_max: float = field(default=0.96, metadata={"help": "Weakest forgetting."})
@@ -64,7 +64,6 @@ class MSSRConfig(GRPOConfig):
         generations_eval, self.num_generations_eval = self.num_generations_eval, self.num_generations_eval or 1
         super().__post_init__()
         self.num_generations, self.num_generations_eval = 1, generations_eval
-        self._refuse_corrections()
         self.algorithm()
 
     def algorithm(self) -> AlgorithmConfig:
@@ -116,13 +115,3 @@ class MSSRConfig(GRPOConfig):
                 "the generation batch; set generation_batch_size, over all ranks, to 2 or more"
             )
         return responses
-
-    def _refuse_corrections(self) -> None:
-        if not (self.use_vllm and self.vllm_importance_sampling_correction):
-            return
-        mode, low = self.vllm_importance_sampling_mode, self.vllm_importance_sampling_clip_min
-        if mode != "token_truncate" or low is not None:
-            raise UserError(
-                f"MSSRConfig: vllm_importance_sampling_mode {mode!r} with clip_min {low} is not supported; use "
-                "'token_truncate' with vllm_importance_sampling_clip_max alone, or switch the correction off"
-            )
