@@ -79,34 +79,28 @@ def _score(model, settings, policy_rows, *args, labels: Tensor, **kwargs) -> Fus
     hidden = outputs.last_hidden_state
     labels = labels.to(hidden.device)  # a model that is split over devices ends on another device
     target = F.pad(labels[:, 1:], (0, 1), value=-100)  # cutting off the last row of `hidden` would copy it
-    head = model.get_output_embeddings()
-    aux_loss = _load_balancing_loss(model.config.get_text_config(), outputs, kwargs)
+    rows = {}
+    if policy_rows is not None:
+        target = target.masked_fill(~_place(policy_rows.mask, target), -100)
+        given = {name: value for name, value in policy_rows.tensors.items() if value is not None}
+        rows = {name: _place(value, target) for name, value in given.items()}
+        rows |= {"normalizer": policy_rows.normalizer, "config": policy_rows.config}
+    found = model.get_output_embeddings()(hidden, target, **rows, **settings)
+    scores = {
+        "log_probs": _as_labels(found.logp, target),
+        "entropy": _as_labels(found.entropy, target),
+        "label_mask": target[:, :-1] != -100,
+        "aux_loss": _load_balancing_loss(model.config.get_text_config(), outputs, kwargs),
+    }
     if policy_rows is None:
-        found = head(hidden, target, **settings)
-        logp, entropy = (_as_labels(value, target) for value in (found.logp, found.entropy))
-        return FusedCausalLMOutput(
-            log_probs=logp, entropy=entropy, label_mask=target[:, :-1] != -100, aux_loss=aux_loss
-        )
+        return FusedCausalLMOutput(**scores)
+    ratio, advantage = _as_labels(found.ratio, target), _as_labels(found.advantage, target)
+    return PolicyLossOutput(loss=found.loss, ratio=ratio, shaped_advantage=advantage, metrics=found.metrics, **scores)
 
-    def place(value: Tensor) -> Tensor:
-        """Move [B, C] of the last C labels to [B, L], at the positions that predict them."""
-        return F.pad(value, (target.shape[1] - value.shape[1] - 1, 1))
 
-    target = target.masked_fill(~place(policy_rows.mask), -100)
-    rows = {name: None if value is None else place(value) for name, value in policy_rows.tensors.items()}
-    found = head(
-        hidden, target, normalizer=policy_rows.normalizer, config=policy_rows.config, **rows, **settings
-    )  # fmt: skip
-    return PolicyLossOutput(
-        loss=found.loss,
-        log_probs=_as_labels(found.logp, target),
-        entropy=_as_labels(found.entropy, target),
-        label_mask=target[:, :-1] != -100,
-        aux_loss=aux_loss,
-        ratio=_as_labels(found.ratio, target),
-        shaped_advantage=_as_labels(found.advantage, target),
-        metrics=found.metrics,
-    )
+def _place(value: Tensor, target: Tensor) -> Tensor:
+    """Move [B, C] of the last C labels to [B, L], at the positions that predict them."""
+    return F.pad(value, (target.shape[1] - value.shape[1] - 1, 1))
 
 
 def _as_labels(value: Tensor, target: Tensor) -> Tensor:
