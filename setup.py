@@ -15,7 +15,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mssr/__init__.py").read_te
 requirement = runpy.run_path(str(HERE / "mssr/versions.py"))["requirement"]
 
 TRAIN = """transformers deepspeed datasets math-verify peft pydantic typer rich tensorboard matplotlib pyyaml packaging
-pillow psutil nvidia-ml-py scipy numpy"""
+pillow psutil scipy numpy"""
 EXTRAS = {
     "train": [requirement(package) for package in TRAIN.split()],
     "vllm": [requirement("vllm")],

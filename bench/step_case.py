@@ -194,7 +194,7 @@ def timed_step(engine: PolicyEngine, batch: Sequences, options: ModelConfig, wor
     clock = Stopwatch(world.device)
     stats = engine.update(batch, PolicyGradient(PolicyLossConfig()), clock)
     seconds = sum(clock.seconds[phase] for phase in PHASES)
-    rates = utilisation(work_of_step(engine.policy, options, batch, [stats]), clock, world, roof)
+    rates = utilisation(work_of_step(engine.policy, batch, [stats]), clock, world, roof)
     return {
         "seconds": seconds,
         **{f"{phase}_seconds": clock.seconds[phase] for phase in PHASES},

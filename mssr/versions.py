@@ -24,7 +24,6 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "packaging": ("24", None),
     "pillow": ("11", None),
     "psutil": ("6", None),
-    "nvidia-ml-py": ("13", None),
     "scipy": ("1.13", None),
     "numpy": ("2", None),
     "vllm": ("0.26", "0.33"),

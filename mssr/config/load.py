@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from mssr.config.conflicts import refuse_conflicts
 from mssr.config.deepspeed_json import with_stage_of_json
 from mssr.config.presets import with_preset
-from mssr.config.schema import Config, Section
+from mssr.config.schema import Config, Section, is_section
 from mssr.errors import UserError
 
 
@@ -36,7 +35,7 @@ def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Con
 def validate_config(values: dict[str, Any], source: str = "config") -> Config:
     """Validate a dict of values; reads the DeepSpeed JSON that it names."""
     try:
-        config = Config.model_validate(with_stage_of_json(with_preset(without_empty_sections(values))))
+        config = Config.model_validate(with_stage_of_json(with_preset(values)))
         refuse_conflicts(config)
     except ValidationError as error:
         raise UserError(f"{source}: {_first_problem(error)}") from None
@@ -57,23 +56,13 @@ def _first_problem(error: ValidationError) -> str:
     return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{given}"
 
 
-def _all_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+def _all_keys(section: type[Section], prefix: str = "") -> list[str]:
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if is_section(field.annotation):
             keys += _all_keys(field.annotation, f"{prefix}{name}.")
     return keys
-
-
-def without_empty_sections(values: dict[str, Any]) -> dict[str, Any]:
-    """Leave out sections that the file names without giving a key: their defaults hold."""
-    fields = Config.model_fields
-    return {key: value for key, value in values.items() if value is not None or not _is_section(fields.get(key))}
-
-
-def _is_section(field: FieldInfo | None) -> bool:
-    return field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

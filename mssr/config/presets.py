@@ -41,10 +41,9 @@ def with_preset(values: dict[str, Any]) -> dict[str, Any]:
 def _filled(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     filled = dict(values)
     for key, default in defaults.items():
+        given = {} if values.get(key) is None else values[key]  # missing, or a section without keys in the file
         if not isinstance(default, dict):
             filled.setdefault(key, default)
-        elif values.get(key) is None:  # missing, or a section without keys in the file
-            filled[key] = _filled({}, default)
-        elif isinstance(values[key], dict):
-            filled[key] = _filled(values[key], default)
+        elif isinstance(given, dict):
+            filled[key] = _filled(given, default)
     return filled

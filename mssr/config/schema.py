@@ -20,6 +20,19 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_sections(cls, values: Any) -> Any:
+        """Leave out sections without keys, which YAML reads as null: their defaults hold."""
+        sections = {name for name, field in cls.model_fields.items() if is_section(field.annotation)}
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if value is not None or key not in sections}
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
 
 class LoraConfig(Section):
     """Adapters on the language model's linear layers. All other weights are frozen, the vision tower included."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 
 from mssr.batch import Sequences
-from mssr.config.schema import ModelConfig
 from mssr.distributed import World
 from mssr.observe.flops import Flops, policy_flops
 from mssr.observe.gpu import known_gpu
@@ -32,7 +31,7 @@ class Work:
     checkpointing: bool = False
 
 
-def work_of_step(policy: Policy, options: ModelConfig, batch: Sequences, updates: list[UpdateStats]) -> Work:
+def work_of_step(policy: Policy, batch: Sequences, updates: list[UpdateStats]) -> Work:
     responses = batch.lengths.tolist()
     lengths = [len(prompt.token_ids) + response for prompt, response in zip(batch.prompts, responses)]
     images = [prompt.image_grid_thw.tolist() for prompt in batch.prompts if prompt.image_grid_thw is not None]
@@ -40,7 +39,7 @@ def work_of_step(policy: Policy, options: ModelConfig, batch: Sequences, updates
         tokens=sum(lengths),
         slots=sum(update.slots for update in updates),
         flops=policy_flops(policy, lengths, sum(responses), [grid for grids in images for grid in grids]),
-        checkpointing=options.gradient_checkpointing,
+        checkpointing=policy.model.is_gradient_checkpointing,
     )
 
 

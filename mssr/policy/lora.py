@@ -55,6 +55,10 @@ def add_adapters(policy: Policy, config: LoraConfig) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         inject_adapter_in_model(settings, model, ADAPTER)
+    if (
+        model.is_gradient_checkpointing
+    ):  # peft then makes inputs require gradients, which would run back through the tower
+        model.disable_input_require_grads()
 
 
 def _pattern(language_model: str, targets: list[str]) -> str:

@@ -1,7 +1,7 @@
 """Everything in a run that is not the algorithm: checkpoints, metrics, costs, skipped steps, signals."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +23,7 @@ from mssr.training.skipping import SkippedSteps
 from mssr.training.tracking import refuse_missing_start
 
 
-class Bookkeeping:
+class Bookkeeping(AbstractContextManager):
     """One object per run. Call every method on all ranks.
 
     is_new: there is no checkpoint to resume from.
@@ -142,9 +142,6 @@ class Bookkeeping:
         self._checkpoints.settle(wait=last or signal > 0)
         if signal:
             raise Interrupted(signal, f"saved step {done}; go on with --resume")
-
-    def __enter__(self) -> "Bookkeeping":
-        return self
 
     def __exit__(self, *error) -> None:
         self._open.__exit__(*error)

@@ -110,7 +110,7 @@ def _train(run: Run, book: Bookkeeping) -> None:
             # Now the tracker learns the rewards, unless the policy did not learn from them.
             metrics = step_metrics(rollouts, updates, gap, clock, world) | sampled.metrics(step)
             if agrees:
-                metrics |= utilisation(work_of_step(engine.policy, config.model, batch, updates), clock, world, peak)
+                metrics |= utilisation(work_of_step(engine.policy, batch, updates), clock, world, peak)
             metrics |= outcome_metrics(outcomes)
             if algorithm.tracked and any(update.applied for update in updates):
                 metrics |= track(tracker, share, rollouts, batch, outcomes.reward, drift, updates)

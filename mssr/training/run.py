@@ -1,6 +1,6 @@
 """Set-up that all commands share: processes, data, policy, sampler, reward, metrics."""
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
 
 
-class Run:
+class Run(AbstractContextManager):
     """The parts of a run that are not the algorithm. Data and model load on first use; a bad path fails at once."""
 
     def __init__(self, config: Config) -> None:
@@ -144,9 +144,6 @@ class Run:
                 f"data.train {self.config.data.train} is not what the checkpoint was trained on; "
                 "restore it, or set another run_dir"
             )
-
-    def __enter__(self) -> "Run":
-        return self
 
     def __exit__(self, *_) -> None:
         self._open.close()
