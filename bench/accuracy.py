@@ -1,4 +1,4 @@
-"""Errors of log-probs, entropies and gradients, against float64 with the same inputs."""
+"""Errors of log-probs, entropies and gradients against float64 with the same inputs."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ MOST_FLOPS = {"cpu": 1e12, "cuda": 2e14}  # per objective in float64: about a mi
 
 
 class Exact(NamedTuple):
-    """Of the first R rows, in float64."""
+    """Exact values of the first R rows, float64."""
 
     logp: Tensor  # [R]
     entropy: Tensor  # [R]
@@ -27,34 +27,33 @@ def rows_of(n: int, d: int, v: int, device: str) -> int:
 
 
 def exact(inputs: Inputs, objective: str, rows: int) -> Exact:
-    """Return the exact values of the first rows. The loss is that of all rows: its gradient is taken by the hidden states of
-    the first `rows`, and by the weight if these are all of them. A chunk of rows at a time."""
+    """Return the exact values of the first `rows` rows, computed a chunk at a time.
+
+    The gradients are those of the loss over all rows, by the first hidden states, and by the weight if `rows` is all of them.
+    """
     n = len(inputs.target)
     weight = inputs.weight.detach().double().requires_grad_(rows == n)
     chunks = torch.arange(rows).split(max(1, CHUNK_BYTES // (8 * len(weight))))
     places = [slice(int(chunk[0]), int(chunk[-1]) + 1) for chunk in chunks]
     with torch.no_grad():
-        found = [_statistics(inputs, inputs.hidden[here].double(), weight, here) for here in places]
+        found = [_statistics(inputs.hidden[here].double(), weight, inputs.target[here]) for here in places]
     logp, entropy = (torch.cat(parts) for parts in zip(*found))
     upstream, gradients = _by_logp(inputs, objective, logp, entropy), []
     for here in places:
         hidden = inputs.hidden.detach()[here].double().requires_grad_()
-        _statistics(inputs, hidden, weight, here)[0].backward(upstream[here])
+        _statistics(hidden, weight, inputs.target[here])[0].backward(upstream[here])
         gradients.append(hidden.grad)
     return Exact(logp, entropy, torch.cat(gradients), weight.grad)
 
 
-def _statistics(inputs: Inputs, hidden: Tensor, weight: Tensor, here: slice) -> tuple[Tensor, Tensor]:
-    """Return log-probs and entropies of some rows."""
-    logits = hidden @ weight.T
-    if inputs.softcap is not None:
-        logits = inputs.softcap * torch.tanh(logits / inputs.softcap)
-    log_p = torch.log_softmax(logits, dim=1)
-    return log_p.gather(1, inputs.target[here, None])[:, 0], -(log_p.detach().exp() * log_p.detach()).sum(1)
+def _statistics(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probs and entropies [n]."""
+    log_p = torch.log_softmax(hidden @ weight.T, dim=1)
+    return log_p.gather(1, target[:, None])[:, 0], -(log_p.detach().exp() * log_p.detach()).sum(1)
 
 
 def _by_logp(inputs: Inputs, objective: str, logp: Tensor, entropy: Tensor) -> Tensor:
-    """Return dloss/dlogp [R], which does not depend on the values of other rows."""
+    """Return dloss/dlogp [R]; it does not depend on the values of other rows."""
     rows = len(logp)
     all_logp, all_entropy = inputs.old_logp.double(), torch.zeros_like(inputs.old_logp, dtype=torch.float64)
     all_logp[:rows], all_entropy[:rows] = logp, entropy
@@ -66,8 +65,10 @@ def _by_logp(inputs: Inputs, objective: str, logp: Tensor, entropy: Tensor) -> T
 def errors(
     exact: Exact, logp: Tensor | None, entropy: Tensor | None, d_hidden: Tensor | None, d_weight: Tensor | None
 ) -> dict[str, float]:
-    """Return the errors of what is given, for the exact rows: of logp and entropy the largest difference, in nats; of
-    gradients the norm of the difference over the norm. NaN if anything is not finite."""
+    """Return the errors of the given values in the exact rows; NaN if anything is not finite.
+
+    logp, entropy: largest difference, in nats. Gradients: norm of the difference over the norm.
+    """
     found, rows = {}, len(exact.logp)
     for name, value, right in (("logp", logp, exact.logp), ("entropy", entropy, exact.entropy)):
         if value is not None:

@@ -1,21 +1,21 @@
-"""The cases of one shape, measured in this process: every provider checked against float64, then timed in turns."""
+"""The cases of one shape, measured in this process: every provider is checked against float64, then all take turns."""
 
 import gc
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
 from . import accuracy, inputs, memory, steal, work
 from .inputs import Inputs
-from .jobs import Provider, Rows, Settings
+from .jobs import Rows, Settings
 from .providers import PROVIDERS
-from .report import EAGER
-from .roofs import synchronize
+from .report import EAGER, ratios
+from .roofs import seconds_of
 from .shapes import Shape
 
-Failures = dict[tuple[str, str], dict]  # (task, provider) -> {"skipped": why} or {"error": why}
+# (task, provider) -> {"work"} and its figures, or "skipped", why it cannot run here, or "error".
+Results = dict[tuple[str, str], dict]
 
 
 def measure(
@@ -32,32 +32,35 @@ def measure(
     """
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # by default it would silently continue in eager
     sets = [make(shape, settings, settings.seed + index) for index in range(settings.input_sets)]
-    here = {
-        task: [name for name in names if task in PROVIDERS[name].tasks and _is_wanted(name, settings)] for task in tasks
+    results: Results = {
+        (task, name): {"work": PROVIDERS[name].work}
+        for task in tasks
+        for name in names
+        if task in PROVIDERS[name].tasks
     }
-    errors, failed = check(shape, here, sets[0], settings, tell)
-    running = {task: [name for name in here[task] if (task, name) not in failed] for task in tasks}
-    found, measured = timed(shape, running, sets, settings, tell), []
-    for task in tasks:
-        results = {name: result | {"errors": errors[task, name]} for name, result in found[task].items()}
-        results |= {name: why for (of, name), why in failed.items() if of == task}
-        providers = {name: {"work": PROVIDERS[name].work} | results[name] for name in here[task]}
-        measured.append({**shape._asdict(), "task": task, "mean_entropy": sets[0].mean_entropy, "providers": providers})
-    return measured
+    check(shape, results, sets[0], settings, tell)
+    measure_times(shape, results, sets, settings, tell)
+    return [
+        {**shape._asdict(), "task": task, "mean_entropy": sets[0].mean_entropy, "providers": of_task(results, task)}
+        for task in tasks
+    ]
 
 
-def _is_wanted(name: str, settings: Settings) -> bool:
-    """Peers are listed even if they cannot run; on a CPU our "chunked" providers are the same as "auto"."""
-    return not (name.startswith("mssr") and PROVIDERS[name].needs_cuda and settings.device != "cuda")
+def of_task(results: Results, task: str) -> dict[str, dict]:
+    """Return the results of a task, by provider."""
+    return {name: found for (of, name), found in results.items() if of == task}
 
 
 def make(shape: Shape, settings: Settings, seed: int) -> Inputs:
-    dtype = getattr(torch, shape.dtype)
-    return inputs.make(shape.n, shape.d, shape.v, dtype, settings.device, shape.rows, seed, shape.softcap)
+    return inputs.make(shape.n, shape.d, shape.v, getattr(torch, shape.dtype), settings.device, shape.rows, seed)
 
 
 def for_task(tensors: Inputs, task: str) -> Inputs:
-    return inputs.with_gradients(tensors, hidden=task != "forward", weight=task == "loss")
+    """Return tensors on the same memory, which require the gradients of the task and have none yet."""
+    hidden, weight = tensors.hidden.detach(), tensors.weight.detach()
+    return tensors._replace(
+        hidden=hidden.requires_grad_(task != "forward"), weight=weight.requires_grad_(task == "loss")
+    )
 
 
 def run(tensors: Inputs, name: str, task: str, settings: Settings):
@@ -70,124 +73,110 @@ def run(tensors: Inputs, name: str, task: str, settings: Settings):
         provider.loss(tensors, settings).backward()
 
 
-def check(
-    shape: Shape, names: dict[str, list[str]], tensors: Inputs, settings: Settings, tell: Callable[[str], None]
-) -> tuple[dict, Failures]:
-    """Return each provider's errors against float64, by task; also warms up and compiles."""
-    errors, failed = {}, {}
+def check(shape: Shape, results: Results, tensors: Inputs, settings: Settings, tell: Callable[[str], None]) -> None:
+    """Add the errors against float64, or why there are none; also warms up and compiles."""
     rows = accuracy.rows_of(shape.n, shape.d, shape.v, settings.device)
-    everyone = list(dict.fromkeys(name for of_task in names.values() for name in of_task))
-    for objective in dict.fromkeys(PROVIDERS[name].objective for name in everyone):
+    for objective in dict.fromkeys(PROVIDERS[name].objective for _, name in results):
         exact = accuracy.exact(tensors, objective, rows)
-        for name in (name for name in everyone if PROVIDERS[name].objective == objective):
-            for task in (task for task in names if name in names[task]):
+        for (task, name), found in results.items():
+            if PROVIDERS[name].objective == objective:
                 tell(name)
-                if why := PROVIDERS[name].why_not(settings.device, shape.softcap):
-                    failed[task, name] = {"skipped": why}
+                if why := PROVIDERS[name].why_not(settings.device):
+                    found["skipped"] = why
                 else:
                     try:
-                        errors[task, name] = errors_of(for_task(tensors, task), name, task, exact, settings)
+                        found["errors"] = errors_of(for_task(tensors, task), name, task, exact, settings)
                     except Exception as error:
-                        failed[task, name] = failure(name, error)
-                        release(settings.device)  # if it has broken the device, it shows here
+                        lines = str(error).strip().splitlines() or [""]
+                        found["error"] = f"{type(error).__name__}: {lines[0][:200]}"
+                    release(settings.device)  # raises here if the provider has broken the device
                 tell("")
-            release(settings.device)
-    return errors, failed
 
 
 def errors_of(tensors: Inputs, name: str, task: str, exact: accuracy.Exact, settings: Settings) -> dict[str, float]:
     provider = PROVIDERS[name]
     run(tensors, name, task, settings)
-    gradients = tensors.hidden.grad, tensors.weight.grad
-    if task != "loss":  # ignore a gradient that the task does not ask for
-        gradients = gradients[0], None
+    d_weight = tensors.weight.grad if task == "loss" else None  # some providers compute it unasked
     with torch.set_grad_enabled(task != "forward"):
         rows = provider.rows(tensors, settings) if provider.rows else Rows(None, None)
-    return accuracy.errors(exact, *rows, *gradients)
+    return accuracy.errors(exact, *rows, tensors.hidden.grad, d_weight)
 
 
-def timed(
-    shape: Shape, names: dict[str, list[str]], sets: list[Inputs], settings: Settings, tell: Callable[[str], None]
-) -> dict[str, dict[str, dict]]:
-    """Return figures by task and provider. names: the providers of each task.
+def measure_times(
+    shape: Shape, results: Results, sets: list[Inputs], settings: Settings, tell: Callable[[str], None]
+) -> None:
+    """Add the figures of all providers that can run.
 
     All providers run once per turn, and a ratio is the median of the ratios within turns, so that a slow machine slows all of
-    them alike. Each turn takes the next set of inputs and another order, so that no provider always follows the same one.
+    them equally. Each turn takes the next set of inputs and another order, so that no provider always follows the same one.
     Every turn has all tasks, so that none is measured only during a bad minute."""
-    count, sets = len(sets), {task: [for_task(tensors, task) for tensors in sets] for task in names}
-    seconds = {task: {name: [] for name in names[task]} for task in names}
-    spoilt = {task: dict.fromkeys(names[task], 0) for task in names}
+    tasks = {task: [name for name, found in of_task(results, task).items() if "errors" in found] for task, _ in results}
+    of_tasks = {task: [for_task(tensors, task) for tensors in sets] for task in tasks}
     gc.collect()
-    gc.freeze()  # do not scan again between turns what exists already
+    gc.freeze()  # do not scan existing objects again between turns
     gc.disable()
     try:
-        for turn in range(-count, settings.repeats):  # those below 0 are the warm-up
-            for task in names:
+        for turn in range(-len(sets), settings.repeats):  # negative ones are the warm-up
+            for task, names in tasks.items():
                 gc.collect()
-                tensors = sets[task][turn % count]
-                for name in order(names[task], turn):
+                for name in order(names, turn):
                     tell(name)
-                    taken, is_spoilt = time_of(tensors, name, task, settings)
+                    seconds, is_spoilt = time_of(of_tasks[task][turn % len(sets)], name, task, settings)
                     if turn >= 0:
-                        seconds[task][name].append(taken)
-                        spoilt[task][name] += is_spoilt
+                        found = results[task, name]
+                        found["spoilt"] = found.get("spoilt", 0) + is_spoilt
+                        found.setdefault("seconds_all", []).append(seconds)
     finally:
         gc.enable()
         gc.unfreeze()
-    found = {task: {} for task in names}
-    for task in names:
-        for name in names[task]:
+    for task, names in tasks.items():
+        eager = results.get((task, EAGER), {})
+        for name in names:
             tell(name)
-            figures = result(shape, task, name, seconds[task], sets[task][0], settings)
-            found[task][name] = {"spoilt": spoilt[task][name]} | figures
-    return found
+            found = results[task, name]
+            found["seconds"] = statistics.median(found["seconds_all"])
+            if "seconds_all" in eager:
+                found["time_ratio"] = statistics.median(ratios(found, eager))
+            found |= counted(shape, task, name, of_tasks[task][0], settings)
 
 
 def order(names: list[str], turn: int) -> list[str]:
-    """Return the names rotated by one per turn; once each has been first, in reverse order."""
+    """Return the names rotated by one per turn, and reversed in every second round of rotations."""
     rounds, first = divmod(turn, max(1, len(names)))
     rotated = names[first:] + names[:first]
     return rotated[::-1] if rounds % 2 else rotated
 
 
 def time_of(tensors: Inputs, name: str, task: str, settings: Settings) -> tuple[float, bool]:
-    """Return seconds, and whether the host spoilt them. A GPU works on meanwhile."""
-    if settings.device == "cuda":
-        return seconds_of(tensors, name, task, settings), False
-    return steal.least_disturbed(lambda: seconds_of(tensors, name, task, settings))
+    """Return seconds, and whether steal time spoilt them. On a GPU it does not matter."""
+
+    def once() -> float:
+        clear(tensors)
+        seconds = seconds_of(lambda: run(tensors, name, task, settings), settings.device)
+        clear(tensors)  # leaves memory for the other tasks
+        return seconds
+
+    return (once(), False) if settings.device == "cuda" else steal.least_disturbed(once)
 
 
-def seconds_of(tensors: Inputs, name: str, task: str, settings: Settings) -> float:
+def clear(tensors: Inputs) -> None:
     tensors.hidden.grad = tensors.weight.grad = None
-    synchronize(settings.device)
-    start = time.perf_counter()
-    run(tensors, name, task, settings)
-    synchronize(settings.device)
-    seconds = time.perf_counter() - start
-    tensors.hidden.grad = tensors.weight.grad = None  # leaves memory for the other tasks
-    return seconds
 
 
-def result(
-    shape: Shape, task: str, name: str, seconds: dict[str, list[float]], tensors: Inputs, settings: Settings
-) -> dict:
-    provider: Provider = PROVIDERS[name]
-    found = {"seconds": statistics.median(seconds[name]), "seconds_all": seconds[name]}
-    if EAGER in seconds:
-        found["time_ratio"] = statistics.median(a / b for a, b in zip(seconds[name], seconds[EAGER]))
-    found |= {"flops": work.flops(provider, task, shape), "bytes": work.bytes_moved(provider, task, shape)}
+def counted(shape: Shape, task: str, name: str, tensors: Inputs, settings: Settings) -> dict:
+    """Return FLOPs and bytes, and on CUDA the memory."""
+    provider, on_cuda = PROVIDERS[name], settings.device == "cuda"
+    found = {"flops": work.flops(provider, task, shape), "bytes": work.bytes_moved(provider, task, shape)}
 
     def job():
         run(tensors, name, task, settings)
 
-    on_cuda = settings.device == "cuda"
     if name == "mssr sparse":  # on CUDA its forward is a Triton kernel
-        tensors.hidden.grad = tensors.weight.grad = None
         found["flops"] = work.executed_flops(job) + (work.flops(provider, "forward", shape) if on_cuda else 0)
+        clear(tensors)
     if on_cuda:
-        tensors.hidden.grad = tensors.weight.grad = None
         found["peak_extra_mib"] = memory.peak_extra_bytes(job, "cuda") / memory.MIB
-    tensors.hidden.grad = tensors.weight.grad = None
+        clear(tensors)
     return found
 
 
@@ -195,16 +184,8 @@ def peak_extra_mib(shape: Shape, task: str, name: str, settings: Settings) -> fl
     """Measure memory on a CPU, in a process of its own with `heap.give_back`."""
     tensors = for_task(make(shape, settings, settings.seed), task)
     run(tensors, name, task, settings)
-    tensors.hidden.grad = tensors.weight.grad = None
+    clear(tensors)
     return memory.peak_extra_bytes(lambda: run(tensors, name, task, settings), settings.device) / memory.MIB
-
-
-def failure(name: str, error: Exception) -> dict:
-    """Return {"skipped"} if a package that a peer imports is missing, else {"error"}."""
-    if isinstance(error, ModuleNotFoundError) and PROVIDERS[name].package:
-        return {"skipped": f"not installed: {error.name}, which {PROVIDERS[name].package.name} imports"}
-    lines = str(error).strip().splitlines()
-    return {"error": f"{type(error).__name__}: {lines[0][:200] if lines else ''}"}
 
 
 def release(device: str):

@@ -1,7 +1,7 @@
 """Child processes: the one place where bench starts, listens to and ends them.
 
-`Child` is a process in a session of its own, as a study's runs are. `events` is a measurement: `python -m MODULE` reads its
-request, an object, from standard input and prints each result as one line of JSON.
+`Child` is a process in a session of its own, such as a run of a study. `events` runs a measurement: `python -m MODULE` reads
+its request, an object, from standard input and prints each result as one line of JSON.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import math
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,18 +21,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = 3000  # characters of a failed measurement's output that are kept
-POLL = 1.0  # seconds between looks at whether a rank has died
+POLL = 1.0  # seconds between checks whether the process has died
 
 
 class Died(RuntimeError):
     """The process failed. The message says how; `output` is the end of what it wrote."""
 
     output = ""
-    rank = 0
 
 
 class OutOfTime(Died):
-    """The time for the whole measurement ran out."""
+    """The time limit of the whole measurement was reached."""
 
 
 @dataclass(frozen=True)
@@ -79,75 +77,61 @@ class Child:
 
 
 def environment(**changes) -> dict[str, str]:
-    """Return ours with the checkout importable, and `changes`."""
+    """Return our environment with the checkout importable, and `changes`."""
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     changes = {name: str(value) for name, value in changes.items()}
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | changes
 
 
 def events(
-    module: str,
-    request: dict,
-    *,
-    ends: float = math.inf,
-    silence: float = math.inf,
-    ranks: int | None = None,
-    **changes,
+    module: str, request: dict, *, ends: float = math.inf, silence: float = math.inf, **changes
 ) -> Iterator[dict]:
-    """Yield each object that `python -m MODULE` prints. Closing the iterator ends the processes.
+    """Yield each object that `python -m MODULE` prints. Closing the iterator ends the process.
 
     Args:
-        ends: when the time is up, by time.monotonic().
+        ends: time limit, by time.monotonic().
         silence: the most seconds between two objects.
-        ranks: start so many processes, with torch.distributed's environment; None: one without it.
         changes: environment variables.
 
     Raises:
         OutOfTime: at `ends`.
-        Died: a rank crashed, ended with an error, or was silent for too long.
+        Died: it crashed, ended with an error, or was silent for too long.
     """
-    own = [environment(**changes)]
-    if ranks is not None:
-        world = changes | {"WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
-        own = [environment(**world, RANK=rank, LOCAL_RANK=rank) for rank in range(ranks)]
     with contextlib.ExitStack() as stack:
+        log = stack.enter_context(tempfile.TemporaryFile("w+"))
         lines: queue.Queue = queue.Queue()
-        children, logs = [], [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in own]
         noise: list[str] = []  # what libraries print on standard output
-        for rank, log in enumerate(logs):
-            child = Child(
-                [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                cwd=ROOT, env=own[rank],
-            )  # fmt: skip
-            children.append(child)
-            stack.callback(child.process.stdout.close)
-            reader = threading.Thread(target=_read, args=(rank, child.process.stdout, lines), daemon=True)
-            stack.callback(reader.join)
-            stack.callback(child.end)  # first: the reader ends with the processes that hold the pipe
-            reader.start()
-        for child in children:
-            with contextlib.suppress(BrokenPipeError), child.process.stdin:
-                json.dump(request, child.process.stdin)
+        child = Child(
+            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            cwd=ROOT, env=environment(**changes),
+        )  # fmt: skip
+        stack.callback(child.process.stdout.close)
+        reader = threading.Thread(target=_read, args=(child.process.stdout, lines), daemon=True)
+        stack.callback(reader.join)
+        stack.callback(child.end)  # first: the reader ends with the processes that hold the pipe
+        reader.start()
+        with contextlib.suppress(BrokenPipeError), child.process.stdin:
+            json.dump(request, child.process.stdin)
         try:
-            yield from _listen(children, logs, lines, noise, ends, silence)
+            yield from _listen(child, log, lines, noise, ends, silence)
         except Died as error:
-            for child in children:
-                child.end()
-            error.output = ("".join(noise) + _tail(logs[error.rank]))[-OUTPUT:]
+            child.end()
+            error.output = ("".join(noise) + _tail(log))[-OUTPUT:]
             raise
 
 
-def result(module: str, request: dict, *, limit: float, **options) -> dict:
-    """Return the last object that a measurement prints, or {"error", "output"} if it fails or takes over `limit` seconds."""
+def result(name: str, module: str, request: dict, *, limit: float, **changes) -> dict:
+    """Return the last object that a measurement prints, or {"error"} if it fails or takes over `limit` seconds.
+
+    name: for the message on standard error, which has the output of a failed measurement.
+    """
     try:
-        *_, found = events(module, request, ends=time.monotonic() + limit, **options)
+        *_, found = events(module, request, ends=time.monotonic() + limit, **changes)
         return found
-    except OutOfTime as error:
-        return {"error": f"took over {limit:.0f} s", "output": error.output}
     except Died as error:
-        return {"error": str(error), "output": error.output}
-    except ValueError:  # nothing to unpack
-        return {"error": "ended without a result", "output": ""}
+        why = f"took over {limit:.0f} s" if isinstance(error, OutOfTime) else str(error)
+        print(f"{name}: {why}\n{error.output}", file=sys.stderr)
+        return {"error": why}
 
 
 def say(**event) -> None:
@@ -155,53 +139,40 @@ def say(**event) -> None:
     print(json.dumps(event), flush=True)
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _read(rank: int, stream, lines: queue.Queue) -> None:
+def _read(stream, lines: queue.Queue) -> None:
     for line in stream:
-        lines.put((rank, line))
-    lines.put((rank, None))
+        lines.put(line)
+    lines.put(None)
 
 
-def _listen(
-    children: list[Child], logs: list, lines: queue.Queue, noise: list[str], ends: float, silence: float
-) -> Iterator[dict]:
-    running, last = len(children), time.monotonic()
-    while running:
+def _listen(child: Child, log, lines: queue.Queue, noise: list[str], ends: float, silence: float) -> Iterator[dict]:
+    last = time.monotonic()
+    while True:
         left, quiet = ends - time.monotonic(), last + silence - time.monotonic()
         try:
-            rank, line = lines.get(timeout=max(0, min(left, quiet, POLL)))
+            line = lines.get(timeout=max(0, min(left, quiet, POLL)))
         except queue.Empty:
             if left <= 0:
                 raise OutOfTime("out of time") from None
             if quiet <= 0:
                 raise Died(f"not done after {silence:.0f} s") from None
-            for rank, child in enumerate(children):  # what it started may keep its pipe open
-                if code := child.process.poll():
-                    raise _died(rank, code, logs, len(children)) from None
+            if child.process.poll():  # what it started may keep its pipe open
+                raise _died(child, log) from None
             continue
         if line is None:
-            running -= 1
-            if code := children[rank].process.wait():
-                raise _died(rank, code, logs, len(children))
-        elif line.startswith('{"'):
-            last = time.monotonic()
+            if child.process.wait():
+                raise _died(child, log)
+            return
+        if line.startswith('{"'):
             yield json.loads(line)
             last = time.monotonic()
         else:
             noise.append(line)
 
 
-def _died(rank: int, code: int, logs: list, ranks: int) -> Died:
-    text = [line.strip() for line in _tail(logs[rank]).splitlines() if line.strip()]
-    of = f"rank {rank}: " if ranks > 1 else ""
-    error = Died(f"{of}exit code {code}: {text[-1][:200] if text else 'no message'}")
-    error.rank = rank
-    return error
+def _died(child: Child, log) -> Died:
+    text = [line.strip() for line in _tail(log).splitlines() if line.strip()]
+    return Died(f"exit code {child.process.returncode}: {text[-1][:200] if text else 'no message'}")
 
 
 def _tail(log) -> str:

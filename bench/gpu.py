@@ -1,14 +1,12 @@
-"""What a GPU can do, in one command: the kernels at the heads of Qwen2.5-VL, updates of a 7B and a 3B if the trainer is
-installed, and the weight sync of a 7B if vLLM is. `make gpu` runs tests/gpu first.
+"""All GPU benchmarks: kernels at the heads of Qwen2.5-VL, updates of a 7B and a 3B, the weight sync of a 7B.
 
-    python -m bench.gpu [--out FOLDER]      # by default below bench/results; about 8 minutes
+    python -m bench.gpu [--out FOLDER]      # default: a folder of bench/results; about 8 minutes
 
-For one H200; or an H100 or A100 with 80 GB, where the 3B's updates do not fit. Runs `bench.kernels`, `bench.step` and
-`bench.sync`, each within a time limit, so that one which fails or hangs costs no other; each leaves its report in FOLDER.
-Exit code: 1 if one failed, else 0; what is not installed did not fail.
+For one H200; or an H100 or A100 with 80 GB, where the updates of the 3B do not fit. `make gpu` runs tests/gpu first. Runs
+`bench.kernels`, `bench.step` and `bench.sync`, each with a time limit, so that failures and hangs do not affect the others;
+each leaves its report in FOLDER. Exit code: 1 if one failed, else 0; peers and vLLM may be missing.
 """
 
-import argparse
 import datetime
 import re
 import subprocess
@@ -17,14 +15,14 @@ from pathlib import Path
 
 import torch
 
+from . import arguments
 from .child import ROOT, Child, environment
-from .machine import why_no_trainer
 
 LARGE, SMALL = "qwen2.5-vl-7b", "qwen2.5-vl-3b"
 OURS = ["mssr exact", "mssr sparse", "mssr recompute", "mssr forward"]
-# They may compile or try out configurations for long, or not run on this GPU at all.
+# These may compile or try out configurations for long, or not run on this GPU at all.
 SLOW = ["liger scaled CE", "trl", "verl", "verl torch", "cce", "cce exact", "cce torch_compile", "quack CE"]
-QUICK = [*OURS, "torch.compile", "liger GRPO", "liger CE", "torch linear CE", "torch linear CE chunked"]
+QUICK = [*OURS, "torch.compile", "liger GRPO", "liger CE", "torch linear CE"]
 TASKS = ["--task", "loss", "forward", "--n", "8192"]
 # (report, seconds, module and arguments), the most important first.
 PARTS = (
@@ -39,8 +37,8 @@ PARTS = (
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Benchmarks for a GPU: kernels, updates, weight sync.")
-    parser.add_argument("--out", type=Path, metavar="FOLDER")
+    parser = arguments.parser(__doc__)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the reports")
     out = parser.parse_args(words).out
     if not torch.cuda.is_available():
         sys.exit("bench.gpu needs a CUDA device, and torch sees none")
@@ -56,10 +54,8 @@ def results_folder() -> Path:
 
 
 def run(command: list[str], file: Path, limit: float) -> str:
-    """Run one benchmark, which writes `file`; return "measured", "failed: ...", or "not installed: ..."."""
+    """Run one benchmark, which writes `file`; return "measured" or "failed: ..."."""
     kernels = command[0] == "bench.kernels"
-    if not kernels and (why := why_no_trainer()):
-        return why
     options = ["--out", str(file), "--minutes", str(limit / 60)] if kernels else ["--json", str(file)]
     words = [sys.executable, "-m", *command, "--device", "cuda", *options]
     child = Child(words, cwd=ROOT, env=environment(TRITON_INTERPRET=0))

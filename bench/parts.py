@@ -1,4 +1,4 @@
-"""What `bench.kernels` and `bench.scaling` measure in processes of their own, through `bench.child.events`.
+"""The parts of `bench.kernels` and `bench.scaling` that run in processes of their own, through `bench.child.events`.
 
 python -m bench.parts, with {"kind": "roofs" | "cases" | "memory", ...} on standard input
 """
@@ -16,8 +16,8 @@ def main(kind: str, **request):
     {"roofs": of_roofs, "cases": of_cases, "memory": of_memory}[kind](**request)
 
 
-def of_roofs(device: str, dtypes: list[str]):
-    say(roofs=roofs.measure(device, dtypes))
+def of_roofs(dtypes: list[str], settings: dict):
+    say(roofs=roofs.measure(settings["device"], dtypes))
 
 
 def of_cases(shape: dict, tasks: list[str], names: list[str], settings: dict):

@@ -1,7 +1,6 @@
-"""The peers, each through its published package and interface, called as that package's own trainer or example calls it.
+"""Peers, each called through its published interface as its own trainer or example calls it.
 
-If the chunk size is an argument, it is the one their trainer passes, or less if that is more than the workspace that ours
-get: at a small shape it would not be a chunk at all.
+Chunk sizes are those of the peer's trainer, but no more than the workspace of our kernels, so that small shapes are chunked.
 """
 
 import torch
@@ -10,27 +9,17 @@ from torch import Tensor
 from .inputs import Inputs
 from .jobs import CONFIG, CROSS_ENTROPY, POLICY, UNSHAPED, Counts, Package, Provider, Rows, Settings, loss_of, sequences
 
-TRL_TOKENS, TRL_COLUMNS = 4096, 32768  # TRL 1.16: its tile; its trainer sets the columns
-VERL_TOKENS = 512  # verl 0.9: at a time, with the whole vocabulary
-LIGER_TOKENS = 2048  # Liger 0.8: its tile, which a chunk of short sequences does not fill
+TRL_TOKENS, TRL_COLUMNS = 4096, 32768  # TRL 1.16: tile; the trainer sets the columns
+VERL_TOKENS = 512  # verl 0.9: tokens per chunk, each with the whole vocabulary
+LIGER_TOKENS = 2048  # Liger 0.8: tile, which a chunk of short sequences does not fill
 
 
-def torch_cross_entropy(inputs: Inputs, options, reduction: str) -> Tensor:
-    return torch.nn.functional.linear_cross_entropy(
-        inputs.hidden, inputs.weight, inputs.target, options=options, reduction=reduction
-    )
-
-
-def torch_plain(inputs: Inputs, reduction: str) -> Tensor:
-    return torch_cross_entropy(inputs, None, reduction)
-
-
-def torch_chunked(inputs: Inputs, reduction: str) -> Tensor:
-    return torch_cross_entropy(inputs, torch.nn.LinearCrossEntropyOptions(), reduction)
+def torch_cross_entropy(inputs: Inputs, reduction: str) -> Tensor:
+    return torch.nn.functional.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.target, reduction=reduction)
 
 
 def liger_sequences(inputs: Inputs) -> int:
-    """Return how many sequences fill its tile. One, its default, takes a third longer at 8 sequences of 64 tokens."""
+    """Return how many sequences fill the tile. The default, 1, takes a third longer at 8 sequences of 64 tokens."""
     return max(1, LIGER_TOKENS * sequences(inputs) // len(inputs.target))
 
 
@@ -55,7 +44,7 @@ def liger_grpo(inputs: Inputs, _: Settings) -> Tensor:
 def liger_cross_entropy(inputs: Inputs, reduction: str) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction, softcap=inputs.softcap)
+    loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction)
     return loss(inputs.weight, inputs.hidden, inputs.target)
 
 
@@ -72,9 +61,7 @@ def cut_cross_entropy(**options):
     def loss(inputs: Inputs, reduction: str) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
-        return linear_cross_entropy(
-            inputs.hidden, inputs.weight, inputs.target, softcap=inputs.softcap, reduction=reduction, **options
-        )
+        return linear_cross_entropy(inputs.hidden, inputs.weight, inputs.target, reduction=reduction, **options)
 
     return loss
 
@@ -93,7 +80,7 @@ def verl_kernel(inputs: Inputs, _: Settings) -> Rows:
 
 def verl_tokens(inputs: Inputs, settings: Settings) -> int:
     row_bytes = len(inputs.weight) * inputs.weight.itemsize
-    return max(1, min(VERL_TOKENS, settings.workspace_bytes // row_bytes))
+    return max(1, min(VERL_TOKENS, (settings.workspace_mib << 20) // row_bytes))
 
 
 def verl_torch(inputs: Inputs, settings: Settings) -> Rows:
@@ -105,7 +92,7 @@ def verl_torch(inputs: Inputs, settings: Settings) -> Rows:
 
 def trl_columns(inputs: Inputs, settings: Settings) -> int:
     column_bytes = min(TRL_TOKENS, len(inputs.hidden)) * inputs.hidden.itemsize
-    return max(1, min(TRL_COLUMNS, len(inputs.weight), settings.workspace_bytes // column_bytes))
+    return max(1, min(TRL_COLUMNS, len(inputs.weight), (settings.workspace_mib << 20) // column_bytes))
 
 
 def trl(inputs: Inputs, settings: Settings) -> Rows:
@@ -113,13 +100,13 @@ def trl(inputs: Inputs, settings: Settings) -> Rows:
 
     columns = trl_columns(inputs, settings)
     logp, entropy, *_ = ChunkedLogProbFunction.apply(
-        inputs.hidden, inputs.weight, None, inputs.target, 1.0, columns, inputs.softcap, 1.0, ("entropy",)
+        inputs.hidden, inputs.weight, None, inputs.target, 1.0, columns, None, 1.0, ("entropy",)
     )
     return Rows(logp, entropy)
 
 
 def cross_entropy(loss, products: Counts, passes: Counts, **options) -> Provider:
-    """loss: (inputs, reduction) -> the mean, or a loss per row."""
+    """loss: (inputs, reduction) -> mean, or loss per row."""
     return Provider(
         CROSS_ENTROPY, lambda inputs, _: loss(inputs, "mean"), lambda inputs, _: Rows(-loss(inputs, "none"), None),
         products, passes, **options,
@@ -132,28 +119,22 @@ def log_probs(rows, products: Counts, passes: Counts, **options) -> Provider:
 
 LIGER = {"package": Package("liger_kernel", "liger-kernel")}
 CCE = {"package": Package("cut_cross_entropy", "cut-cross-entropy")}
-VERL = {"package": Package("verl", "verl"), "softcap": False}
+VERL = {"package": Package("verl", "verl")}
+FROZEN_NOTE = "the head's gradient formed even where it is frozen"
 PEERS = {
     "liger GRPO": Provider(
-        UNSHAPED, liger_grpo, None, Counts(3, 3, 4), Counts(5, 5, 6), softcap=False, **LIGER,
+        UNSHAPED, liger_grpo, None, Counts(3, 3, 4), Counts(5, 5, 6), **LIGER,
         note="no log-probs, and hidden's gradient even where none is asked for",
     ),
     "liger scaled CE": log_probs(
-        liger_scaled, Counts(1, 4, 4), Counts(0, 3, 3), softcap=False, **LIGER,
-        note="the head's gradient formed even where it is frozen; off Hopper always 512 tokens at a time",
+        liger_scaled, Counts(1, 4, 4), Counts(0, 3, 3), **LIGER,
+        note=f"{FROZEN_NOTE}; off Hopper always 512 tokens at a time",
     ),
     "liger CE": cross_entropy(liger_cross_entropy, Counts(1, 2, 3), Counts(2, 4, 5), needs_cuda=True, **LIGER),
     "trl": log_probs(trl, Counts(1, 3, 4), Counts(2, 6, 7), package=Package("trl", "trl")),
-    "verl": log_probs(
-        verl_kernel, Counts(1, 4, 4), Counts(0, 3, 3), needs_cuda=True, **VERL,
-        note="the head's gradient formed even where it is frozen",
-    ),
-    "verl torch": log_probs(
-        verl_torch, Counts(1, 4, 4), Counts(6, 14, 14), **VERL,
-        note="the head's gradient formed even where it is frozen",
-    ),
-    "torch linear CE": cross_entropy(torch_plain, Counts(1, 2, 3), Counts(3, 8, 9), softcap=False),
-    "torch linear CE chunked": cross_entropy(torch_chunked, Counts(1, 2, 3), Counts(3, 5, 6), softcap=False),
+    "verl": log_probs(verl_kernel, Counts(1, 4, 4), Counts(0, 3, 3), needs_cuda=True, **VERL, note=FROZEN_NOTE),
+    "verl torch": log_probs(verl_torch, Counts(1, 4, 4), Counts(6, 14, 14), **VERL, note=FROZEN_NOTE),
+    "torch linear CE": cross_entropy(torch_cross_entropy, Counts(1, 2, 3), Counts(3, 8, 9)),
     "cce": cross_entropy(
         cut_cross_entropy(), Counts(1, 2, 2), Counts(0, 0, 0), needs_cuda=True, **CCE,
         note="small gradients filtered out; products it may skip are not counted",
@@ -166,6 +147,6 @@ PEERS = {
     ),
     "quack CE": Provider(
         CROSS_ENTROPY, quack, None, Counts(1, 2, 3), Counts(2, 4, 5), package=Package("quack", "quack-kernels"),
-        softcap=False, needs_cuda=True, note="no log-probs",
+        needs_cuda=True, note="no log-probs",
     ),
 }  # fmt: skip

@@ -1,35 +1,30 @@
-"""A plot of a report of `bench.kernels`: time and memory by case, a bar with its value per provider.
+"""A plot of a report of `bench.kernels`: time and memory of every case, one labelled bar per provider.
 
     python -m bench.plots FOLDER      # FOLDER/kernels.png from kernels.json
 
 Ours are blue, eager is dark; a provider without figures says why.
 """
 
-import argparse
-import sys
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: it keeps every figure and picks a backend for the whole process
 
-from mssr.errors import UserError
+from mssr.cli import run_command
 
-from .report import EAGER, KERNELS, facts, is_ours, load_kernels, measured, mib, name, seconds, why
+from . import arguments as options
+from .markdown import mib, seconds
+from .report import EAGER, facts, is_ours, load, measured, name, why
 
 PICTURE = "kernels.png"
 OURS, PEER, BASE, INK, GRID = "#2f6db5", "#b9bec6", "#5c5f66", "#33363b", "#e3e5e8"
 LONGEST = 50  # characters of a reason
 
 
-def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, metavar="FOLDER")
-    try:
-        print(plot(parser.parse_args(words).folder))
-    except UserError as error:
-        print(f"bench.plots: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(words: list[str] | None = None) -> None:
+    parser = options.parser(__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder with kernels.json")
+    print(plot(parser.parse_args(words).folder))
 
 
 def plot(folder: Path) -> Path:
@@ -38,15 +33,12 @@ def plot(folder: Path) -> Path:
     Raises:
         UserError: there is no report, or one without cases.
     """
-    report = load_kernels(folder)
-    if not report["cases"]:
-        raise UserError(f"{folder / KERNELS}: no case was measured; measure again")
-    plot_cases(report).savefig(folder / PICTURE, dpi=110)
+    plot_cases(load(folder)).savefig(folder / PICTURE, dpi=110)
     return folder / PICTURE
 
 
 def plot_cases(report: dict) -> Figure:
-    """A case per row: time and memory."""
+    """One row per case: time and memory."""
     cases = report["cases"]
     height = 0.27 * max(len(case["providers"]) for case in cases) + 1.0
     figure = Figure(figsize=(13.2, height * len(cases) + 0.7), layout="constrained", facecolor="white")
@@ -88,4 +80,4 @@ def label(found: dict, what: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

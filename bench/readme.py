@@ -2,24 +2,26 @@
 
     python -m bench.readme [--check]
 
-Between `<!-- bench:NAME -->` and `<!-- /bench -->` in the READMEs and docs/BENCHMARKS.md stands what is generated from
-NAME.json, a report of kernels (`kernels` or `kernels_<what>`), `step` or `scaling`: for each machine from the newest folder
-below bench/results that has one. Folders are named <machine>_<date>; those with a report of kernels also get a README.md with
-every case and the plots. --check writes nothing and exits with 1 if a file differs from what it should be, 2 on a mistake.
+The text between `<!-- bench:NAME -->` and `<!-- /bench -->` in the READMEs and docs/BENCHMARKS.md is generated from
+NAME.json, a report of kernels (`kernels` or `kernels_<what>`) or `step`: for each machine from the newest folder of
+bench/results that has one. Folders are named <machine>_<date>. Those with a report of kernels also get a README.md with
+every case and the plots.
+--check writes nothing and exits with 1 if a file differs from its results. Exit code 2: a mistake.
 """
 
-import argparse
 import os
 import re
 import sys
 from pathlib import Path
 
+from mssr.cli import run_command
 from mssr.errors import UserError
 
+from . import arguments as options
 from . import tables
 from .child import ROOT
 from .plots import PICTURE
-from .report import KERNELS, SCALING, load, load_kernels
+from .report import KERNELS, SCALING, load
 
 READMES = ("README.md", "docs/BENCHMARKS.md", "kernels/README.md")
 RESULTS = "bench/results"
@@ -29,20 +31,16 @@ ALL_KERNELS = "kernels*.json"
 
 
 def main(words: list[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = options.parser(__doc__)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a file differs from its results")
-    arguments = parser.parse_args(words)
-    try:
-        differing = {file: text for file, text in generated(root).items() if text != read(file)}
-    except UserError as error:
-        print(f"bench.readme: {error}", file=sys.stderr)
-        return 2
-    found = "differs from the results; run python -m bench.readme" if arguments.check else "written"
-    for file, text in differing.items():
-        print(f"{file.relative_to(root)}: {found}")
-        if not arguments.check:
-            file.write_text(text)
-    return int(arguments.check and bool(differing))
+    check = parser.parse_args(words).check
+    pages = generated(root)
+    differing = [file for file, text in pages.items() if not file.exists() or file.read_text() != text]
+    for file in differing:
+        print(f"{file.relative_to(root)}: {'differs; run python -m bench.readme' if check else 'written'}")
+        if not check:
+            file.write_text(pages[file])
+    return int(check and bool(differing))
 
 
 def generated(root: Path) -> dict[Path, str]:
@@ -58,10 +56,6 @@ def generated(root: Path) -> dict[Path, str]:
     return found
 
 
-def read(file: Path) -> str | None:
-    return file.read_text() if file.exists() else None
-
-
 def rewritten(text: str, file: Path, root: Path) -> str:
     """Return the text with every marked part generated anew."""
     whole = re.compile(f"{OPEN}(?:(?!{OPEN}).)*?{CLOSE}", re.DOTALL)
@@ -71,15 +65,15 @@ def rewritten(text: str, file: Path, root: Path) -> str:
 
 
 def block(marker: str, file: Path, root: Path) -> str:
-    kinds = {"kernels": kernels, "step": step, "scaling": scaling}
-    write = kinds.get(marker.partition("_")[0])
-    if write is None:
-        raise UserError(f"{file.name}: <!-- bench:{marker} -->: unknown; known are {', '.join(kinds)}")
+    where = f"{file.name}: <!-- bench:{marker} -->"
+    if marker.partition("_")[0] not in ("kernels", "step"):
+        raise UserError(f"{where}: unknown; known are kernels, kernels_<what>, step")
     reports = newest(root / RESULTS, f"{marker}.json")
     if not reports:
-        raise UserError(f"{file.name}: <!-- bench:{marker} -->: no {marker}.json in a folder of {RESULTS}; measure one")
+        raise UserError(f"{where}: no {marker}.json in a folder of {RESULTS}; run the benchmark and commit it")
     links = {report: os.path.relpath(report.parent, file.parent) for report in reports}
-    return "\n" + "\n".join(write(report, link) for report, link in links.items()) + "\n"
+    parts = [tables.step(load(each)) if marker == "step" else kernels(each, link) for each, link in links.items()]
+    return "\n" + "\n".join(parts) + "\n"
 
 
 def newest(results: Path, name: str) -> list[Path]:
@@ -93,22 +87,12 @@ def newest(results: Path, name: str) -> list[Path]:
 
 def kernels(file: Path, link: str) -> str:
     """The first case of the main task, and where ours lose in all of them. link: to the folder."""
-    report = load_kernels(file)
+    report = load(file)
     cases = report["cases"]
-    if not cases:
-        raise UserError(f"{file.parent.name}/{file.name}: no case was measured; measure again")
     main_case = next((case for case in cases if case["task"] == MAIN_TASK), cases[0])
     parts = [tables.kernels_case(main_case), tables.where_we_lose(cases), tables.caveats(cases)]
     parts.append(f"{tables.provenance(report)}[Every case, with plots]({link}/README.md).\n")
     return "\n".join([*parts, *picture(file, link)])
-
-
-def step(file: Path, link: str) -> str:
-    return tables.step(load(file))
-
-
-def scaling(file: Path, link: str) -> str:
-    return tables.scaling(load(file))
 
 
 def picture(file: Path, link: str) -> list[str]:
@@ -120,11 +104,11 @@ def page(folder: Path) -> str:
     """The folder's README: every case of its reports of kernels."""
     parts = ["# " + folder.name.replace("_", ", ") + "\n", "Generated by `python -m bench.readme`.\n"]
     for file in sorted(folder.glob(ALL_KERNELS)):
-        parts += [tables.kernels(load_kernels(file)), *picture(file, ".")]
+        parts += [tables.kernels(load(file)), *picture(file, ".")]
     if (folder / SCALING).exists():
-        parts.append(scaling(folder / SCALING, "."))
+        parts.append(tables.scaling(load(folder / SCALING)))
     return "\n".join(parts)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

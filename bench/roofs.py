@@ -1,11 +1,11 @@
-"""What the machine can do, as measured: a large product per dtype, and a copy; and the share of it that a job reaches."""
+"""Measured limits of the machine: a large product per dtype, and a copy; and the share of them that a job reaches."""
 
 import time
 
 import torch
 
 REPEATS = {"cpu": 7, "cuda": 50}
-SIZE = {"cpu": 1536, "cuda": 8192}  # rows and columns of the product: too large for caches and for edges to matter
+SIZE = {"cpu": 1536, "cuda": 8192}  # rows and columns of the product: larger than caches, and edges do not matter
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 
@@ -32,14 +32,16 @@ def copy_gb_per_s(device: str) -> float:
 def median_seconds(call, device: str) -> float:
     for _ in range(3):
         call()
-    seconds = []
-    for _ in range(REPEATS[device]):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 2]
+    seconds = sorted(seconds_of(call, device) for _ in range(REPEATS[device]))
+    return seconds[len(seconds) // 2]
+
+
+def seconds_of(call, device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def synchronize(device: str):

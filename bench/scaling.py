@@ -2,37 +2,34 @@
 
     python -m bench.scaling [--out FOLDER]      # FOLDER/scaling.json
 
-Eager, and ours in each mode, forward and backward; eager and ours also forward alone. Each axis has four points, 1/2
-to 4 times the base shape, and an exponent, fitted in log-log: 1 is proportional growth, 0 none. The workspace is small enough
-that no point's logits fit into it.
+Eager and our modes, forward and backward; eager and ours also forward alone. Each axis has four points, 1/2 to 4 times
+the base shape, and an exponent fitted in log-log: 1 is proportional growth, 0 none. The workspace is smaller than the logits
+of every point.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-import torch
-
+from . import arguments as options
 from . import report as report_of
 from . import tables
 from .jobs import Settings
-from .kernels import Run, positive
+from .kernels import Run
 from .shapes import Shape
 from .tables import AXES
 
 FACTORS = (0.5, 1, 2, 4)
 OURS = ["mssr exact", "mssr sparse", "mssr recompute", "mssr forward"]
-PRESETS = {  # the base shape, and MiB of workspace
+PRESETS = {  # base shape, and MiB of workspace
     "cpu": (Shape(None, 512, 256, 16384, "float32", "realistic"), 8),
     "cuda": (Shape(None, 4096, 2048, 65536, "bfloat16", "realistic"), 128),
 }
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument("--repeats", type=positive, default=5)
+    parser = options.parser(__doc__)
+    options.add_device(parser)
+    parser.add_argument("--repeats", type=options.positive, default=5, help="default: 5")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"write FOLDER/{report_of.SCALING}")
     arguments = parser.parse_args(words)
     base, workspace_mib = PRESETS[arguments.device]
@@ -47,7 +44,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def points(base: Shape) -> list[Shape]:
-    """Return the shapes on all axes; the base is on every axis, and once in the list."""
+    """Return the shapes on all axes; the base shape, which is on every axis, is in the list once."""
     grown = (base._replace(**{axis: int(factor * getattr(base, axis))}) for axis in AXES for factor in FACTORS)
     return list(dict.fromkeys(grown))
 

@@ -1,23 +1,21 @@
-"""Processor time that the host of a virtual machine gave to others, and the runs that it spoilt."""
+"""Processor time that the host of a virtual machine took away (steal time), and the runs that this disturbed."""
 
-import os
 from collections.abc import Callable
-from pathlib import Path
 
-STAT = Path("/proc/stat")
-SPOILT = 0.05  # of a run's time, over all processors; the system counts in hundredths of a second
+import psutil
+
+SPOILT = 0.05  # share of a run's time, over all processors; the system counts in hundredths of a second
 ATTEMPTS = 3
 
 
 def stolen_seconds() -> float:
-    """Return the seconds stolen since the machine started; 0 if the system does not tell."""
-    fields = STAT.read_text().split(maxsplit=9) if STAT.exists() else ()
-    return int(fields[8]) / os.sysconf("SC_CLK_TCK") if len(fields) > 8 else 0.0
+    """Return the seconds stolen since the machine started; 0 if the system does not count them."""
+    return getattr(psutil.cpu_times(), "steal", 0.0)
 
 
 def least_disturbed(run: Callable[[], float]) -> tuple[float, bool]:
-    """Return the seconds that `run` returns, and whether the host spoilt them. A spoilt run is repeated, up to ATTEMPTS runs,
-    and the least spoilt counts. Two threads that wait for each other take twice as long if one of them is held up."""
+    """Return the seconds that `run` returns, and whether steal time spoilt them. A spoilt run is repeated, up to ATTEMPTS
+    runs, and the least spoilt one counts: two threads that wait for each other take twice as long if one is held up."""
     runs = []
     while len(runs) < ATTEMPTS:
         before = stolen_seconds()

@@ -15,7 +15,7 @@ Two updates warm up and are checked: one without shaping, where all three comput
 and mssr do. Loss and gradient norm must agree with eager's.
 Time: median (lowest to highest). Memory: the peak of one more update, from the allocator on CUDA, else the resident set,
 libraries included; `extra` is the part that was not held before. MFU: model FLOPs of forward and backward (recomputation does
-not count) per second, relative to the GPU's data sheet, `--peak-tflops`, or else a large product measured beforehand.
+not count) per second, relative to the GPU's data sheet, or else to a large product measured beforehand.
 """
 
 import argparse
@@ -25,11 +25,14 @@ from pathlib import Path
 import mssr.environment  # noqa: F401  first, as in mssr.cli  # isort: skip
 import torch
 
+from mssr.observe.utilisation import peak_tflops
+
+from . import arguments as options
 from . import report as report_of
-from . import tables
+from . import roofs, tables
 from .child import result
 from .report import EAGER
-from .step_case import LEAST_TOKENS, SIZES, device_tflops
+from .step_case import SIZES
 from .step_heads import HEADS
 
 CASE_LIMIT = 600  # seconds
@@ -46,65 +49,61 @@ def main(words: list[str] | None = None) -> int:
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
-    parser.add_argument("--tokens", type=int, help="tokens per micro-batch (default: 16,384; tiny: 512; 65k: 2,048)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, on CUDA bfloat16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if cuda else "cpu")
-    parser.add_argument("--peak-tflops", type=float, help="peak TFLOP/s of the device, for the MFU")
+    parser = options.parser(__doc__)
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="default: tiny")
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="default: all")
+    parser.add_argument(
+        "--tokens", type=int, help="per micro-batch, 256 or more (default: 16,384; tiny: 512; 65k: 2,048)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed updates; default: 5")
+    options.add_dtype(parser, "float32", "bfloat16")
+    options.add_device(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     arguments = parser.parse_args(words)
-    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
+    arguments.dtype = arguments.dtype or options.default_dtype(arguments.device)
     arguments.tokens = arguments.tokens or SIZES[arguments.size].tokens
-    if arguments.device == "cpu" and not SIZES[arguments.size].small:
+    if arguments.device == "cpu" and arguments.size not in ("tiny", "65k"):
         parser.error(f"--size {arguments.size} is for a GPU: on a CPU take tiny or 65k")
-    if arguments.tokens < LEAST_TOKENS:
-        parser.error(f"--tokens {arguments.tokens}: at least {LEAST_TOKENS}")
     return arguments
 
 
 def measure(arguments: argparse.Namespace, words: list[str] | None = None, limit: float = CASE_LIMIT) -> dict:
     """Return the report. limit: seconds for each head."""
-    roof, source = device_tflops(torch.device(arguments.device), arguments.dtype)
-    if arguments.peak_tflops:
-        roof, source = arguments.peak_tflops, "--peak-tflops"
     settings = {key: getattr(arguments, key) for key in ("size", "tokens", "dtype", "repeats")}
     report = report_of.new("bench.step", words, arguments.device, settings)
-    report["roof"] = {"tflops": roof, "source": source}
-    for head in (name for name in HEADS if name in arguments.heads):
-        case = one_case(head, roof, arguments)
-        why = HEADS[head].provider.why_not(arguments.device, None)
-        found = {"skipped": why} if why else result("bench.step_case", case, limit=limit)
-        if "error" in found:
-            print(f"{head}: {found['error']}\n{found['output']}", file=sys.stderr)
-        report["cases"].append({"head": head, "work": HEADS[head].provider.work} | found)
-    compare(report["cases"], arguments.dtype)
+    report["roof"] = roof(arguments.device, arguments.dtype)
+    for head in arguments.heads:
+        provider, case = HEADS[head].provider, settings | {"head": head, "device": arguments.device}
+        why = provider.why_not(arguments.device)
+        found = {"skipped": why} if why else result(head, "bench.step_case", case, limit=limit)
+        report["cases"].append({"head": head, "work": provider.work} | found)
+    compare(report)
     return report
 
 
-def one_case(head: str, roof: float, arguments: argparse.Namespace) -> dict:
-    common = {key: getattr(arguments, key) for key in ("size", "tokens", "device", "dtype", "repeats")}
-    return {"head": head, "roof_tflops": roof} | common
+def roof(device: str, dtype: str) -> dict:
+    """Return what the device can do, and how that is known."""
+    if known := peak_tflops(torch.device(device), None):
+        return {"tflops": known, "source": "data sheet"}
+    found = roofs.matmul_tflops(device, getattr(torch, dtype))
+    return {"tflops": found, "source": "a large product, measured beforehand"}
 
 
-def compare(cases: list[dict], dtype: str) -> None:
-    """Add to each case its ratios to eager, and whether it computed the same."""
-    eager = next((case for case in cases if case["head"] == EAGER and "seconds" in case), None)
-    if eager is None:
-        return
-    for case in (case for case in cases if "seconds" in case):
-        case["time_ratio"] = case["seconds"] / eager["seconds"]
-        case["extra_ratio"] = case["extra_gib"] / eager["extra_gib"]
-        kinds = ("unshaped", "shaped") if case["head"] in SHAPED_HEADS else ("unshaped",)
-        case["differs"] = max(
-            abs(case["checked"][kind][name] / eager["checked"][kind][name] - 1)
-            for kind in kinds
-            for name in ("loss", "grad_norm")
-        )
-        case["agrees"] = case["differs"] <= TOLERANCE[dtype]
+def compare(report: dict) -> None:
+    """Add to each case its MFU, its ratios to eager, and whether it computed the same."""
+    measured = {case["head"]: case for case in report["cases"] if "seconds" in case}
+    for head, case in measured.items():
+        case["mfu"] = case["tflops"] / report["roof"]["tflops"]
+        if eager := measured.get(EAGER):
+            case["time_ratio"] = case["seconds"] / eager["seconds"]
+            case["extra_ratio"] = case["extra_gib"] / eager["extra_gib"]
+            kinds = ("unshaped", "shaped") if head in SHAPED_HEADS else ("unshaped",)
+            case["differs"] = max(
+                abs(case["checked"][kind][name] / eager["checked"][kind][name] - 1)
+                for kind in kinds
+                for name in ("loss", "grad_norm")
+            )
+            case["agrees"] = case["differs"] <= TOLERANCE[report["settings"]["dtype"]]
 
 
 if __name__ == "__main__":

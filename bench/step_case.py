@@ -1,4 +1,4 @@
-"""One size and head of `bench.step`, in a process of its own: random weights and tokens, the trainer's own update.
+"""One size and head of `bench.step`, in a process of its own: random weights and tokens, the update of the trainer.
 
 python -m bench.step_case, with {"size": "tiny", "head": "mssr", ...} on standard input
 """
@@ -14,61 +14,46 @@ from unittest.mock import patch
 import mssr.environment  # noqa: F401  first, as in mssr.cli  # isort: skip
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, Qwen2_5_VLConfig
+from transformers import PretrainedConfig
 
 from mssr.batch import Prompt, Sequences, UpdateBatch
 from mssr.config.schema import LoraConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mssr.distributed import World, start_world
-from mssr.observe.utilisation import peak_tflops, utilisation, work_of_step
-from mssr.policy.architectures import model_config
-from mssr.policy.attention import SDPA
+from mssr.observe.utilisation import utilisation, work_of_step
 from mssr.policy.engine import PolicyEngine
-from mssr.policy.families import family_of
 from mssr.policy.loading import apply_options
 from mssr.policy.loss import PolicyGradient
 from mssr.policy.model import Policy
 from mssr.stopwatch import Stopwatch
 from mssr_kernels import PolicyLossConfig
 
-from . import models, roofs
+from . import models
 from .child import say
 from .memory import GIB, peak_bytes
 from .step_heads import HEADS
 
-SEQUENCES = 8  # of a micro-batch, their lengths as 1 : 2 : ... : 8
-LEAST_TOKENS = 256
+SEQUENCES = 8  # per micro-batch, with lengths 1 : 2 : ... : 8
 PHASES = ("forward_backward", "optimizer")
 UNSHAPED = PolicyLossConfig(entropy_alpha=0.0)  # what Liger computes
 
 
 class Size(NamedTuple):
-    """A Qwen2.5-VL: a published one, perhaps with fewer layers, or a small one. tokens: of the micro-batch. lora: train
-    only adapters."""
+    """model: a name of `bench.models`. tokens: of the micro-batch. lora: train only adapters. text: keys of the text's
+    config to change."""
 
-    path: str
+    model: str
     tokens: int
     lora: bool = False
-    layers: int | None = None
-    small: models.Size | None = None
-
-    def config(self) -> PretrainedConfig:
-        if self.small:
-            return models.config(self.small)
-        published = model_config(self.path).to_dict()
-        if self.layers:
-            published["text_config"] |= {"num_hidden_layers": self.layers, "layer_types": None}
-        return Qwen2_5_VLConfig(**published)
+    text: dict | None = None
 
 
-QWEN_3B, QWEN_7B = (f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B"))
 SIZES = {
-    "tiny": Size(QWEN_7B, 512, small=models.Size(128, 256, 2, 4, 1, 512)),
-    # For a CPU: a vocabulary with which the head matters.
-    "65k": Size(QWEN_7B, 2048, small=models.Size(512, 1408, 4, 8, 2, 65536)),
-    "3b": Size(QWEN_3B, 16_384),
+    "tiny": Size("tiny", 512),
+    "65k": Size("65k", 2048),
+    "3b": Size("3b", 16_384),
     # All weights of the 7B, with master weights and moments, take 133 GB: here 12 of its 28 layers, at full width.
-    "7b": Size(QWEN_7B, 16_384, layers=12),
-    "7b-lora": Size(QWEN_7B, 16_384, lora=True),
+    "7b": Size("7b", 16_384, text={"num_hidden_layers": 12, "layer_types": None}),
+    "7b-lora": Size("7b", 16_384, lora=True),
 }
 
 
@@ -77,10 +62,11 @@ def main(case: dict):
 
 
 def measure(world: World, case: dict) -> dict:
-    """case: size, head, tokens, device, dtype, repeats, roof_tflops."""
+    """case: size, head, tokens, device, dtype, repeats."""
     size = SIZES[case["size"]]
-    config = size.config()
-    options = model_options(size, case["dtype"])
+    config = models.config(size.model, size.text)
+    lora = LoraConfig() if size.lora else None
+    options = ModelConfig(path=size.model, dtype=case["dtype"], gradient_checkpointing=True, lora=lora)
     engine = make_engine(config, options, case, world)
     sequences = make_sequences(config, case["tokens"])
     noise = torch.randn(sequences.tokens.shape, generator=torch.Generator().manual_seed(1))
@@ -94,7 +80,7 @@ def measure(world: World, case: dict) -> dict:
     for name, loss_config in (("unshaped", UNSHAPED), ("shaped", PolicyLossConfig())):  # also the warm-up
         stats = engine.update(batch, PolicyGradient(loss_config))
         checked[name] = {"loss": stats.metrics["policy_loss"], "grad_norm": stats.grad_norm}
-    steps = [timed_step(engine, batch, options, world, case["roof_tflops"]) for _ in range(case["repeats"])]
+    steps = [timed_step(engine, batch, options, world) for _ in range(case["repeats"])]
     held, peak = peak_bytes(lambda: engine.update(batch, PolicyGradient(PolicyLossConfig())), world.device.type)
     parameters = list(engine.policy.parameters())
     found = {name: [step[name] for step in steps] for name in steps[0]}
@@ -105,7 +91,6 @@ def measure(world: World, case: dict) -> dict:
         "vocabulary": config.get_text_config().vocab_size,
         "response_tokens": int(batch.lengths.sum()),
         "patches": sum(int(p.image_grid_thw.prod()) for p in batch.prompts if p.image_grid_thw is not None),
-        "zero_stage": zero_stage(case["dtype"]),
         "checked": checked,
         "seconds_spread": [min(found["seconds"]), max(found["seconds"])],
         **{name: statistics.median(values) for name, values in found.items()},
@@ -113,30 +98,20 @@ def measure(world: World, case: dict) -> dict:
     }
 
 
-def model_options(size: Size, dtype: str) -> ModelConfig:
-    lora = LoraConfig() if size.lora else None
-    return ModelConfig(path=size.path, dtype=dtype, gradient_checkpointing=True, lora=lora)
-
-
 def make_engine(config: PretrainedConfig, options: ModelConfig, case: dict, world: World) -> PolicyEngine:
-    """Return the trainer's engine with random weights, without a file of them."""
-    train = TrainConfig(micro_batch_tokens=case["tokens"], zero_stage=zero_stage(options.dtype))
+    """Return the trainer's engine with random weights, which are never in a file."""
+    # On one rank stages differ only in buffers, but float32 master weights of bfloat16 need one.
+    train = TrainConfig(micro_batch_tokens=case["tokens"], zero_stage=int(options.dtype == "bfloat16"))
     with patch("mssr.policy.engine.load_policy", partial(random_policy, config)):
         return PolicyEngine(options, OptimizerConfig(), train, world, temperature=1.0, total_updates=100)
-
-
-def zero_stage(dtype: str) -> int:
-    """Return the stage: on one rank they differ only in buffers; bfloat16 needs one for its float32 master weights."""
-    return int(dtype == "bfloat16")
 
 
 def random_policy(
     config: PretrainedConfig, path: str, dtype: torch.dtype, options: ModelConfig, device: torch.device
 ) -> Policy:
-    """Replace `load_policy`; config replaces the one at the path."""
+    """Stand in for `load_policy`; `path` is not read."""
     torch.manual_seed(0)
-    with device:
-        policy = Policy(family_of(config).auto_class.from_config(config, dtype=dtype, attn_implementation=SDPA))
+    policy = models.random_policy(config, dtype, device)
     apply_options(policy, options, device)
     return policy
 
@@ -145,7 +120,7 @@ def random_policy(
 
 
 def make_sequences(config: PretrainedConfig, tokens: int) -> Sequences:
-    """Return `SEQUENCES` rows that fill one micro-batch: a third of each is prompt, half of every second prompt an image."""
+    """Return SEQUENCES rows that fill one micro-batch: a third of each is prompt; half of every second prompt is an image."""
     generator = torch.Generator().manual_seed(0)
     prompts, responses = [], []
     for row, length in enumerate(sequence_lengths(tokens)):
@@ -189,32 +164,18 @@ def random_tokens(config: PretrainedConfig, count: int, generator: torch.Generat
 # The measurement.
 
 
-def timed_step(engine: PolicyEngine, batch: Sequences, options: ModelConfig, world: World, roof: float) -> dict:
-    """Make one update; return seconds of it and its phases, and rates."""
+def timed_step(engine: PolicyEngine, batch: Sequences, options: ModelConfig, world: World) -> dict:
+    """Make one update; return its seconds, and rates."""
     clock = Stopwatch(world.device)
     stats = engine.update(batch, PolicyGradient(PolicyLossConfig()), clock)
     seconds = sum(clock.seconds[phase] for phase in PHASES)
-    rates = utilisation(work_of_step(engine.policy, batch, [stats]), clock, world, roof)
+    work = work_of_step(engine.policy, batch, [stats])
+    rates = utilisation(work, clock, world, peak=None)
     return {
         "seconds": seconds,
-        **{f"{phase}_seconds": clock.seconds[phase] for phase in PHASES},
-        "tokens_per_second": tokens_of(batch) / seconds,
+        "tokens_per_second": work.tokens / seconds,
         "tflops": rates["perf/update_tflops"],
-        "hardware_tflops": rates["perf/hardware_tflops"],
-        "mfu": rates["perf/mfu"],
     }
-
-
-def tokens_of(batch: Sequences) -> int:
-    return sum(len(prompt.token_ids) for prompt in batch.prompts) + int(batch.lengths.sum())
-
-
-def device_tflops(device: torch.device, dtype: str) -> tuple[float, str]:
-    """Return what the device can do, and how that is known."""
-    known = peak_tflops(device, None)
-    if known:
-        return known, "data sheet"
-    return roofs.matmul_tflops(device.type, getattr(torch, dtype)), "a large product, measured beforehand"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The heads that `bench.step` compares: each replaces the policy's own, and the rest of the step stays as it is.
+"""The heads that `bench.step` compares: each replaces the policy's own, everything else in the update stays the same.
 
 All of them see only response tokens, as in the trainer: a head that also got the prompts would look worse.
 """
@@ -9,26 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mssr_kernels import FusedLMHead, PolicyLoss, PolicyLossConfig, PolicyMetrics
+from mssr_kernels import FusedLMHead, PolicyLoss, PolicyMetrics
 
 from .inputs import Inputs
-from .jobs import Provider, clipped_loss
+from .jobs import Provider, clipped_loss, select_rows
 from .providers import PROVIDERS
 
-LOWEST = -1e4  # logit of a forbidden column: its probability is 0, and 0 times its logarithm is 0, not NaN
+LOWEST = -1e4  # logit of a forbidden column: finite, so that its probability 0 times its log-prob is 0, not NaN
 
 
 class EagerHead(FusedLMHead):
-    """All logits, then autograd: the loss that `bench.kernels` calls eager."""
+    """All logits, then autograd: `eager` of `bench.kernels`."""
 
     def forward(self, hidden, target=None, advantage=None, *, config=None, old_logp=None, normalizer=None, **rest):
         if advantage is None:
             return super().forward(hidden, target, **rest)
-        require_plain(config, **rest)
         log_p = torch.log_softmax(F.linear(hidden, self.weight, self._column_bias().clamp(min=LOWEST)).float(), dim=1)
-        logp = log_p.gather(1, target[:, None])[:, 0]
-        with torch.no_grad():
-            entropy = -log_p.exp().mul_(log_p).sum(1)
+        logp, entropy = select_rows(log_p, target)
         inputs = Inputs(hidden, self.weight, target, advantage, old_logp, 0.0)
         shaped = entropy if config.entropy_alpha else torch.zeros_like(entropy)
         loss = clipped_loss(logp, shaped, inputs) * (len(target) / normalizer)
@@ -36,16 +33,15 @@ class EagerHead(FusedLMHead):
 
 
 class LigerHead(FusedLMHead):
-    """Liger's fused linear GRPO loss, at its best: every token is a sequence, so there is no padding and each has its own
-    advantage; all are one chunk, since it splits the vocabulary itself. It has no entropy, so advantages are not shaped, and
-    it returns no log-probs."""
+    """Liger's fused linear GRPO loss in its best configuration: every token is a sequence, so that there is no padding and
+    each has its own advantage; all are one chunk, because it splits the vocabulary itself. It returns neither entropies, so
+    advantages are not shaped, nor log-probs."""
 
     def forward(self, hidden, target=None, advantage=None, *, config=None, old_logp=None, normalizer=None, **rest):
         if advantage is None:
             return super().forward(hidden, target, **rest)
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-        require_plain(config, **rest)
         loss = LigerFusedLinearGRPOLoss(
             beta=0.0, use_ref_model=False, chunk_size=len(target), epsilon_low=config.clip_low,
             epsilon_high=config.clip_high,
@@ -55,21 +51,6 @@ class LigerHead(FusedLMHead):
         )[0]  # fmt: skip
         nothing = torch.zeros_like(advantage)
         return result(loss, normalizer, nothing, nothing)
-
-
-def require_plain(
-    config: PolicyLossConfig,
-    *,
-    temperature: float,
-    ref_logp=None,
-    rollout_logp=None,
-    vocab_drop_tol: float | None = None,
-):
-    """Refuse options that these heads do not have."""
-    if temperature != 1 or ref_logp is not None or config.kl_coef or config.entropy_coef or config.tis_cap:
-        raise ValueError("bench.step: its heads do not support temperature, KL, entropy bonus or TIS; remove them")
-    if vocab_drop_tol is not None:
-        raise ValueError("the heads of bench.step have exact gradients: no vocab_drop_tol")
 
 
 def result(loss: Tensor, normalizer: float, logp: Tensor, entropy: Tensor) -> PolicyLoss:
@@ -86,7 +67,6 @@ class Head(NamedTuple):
     kind: type[FusedLMHead]
 
 
-# The others are compared with the first.
 HEADS = {
     "eager": Head(PROVIDERS["eager"], EagerHead),
     "liger": Head(PROVIDERS["liger GRPO"], LigerHead),

@@ -1,33 +1,16 @@
 """Markdown of reports, for the terminal and for the READMEs: tables, where we lose, and what they were measured on."""
 
+import itertools
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 
-from mssr.errors import UserError
-
-from .jobs import POLICY
-from .report import (
-    EAGER,
-    TASKS,
-    bullets,
-    facts,
-    is_ours,
-    measured,
-    mib,
-    missing,
-    name,
-    number,
-    seconds,
-    spoilt,
-    table,
-    title,
-    why,
-)
+from .markdown import bullets, mib, number, seconds, table, title
+from .report import EAGER, TASKS, facts, is_ours, measured, name, ratios, spoilt, why
 
 NARROW = 1024  # narrower than any model's head that is measured here
 SYMBOLS = {"logp": "logp", "entropy": "H", "d_hidden": "dH", "d_weight": "dW"}
-SPECIFICATION = "mssr reference"  # is written to be read, not to be fast
 SAME = 1.02  # a smaller factor in time or memory is no loss
 LESS_EXACT = 2.0
 AXES = ("n", "v", "d")  # of bench.scaling
@@ -35,23 +18,22 @@ MEASURES = {"seconds": "time", "peak_extra_mib": "memory"}
 
 
 def provenance(report: dict) -> str:
-    """Command, date, machine, versions, settings and roofs.
-
-    Raises:
-        UserError: the report does not tell them.
-    """
-    if unknown := [what for what in ("command", "date") if what not in report]:
-        raise UserError(f"report lacks `{unknown[0]}` (older version): run the benchmark again")
+    """Command, date, machine, versions, settings and roofs."""
     settings = ", ".join(f"{setting} {value}" for setting, value in report["settings"].items() if value is not None)
-    return f"`{report['command']}`, {report['date']}, on {facts(report)}; {settings}{roofs(report)}.\n"
+    words = f"`{report['command']}`, {report['date']}, on {facts(report)}; {settings}"
+    if found := report.get("roofs"):
+        products = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in found["matmul_tflops"].items())
+        words += (
+            f". Roofs of the same run: a large product {products} TFLOP/s, a copy {found['copy_gb_per_s']:.3g} GB/s"
+        )
+    return f"{words}.\n"
 
 
-def roofs(report: dict) -> str:
-    found = report.get("roofs")
-    if not found:
-        return ""
-    products = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in found["matmul_tflops"].items())
-    return f". Roofs of the same run: a large product {products} TFLOP/s, a copy {found['copy_gb_per_s']:.3g} GB/s"
+def figures(columns: list[str], found: dict[str, dict], cells: Callable[[dict], list[str]]) -> str:
+    """A table with a line per provider, head or model; those without figures come last and say why."""
+    rows = [[title(each), *(cells(of) if "seconds" in of else [why(of)])] for each, of in found.items()]
+    missing = ["seconds" not in of for of in found.values()]
+    return table(columns, [row for _, row in sorted(zip(missing, rows), key=lambda pair: pair[0])])
 
 
 # bench.kernels.
@@ -65,21 +47,21 @@ def kernels(report: dict) -> str:
 
 
 def kernels_case(case: dict) -> str:
-    """One case with a provider per line; those without figures say why."""
-    columns = ("", "time", "vs eager", "extra memory", "vs eager", "of roof", "errors", "work")
-    rows = [[title(provider), *case_columns(found)] for provider, found in measured(case).items()]
-    rows += [[title(provider), reason] for provider, reason in missing(case).items()]
+    columns = ["", "time", "vs eager", "extra memory", "vs eager", "of roof", "errors", "work"]
     words = name(case)
-    return f"**{words[0].upper()}{words[1:]}**, mean entropy {case['mean_entropy']:.2f} nats:\n\n{table(columns, rows)}"
+    heading = f"**{words[0].upper()}{words[1:]}**, mean entropy {case['mean_entropy']:.2f} nats:"
+    eager = case["providers"].get(EAGER, {})
+    return f"{heading}\n\n{figures(columns, case['providers'], lambda found: case_cells(found, eager))}"
 
 
-def case_columns(found: dict) -> list[str]:
+def case_cells(found: dict, eager: dict) -> list[str]:
+    memory_ratio = larger(found, eager)
     errors = ", ".join(f"{SYMBOLS[what]} {error:.0e}" for what, error in found.get("errors", {}).items())
     return [
         seconds(found["seconds"]),
         number(found, "time_ratio"),
         mib(found["peak_extra_mib"]) if "peak_extra_mib" in found else "",
-        number(found, "memory_ratio"),
+        "" if memory_ratio is None else f"{memory_ratio:.2f}",
         number(found, "share_of_roof", ".0%"),
         errors,
         found["work"],
@@ -108,10 +90,10 @@ def caveats(cases: list[dict]) -> str:
 
 
 def where_we_lose(cases: list[dict]) -> str:
-    """A line for each of ours: who is faster or smaller, and in how many of the cases that both ran."""
+    """A line per mode of ours: who is faster or smaller, and in how many of the cases that both ran."""
     ours = dict.fromkeys(provider for case in cases for provider in measured(case) if is_ours(provider))
     intro = f"Where we lose, by more than {SAME - 1:.0%} of time or memory, or {LESS_EXACT:g} times eager's error:"
-    lines = (f"**{provider}** {summed_up(provider, cases)}." for provider in ours if provider != SPECIFICATION)
+    lines = (f"**{provider}** {summed_up(provider, cases)}." for provider in ours)
     return f"{intro}\n\n{bullets(lines)}"
 
 
@@ -137,20 +119,13 @@ def lost_to(provider: str, other: str, cases: list[dict], factor_of: Callable, l
     lost = [factor for factor in factors if factor > least]
     if not lost:
         return ""
-    work = objective(both[0][other])
-    other = other if work == objective(both[0][provider]) else f"{other} ({work})"
+    work, our_work = (both[0][each]["work"].split(";")[0] for each in (other, provider))
+    other = other if work == our_work else f"{other} ({work})"
     return f"{other} in {len(lost)} of {len(factors)} cases, by up to {max(lost):.3g}x"
 
 
-def objective(found: dict) -> str:
-    return found.get("work", POLICY).split(";")[0]
-
-
-def slower(ours: dict, other: dict) -> float | None:
-    """Compare turn by turn, where turns are known."""
-    if "seconds_all" not in ours:
-        return ours["seconds"] / other["seconds"]
-    return statistics.median(a / b for a, b in zip(ours["seconds_all"], other["seconds_all"]))
+def slower(ours: dict, other: dict) -> float:
+    return statistics.median(ratios(ours, other))
 
 
 def larger(ours: dict, other: dict) -> float | None:
@@ -169,17 +144,19 @@ def less_exact(ours: dict, other: dict) -> float | None:
 
 
 def step(report: dict) -> str:
-    """A head per line."""
     columns = ["", "update", "vs eager", "tokens/s", "MFU", "peak memory", "extra", "vs eager", "work"]
-    rows = [[title(case["head"]), *step_columns(case)] for case in report["cases"]]
-    differ = [f"**{case['head']} differs from eager by {case['differs']:.0e}.**" for case in report["cases"]
+    heads = {case["head"]: case for case in report["cases"]}
+    differ = [f"**{head} differs from eager by {case['differs']:.0e}.**" for head, case in heads.items()
               if not case.get("agrees", True)]  # fmt: skip
-    providers = {case["head"]: case | {"peak_extra_mib": 1024 * case.get("extra_gib", 0)} for case in report["cases"]}
-    as_case = {"providers": providers}
+    as_kernels = {
+        head: case | {"peak_extra_mib": 1024 * case["extra_gib"], "seconds_all": [case["seconds"]]}
+        for head, case in heads.items()
+        if "seconds" in case
+    }
+    lost = where_we_lose([{"providers": as_kernels}])
     roof = report["roof"]
     known = f"MFU is of {roof['tflops']:.3g} TFLOP/s ({roof['source']}).\n"
-    lost = where_we_lose([as_case])
-    parts = [step_title(report), table(columns, rows), bullets(differ), lost, known, provenance(report)]
+    parts = [step_title(report), figures(columns, heads, step_cells), bullets(differ), lost, known, provenance(report)]
     return "\n".join(part for part in parts if part)
 
 
@@ -193,12 +170,9 @@ def step_title(report: dict) -> str:
     return f"{words}: {model}; {settings['tokens']:,} packed tokens, {case['response_tokens']:,} of responses:\n"
 
 
-def step_columns(case: dict) -> list[str]:
-    if "seconds" not in case:
-        return [why(case), *[""] * 6, case["work"]]
-    low, high = case["seconds_spread"]
+def step_cells(case: dict) -> list[str]:
     return [
-        f"{seconds(case['seconds'])} ({seconds(low)} to {seconds(high)})",
+        spread(case),
         number(case, "time_ratio"),
         f"{case['tokens_per_second']:,.0f}",
         f"{case['mfu']:.1%}",
@@ -209,51 +183,46 @@ def step_columns(case: dict) -> list[str]:
     ]
 
 
-def sync(report: dict) -> str:
-    """A model and ZeRO stage per line."""
-    columns = ("size", "parameters", "mode, ranks", "sync", "GB/s", "extra memory", "of it gathered")
-    rows = [[case["size"], *sync_columns(case)] for case in report["cases"]]
-    return f"**Weight sync**, median (lowest to highest):\n\n{table(columns, rows)}\n{provenance(report)}"
-
-
-def sync_columns(case: dict) -> list[str]:
-    mode = f"{case['mode']}, {case['ranks']}"
-    if "seconds" not in case:
-        return ["", mode, why(case)]
+def spread(case: dict) -> str:
     low, high = case["seconds_spread"]
+    return f"{seconds(case['seconds'])} ({seconds(low)} to {seconds(high)})"
+
+
+def sync(report: dict) -> str:
+    columns = ["model, mode, ranks", "parameters", "sync", "GB/s", "extra memory"]
+    found = {f"{case['size']}, {case['mode']}, {case['ranks']}": case for case in report["cases"]}
+    rows = figures(columns, found, sync_cells)
+    return f"**Weight sync**, median (lowest to highest):\n\n{rows}\n{provenance(report)}"
+
+
+def sync_cells(case: dict) -> list[str]:
     return [
         f"{case['parameters']:,}",
-        mode,
-        f"{seconds(case['seconds'])} ({seconds(low)} to {seconds(high)})",
+        spread(case),
         f"{case['bytes_per_second'] / 1e9:.2f}",
         mib(case["peak_extra_mib"]),
-        mib(case["peak_extra_mib_of_gathering"]),
     ]
 
 
 def scaling(report: dict) -> str:
-    """Exponents of `bench.scaling`, a provider and task per line."""
-    found = exponents(report)
-    kinds = [(axis, what) for axis in AXES for what in MEASURES]
+    """Exponents, one line per provider and task."""
+    kinds = list(itertools.product(AXES, MEASURES))
     rows = [
         [title(provider), TASKS[task], *(f"{fitted[kind]:.2f}" if kind in fitted else "" for kind in kinds)]
-        for (provider, task), fitted in found.items()
+        for (provider, task), fitted in exponents(report).items()
     ]
     header = ["exponent of", "", *(f"{MEASURES[what]} by {axis.upper()}" for axis, what in kinds)]
     return f"{table(header, rows)}\n{provenance(report)}"
 
 
 def exponents(report: dict) -> dict[tuple[str, str], dict[tuple[str, str], float]]:
-    """Return (provider, task) -> (axis, measure) -> exponent. What was not measured at two sizes has none."""
-    points: dict = {}
-    for axis in AXES:
-        fixed = [other for other in AXES if other != axis]
-        for case in report["cases"]:
-            on_axis = all(case[other] == report["settings"][other] for other in fixed)
-            for provider, found in measured(case).items() if on_axis else ():
-                for what in (what for what in MEASURES if found.get(what, 0) > 0):
-                    of_job = points.setdefault((provider, case["task"]), {})
-                    of_job.setdefault((axis, what), []).append((case[axis], found[what]))
+    """Return (provider, task) -> (axis, measure) -> exponent, for what was measured at two sizes or more."""
+    points: dict = defaultdict(lambda: defaultdict(list))
+    for axis, case in itertools.product(AXES, report["cases"]):
+        if all(case[other] == report["settings"][other] for other in AXES if other != axis):
+            for (provider, found), what in itertools.product(measured(case).items(), MEASURES):
+                if found.get(what, 0) > 0:
+                    points[provider, case["task"]][axis, what].append((case[axis], found[what]))
     return {
         job: {kind: exponent(values) for kind, values in kinds.items() if len(values) > 1}
         for job, kinds in points.items()

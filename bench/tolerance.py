@@ -1,9 +1,9 @@
-"""Recommend a `vocab_drop_tol`: the largest power of two whose errors stay below those of 16-bit eager.
+"""Recommend a `vocab_drop_tol`: the largest power of two whose gradient errors stay below those of 16-bit eager.
 
     python -m bench.tolerance [--n 1024 --d 1024 --v 32768 --dtype bfloat16 --json FILE]
 
 An error is the norm of the difference to the float64 gradient of the same 16-bit inputs, over the norm of that gradient.
-Eager rounds its logits to the dtype of the operands; ours does not, so that its error comes from the tolerance.
+Eager rounds its logits to 16 bits; ours does not, so its error comes from the tolerance.
 """
 
 import argparse
@@ -12,22 +12,23 @@ from pathlib import Path
 
 import torch
 
-from mssr_kernels import linear_policy_loss, reference
+from mssr_kernels import linear_policy_loss
 
-from . import inputs, machine
-from .jobs import CONFIG, eager
+from . import accuracy, inputs, machine
+from . import arguments as options
+from .jobs import CONFIG, POLICY, eager
 
 POWERS = range(-1, -15, -1)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, default=1024)
-    parser.add_argument("--d", type=int, default=1024)
-    parser.add_argument("--v", type=int, default=32768)
+    parser = options.parser(__doc__)
+    parser.add_argument("--n", type=int, default=1024, help="tokens (default 1024)")
+    parser.add_argument("--d", type=int, default=1024, help="hidden size (default 1024)")
+    parser.add_argument("--v", type=int, default=32768, help="vocabulary (default 32768)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", metavar="FILE")
+    options.add_device(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the report there")
     arguments = parser.parse_args(argv)
     report = {"machine": machine.facts(arguments.device), **vars(arguments), "rows": {}}
     for kind in ("peaked", "realistic"):
@@ -38,16 +39,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def errors(arguments: argparse.Namespace, kind: str) -> dict:
-    """Return relative errors of the gradients of hidden and weight, by name: eager, exact and every tolerance."""
+    """Return the errors of the gradients by hidden and weight, by name: eager, exact and every tolerance."""
     shape = (arguments.n, arguments.d, arguments.v)
     data = inputs.make(*shape, getattr(torch, arguments.dtype), arguments.device, kind)
-    exact = [t.detach().double().requires_grad_() for t in data[:2]]
-    reference.linear_policy_loss(*exact, *data[2:5], config=CONFIG).loss.backward()
+    exact = accuracy.exact(data, POLICY, arguments.n)
 
     def error(loss: torch.Tensor) -> list[float]:
         data.hidden.grad = data.weight.grad = None
         loss.backward()
-        return [((t.grad.double() - e.grad).norm() / e.grad.norm()).item() for t, e in zip(data[:2], exact)]
+        return list(accuracy.errors(exact, None, None, data.hidden.grad, data.weight.grad).values())
 
     found = {"eager": error(eager(data))}
     for power in (None, *POWERS):

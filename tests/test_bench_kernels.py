@@ -1,4 +1,4 @@
-"""`bench.kernels`: what it reports, that its float64 values are right, and that nobody who fails or is wrong is hidden."""
+"""`bench.kernels`: its report, its float64 values, and that failures and wrong results are visible."""
 
 import json
 import time
@@ -23,7 +23,7 @@ from bench.jobs import (
     loss_of,
 )
 from bench.providers import CONFIG, PROVIDERS, eager_rows
-from bench.shapes import MODELS, Shape
+from bench.shapes import Shape
 from mssr_kernels import reference
 
 pytestmark = pytest.mark.usefixtures("compiled_anew")
@@ -32,7 +32,6 @@ CPU = Settings("cpu", repeats=2, workspace_mib=1)
 SHAPE = Shape(None, 64, 32, 2048, "float32", "realistic")
 ON_CPU = [
     "eager",
-    "mssr reference",
     "mssr exact",
     "mssr sparse",
     "mssr recompute",
@@ -41,12 +40,12 @@ ON_CPU = [
     "liger scaled CE",
     "trl",
 ]
-ON_CPU += ["torch linear CE", "torch linear CE chunked"]
+ON_CPU += ["torch linear CE"]
 
 
 @pytest.mark.slow("20 s: the command, with a process for each provider")
 def test_report(tmp_path, monkeypatch, capsys):
-    """The whole command, with a package that takes its process down and one that is not there or not for this device."""
+    """The whole command, with one package that ends its process and one that is not installed or not for this device."""
     package = tmp_path / "verl" / "utils" / "experimental"
     package.mkdir(parents=True)
     (package / "torch_functional.py").write_text("import os, sys\nsys.stderr.write('out of order')\nos._exit(7)\n")
@@ -72,33 +71,31 @@ def test_report(tmp_path, monkeypatch, capsys):
 
     report = json.loads((tmp_path / "out" / "kernels.json").read_text())
     assert [case["task"] for case in report["cases"]] == ["loss", "forward"] and report["not_run"] == []
-    assert report["machine"]["torch"] and report["settings"]["repeats"] == 3 and report["seconds"] > 0
+    assert report["machine"]["torch"] and report["settings"]["repeats"] == 3
     loss, forward = report["cases"]
     assert list(loss["providers"]) == ["eager", "mssr sparse", "torch linear CE", "quack CE", "verl torch"]
     assert set(forward["providers"]) == set(loss["providers"]) - {"mssr sparse"}
     for case in report["cases"]:
-        assert {key: case[key] for key in ("model", "n", "d", "v", "softcap")} == {
-            "model": None, "n": 64, "d": 32, "v": 2048, "softcap": None,
-        }  # fmt: skip
+        assert {key: case[key] for key in ("model", "n", "d", "v")} == {"model": None, "n": 64, "d": 32, "v": 2048}
         assert 0.2 < case["mean_entropy"] < 0.7
         assert case["providers"]["verl torch"]["error"] == "took its process down: exit code 7: out of order"
         assert "error" not in case["providers"]["quack CE"]  # it is not installed, or needs another device
         assert case["providers"]["quack CE"]["skipped"]
         base = case["providers"]["eager"]
-        assert base["time_ratio"] == base["memory_ratio"] == 1
+        assert base["time_ratio"] == 1
         for name in set(case["providers"]) - {"verl torch", "quack CE"}:
             found = case["providers"][name]
             assert len(found["seconds_all"]) == 3 and min(found["seconds_all"]) > 0
             assert found["seconds"] == sorted(found["seconds_all"])[1]
             turns = sorted(a / b for a, b in zip(found["seconds_all"], base["seconds_all"]))
             assert found["time_ratio"] == pytest.approx(turns[1])
-            assert found["memory_ratio"] == pytest.approx(found["peak_extra_mib"] / base["peak_extra_mib"])
+            assert found["peak_extra_mib"] > 0
             of_products = found["flops"] / report["roofs"]["matmul_tflops"]["float32"] / 1e12
             of_memory = found["bytes"] / report["roofs"]["copy_gb_per_s"] / 1e9
             assert found["share_of_roof"] == pytest.approx(max(of_products, of_memory) / found["seconds"])
     assert loss["providers"]["eager"]["flops"] == 3 * forward["providers"]["eager"]["flops"] == 6 * 64 * 32 * 2048
     assert 0 < loss["providers"]["mssr sparse"]["flops"] < loss["providers"]["eager"]["flops"]
-    # At its leanest eager holds two of the size of the logits at a time.
+    # Eager holds at least two tensors of the size of the logits at a time.
     assert loss["providers"]["eager"]["peak_extra_mib"] > 2 * 64 * 2048 * 4 / 2**20
 
     printed = capsys.readouterr().out
@@ -106,30 +103,25 @@ def test_report(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow("13 s: every task of every provider")
-def test_everybody_is_right_and_whoever_cannot_is_listed():
-    """Every task of every provider that runs on a CPU and compiles nothing large, with and without a softcap."""
-    for softcap, tasks in ((None, TASKS), (30.0, ("loss",))):
-        found = {}
-        for case in cases.measure(SHAPE._replace(softcap=softcap), list(tasks), [*ON_CPU, "cce exact"], CPU):
-            found[case["task"]] = case["providers"]
-        assert tuple(found) == tasks
-        without = {"liger GRPO", "liger scaled CE", "torch linear CE", "torch linear CE chunked"} if softcap else set()
-        for task, providers in found.items():
-            here = {name for name in [*ON_CPU, "cce exact"] if task in PROVIDERS[name].tasks}
-            assert set(providers) == here
-            assert providers.pop("cce exact")["skipped"] in ("needs a CUDA device", NO_CCE)
-            assert {name for name, result in providers.items() if result.get("skipped") == "has no softcap"} == without
-            for name in set(providers) - without:
-                assert "seconds" in providers[name], providers[name]
-                rows = {POLICY: {"logp", "entropy"}, CROSS_ENTROPY: {"logp"}, UNSHAPED: set()}[
-                    PROVIDERS[name].objective
-                ]
-                gradients = {"loss": {"d_hidden", "d_weight"}, "frozen": {"d_hidden"}, "forward": set()}[task]
-                errors = providers[name]["errors"]
-                assert set(errors) == rows | gradients
-                # Mode sparse drops what its tolerance allows, of the gradient alone.
-                assert all(errors[key] < 1e-4 for key in rows)
-                assert all(errors[key] < (5e-3 if name == "mssr sparse" else 1e-4) for key in gradients)
+def test_all_results_are_right_and_what_cannot_run_is_listed():
+    """Every task of every provider that runs on a CPU and compiles nothing large."""
+    names = [*ON_CPU, "cce exact", "mssr chunked exact"]
+    for case in cases.measure(SHAPE, list(TASKS), names, CPU):
+        task, providers = case["task"], case["providers"]
+        assert set(providers) == {name for name in names if task in PROVIDERS[name].tasks}
+        assert providers.pop("cce exact")["skipped"] in ("needs a CUDA device", NO_CCE)
+        assert providers.pop("mssr chunked exact", {}).get("skipped") == (
+            None if task == "forward" else "needs a CUDA device"
+        )
+        for name, found in providers.items():
+            assert "seconds" in found, found
+            rows = {POLICY: {"logp", "entropy"}, CROSS_ENTROPY: {"logp"}, UNSHAPED: set()}[PROVIDERS[name].objective]
+            gradients = {"loss": {"d_hidden", "d_weight"}, "frozen": {"d_hidden"}, "forward": set()}[task]
+            errors = found["errors"]
+            assert set(errors) == rows | gradients
+            # `sparse` drops what its tolerance allows, only in the gradients.
+            assert all(errors[key] < 1e-4 for key in rows)
+            assert all(errors[key] < (5e-3 if name == "mssr sparse" else 1e-4) for key in gradients)
 
 
 def test_a_wrong_provider_shows():
@@ -142,37 +134,31 @@ def test_a_wrong_provider_shows():
     def broken(tensors, settings):
         raise ValueError("no such kernel\nand more")
 
-    def incomplete(tensors, settings):
-        import no_such_module  # noqa: F401
-
-    broken, incomplete = (wrong._replace(loss=job, rows=job) for job in (broken, incomplete))
     others = {
-        "wrong": wrong, "broken": broken, "incomplete": incomplete._replace(package=Package("torch", "peer")),
+        "wrong": wrong,
+        "broken": wrong._replace(loss=broken, rows=broken),
         "absent": wrong._replace(package=Package("no_such_module", "no-such-package")),
-    }  # fmt: skip
+    }
     with patch.dict(PROVIDERS, others):
         (case,) = cases.measure(SHAPE, ["loss"], ["eager", *others], CPU)
     errors = case["providers"]["wrong"]["errors"]
     assert errors["entropy"] == pytest.approx(0.02, rel=1e-2) and errors["logp"] < 1e-4
-    # A hundredth too large, and shaped by a wrong entropy.
+    # 1 % too large, and shaped by a wrong entropy.
     assert 0.005 < errors["d_hidden"] < 0.05 and 0.005 < errors["d_weight"] < 0.05
     assert case["providers"]["broken"] == {"work": POLICY, "error": "ValueError: no such kernel"}
     assert case["providers"]["absent"] == {"work": POLICY, "skipped": "not installed: pip install no-such-package"}
-    incomplete = {"work": POLICY, "skipped": "not installed: no_such_module, which peer imports"}
-    assert case["providers"]["incomplete"] == incomplete
 
 
-@pytest.mark.parametrize("softcap", [None, 8.0])
 @pytest.mark.parametrize("rows", [64, 40])
-def test_exact_values_are_those_of_autograd(softcap, rows):
-    tensors = inputs.make(64, 32, 2048, torch.float32, "cpu", "realistic", seed=3, softcap=softcap)
+def test_exact_values_are_those_of_autograd(rows):
+    tensors = inputs.make(64, 32, 2048, torch.float32, "cpu", "realistic", seed=3)
     exact_inputs = [tensor.detach().double().requires_grad_() for tensor in tensors[:2]]
     with patch.object(accuracy, "CHUNK_BYTES", 8 * 2048 * 24):  # three chunks, the last one shorter
         for objective in (POLICY, CROSS_ENTROPY, UNSHAPED):
             found = accuracy.exact(tensors, objective, rows)
-            logp, entropy, _ = reference.linear_logprob_entropy(*exact_inputs, tensors.target, softcap=softcap)
+            logp, entropy, _ = reference.linear_logprob_entropy(*exact_inputs, tensors.target)
             if objective == POLICY:
-                loss = reference.linear_policy_loss(*exact_inputs, *tensors[2:5], config=CONFIG, softcap=softcap).loss
+                loss = reference.linear_policy_loss(*exact_inputs, *tensors[2:5], config=CONFIG).loss
             else:
                 loss = OBJECTIVES[objective](logp, entropy, tensors)
             d_hidden, d_weight = torch.autograd.grad(loss, exact_inputs)
@@ -209,13 +195,17 @@ def test_presets():
     assert heads == {(f"qwen2.5-vl-{size}", n) for size in ("3b", "7b") for n in (2048, 8192, 32768)}
     assert full.minutes < 9
     several = kernels.parse_arguments(
-        ["--model", "gemma-2-9b", "llama-3.1-8b", "--n", "64", "128", "--rows", "flat", "peaked"]
+        ["--model", "qwen2.5-vl-3b", "llama-3.1-8b", "--n", "64", "128", "--rows", "flat", "peaked"]
     )
     found = kernels.shapes_of(several)
-    assert len(found) == 8 and {shape.softcap for shape in found if shape.model == "gemma-2-9b"} == {30.0}
-    assert (MODELS["llama-3.1-8b"].d, MODELS["llama-3.1-8b"].v) == (4096, 128256)
+    assert len(found) == 8 and {(shape.d, shape.v) for shape in found} == {(2048, 151936), (4096, 128256)}
     with pytest.raises(SystemExit):
         kernels.parse_arguments(["--quick", "--n", "64"])
+    with pytest.raises(SystemExit):
+        kernels.parse_arguments(["--model", "llama-3.1-8b", "--d", "64"])
+    own = kernels.parse_arguments(["--n", "64", "--repeats", "3", "--device", "cpu"])
+    assert kernels.shapes_of(own) == [Shape(None, 64, 1024, 65536, "float32", "realistic")]
+    assert (own.repeats, own.workspace_mib, own.providers) == (3, 256, list(PROVIDERS))
 
 
 def test_a_process_that_does_not_come_back():
@@ -228,24 +218,21 @@ def test_a_process_that_does_not_come_back():
     assert not isinstance(died.value, child.OutOfTime)
 
 
-# A measurement on two ranks. The rank of "dies" fails, and the other would never end.
-RANKS = """
-import json, os, sys, time
-request, rank = json.load(sys.stdin), int(os.environ["RANK"])
+# A measurement that prints something else first, and fails if asked to.
+MEASUREMENT = """
+import json, os, sys
+request = json.load(sys.stdin)
 print("a library's banner", flush=True)
-if rank == request["dies"]:
+if request["dies"]:
     sys.exit("no such device")
-if request["dies"] >= 0:
-    time.sleep(600)
-print(json.dumps({"rank": rank, "of": os.environ["WORLD_SIZE"], "extra": os.environ["EXTRA"]}))
+print(json.dumps({"extra": os.environ["EXTRA"]}))
 """
 
 
-def test_every_rank_is_heard_and_one_that_fails_ends_all(tmp_path, monkeypatch):
-    (tmp_path / "two_of_bench.py").write_text(RANKS)
+def test_the_result_of_a_process_or_why_it_failed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "one_of_bench.py").write_text(MEASUREMENT)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found = child.events("two_of_bench", {"dies": -1}, ranks=2, EXTRA=3)
-    assert sorted(event["rank"] for event in found) == [0, 1]
-    failed = child.result("two_of_bench", {"dies": 1}, limit=120, ranks=2, EXTRA=3)
-    assert failed["error"] == "rank 1: exit code 1: no such device"
-    assert "a library's banner" in failed["output"]
+    assert child.result("it", "one_of_bench", {"dies": False}, limit=120, EXTRA=3) == {"extra": "3"}
+    failed = child.result("it", "one_of_bench", {"dies": True}, limit=120, EXTRA=3)
+    assert failed == {"error": "exit code 1: no such device"}
+    assert "it: exit code 1: no such device\na library's banner" in capsys.readouterr().err

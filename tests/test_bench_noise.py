@@ -1,4 +1,4 @@
-"""What keeps the benchmark's times from being those of something else: memory that stays, runs made again, common turns."""
+"""How the benchmark reduces noise: freed memory stays, disturbed runs are repeated, all providers run in each turn."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from bench.shapes import Shape
 ROOT = Path(__file__).parents[1]
 SHAPE = Shape(None, 16, 16, 512, "float32", "realistic")
 
-# Prints the page faults of a second block of 16 MiB, and by how many MiB the process grew by two that are freed again.
+# Prints the page faults of a second block of 16 MiB, and the growth of the process in MiB after two blocks are freed.
 BLOCKS = """
 import ctypes, resource, sys
 from bench import heap
@@ -53,7 +53,7 @@ def test_freed_memory_stays_or_goes(way, stays):
         ([0.5, 0.3, 0.6], 2.0, True),  # of 1, 2 and 3 seconds: 50, 15 and 20 %
     ],
 )
-def test_a_run_that_the_host_spoilt_is_made_again(stolen, kept, is_spoilt):
+def test_a_run_that_the_host_spoilt_is_repeated(stolen, kept, is_spoilt):
     clock = iter([second for each in stolen for second in (10.0, 10.0 + each)])
     seconds = iter([1.0, 2.0, 3.0])
     with patch.object(steal, "stolen_seconds", lambda: next(clock)):
@@ -61,17 +61,13 @@ def test_a_run_that_the_host_spoilt_is_made_again(stolen, kept, is_spoilt):
     assert next(clock, None) is None
 
 
-def test_stolen_time_is_the_eighth_of_the_first_line(tmp_path):
-    stat = tmp_path / "stat"
-    stat.write_text("cpu  3741972 1367916 712787 1816199 21423 0 7815 350 0 0\ncpu0 1 1 1 1 1 1 1 9 0 0\n")
-    with patch.object(steal, "STAT", stat), patch.object(steal.os, "sysconf", lambda name: 100):
-        assert steal.stolen_seconds() == 3.5
-    with patch.object(steal, "STAT", tmp_path / "none"):
-        assert steal.stolen_seconds() == 0
+def test_without_steal_time_no_run_is_spoilt():
+    with patch.object(steal.psutil, "cpu_times", lambda: ()):  # as on a system that does not count it
+        assert steal.least_disturbed(lambda: 1.0) == (1.0, False)
 
 
 def test_every_turn_has_all_tasks():
-    """And each is measured once in it, on the inputs of the turn."""
+    """Each provider is measured once per turn and task, on the inputs of the turn."""
     seen = []
 
     def rows(inputs, settings):
@@ -84,18 +80,19 @@ def test_every_turn_has_all_tasks():
 
     settings = Settings("cpu", repeats=3)
     sets = [cases.make(SHAPE, settings, seed) for seed in (0, 1)]
-    names = {"loss": ["spy", EAGER], "forward": [EAGER, "spy"]}
+    names = [("loss", "spy"), ("loss", EAGER), ("forward", EAGER), ("forward", "spy")]
+    results = {each: {"errors": {}} for each in names}
     spy = Provider(POLICY, loss, rows, Counts(1, 2, 3), Counts(0, 0, 0))
     with patch.dict(PROVIDERS, spy=spy), patch.object(steal, "stolen_seconds", lambda: 0.0):
-        found = cases.timed(SHAPE, names, sets, settings, lambda name: None)
+        cases.measure_times(SHAPE, results, sets, settings, lambda name: None)
     targets = [float(tensors.target.sum()) for tensors in sets]
     turns = [targets[turn % 2] for turn in range(5)]  # two to warm up
     assert targets[0] != targets[1]
     assert seen == [(backward, target) for target in turns for backward in (True, False)]
-    assert [len(found[task][name]["seconds_all"]) for task in names for name in names[task]] == [3] * 4
+    assert [len(found["seconds_all"]) for found in results.values()] == [3] * 4
 
 
-def test_spoilt_times_are_told():
+def test_spoilt_times_are_reported():
     result = {"work": POLICY, "seconds": 1.0, "seconds_all": [1.0] * 5, "time_ratio": 1.0, "errors": {}, "spoilt": 2}
     case = SHAPE._asdict() | {"task": "loss", "providers": {EAGER: result, "cce": {"work": POLICY, "error": "no"}}}
     said = "2 of 5 times are of runs during which the host gave the processors to others"
