@@ -1,1 +1,1 @@
-"""Arms x seeds at equal cost: run, read, compare, report."""
+"""Studies: compare arms x seeds at equal cost."""

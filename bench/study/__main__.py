@@ -16,7 +16,7 @@ def run(
     study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="arms x seeds; see bench/study/configs/")],
     jobs: Annotated[int | None, typer.Option(min=1, help="runs in parallel; default: `jobs` of the file")] = None,
 ) -> None:
-    """Run what is not finished yet, then write table and plots."""
+    """Run what is not finished, then write table and plots."""
     from bench.study.study import study as run_study
 
     table = run_study(study, jobs)
@@ -27,9 +27,9 @@ def run(
 @app.command()
 def report(
     studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="folders of studies, or results.json")],
-    out: Annotated[Path, typer.Option(help="Markdown page to write; its figures go to a folder beside it")],
+    out: Annotated[Path, typer.Option(help="Markdown page to write; its figures go to a folder next to it")],
 ) -> None:
-    """Write what studies show: tables, figures, and the verdict on each of their claims."""
+    """Write a page of studies: tables, figures, and a verdict on each claim."""
     from bench.study.report import write_report
 
     print(write_report(studies, out))

@@ -1,4 +1,4 @@
-"""What a study claims, and whether its runs show it."""
+"""The claims of a study, as its file has them."""
 
 import difflib
 from collections.abc import Iterable
@@ -16,9 +16,9 @@ class Part(BaseModel):
 
 
 class Claim(Part):
-    """A hypothesis that a paired difference decides: `metric` is higher in one arm than in the other, by more than `by`.
+    """A hypothesis that is decided by a paired difference: `metric` is higher in one arm than in another, by more than `by`.
 
-    A negative `by` makes it one of being no worse: "higher by more than -0.02" is "at most 2 points lower".
+    With a negative `by` it is a claim of non-inferiority: "higher by more than -0.02" is "at most 2 points lower".
     """
 
     text: str = Field(min_length=1, description="one sentence, as the report prints it")

@@ -1,4 +1,4 @@
-"""A run's series, thinned to what a plot can show, and those of several seeds on one axis."""
+"""A run's series, thinned for plots, and the band of several seeds."""
 
 import math
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from bench.study.claims import Part
 from bench.study.recorded import ACCURACY, COSTS, SERIES, Match
 
 POINTS = 120  # of a series, about
-DIGITS = 6  # significant ones
+DIGITS = 6  # significant digits
 
 
 class Curves(Part):
-    """A table with a row at every validation, and at enough other steps: about 120 in all.
+    """A table with about 120 rows: one at every validation, and at some other steps.
 
-    spent[cost][i]: by row i. series[key][i]: mean of the finite values since the row before; None without any.
+    spent[cost][i]: total at row i. series[key][i]: mean of the finite values since the previous row; None if there are none.
     """
 
     steps: list[int]
@@ -24,7 +24,7 @@ class Curves(Part):
     series: dict[str, list[float | None]]
 
     def points(self, key: str, axis: Match) -> tuple[list[float], list[float]]:
-        """x and y of the rows that have the series; both empty where none has."""
+        """Return x and y of the rows that have the series."""
         values = self.series.get(key, [])
         kept = [row for row, value in enumerate(values) if value is not None]
         return [self.spent[axis][row] for row in kept], [values[row] for row in kept]
@@ -32,7 +32,7 @@ class Curves(Part):
 
 @dataclass(frozen=True)
 class Band:
-    """x: ascending. mean, low, high: over the seeds, low and high the lowest and the highest of them; the same length."""
+    """x: ascending. mean, low, high: mean, minimum and maximum over the seeds; all have the same length."""
 
     x: np.ndarray
     mean: np.ndarray
@@ -52,10 +52,10 @@ def read_curves(records: Sequence[dict]) -> Curves:
 
 
 def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]], cut: Sequence[bool]) -> Band | None:
-    """Of the seeds' curves (x, y), straight between their points, over the axis that all of them cover.
+    """Return the band of the seeds' curves (x, y), interpolated linearly, over the range of x that all of them cover.
 
-    cut: a run that diverged: its curve counts as far as it goes and does not shorten the others'.
-    None: there is no such stretch, or no curve.
+    cut: whether the run diverged; its curve counts as far as it goes and does not shorten the band.
+    None: there is no common range, or no curve.
     """
     kept = [(np.asarray(x), np.asarray(y), short) for (x, y), short in zip(curves, cut) if len(x)]
     if not kept:
@@ -71,7 +71,7 @@ def band(curves: Sequence[tuple[Sequence[float], Sequence[float]]], cut: Sequenc
 
 
 def _blocks(records: Sequence[dict]) -> list[list[dict]]:
-    """Cut after each validation, and after each `stride` records."""
+    """Split after each validation, and after each `stride` records."""
     stride = math.ceil(len(records) / POINTS)
     blocks: list[list[dict]] = [[]]
     for record in records:

@@ -1,4 +1,4 @@
-"""Arms x seeds: the runs of a study, each with the command line that `mssr train` gets. Nothing is started here."""
+"""Arms x seeds: plans the runs of a study, each with the overrides for `mssr train`. Nothing is started here."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from mssr.errors import UserError
 
 OWN_KEYS = ("run_dir", "seed", "train.steps", "train.budget")
 START_KEYS = ("model.path", "data.train", "data.val")
-NO_END = 1_000_000  # steps of a run that a clock ends
+NO_END = 1_000_000  # steps of a run with a budget of seconds
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class PlannedRun:
 
 
 def expand(spec: StudySpec, source: Path, starts: Mapping[int, Sequence[str]] | None = None) -> list[PlannedRun]:
-    """Every run, seed by seed, so that a study that is cut short has whole seeds.
+    """Return all runs, seed by seed, so that an interrupted study has complete seeds.
 
-    source: the study's file, for messages. starts: overrides that name a seed's start; None: not made yet, to check the rest.
+    source: the study's file, for messages. starts: overrides for the start of each seed; None: checks the rest without them.
 
     Raises:
-        UserError: a key that no configuration has, or that is the study's own; arms that cannot be matched.
+        UserError: an unknown key, a key that the study sets itself, or arms that cannot have the same budget.
     """
     _refuse_own_keys(spec, source, "set", spec.set)
     runs = []
@@ -63,7 +63,7 @@ def expand(spec: StudySpec, source: Path, starts: Mapping[int, Sequence[str]] | 
 
 
 def as_overrides(values: dict[str, Any]) -> list[str]:
-    """`key=value` as the command line takes it, in YAML that reads back as the same value."""
+    """Return `key=value` for the command line, in YAML that reads back as the same value."""
     return [f"{key}={_one_line(value)}" for key, value in values.items()]
 
 
@@ -78,31 +78,31 @@ def _plan(spec: StudySpec, arm: str, seed: int, start: Sequence[str]) -> Planned
 
 
 def _steps(spec: StudySpec, config: Config) -> int:
-    """Return a number of steps that is certain to use up the budget."""
+    """Return a number of steps that is enough to use up the budget."""
     if config.data.val is None:
         raise UserError("a study compares validation accuracies: set data.val")
     if spec.match == "updates":
         if spec.budget % config.updates_per_step:
             raise UserError(
-                f"budget {spec.budget:.0f} updates, and a step makes {config.updates_per_step}: the run would make more "
-                "than the others; choose a multiple"
+                f"budget {spec.budget:.0f} updates, but a step has {config.updates_per_step}, so the run would exceed it; "
+                "choose a multiple"
             )
         return int(spec.budget) // config.updates_per_step
     if config.train.optimizer.schedule != "constant":
         raise UserError(
-            f"train.optimizer.schedule {config.train.optimizer.schedule} needs to know the last update, and a budget of "
-            f"{spec.match} does not tell; set it to constant"
+            f"train.optimizer.schedule {config.train.optimizer.schedule} needs the number of updates, which is unknown with "
+            f"a budget of {spec.match}; set it to constant"
         )
     if spec.match == "seconds":
         return NO_END
-    return math.ceil(spec.budget / config.responses_per_step)  # a response has one token at least
+    return math.ceil(spec.budget / config.responses_per_step)  # a response has at least one token
 
 
 def _refuse_own_keys(spec: StudySpec, source: Path, place: str, keys: dict[str, Any]) -> None:
     for key in keys:
         if _is_part_of(key, OWN_KEYS):
             raise UserError(
-                f"{source}: {place}: {key} is the study's own: it follows from out, seeds, match and budget"
+                f"{source}: {place}: {key} is set by the study, from out, seeds, match and budget; remove it"
             )
         if spec.start and _is_part_of(key, START_KEYS):
             raise UserError(f"{source}: {place}: {key} comes from start: {spec.start}; leave one of them out")

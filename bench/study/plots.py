@@ -21,8 +21,8 @@ GRID = "#e3e5e8"
 FRAME = "#9a9ea5"
 MUTED = "#7b7f86"
 DPI = 130
-SMOOTHED = 0.06  # of a run: the moving mean of what is noisy from step to step
-WIDE_RANGE = 30.0  # from here on a scale is logarithmic
+SMOOTHED = 0.06  # share of a run that the moving mean of noisy series covers
+WIDE_RANGE = 30.0  # ratio of values from which a scale is logarithmic
 AXIS_LABELS: dict[Match, str] = {
     "updates": "optimiser updates",
     "rollouts": "rollouts",
@@ -33,7 +33,7 @@ AXIS_LABELS: dict[Match, str] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """key: a recorded series. smooth: by a moving mean. share: a percentage. log: where the values ask for it."""
+    """key: a recorded series. smooth: by a moving mean. share: a percentage. log: logarithmic if the range is wide."""
 
     title: str
     y_label: str
@@ -54,11 +54,11 @@ VALIDATION = Panel("Validation accuracy", "held-out problems", ACCURACY, smooth=
 
 
 def plot_curves(results: StudyResults, out: Path) -> Path:
-    """Mean over the seeds of every arm, and a band from the lowest seed to the highest, as the PNG `out`.
+    """Write the PNG `out`: for every arm the mean over the seeds, and a band from the lowest seed to the highest.
 
     Panels: validation accuracy by updates, and by rollouts, or by tokens or seconds if these are matched; by updates the
-    training reward, both entropies, gradient norm and clip fraction; the value tracker's calibration where an arm has one.
-    What no run has recorded is left out.
+    training reward, both entropies, gradient norm and clip fraction; the calibration of value trackers. Panels without data
+    are left out.
     """
     arms = results.arms_with_runs
     drawn: list[Callable[[Axes], None]] = [
@@ -80,10 +80,10 @@ def plot_curves(results: StudyResults, out: Path) -> Path:
 
 
 def plot_arms(results: StudyResults, out: Path) -> Path:
-    """The arms side by side, as the PNG `out`.
+    """Write the PNG `out`, which compares the arms.
 
-    Final accuracy (points: seeds; bar: mean and 95 % interval), its paired difference to the first arm, and what the runs
-    spent, as multiples of the first arm's.
+    Panels: final accuracy (points: seeds; bar: mean and 95 % interval), its paired difference to the first arm, and the costs
+    as multiples of the first arm's.
     """
     summaries = summarise(results)
     figure = _figure(13.2, 0.38 * len(summaries) + 1.9)
@@ -165,7 +165,7 @@ def _draw_finals(axes: Axes, summaries: Sequence[ArmSummary], results: StudyResu
     _dress(axes, "", "final validation accuracy: seeds, mean, 95 % interval", "")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     left, right = axes.get_xlim()
-    axes.set_xlim(max(left, -0.02), min(right, 1.02))  # an interval of few seeds reaches beyond what an accuracy can be
+    axes.set_xlim(max(left, -0.02), min(right, 1.02))  # an interval of few seeds can reach below 0 or above 1
 
 
 def _draw_differences(axes: Axes, summaries: Sequence[ArmSummary], arms: Sequence[str]) -> None:
@@ -237,12 +237,12 @@ def _dress(axes: Axes, title: str, x_label: str, y_label: str) -> None:
 
 
 def _style(index: int) -> tuple[str, str]:
-    """Return one colour per arm, then the same colours dashed."""
+    """Return colour and dashes: one colour per arm, then the same colours dashed."""
     return COLOURS[index % len(COLOURS)], ("-", "--", ":", "-.")[index // len(COLOURS) % 4]
 
 
 def _moving_mean(values: Sequence[float]) -> list[float]:
-    """Over SMOOTHED of the curve around each point; fewer at its ends."""
+    """Return means over SMOOTHED of the curve around each point; fewer points at its ends."""
     half = round(SMOOTHED * len(values) / 2)
     return [float(np.mean(values[max(0, place - half) : place + half + 1])) for place in range(len(values))]
 

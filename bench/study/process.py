@@ -1,4 +1,4 @@
-"""One run of a study as a process: its command, its environment, why it ended."""
+"""One run of a study as a process: command, environment, and the reason why it ended."""
 
 import os
 import re
@@ -8,13 +8,13 @@ from pathlib import Path
 from mssr.errors import UserError
 
 LOG = "log.txt"
-LINE_OF_AN_ERROR = "mssr: "  # as mssr.cli prints a user's mistake
+LINE_OF_AN_ERROR = "mssr: "  # prefix of error messages of mssr.cli
 DIVERGED_CODE = 3  # of mssr.cli
-GRACE_S = 60.0  # what a run has to save its step after SIGTERM
+GRACE_S = 60.0  # seconds that a run has to save its step after SIGTERM
 
 
 def train_command(config: Path, overrides: list[str], ranks: int) -> list[str]:
-    """Return the command of a run. --resume continues whatever the folder holds: nothing, only records, or a checkpoint."""
+    """Return the command of a run. --resume works with an empty folder, one with records only, or a checkpoint."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return [sys.executable, *launcher, "-m", "mssr", "train", str(config), *overrides, "--resume"]
 
@@ -23,8 +23,7 @@ def environment(slot: int, ranks: int, gpus: list[str]) -> dict[str, str]:
     """Return the environment of the run in a slot: ours, with the slot's share of the GPUs.
 
     OMP_NUM_THREADS stays as mssr.environment sets it, one thread per process for any number of jobs: the number of threads
-    changes the rounding, so a run would depend on how many run beside it; and threads that wait for a core cost far more
-    than they gain.
+    changes the rounding, so results would depend on `jobs`; and threads that wait for a core slow a run down.
     """
     env = dict(os.environ)
     if gpus:
@@ -55,7 +54,7 @@ def last_line(log: Path) -> str:
     except FileNotFoundError:
         lines = []
     told = [line for line in lines if line.startswith(LINE_OF_AN_ERROR)]
-    return (told or lines or ["it wrote nothing"])[-1].removeprefix(LINE_OF_AN_ERROR)
+    return (told or lines or ["no output"])[-1].removeprefix(LINE_OF_AN_ERROR)
 
 
 def diverged(code: int, log: Path) -> bool:

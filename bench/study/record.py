@@ -18,7 +18,7 @@ TABLE = "table.md"
 
 @dataclass(frozen=True)
 class Record:
-    """path: of the study's file. jobs: of the command line, None without. elapsed: tells the seconds so far."""
+    """path: of the study's file. jobs: of the command line, or None. elapsed: returns the seconds so far."""
 
     spec: StudySpec
     path: Path
@@ -27,10 +27,10 @@ class Record:
     elapsed: Callable[[], float]
 
     def write(self) -> StudyResults | None:
-        """None: no run is finished yet.
+        """Write the files and return the results; None if no run is finished yet.
 
         Raises:
-            UserError: a run's metrics are not those of this version.
+            UserError: a run's metrics have no validation accuracy or costs.
         """
         finished = [run for run in self.planned if (run.folder / FINISHED).is_file()]
         if not finished:

@@ -1,4 +1,4 @@
-"""What a study reads of a run's metrics.jsonl."""
+"""What a study reads from a run's metrics.jsonl."""
 
 from typing import Literal
 
@@ -16,7 +16,7 @@ SERIES = (
 )
 BINS = "tracker/bins"  # 10 of [count, sum of predicted values, sum of observed rewards], by predicted value
 
-# What a run has spent so far; by the name that train.budget and a study's `match` have for it.
+# What a run has spent so far, by its name in train.budget and in a study's `match`.
 Match = Literal["updates", "rollouts", "tokens", "seconds"]
 COSTS = {
     "updates": "cost/updates",

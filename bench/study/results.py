@@ -16,7 +16,7 @@ from mssr.observe.metrics import FILE_NAME, read_metrics
 
 RESULTS = "results.json"
 KEPT_OF_BEST = 0.8  # a run that ends below this share of its best validation has collapsed
-LAST_SHARE = 0.1  # of a run's steps: what the end of a series is the mean of
+LAST_SHARE = 0.1  # share of a run's steps whose mean is the end of a series
 
 
 class Reached(Part):
@@ -29,11 +29,11 @@ class Reached(Part):
 class RunResult(Part):
     """One run.
 
-    end: by its budget, or because it diverged: from there on its accuracy counts as 0, for it leaves no policy to use.
-    start, final, best: validation accuracies. auc: the accuracy's mean over what the runs are matched by, from 0 on.
-    collapsed: diverged, or final below 80 % of its best. A run that only ends a little below its start has not collapsed.
-    ends, means: of every series, over the last tenth of the steps and over all.
-    spent: at the end. bins: `tracker/bins`, summed over the steps.
+    end: "budget", or "diverged"; the accuracy of a diverged run counts as 0 from there on, because it leaves no policy.
+    start, final, best: validation accuracies. auc: mean accuracy over the matched axis, from 0 on.
+    collapsed: diverged, or final below 80 % of best. A run that ends slightly below its start has not collapsed.
+    ends, means: means of every series over the last tenth of the steps, and over all steps.
+    spent: total costs. bins: `tracker/bins`, summed over the steps.
     """
 
     arm: str
@@ -57,9 +57,9 @@ class RunResult(Part):
 
 
 class StudyResults(Part):
-    """arms: name -> the keys it sets; the first is what the others are compared with. missing: runs that did not finish.
+    """arms: name -> the keys it sets; the others are compared with the first. missing: runs that did not finish.
 
-    jobs: runs at a time. elapsed_seconds: of the commands that made them, the starts' warm-up included.
+    jobs: runs at a time. elapsed_seconds: of the commands that ran the study, warm starts included.
     """
 
     name: str
@@ -84,7 +84,7 @@ class StudyResults(Part):
         return [run for run in self.runs if run.arm == arm]
 
     def accuracy_curve(self, run: RunResult, axis: Match) -> tuple[list[float], list[float]]:
-        """The run's validations; one that diverged is at 0 from there to the end of its budget."""
+        """Return the run's validations; those of a diverged run are 0 from there to the end of its budget."""
         x, y = run.curves.points(ACCURACY, axis)
         if run.end == "budget":
             return x, y
@@ -98,17 +98,17 @@ class StudyResults(Part):
 
 
 def read_run(folder: Path, arm: str, seed: int, match: Match, budget: float, thresholds: list[float]) -> RunResult:
-    """A finished run's folder: metrics.jsonl, finished.json.
+    """Read the folder of a finished run: metrics.jsonl and finished.json.
 
     Raises:
-        UserError: no validation accuracy, or no costs, in its metrics.
+        UserError: its metrics have no validation accuracy, or no costs.
     """
     finished = json.loads((folder / "finished.json").read_text())
     diverged = finished["end"] == "diverged"
     records = read_metrics(folder / FILE_NAME)
     validations = [record for record in records if ACCURACY in record]
     if not validations or COSTS[match] not in records[-1]:
-        raise UserError(f"{folder / FILE_NAME}: no {ACCURACY}, or no {COSTS[match]}: not a run of this version of mssr")
+        raise UserError(f"{folder / FILE_NAME}: no {ACCURACY}, or no {COSTS[match]}; run it again with this version")
     spent = {name: records[-1][key] for name, key in COSTS.items()}
     accuracies = [record[ACCURACY] for record in validations]
     points = [(record.get(COSTS[match], 0.0), accuracy) for record, accuracy in zip(validations, accuracies)]
@@ -138,7 +138,7 @@ def read_run(folder: Path, arm: str, seed: int, match: Match, budget: float, thr
 
 
 def mean_over(points: list[tuple[float, float]]) -> float:
-    """Of a curve through points (x, y), x ascending from 0 on; before the first it is as high as there. Trapezoids."""
+    """Return the mean of a curve through points (x, y) over x from 0 on, by trapezoids; it is constant before the first."""
     points = [(0.0, points[0][1]), *points]
     if points[-1][0] == 0:
         return points[-1][1]
@@ -151,16 +151,16 @@ def write_results(results: StudyResults, path: Path) -> None:
 
 
 def load_results(path: Path) -> StudyResults:
-    """path: a study's folder, or its results.json under any name.
+    """Read a study's folder, or its results.json under any name.
 
     Raises:
-        UserError: not there, or not what `python -m bench.study run` writes.
+        UserError: it is missing, or was not written by `python -m bench.study run`.
     """
     file = path / RESULTS if path.is_dir() else path
     try:
         return StudyResults.model_validate_json(file.read_text())
     except FileNotFoundError:
-        raise UserError(f"{file}: no such results; run the study first: python -m bench.study run STUDY.yaml") from None
+        raise UserError(f"{file}: not found; run the study first: python -m bench.study run STUDY.yaml") from None
     except (ValidationError, UnicodeDecodeError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "not text"}
         where = ".".join(str(part) for part in first["loc"])
@@ -175,7 +175,7 @@ def _reached(validations: list[dict], threshold: float) -> Reached | None:
 
 
 def _means(records: list[dict], share: float) -> dict[str, float]:
-    """Of the finite values of every series' last `share`, one at least."""
+    """Return the mean of the last `share` of every series' finite values, at least one value."""
     means = {}
     for key in SERIES:
         values = [record[key] for record in records if key in record and record[key] == record[key]]

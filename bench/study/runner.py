@@ -1,4 +1,4 @@
-"""Run what a study has planned, some runs at a time; finished runs stay as they are."""
+"""Runs what a study has planned, several runs at a time; finished runs are not repeated."""
 
 import fcntl
 import json
@@ -47,7 +47,7 @@ class Outcome:
 
 @dataclass
 class Runner:
-    """config_file: of every run. on_end: called in the main thread for each run that ended."""
+    """config_file: for all runs. on_end: called in the main thread whenever a run has ended."""
 
     config_file: Path
     jobs: int
@@ -57,8 +57,8 @@ class Runner:
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     def run(self, planned: Sequence[PlannedRun], lock: int) -> list[Outcome]:
-        """Return the outcomes, in the order in which runs end. lock: of `sole_user`. An exception, also one of a signal,
-        first ends all runs."""
+        """Return the outcomes, in the order in which runs end. lock: of `sole_user`. An exception, such as that of a signal,
+        ends all runs first."""
         slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(self.jobs):
             slots.put(slot)
@@ -85,9 +85,9 @@ class Runner:
             run.folder.mkdir(parents=True, exist_ok=True)
             command = train_command(self.config_file, run.overrides, self.ranks)
             env = environment(slot, self.ranks, gpus)
-            (run.folder / LOG).unlink(missing_ok=True)  # of an attempt that failed: its reason would be taken for ours
+            (run.folder / LOG).unlink(missing_ok=True)  # else the reason of an earlier failure would be reported
             child = self._children[run.name] = start(command, env, run.folder / LOG, lock)
-            if self._stopping.is_set():  # asked between the look above and the start
+            if self._stopping.is_set():  # requested between the check above and the start
                 child.stop()
             return _conclude(run, child.wait(), command)
         finally:
@@ -107,7 +107,7 @@ class Runner:
 
 
 def start(command: list[str], env: dict[str, str], log: Path, lock: int) -> Child:
-    """Start a run. lock: a descriptor that it keeps open: while it lives, the study's folder stays locked."""
+    """Start a run. lock: a descriptor that it keeps open, so that the study's folder is locked while the run lives."""
     with log.open("ab") as file:
         return Child(
             command, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock,)
@@ -115,7 +115,7 @@ def start(command: list[str], env: dict[str, str], log: Path, lock: int) -> Chil
 
 
 def _conclude(run: PlannedRun, ended: Ended, command: list[str]) -> Outcome:
-    """Record what the attempt cost; `finished.json`, which marks a run as finished, is written last."""
+    """Record the cost of the attempt; `finished.json`, which marks a run as finished, is written last."""
     with (run.folder / ATTEMPTS).open("a") as file:
         file.write(json.dumps(vars(ended)) + "\n")
     line = "" if ended.code == 0 else last_line(run.folder / LOG)
@@ -137,7 +137,7 @@ def _conclude(run: PlannedRun, ended: Ended, command: list[str]) -> Outcome:
 
 
 def still_to_run(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
-    """Return the runs that are not finished. Checks all first, so that nothing starts if one must be removed.
+    """Return the runs that are not finished, after checking all, so that nothing starts if one must be removed.
 
     Raises:
         UserError: a folder holds a run with another configuration.
@@ -165,7 +165,7 @@ def sole_user(out: Path):
     """Yield a descriptor that locks the study's folder for this process and for those that inherit it.
 
     Raises:
-        UserError: another study uses it, or runs that a killed study left behind.
+        UserError: another study uses it, or a run of a killed study.
     """
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -174,7 +174,7 @@ def sole_user(out: Path):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"out {out}: another study, or a run that a killed study left behind, uses it; wait for it, or end it"
+                f"out {out}: in use by another study, or by a run that a killed study left behind; wait for it, or end it"
             ) from None
         yield descriptor
     finally:
@@ -183,7 +183,7 @@ def sole_user(out: Path):
 
 @contextmanager
 def signals_raise():
-    """SIGINT and SIGTERM raise Interrupted in the main thread; later ones are ignored, while the runs save and end."""
+    """Raise Interrupted in the main thread on SIGINT and SIGTERM; later ones are ignored while the runs save and end."""
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers nowhere else
         yield
         return
@@ -192,7 +192,7 @@ def signals_raise():
     def stop(number: int, _) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(number, "runs were stopped; the same command goes on")
+        raise Interrupted(number, "runs were stopped; the same command continues them")
 
     previous = {number: signal.signal(number, stop) for number in numbers}
     try:

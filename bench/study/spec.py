@@ -1,8 +1,8 @@
-"""A study's YAML file: which arms, which seeds, matched by what, and what is claimed of them.
+"""A study's YAML file: arms, seeds, budget and claims.
 
     python -m bench.study run bench/study/configs/digits_quick.yaml
 
-Validated as a run's configuration is, each arm's included, before anything runs.
+The file and the configuration of each arm are validated before anything runs.
 """
 
 import re
@@ -19,9 +19,9 @@ from mssr.errors import UserError
 
 
 class StudySpec(Part):
-    out: Path = Field(description="everything the study leaves is in here")
+    out: Path = Field(description="folder for everything that the study writes")
     question: str = Field(min_length=1, description="one sentence")
-    config: Path = Field(description="configuration file of a run; paths start where the command does")
+    config: Path = Field(description="configuration file of a run, relative to the current directory")
     set: dict[str, Any] = Field({}, description="dotted keys of the configuration, for every arm")
     start: Literal["digits"] | None = Field(
         None,
@@ -29,17 +29,17 @@ class StudySpec(Part):
     )
     digits: DigitsSettings | None = Field(None, description="the task and the model of start: digits")
     seeds: list[int] = Field([0, 1, 2, 3, 4], min_length=1)
-    match: Match = Field(description="what every run may spend: train.budget.<match>")
+    match: Match = Field(description="the cost that is equal for all runs: train.budget.<match>")
     budget: float = Field(gt=0)
     arms: dict[str, dict[str, Any]] = Field(
         min_length=1,
-        description="name -> dotted keys of the configuration; the first is what the others are compared with",
+        description="name -> dotted keys of the configuration; the others are compared with the first",
     )
     jobs: int = Field(1, gt=0, description="runs at a time")
     ranks: int = Field(1, gt=0, description="processes of one run")
-    thresholds: list[float] = Field([], description="validation accuracies whose cost is looked for")
+    thresholds: list[float] = Field([], description="validation accuracies; the cost to reach them is reported")
     claims: list[Claim] = Field([])
-    report_intro: str = Field("", description="what the report says before anything else, Markdown")
+    report_intro: str = Field("", description="introduction of the report, Markdown")
 
     @model_validator(mode="before")
     @classmethod
@@ -52,9 +52,9 @@ class StudySpec(Part):
     def _settings_go_together(self):
         for name in self.arms:
             if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name):
-                raise ValueError(f"arm {name!r} is to name a folder: use letters, digits and . _ + -")
+                raise ValueError(f"arm {name!r} will name a folder: use letters, digits and . _ + -")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("seeds: one is there twice")
+            raise ValueError("seeds: one of them occurs twice")
         if self.match != "seconds" and self.budget != int(self.budget):
             raise ValueError(f"budget {self.budget} {self.match}: expected a whole number")
         if self.digits is not None and self.start != "digits":
@@ -70,11 +70,11 @@ class StudySpec(Part):
 
     def _refuse_crowded_clocks(self, jobs: int) -> None:
         if self.match == "seconds" and jobs > 1:
-            raise ValueError(f"match seconds with {jobs} jobs: runs beside each other slow each other; set jobs 1")
+            raise ValueError(f"match seconds with {jobs} jobs: parallel runs slow each other down; set jobs to 1")
 
     def with_jobs(self, jobs: int) -> "StudySpec":
         """Raises:
-        UserError: runs that are matched by time cannot run beside each other.
+        UserError: runs that are matched by seconds cannot run in parallel.
         """
         try:
             self._refuse_crowded_clocks(jobs)
@@ -84,10 +84,10 @@ class StudySpec(Part):
 
 
 def load_study(path: Path) -> StudySpec:
-    """Reads a study's file. The arms' own keys are checked by `bench.study.grid.expand`.
+    """Read a study's file. The keys of the arms are checked by `bench.study.grid.expand`.
 
     Raises:
-        UserError: file missing or not YAML, a key twice, unknown (names the nearest), or with a value that cannot be.
+        UserError: the file is missing or not YAML, or a key occurs twice, is unknown or has an invalid value.
     """
     try:
         return StudySpec.model_validate(read_keys(Path(path), "study"))
@@ -97,7 +97,7 @@ def load_study(path: Path) -> StudySpec:
 
 def _in_one_line(error: ValidationError) -> str:
     errors = error.errors()
-    # A misspelt key is missing, too: what it was is the better thing to tell.
+    # A misspelt key is also missing; the unknown key is the better message.
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

@@ -1,4 +1,4 @@
-"""Means, paired differences and their intervals over seeds."""
+"""Means and paired differences over seeds, with intervals."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of n values and its 95 % interval; of one value there is none."""
+    """Mean of n values and its 95 % interval, which one value does not have."""
 
     mean: float
     low: float | None
@@ -21,7 +21,7 @@ class Estimate:
 
 
 def mean_interval(values: Sequence[float]) -> Estimate:
-    """Student's t-interval: mean -+ t(n - 1) * s / sqrt(n).
+    """Return Student's t-interval, mean -+ t(n - 1) * s / sqrt(n).
 
     Raises:
         ValueError: no values.
@@ -36,16 +36,16 @@ def mean_interval(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(of: Mapping[int, float], to: Mapping[int, float]) -> Estimate | None:
-    """Mean of `of` - `to` over their common seeds; None without any.
+    """Return the mean of `of` - `to` over their common seeds; None if there are none.
 
-    Runs of a seed share warm start, data and their order: what these do to a score cancels, and the interval is narrower
-    than that of two independent means.
+    Runs of a seed share warm start, data and order. Their effect on a score cancels, so the interval is narrower than that of
+    two independent means.
     """
     common = sorted(of.keys() & to.keys())
     return mean_interval([of[seed] - to[seed] for seed in common]) if common else None
 
 
 def share_p_value(count: int, of: int, other_count: int, of_other: int) -> float:
-    """Fisher's exact test, two-sided: how likely shares at least this different are if the chance is the same."""
+    """Return the p-value of Fisher's exact test, two-sided."""
     table = [[count, of - count], [other_count, of_other - other_count]]
     return float(stats.fisher_exact(table).pvalue)

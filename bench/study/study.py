@@ -1,4 +1,4 @@
-"""`python -m bench.study run`: the whole of it. Check, make the starts, run what is not finished, compare."""
+"""`python -m bench.study run`: check the file, make the warm starts, run what is not finished, write table and plots."""
 
 import json
 import shutil
@@ -26,15 +26,15 @@ SESSIONS = "sessions.jsonl"
 def study(path: Path, jobs: int | None = None) -> Path:
     """Run the study of a YAML file, or continue it; return the path of its table, `out/table.md`.
 
-    The table, table.json and results.json (which `python -m bench.study report` reads) cover the runs finished so far, at any
-    moment; curves.png and arms.png are drawn at the end. jobs: overrides the file's.
+    The table, table.json and results.json (which `python -m bench.study report` reads) always cover the runs finished so far;
+    curves.png and arms.png are drawn at the end. jobs: overrides that of the file.
 
     Raises:
-        UserError: the file is wrong, before anything runs; or runs failed: the others are in the table.
-        Interrupted: a signal came; the runs have saved, and the same call goes on.
+        UserError: the file is invalid, and nothing was run; or runs failed, and the others are in the table.
+        Interrupted: by a signal; the runs have saved, and the same call continues.
     """
     spec = load_study(path) if jobs is None else load_study(path).with_jobs(jobs)
-    expand(spec, path)  # every arm's configuration, before minutes go into the starts
+    expand(spec, path)  # checks all configurations before the warm starts, which take minutes
     console = Console(highlight=False, soft_wrap=True)
     with sole_user(spec.out) as lock, signals_raise(), _timed(spec) as elapsed:
         fixed = _with_fixed_config(spec)
@@ -48,8 +48,8 @@ def study(path: Path, jobs: int | None = None) -> Path:
     if failed:
         lines = "; ".join(f"{outcome.run.name}: {outcome.line} (see {outcome.run.folder / LOG})" for outcome in failed)
         raise UserError(
-            f"{len(failed)} of {len(planned)} runs failed, the same command repeats them, "
-            f"{spec.out / TABLE} has the others: {lines}"
+            f"{len(failed)} of {len(planned)} runs failed; the same command repeats them, and {spec.out / TABLE} has the "
+            f"others: {lines}"
         )
     return spec.out / TABLE
 
@@ -75,7 +75,7 @@ def _with_fixed_config(spec: StudySpec) -> StudySpec:
 
 
 def _starts(spec: StudySpec, console: Console) -> dict[int, Sequence[str]]:
-    """By seed, the overrides that a run of it starts from."""
+    """Return the overrides for the start of each seed."""
     if spec.start is None:
         return {seed: [] for seed in spec.seeds}
     starts = {}
@@ -88,9 +88,9 @@ def _starts(spec: StudySpec, console: Console) -> dict[int, Sequence[str]]:
 
 
 def _run(spec: StudySpec, record: Record, lock: int, console: Console) -> list[Outcome]:
-    """The runs that failed."""
+    """Run what is not finished; return the runs that failed."""
     todo = still_to_run(record.planned)
-    record.write()  # what is there is readable, or nothing starts
+    record.write()  # fails before anything starts if existing results are not readable
     before = len(record.planned) - len(todo)
     budget = f"matched by {spec.match}, {spec.budget:,.10g} each"
     console.print(f"{len(record.planned)} runs, {before} of them finished before; {budget}; {spec.jobs} at a time")

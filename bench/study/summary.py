@@ -1,4 +1,4 @@
-"""An arm's runs in a row of numbers: what the table prints and the plots compare."""
+"""Summary of an arm's runs, for the table and the plots."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from bench.study.statistics import Estimate, mean_interval, paired_difference
 
 @dataclass(frozen=True)
 class ReachedBy:
-    """Of an arm's runs, `count` reached the threshold; spent: their mean cost by then, None if none did."""
+    """count: how many of an arm's runs reached the threshold. spent: their mean cost by then; None if there are none."""
 
     threshold: float
     count: int
@@ -20,10 +20,9 @@ class ReachedBy:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """difference: of the final accuracy to the first arm's, paired by seed; None for that arm, and without common seeds.
+    """difference: final accuracy minus that of the first arm, paired by seed; None for that arm, and without common seeds.
 
-    collapsed: runs, of `runs`. spent: means of what the runs spent. cpu_seconds, wall_seconds: means, start-up and
-    validation included.
+    collapsed, diverged: numbers of runs. spent: mean costs. cpu_seconds, wall_seconds: means, with start-up and validation.
     """
 
     arm: str
@@ -42,7 +41,7 @@ class ArmSummary:
 
 
 def summarise(results: StudyResults) -> list[ArmSummary]:
-    """In the order of the study's arms; arms without a finished run are left out."""
+    """Return summaries in the order of the study's arms, without arms that have no finished run."""
     first = _by_seed(results, next(iter(results.arms)), lambda run: run.final)
     return [_summary(results, arm, first) for arm in results.arms_with_runs]
 

@@ -8,10 +8,10 @@ from bench.study.statistics import Estimate
 from bench.study.summary import ArmSummary, ReachedBy, summarise
 
 MATCHED = {
-    "updates": "{budget} optimiser updates a run",
-    "rollouts": "{budget} rollouts a run, the value tracker's start included",
-    "tokens": "{budget} generated tokens a run, the value tracker's start included",
-    "seconds": "{budget} seconds of training a run, validation not included",
+    "updates": "{budget} optimiser updates per run",
+    "rollouts": "{budget} rollouts per run, with the initialisation of value trackers",
+    "tokens": "{budget} generated tokens per run, with the initialisation of value trackers",
+    "seconds": "{budget} seconds of training per run, without validation",
 }
 
 COSTS: dict[Match, str] = {
@@ -41,19 +41,19 @@ def results_table(results: StudyResults) -> str:
 
 
 def matching(results: StudyResults) -> str:
-    """What every run was allowed to spend."""
+    """Return the budget of every run."""
     return MATCHED[results.match].format(budget=f"{results.budget:,.10g}")
 
 
 def in_percent(estimate: Estimate) -> str:
-    """A share with its interval."""
+    """Return a share with its interval."""
     if estimate.low is None:
         return f"{100 * estimate.mean:.1f}"
     return f"{100 * estimate.mean:.1f} ± {100 * (estimate.high - estimate.mean):.1f}"
 
 
 def _reached(summaries: list[ArmSummary]) -> list[float]:
-    """The thresholds that some run got to."""
+    """Return the thresholds that some run reached."""
     return sorted({reached.threshold for summary in summaries for reached in summary.reached if reached.count})
 
 
@@ -93,7 +93,7 @@ def _to(reached: ReachedBy, runs: int) -> str:
 
 
 def _start_costs(results: StudyResults) -> list[str]:
-    """What value trackers had cost before the first update."""
+    """Return the rollouts that value trackers used before the first update."""
     paid: dict[float, list[str]] = {}
     for arm in results.arms_with_runs:
         rollouts = fmean(
@@ -101,10 +101,9 @@ def _start_costs(results: StudyResults) -> list[str]:
         )
         if rollouts:
             paid.setdefault(rollouts, []).append(arm)
-    costs = "; ".join(f"{rollouts:,.0f} a run ({', '.join(arms)})" for rollouts, arms in paid.items())
-    return (
-        [f"Rollouts, tokens and seconds include the value tracker's start, before any update: {costs}."] if paid else []
-    )
+    costs = "; ".join(f"{rollouts:,.0f} rollouts per run ({', '.join(arms)})" for rollouts, arms in paid.items())
+    start = "Rollouts, tokens and seconds include the initialisation of the value tracker before the first update"
+    return [f"{start}: {costs}."] if paid else []
 
 
 def _validations(results: StudyResults) -> int:
@@ -115,24 +114,24 @@ def _legend(results: StudyResults, summaries: list[ArmSummary]) -> str:
     first = next(iter(results.arms))
     seeds = max(summary.runs for summary in summaries)
     lines = [
-        f"Matched by {results.match}: {matching(results)}. Accuracies are of the held-out problems.",
-        ("± and brackets are 95 % t-intervals over the seeds. " if seeds > 1 else "One seed: there is no interval. ")
-        + f"final − {first} is paired: runs of one seed share the warm start and the data order."
+        f"Budget: {matching(results)}. Accuracies are on held-out problems.",
+        ("± and brackets are 95 % t-intervals over the seeds. " if seeds > 1 else "One seed, so there is no interval. ")
+        + f"final − {first} is paired: runs of one seed share warm start and data order."
         + (" Bold: the interval does not contain 0." if seeds > 1 else ""),
-        f"Best is the highest of {_validations(results)} validations, which flatters all arms. Mean over the run: area under "
-        "the validation curve, divided by the length of the matched axis.",
-        f"Collapsed: the run diverged, or ended below {KEPT_OF_BEST:.0%} of its best validation, its start included; a "
-        "diverged run's final accuracy counts as 0.",
-        "Updates, rollouts, tokens and seconds are means of a run's training (validation not included); CPU seconds are the "
-        "process's, all in."
-        + (f" {results.jobs} runs at a time shared the machine: compare CPU seconds." if results.jobs > 1 else ""),
+        f"Best is the highest of {_validations(results)} validations, so it is biased upwards for all arms. Mean over the "
+        "run: area under the validation curve, divided by the length of the matched axis.",
+        f"Collapsed: the run diverged, or ended below {KEPT_OF_BEST:.0%} of its best validation, the first one included. The "
+        "final accuracy of a diverged run counts as 0.",
+        "Updates, rollouts, tokens and seconds are means per run, of training without validation; CPU seconds are those of "
+        "the whole process."
+        + (f" {results.jobs} runs at a time shared the machine, so compare CPU seconds." if results.jobs > 1 else ""),
         *_start_costs(results),
     ]
     if results.thresholds:
         lines.append(
-            "Costs to a threshold are those of the first validation at or above it: means of the runs that reached it, whose "
-            "number is in parentheses."
+            "The cost to a threshold is that at the first validation at or above it, averaged over the runs that reached it "
+            "(their number is in parentheses)."
         )
     if results.missing:
-        lines.append(f"**Not finished, and not in this table: {', '.join(results.missing)}.**")
+        lines.append(f"**Not finished and not in this table: {', '.join(results.missing)}.**")
     return "\n".join(f"- {line}" for line in lines)

@@ -1,4 +1,4 @@
-"""Finished runs with known numbers, as `mssr train` and the study's runner leave them."""
+"""Finished runs with known numbers, as `mssr train` and the study's runner write them."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ MACHINE = {"python": "3.12.0", "torch": "2.12.0", "device": "Abacus 1", "cores":
 
 
 def write_run(folder: Path, accuracies, *, every=2, end="budget", rollouts_at_start=0, bins=None, **series) -> Path:
-    """Validations at steps 0, every, 2 * every, ... Each step: 4 updates, 16 rollouts, 100 tokens, half a second.
+    """Write a run with validations at steps 0, every, 2 * every, ... A step: 4 updates, 16 rollouts, 100 tokens, 0.5 s.
 
-    series: key (with __ for /) -> the value of each step from the first one on.
+    series: key (with __ for /) -> values of the steps from 1 on.
     """
     folder.mkdir(parents=True)
     lines = []
@@ -40,7 +40,7 @@ def write_run(folder: Path, accuracies, *, every=2, end="budget", rollouts_at_st
 def study_results(
     folder: Path, arms: dict[str, list[list[float]]], *, claims=(), thresholds=(), budget=16.0, ends=None, **more
 ) -> StudyResults:
-    """arms: name -> the validations of each seed. ends: (arm, seed) -> how the run ended. more: for `write_run`."""
+    """Return results. arms: name -> validations of each seed. ends: (arm, seed) -> how it ended. more: for `write_run`."""
     runs = []
     for arm, seeds in arms.items():
         for seed, accuracies in enumerate(seeds):

@@ -1,4 +1,4 @@
-"""Figures and the page of a study whose numbers are known."""
+"""Figures and the page of a study with known numbers."""
 
 import matplotlib
 import numpy as np
@@ -36,7 +36,7 @@ def toy(folder, arms=2, seeds=3, **more):
 
 
 def pixels(png, *colours):
-    """How many of a PNG's pixels have each of these colours."""
+    """Return how many pixels of a PNG have each of these colours."""
     with Image.open(png) as image:
         whole = np.asarray(image.convert("RGB"), dtype=np.uint32) @ np.array([65536, 256, 1], dtype=np.uint32)
     return [int(np.count_nonzero(whole == int(colour[1:], 16))) for colour in colours]
@@ -60,7 +60,7 @@ def test_panels_follow_what_was_recorded(tmp_path):
 
 
 def test_the_band_reaches_from_the_lowest_seed_to_the_highest(tmp_path):
-    """A faint fill where seeds differ; none for one seed."""
+    """The fill is faint where seeds differ; one seed has none."""
     wide = plot_curves(study_results(tmp_path / "1", {"a": [[0.3, 0.4], [0.3, 0.8]]}), tmp_path / "wide.png")
     one = plot_curves(study_results(tmp_path / "2", {"a": [[0.3, 0.6]]}), tmp_path / "one.png")
     base = np.array(list(bytes.fromhex(COLOURS[0][1:])))
@@ -80,7 +80,7 @@ def test_diverged_runs_single_seeds_and_zeros_are_drawn_without_a_warning(tmp_pa
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
-    """A folder as `python -m bench.study run` leaves it, one run of it not finished, and another study's committed copy."""
+    """A folder as written by `python -m bench.study run`, with one run missing, and the results.json of another study."""
     folder = tmp_path_factory.mktemp("studies")
     changes = {"intro": "Read me *first*.", "missing": ["new seed 3"]}
     first = toy(folder / "a", claims=CLAIMS).model_copy(update=changes)
@@ -92,7 +92,7 @@ def studies(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(studies, mssr):
-    """As the command writes it."""
+    """The page as the command writes it."""
     out = studies[0].parent / "docs" / "STUDY.md"
     assert mssr("-m", "bench.study", "report", *studies, "--out", out).check().out.split() == [str(out)]
     return out
@@ -106,22 +106,22 @@ def test_the_page_has_every_claim_with_its_figure_and_its_numbers(page):
         and "Abacus 1, 2 cores; python 3.12.0, torch 2.12.0" in text
     )
     assert "6 runs in 1 h 07 min, 2 at a time, 2 min of CPU time" in text
-    assert "Matched by updates: 16 optimiser updates a run." in text
+    assert "Budget: 16 optimiser updates per run." in text
     lines = [line for line in text.splitlines() if line.startswith(("| ✔", "| ✘", "| ○"))]
     verdicts = [line.split(" | ")[2].split(":")[0] for line in lines]
-    assert verdicts == ["holds", "does not hold", "not shown either way", "not shown either way"]
-    assert "new − base, at the end: +5.0 points, 95 % interval 5.0 to 5.0, 3 seeds" in lines[0]
-    assert "base − new, at the end: −5.0 points, 95 % interval −5.0 to −5.0, 3 seeds" in lines[1]
-    assert "**4 claims; holds: 1, does not hold: 1, not shown either way: 2.**" in text
+    assert verdicts == ["holds", "does not hold", "inconclusive", "inconclusive"]
+    assert "new − base, final: +5.0 points, 95 % interval 5.0 to 5.0, 3 seeds" in lines[0]
+    assert "base − new, final: −5.0 points, 95 % interval −5.0 to −5.0, 3 seeds" in lines[1]
+    assert "**4 claims; holds: 1, does not hold: 1, inconclusive: 2.**" in text
     linked = {part.split(")")[0] for part in text.split("](")[1:] if part.startswith("study/")}
     assert linked == {"study/toy.png", "study/toy_arms.png", "study/other.png", "study/other_arms.png"}
     assert all((page.parent / name).is_file() for name in linked)
     assert all("[toy](#toy), [figure](study/toy" in line and "not finished: preliminary" in line for line in lines)
 
 
-def test_a_study_that_is_not_finished_says_so(page):
-    assert "**6 of 7 runs, the others are not finished,**" in page.read_text()
-    assert "**Not finished, and not in this table: new seed 3.**" in page.read_text()
+def test_an_unfinished_study_is_marked(page):
+    assert "**6 of 7 runs (the others are not finished)**" in page.read_text()
+    assert "**Not finished and not in this table: new seed 3.**" in page.read_text()
 
 
 def test_the_same_results_make_the_same_page_and_figures(studies, page, tmp_path):
@@ -132,9 +132,9 @@ def test_the_same_results_make_the_same_page_and_figures(studies, page, tmp_path
         assert figure.read_bytes() == (page.parent / "study" / figure.name).read_bytes()
 
 
-def test_results_that_are_not_there_or_of_one_name_are_refused_in_one_line(studies, mssr, tmp_path):
+def test_missing_results_and_equal_names_are_refused_in_one_line(studies, mssr, tmp_path):
     out = tmp_path / "STUDY.md"
-    assert "no such results; run the study first" in mssr("-m", "bench.study", "report", tmp_path, "--out", out).line
+    assert "not found; run the study first" in mssr("-m", "bench.study", "report", tmp_path, "--out", out).line
     assert (
         "two studies are called toy" in mssr("-m", "bench.study", "report", studies[0], studies[0], "--out", out).line
     )

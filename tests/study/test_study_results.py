@@ -1,4 +1,4 @@
-"""What is read of runs: hand-worked numbers."""
+"""Values read from runs, against numbers worked out by hand."""
 
 import pytest
 from study_runs import study_results, write_run
@@ -28,8 +28,8 @@ def test_accuracies_and_costs_of_a_run(tmp_path):
     ]
 
 
-def test_the_mean_over_rollouts_counts_the_trackers_start(tmp_path):
-    """0.2 over the 64 rollouts of the start, then 0.2 to 0.6 over 32: (64 * .2 + 32 * .4) / 96."""
+def test_the_mean_over_rollouts_includes_the_trackers_initialisation(tmp_path):
+    """0.2 over the 64 rollouts of the initialisation, then 0.2 to 0.6 over 32: (64 * .2 + 32 * .4) / 96."""
     run = read(tmp_path, [0.2, 0.6], match="rollouts", budget=96, rollouts_at_start=64)
     assert run.auc == pytest.approx((64 * 0.2 + 32 * 0.4) / 96)
 
@@ -45,7 +45,7 @@ def test_mean_over_a_curve():
         ([0.3, 0.5, 0.5], False),
         ([0.3, 0.5, 0.41], False),  # 82 % of the best
         ([0.3, 0.5, 0.39], True),  # 78 %
-        ([0.3, 0.32, 0.29], False),  # below its start, but 91 % of its best: it learnt nothing
+        ([0.3, 0.32, 0.29], False),  # below its start, but 91 % of its best: no progress, but no collapse
         ([0.5, 0.3, 0.39], True),  # the best is the start
         ([0.0, 0.0, 0.0], False),
     ],
@@ -55,7 +55,7 @@ def test_collapse_is_a_fall_far_below_the_best(tmp_path, accuracies, collapsed):
 
 
 def test_a_diverged_run_counts_nothing_from_there_on(tmp_path):
-    """0.4 to 0.8 over 8 updates, falls at 8, 0 until 32: 0.6 * 8 / 32."""
+    """0.4 to 0.8 over 8 updates, 0 from there to 32: 0.6 * 8 / 32."""
     run = read(tmp_path, [0.4, 0.8], budget=32, end="diverged")
     assert (run.final, run.best, run.collapsed) == (0.0, 0.8, True)
     assert run.auc == pytest.approx(0.15)
@@ -66,7 +66,7 @@ def test_a_diverged_run_counts_nothing_from_there_on(tmp_path):
 
 def test_series_at_the_end_over_the_run_and_thinned(tmp_path):
     values = [float(step) for step in range(1, 401)]
-    values[3] = None  # as a NaN is recorded
+    values[3] = None  # how a NaN is recorded
     run = read(tmp_path, [0.1, 0.2, 0.3], every=200, budget=1600, policy__entropy=values)
     assert run.ends["policy/entropy"] == pytest.approx(sum(range(361, 401)) / 40)  # a tenth of the 399 finite ones
     assert run.means["policy/entropy"] == pytest.approx((400 * 401 / 2 - 4) / 399)
@@ -105,8 +105,8 @@ def test_results_are_the_same_when_read_back(tmp_path):
     assert load_results(tmp_path) == load_results(tmp_path / "results.json") == results
 
 
-def test_results_that_are_none_are_refused_in_one_line(tmp_path):
-    with pytest.raises(UserError, match="no such results; run the study first"):
+def test_files_that_are_not_results_are_refused_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="not found; run the study first"):
         load_results(tmp_path)
     (tmp_path / "results.json").write_text('{"name": "x"}')
     with pytest.raises(UserError, match=r"results\.json: not a study's results: question: Field required"):
@@ -133,25 +133,27 @@ def test_a_row_of_the_table_by_hand(tmp_path):
     assert row["final − base, points"] == "+9.0 [-3.7, +21.7]"
     assert row["updates / rollouts to 45%"] == "12 / 48 (2/2)" and row["seconds (CPU)"] == "2 (18)"
     legend = "\n".join(lines[5:])
-    assert "Matched by updates: 16 optimiser updates a run." in legend and "below 80% of its best" in legend
+    assert "Budget: 16 optimiser updates per run." in legend and "below 80% of its best" in legend
     assert "the highest of 3 validations" in legend and "2 runs at a time shared the machine" in legend
-    assert "value tracker's start" not in legend
+    assert "value tracker" not in legend
 
 
-def test_what_trackers_cost_before_the_first_update_is_told(tmp_path):
+def test_the_cost_of_trackers_before_the_first_update_is_reported(tmp_path):
     results = study_results(tmp_path, {"a": [[0.3, 0.4]], "b": [[0.3, 0.5]]}, budget=8, rollouts_at_start=64)
-    assert "the value tracker's start, before any update: 64 a run (a, b)." in results_table(results)
+    assert "initialisation of the value tracker before the first update: 64 rollouts per run (a, b)." in results_table(
+        results
+    )
 
 
-def test_one_seed_has_no_interval_and_says_so(tmp_path):
+def test_one_seed_has_no_interval(tmp_path):
     table = results_table(study_results(tmp_path, {"a": [[0.3, 0.4]], "b": [[0.3, 0.5]]}, budget=8))
-    assert "One seed: there is no interval." in table and "±" not in table
+    assert "One seed, so there is no interval." in table and "±" not in table
     assert "| +10.0 |" in table
 
 
-def test_arms_and_seeds_that_are_missing_are_told(tmp_path):
+def test_missing_arms_and_seeds_are_listed(tmp_path):
     results = study_results(tmp_path, {"a": [[0.3, 0.4], [0.3, 0.4]], "b": [[0.3, 0.5]]}, budget=8)
     results = results.model_copy(update={"missing": ["b seed 1", "c seed 0"], "arms": {**results.arms, "c": {}}})
     assert [summary.arm for summary in summarise(results)] == ["a", "b"]
     assert summarise(results)[1].difference.n == 1
-    assert "Not finished, and not in this table: b seed 1, c seed 0." in results_table(results)
+    assert "Not finished and not in this table: b seed 1, c seed 0." in results_table(results)

@@ -1,4 +1,4 @@
-"""`study` with real runs of a tiny model: stopped and gone on with, failures named, wrong files refused."""
+"""`study` with real runs of a tiny model: interrupted and continued, failures reported, invalid files refused."""
 
 import json
 import os
@@ -40,12 +40,12 @@ def write(material, tmp_path):
 
 
 def writers_of(folder):
-    """Processes whose command line names the folder."""
+    """Return the processes whose command line names the folder."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
-        except OSError:  # it ended meanwhile
+        except OSError:  # it has ended
             continue
         if any(word.startswith(f"run_dir={folder}".encode()) for word in words):
             found.append(int(entry.name))
@@ -59,33 +59,33 @@ ARMS = {
 CLAIM = {"text": "Care pays.", "higher": "base", "lower": "wild"}
 
 
-@pytest.mark.slow("22 s: a dozen processes; the parts of it are tested on their own")
-def test_a_study_stopped_and_gone_on_with(write, mssr, tmp_path):
+@pytest.mark.slow("22 s: a dozen processes; its parts have tests of their own")
+def test_a_study_that_is_stopped_and_continued(write, mssr, tmp_path):
     path = write({**ARMS, "broken": {"data.train": str(tmp_path / "nowhere.parquet")}}, claims=[CLAIM])
     out = tmp_path / "out"
     wild, base, broken = (out / "runs" / arm / "seed_5" for arm in ("wild", "base", "broken"))
 
-    # Stopped by a signal in the second run: it saves, every process ends, and the study says how to go on.
+    # Stopped by a signal in the second run: it saves, every process ends, and the message says how to continue.
     study = mssr.start("-m", "bench.study", "run", path)
     study.until((base / "checkpoints" / "step_000002").exists)
-    with pytest.raises(UserError, match="another study, or a run"), sole_user(out):
+    with pytest.raises(UserError, match="in use by another study, or by a run"), sole_user(out):
         pass
     os.kill(study.pid, signal.SIGTERM)
     ended = study.wait()
     assert ended.code == 128 + signal.SIGTERM
-    assert "SIGTERM: runs were stopped; the same command goes on" in ended.err
+    assert "SIGTERM: runs were stopped; the same command continues them" in ended.err
     assert "[1/3] wild seed 5 diverged" in ended.out
     assert writers_of(out) == []
     steps = len(read_metrics(base / "metrics.jsonl"))
     assert not (base / "finished.json").exists() and 2 < steps < 17
 
-    # What is finished by then has its table, and a report.
+    # Runs that are finished by then are in the table and in a report.
     assert load_results(out).missing == ["base seed 5", "broken seed 5"]
     assert "| wild | 0.0 |" in (out / "table.md").read_text()
     page = write_report([out], tmp_path / "STUDY.md").read_text()
-    assert "**1 of 3 runs, the others are not finished,**" in page and "no seed has finished in both arms" in page
+    assert "**1 of 3 runs (the others are not finished)**" in page and "no seed has finished in both arms" in page
 
-    # Gone on with: one run ends by its budget; one has diverged, which is a result; one fails, which is named.
+    # Continued: one run ends by its budget, one has diverged, which is a result, and one fails, which is reported.
     line = mssr("-m", "bench.study", "run", path, "--jobs", "2").line
     assert "1 of 3 runs failed" in line and "broken seed 5: " in line and "nowhere.parquet" in line
     finished = json.loads((base / "finished.json").read_text())
@@ -100,7 +100,7 @@ def test_a_study_stopped_and_gone_on_with(write, mssr, tmp_path):
     assert by_arm["wild"].collapsed and results.missing == ["broken seed 5"]
     assert len(json.loads((out / "table.json").read_text())) == 2
 
-    # Without the arm that fails nothing is left to run, and the table is shown.
+    # Without the failing arm nothing is left to run, and the table is shown.
     before = {run: (run / "finished.json").stat().st_mtime_ns for run in (base, wild)}
     shown = mssr("-m", "bench.study", "run", write(ARMS, claims=[CLAIM])).check().out
     assert {run: (run / "finished.json").stat().st_mtime_ns for run in (base, wild)} == before
@@ -123,15 +123,15 @@ def test_a_wrong_key_starts_nothing(write, tmp_path):
     [
         ("step 1\nmssr: no such file\nE1120 torchrun says more\n", "no such file"),
         ("Traceback\n  File\nValueError: 3\n\n", "ValueError: 3"),
-        ("", "it wrote nothing"),
+        ("", "no output"),
     ],
 )
-def test_why_a_run_failed_is_its_errors_line_or_its_last(tmp_path, text, line):
+def test_the_reason_of_a_failure_is_the_error_line_or_the_last_line(tmp_path, text, line):
     (tmp_path / "log.txt").write_text(text)
     assert last_line(tmp_path / "log.txt") == line
 
 
-def test_gpus_are_shared_out():
+def test_gpus_are_distributed():
     gpus = ["4", "5", "6", "7"]
     assert [environment(slot, 2, gpus)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["4,5", "6,7"]
     assert [environment(slot, 1, gpus[:2])["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["4", "5", "4"]
@@ -149,7 +149,7 @@ def test_a_run_that_a_killed_study_left_behind_keeps_the_folder(tmp_path):
         pass
 
 
-def test_a_divergence_is_told_by_the_exit_code_also_through_torchrun(tmp_path):
+def test_divergence_is_known_by_the_exit_code_also_with_torchrun(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("mssr: step 3: diverged\n[1]:\n  exitcode  : -15 (pid: 8)\nRoot Cause:\n  exitcode  : 3 (pid: 9)\n")
     assert diverged(1, log) and diverged(3, tmp_path / "absent.txt") and not diverged(0, log)

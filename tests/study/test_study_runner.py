@@ -1,4 +1,4 @@
-"""The study's runner with short commands in place of training: what it records of a run, repeats, and ends."""
+"""The study's runner with short commands instead of training: what it records, repeats and stops."""
 
 import concurrent.futures
 import json
@@ -15,7 +15,7 @@ from bench.study.runner import Runner, signals_raise, sole_user, still_to_run
 from mssr.config import validate_config
 from mssr.errors import Interrupted, UserError
 
-# A run on two ranks that, like training, ends by SIGTERM after saving. It opens the pipe when both wait for the signal.
+# A run on two ranks that, like training, saves and ends on SIGTERM. It opens the pipe when both ranks wait for the signal.
 RANKS = """
 import os, signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -23,12 +23,12 @@ other = os.fork()
 if other:
     open(sys.argv[1], "w").close()
 if signal.sigtimedwait([signal.SIGTERM], 30):
-    os.write(1, b"rank 0 saved\\n" if other else b"rank 1 saved\\n")  # whole lines, whatever Python buffers
+    os.write(1, b"rank 0 saved\\n" if other else b"rank 1 saved\\n")  # whole lines, without buffering
 if other:
     os.wait()
     sys.exit(143)
 """
-# A run that hangs: it only notes in the second pipe that it was asked to end.
+# A run that hangs: on SIGTERM it only writes to the second pipe.
 DEAF = """
 import signal, sys
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -52,7 +52,7 @@ def plan(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """`run({planned run: command})` runs the study; on_end as the runner's. Returns arm -> outcome."""
+    """Return `run([(planned run, command), ...])`, which runs the study and returns arm -> outcome. on_end: of the runner."""
 
     def run(commands, on_end=lambda _: None):
         by_arm = {planned.arm: command for planned, command in commands}
@@ -123,7 +123,7 @@ def test_runs_that_ended_by_budget_or_diverged_are_not_run_again(plan, run):
         "broken": "failed",
     }
     assert sorted(told) == ["base seed 5", "broken seed 5", "wild seed 5"]
-    assert outcomes["broken"].line == "it wrote nothing"
+    assert outcomes["broken"].line == "no output"
     assert (finished(wild)["end"], finished(wild)["line"]) == ("diverged", "step 3: the loss is nan")
     assert run(commands).keys() == {"broken"}
     assert [len(attempts(planned)) for planned in (base, wild, broken)] == [1, 1, 2]
@@ -133,18 +133,21 @@ def test_a_signal_lets_every_rank_save_and_the_run_can_go_on(plan, run, tmp_path
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     quick, long = plan("quick"), plan("long")
-    # quick ends when long waits for its signal, which is sent to this process as Ctrl-C would be.
+    # quick ends when long waits for its signal, which is sent to this process, as with Ctrl-C.
     commands = [
         (quick, ["timeout", "30", "cat", str(pipe)]),
         (long, [sys.executable, "-S", "-c", RANKS, str(pipe)]),
     ]
-    with signals_raise(), pytest.raises(Interrupted, match="SIGTERM: runs were stopped; the same command goes on"):
+    with (
+        signals_raise(),
+        pytest.raises(Interrupted, match="SIGTERM: runs were stopped; the same command continues them"),
+    ):
         run(commands, on_end=lambda _: signal.raise_signal(signal.SIGTERM))
     assert finished(quick)["end"] == "budget"
     assert sorted((long.folder / "log.txt").read_text().splitlines()) == ["rank 0 saved", "rank 1 saved"]
     assert [attempt["code"] for attempt in attempts(long)] == [143]
     assert still_to_run([quick, long]) == [long]
-    with sole_user(tmp_path / "out"):  # no process is left that writes there
+    with sole_user(tmp_path / "out"):  # no process that writes there is left
         pass
 
 
@@ -155,7 +158,7 @@ def test_a_run_that_does_not_end_in_time_is_killed(plan, run, tmp_path, monkeypa
     asked = []
 
     def wait(futures, timeout=None, **options):
-        """The time of grace is over once the run was asked to end."""
+        """Return as soon as the run has received SIGTERM, instead of waiting for the whole grace period."""
         if timeout is not None:
             asked.append(second.read_text())
             timeout = 0
@@ -185,5 +188,5 @@ def test_a_folder_with_another_configuration_is_refused_before_anything_starts(p
     with pytest.raises(UserError, match="arm base, seed 5: seed is 5, the run in .* had 6; remove that folder"):
         run([(first, shell("true")), (base, shell("true"))])
     assert not first.folder.exists()
-    (base.folder / "config.yaml").write_text(yaml.safe_dump(there | {"seed": 5}))  # elsewhere, but the same run
+    (base.folder / "config.yaml").write_text(yaml.safe_dump(there | {"seed": 5}))  # another folder, but the same run
     assert run([(base, shell("true"))])["base"].end == "budget"

@@ -1,4 +1,4 @@
-"""A study's file is checked whole, its arms included, before anything runs."""
+"""A study's file and its arms are validated before anything runs."""
 
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def test_arms_times_seeds_seed_by_seed(write):
         assert run.config.seed == run.seed
         assert run.config.train.optimizer.lr == 1e-5 and run.config.train.optimizer.betas == (0.9, 1e-4)
         assert run.config.run_dir == run.folder and run.config.train.budget.updates == 16
-    assert (runs[0].config.train.steps, runs[1].config.train.steps) == (8, 2)  # 2 and 8 updates a step
+    assert (runs[0].config.train.steps, runs[1].config.train.steps) == (8, 2)  # 2 and 8 updates per step
 
 
 def test_what_an_arm_sets_stands_above_what_all_set(write):
@@ -90,7 +90,7 @@ def test_steps_are_more_than_a_budget_pays_for(write, match, budget, steps):
 
 def test_a_start_gives_paths_to_every_arm_of_its_seed(write):
     path = write(start="digits", digits={"train": 64})
-    planned(path)  # checked before there is one
+    planned(path)  # checked before the start exists
     starts = {seed: [f"model.path=m{seed}", f"data.train=t{seed}", f"data.val=v{seed}"] for seed in (3, 4)}
     for run in planned(path, starts):
         assert (run.config.model.path, run.config.data.val) == (f"m{run.seed}", f"v{run.seed}")
@@ -108,7 +108,7 @@ def test_a_start_gives_paths_to_every_arm_of_its_seed(write):
         ({"budget": 12.5}, ["budget 12.5 updates", "whole"]),
         ({"arms": {}}, ["arms"]),
         ({"arms": {"a/b": {}}}, ["arm 'a/b'", "folder"]),
-        ({"match": "seconds", "jobs": 2}, ["match seconds", "slow each other", "jobs 1"]),
+        ({"match": "seconds", "jobs": 2}, ["match seconds", "slow each other down", "jobs to 1"]),
         ({"digits": {"train": 64}}, ["set start: digits"]),
         ({"claims": [{"text": "x", "higher": "mssr", "lower": "grp"}]}, ["no arm grp", "did you mean grpo?"]),
         (
@@ -121,12 +121,12 @@ def test_a_start_gives_paths_to_every_arm_of_its_seed(write):
             ["arm bad", "unknown key algorithm.nme", "algorithm.name"],
         ),
         ({"arms": {"bad": {"train.optimizer.lr": -1}}}, ["arm bad", "train.optimizer.lr", "greater than 0", "got -1"]),
-        ({"arms": {"bad": {"train.steps": 5}}}, ["arm bad", "train.steps is the study's own"]),
+        ({"arms": {"bad": {"train.steps": 5}}}, ["arm bad", "train.steps is set by the study"]),
         ({"arms": {"bad": {"train": {"steps": 5}}}}, ["arm bad", "train is a whole section"]),
-        ({"set": {"seed": 5}}, ["set: seed is the study's own"]),
-        ({"set": {"train.budget.tokens": 5}}, ["train.budget.tokens is the study's own"]),
+        ({"set": {"seed": 5}}, ["set: seed is set by the study"]),
+        ({"set": {"train.budget.tokens": 5}}, ["train.budget.tokens is set by the study"]),
         ({"start": "digits", "set": {"data.val": "x"}}, ["data.val comes from start: digits"]),
-        ({"budget": 14}, ["arm grpo", "14 updates", "a step makes 8", "multiple"]),
+        ({"budget": 14}, ["arm grpo", "14 updates", "a step has 8", "multiple"]),
         (
             {"match": "rollouts", "set": {"train.optimizer.schedule": "cosine"}},
             ["arm mssr", "schedule cosine", "constant"],
@@ -135,12 +135,12 @@ def test_a_start_gives_paths_to_every_arm_of_its_seed(write):
         ({"config": "nowhere.yaml"}, ["nowhere.yaml: no such config file"]),
     ],
 )
-def test_mistakes_are_told_in_one_line(write, keys, words):
+def test_mistakes_are_reported_in_one_line(write, keys, words):
     line = refused(write(**keys))
     assert all(word in line for word in words), line
 
 
-def test_of_two_arms_with_one_name_none_is_lost(write):
+def test_two_arms_with_one_name_are_refused(write):
     path = write()
     path.write_text(path.read_text().replace("arms:\n", "arms:\n  grpo:\n    algorithm.name: rloo\n"))
     assert "grpo is there twice" in refused(path)
@@ -168,7 +168,7 @@ STUDIES = [path for path in (ROOT / "bench/study/configs").glob("*.yaml") if "ar
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_studies_that_are_shipped_can_start(path, monkeypatch):
-    monkeypatch.chdir(ROOT)  # where the paths in the files start
+    monkeypatch.chdir(ROOT)  # the paths in the files are relative to it
     spec = load_study(path)
     assert len(planned(path)) == len(spec.arms) * len(spec.seeds)
 

@@ -1,4 +1,4 @@
-"""Intervals against hand-worked numbers and scipy."""
+"""Intervals, against numbers worked out by hand and scipy."""
 
 import numpy as np
 import pytest
@@ -22,14 +22,14 @@ def test_the_same_as_scipy(n):
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_of_one_value_there_is_no_interval():
+def test_one_value_has_no_interval():
     found = mean_interval([0.25])
     assert (found.mean, found.low, found.high, found.n) == (0.25, None, None, 1)
     with pytest.raises(ValueError, match="no values"):
         mean_interval([])
 
 
-def test_equal_values_are_an_interval_of_no_width():
+def test_equal_values_have_an_interval_of_width_0():
     found = mean_interval([0.5, 0.5, 0.5])
     assert (found.low, found.high) == (0.5, 0.5)
 
@@ -47,7 +47,7 @@ def test_a_paired_difference_takes_common_seeds_and_cancels_what_they_share():
 
 
 def test_shares_by_fishers_exact_test():
-    """5 of 5 against 0 of 5: two of the C(10, 5) = 252 tables are as extreme. 3 of 5 against 0 of 5: not shown."""
+    """5 of 5 against 0 of 5: two of the C(10, 5) = 252 tables are as extreme. 3 of 5 against 0 of 5: not significant."""
     assert share_p_value(5, 5, 0, 5) == pytest.approx(2 / 252)
     assert share_p_value(3, 5, 0, 5) == pytest.approx(1 / 6)
     assert share_p_value(0, 5, 0, 5) == pytest.approx(1.0)

@@ -1,4 +1,4 @@
-"""Claims, decided by hand-worked differences."""
+"""Verdicts on claims, against differences worked out by hand."""
 
 import pytest
 from pydantic import ValidationError
@@ -25,33 +25,33 @@ def test_a_difference_whose_interval_is_above_zero_holds(tmp_path):
     assert found.evidence == "+5.0 points, 95 % interval 2.5 to 7.5, 3 seeds"
 
 
-def test_the_opposite_does_not_hold_and_an_interval_over_zero_shows_nothing(tmp_path):
+def test_the_opposite_does_not_hold_and_an_interval_with_zero_is_inconclusive(tmp_path):
     found = decide(tmp_path / "1", {"a": finals(0.5, 0.6, 0.7), "b": finals(0.54, 0.65, 0.76)})
     assert found.word == "does not hold" and found.evidence.startswith("−5.0 points, 95 % interval −7.5 to −2.5")
     found = decide(tmp_path / "2", {"a": finals(0.5, 0.6, 0.7), "b": finals(0.4, 0.65, 0.7)})
-    assert found.word == "not shown either way"
+    assert found.word == "inconclusive"
     found = decide(tmp_path / "4", {"a": finals(0.4, 0.65, 0.7), "b": finals(0.5, 0.6, 0.7)})
-    assert found.word == "not shown either way" and found.evidence.startswith("−1.7 points")
+    assert found.word == "inconclusive" and found.evidence.startswith("−1.7 points")
     found = decide(tmp_path / "3", {"a": finals(0.5, 0.6), "b": finals(0.5, 0.6)})
-    assert found.word == "not shown either way"  # no difference at all is not a difference
+    assert found.word == "inconclusive"  # no difference at all
 
 
-@pytest.mark.parametrize("by, word", [(0.02, "holds"), (0.03, "not shown either way"), (0.08, "does not hold")])
-def test_more_than_so_much(tmp_path, by, word):
+@pytest.mark.parametrize("by, word", [(0.02, "holds"), (0.03, "inconclusive"), (0.08, "does not hold")])
+def test_a_minimal_difference(tmp_path, by, word):
     found = decide(tmp_path, {"a": finals(0.54, 0.65, 0.76), "b": finals(0.5, 0.6, 0.7)}, by=by)
-    assert found.word == word and f"asked for is more than +{100 * by:.1f}" in found.evidence
+    assert found.word == word and f"required is more than +{100 * by:.1f}" in found.evidence
 
 
-def test_no_worse_than(tmp_path):
+def test_non_inferiority(tmp_path):
     """Differences -1, 0 and 1 points: the interval reaches to -2.5."""
     arms = {"a": finals(0.49, 0.6, 0.71), "b": finals(0.5, 0.6, 0.7)}
     assert decide(tmp_path / "1", arms, by=-0.03).word == "holds"
-    assert decide(tmp_path / "2", arms, by=-0.02).word == "not shown either way"
+    assert decide(tmp_path / "2", arms, by=-0.02).word == "inconclusive"
 
 
-def test_one_seed_shows_nothing(tmp_path):
+def test_one_seed_is_inconclusive(tmp_path):
     found = decide(tmp_path, {"a": finals(0.9), "b": finals(0.1)})
-    assert found.word == "not shown either way" and "one seed, so no interval" in found.evidence
+    assert found.word == "inconclusive" and "one seed, so no interval" in found.evidence
 
 
 def test_best_and_mean_over_the_run(tmp_path):
@@ -82,7 +82,7 @@ def test_collapses_by_fishers_test(tmp_path):
     found = decide(tmp_path / "2", {"a": collapse(0, 5), "b": collapse(5, 5)}, at="collapsed")
     assert found.word == "does not hold"
     found = decide(tmp_path / "3", {"a": collapse(3, 5), "b": collapse(0, 5)}, at="collapsed")
-    assert found.word == "not shown either way"
+    assert found.word == "inconclusive"
     ends = {("a", seed): "diverged" for seed in range(5)}
     found = decide(tmp_path / "4", {"a": collapse(0, 5), "b": collapse(0, 5)}, at="collapsed", ends=ends)
     assert found.word == "holds"
@@ -102,26 +102,26 @@ def test_costs_to_a_threshold(tmp_path):
 @pytest.mark.parametrize(
     "higher, lower, word",
     [
-        (NEVER, FAST, "holds"),  # it would have cost more still
+        (NEVER, FAST, "holds"),  # its cost is higher still
         (FAST, NEVER, "does not hold"),
-        (NEVER, NEVER, "not shown either way"),
+        (NEVER, NEVER, "inconclusive"),
     ],
 )
 def test_a_threshold_that_is_never_reached_costs_the_whole_run_at_least(tmp_path, higher, lower, word):
     found = decide(
         tmp_path, {"a": [higher] * 3, "b": [lower] * 3}, at="rollouts_to", threshold=0.5, thresholds=[0.5], budget=24
     )
-    assert found.word == word and "never reached by" in found.evidence
+    assert found.word == word and "not reached by" in found.evidence
 
 
-def test_a_bound_decides_nothing_against_itself(tmp_path):
-    """One arm reached it after 32 updates; the other had not by 16, where it ended: it may yet have cost more."""
+def test_a_bound_does_not_decide_against_itself(tmp_path):
+    """One arm reached it after 32 updates; the other ended at 16 without reaching it, so its cost may be higher."""
     late, short = [[0.1, 0.2, 0.3, 0.3, 0.6]] * 3, [[0.1, 0.2, 0.3]] * 3
     keys = {"at": "updates_to", "threshold": 0.5, "thresholds": [0.5], "budget": 32}
     found = decide(tmp_path / "1", {"a": short, "b": late}, **keys)
-    assert found.evidence.startswith("−16 updates") and found.word == "not shown either way"
+    assert found.evidence.startswith("−16 updates") and found.word == "inconclusive"
     found = decide(tmp_path / "2", {"a": late, "b": short}, **keys)
-    assert found.evidence.startswith("+16 updates") and found.word == "not shown either way"
+    assert found.evidence.startswith("+16 updates") and found.word == "inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -135,6 +135,6 @@ def test_a_bound_decides_nothing_against_itself(tmp_path):
         ({"lower": "a"}, "with itself"),
     ],
 )
-def test_a_claim_that_says_nothing_is_refused(keys, words):
+def test_an_invalid_claim_is_refused(keys, words):
     with pytest.raises(ValidationError, match=words):
         Claim(**{"text": "x", "higher": "a", "lower": "b"} | keys)
