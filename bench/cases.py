@@ -57,10 +57,8 @@ def make(shape: Shape, settings: Settings, seed: int) -> Inputs:
 
 def for_task(tensors: Inputs, task: str) -> Inputs:
     """Return tensors on the same memory, which require the gradients of the task and have none yet."""
-    hidden, weight = tensors.hidden.detach(), tensors.weight.detach()
-    return tensors._replace(
-        hidden=hidden.requires_grad_(task != "forward"), weight=weight.requires_grad_(task == "loss")
-    )
+    hidden = tensors.hidden.detach().requires_grad_(task != "forward")
+    return tensors._replace(hidden=hidden, weight=tensors.weight.detach().requires_grad_(task == "loss"))
 
 
 def run(tensors: Inputs, name: str, task: str, settings: Settings):

@@ -28,7 +28,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def plot(folder: Path) -> Path:
-    """Write the PNG beside its report; return its path.
+    """Write the PNG next to its report; return its path.
 
     Raises:
         UserError: there is no report, or one without cases.

@@ -13,6 +13,7 @@ allocator handed out and what the device lost, with vLLM awake before, so that i
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 from pathlib import Path
@@ -60,12 +61,11 @@ def measure(arguments: argparse.Namespace, words: list[str] | None = None, limit
     """Return the report. limit: seconds for each case."""
     settings = {key: getattr(arguments, key) for key in ("dtype", "repeats")}
     report = report_of.new("bench.sync", words, arguments.device, settings)
-    for size in arguments.model:
-        for mode in arguments.modes:
-            case = {"size": size, "mode": mode, "ranks": 1 if mode == "zero0" else arguments.ranks}
-            why = why_not(case, arguments.device)
-            found = {"skipped": why} if why else run(case | settings | {"device": arguments.device}, limit)
-            report["cases"].append(case | found)
+    for size, mode in itertools.product(arguments.model, arguments.modes):
+        case = {"size": size, "mode": mode, "ranks": 1 if mode == "zero0" else arguments.ranks}
+        why = why_not(case, arguments.device)
+        found = {"skipped": why} if why else run(case | settings | {"device": arguments.device}, limit)
+        report["cases"].append(case | found)
     return report
 
 

@@ -31,9 +31,8 @@ def provenance(report: dict) -> str:
 
 def figures(columns: list[str], found: dict[str, dict], cells: Callable[[dict], list[str]]) -> str:
     """A table with a line per provider, head or model; those without figures come last and say why."""
-    rows = [[title(each), *(cells(of) if "seconds" in of else [why(of)])] for each, of in found.items()]
-    missing = ["seconds" not in of for of in found.values()]
-    return table(columns, [row for _, row in sorted(zip(missing, rows), key=lambda pair: pair[0])])
+    ordered = sorted(found.items(), key=lambda item: "seconds" not in item[1])
+    return table(columns, [[title(each), *(cells(of) if "seconds" in of else [why(of)])] for each, of in ordered])
 
 
 # bench.kernels.
