@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, Qwen2VLImageProcessorPil
 
 from examples.digits.tiny_model import train_tokenizer
-from mssr.config import Config, ModelConfig, OptimizerConfig, TrainConfig, validate_config
+from mssr.config import Config, validate_config
+from mssr.config.schema import ModelConfig, OptimizerConfig, TrainConfig
 from mssr.distributed import World, free_port, start_world
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.model import Policy

@@ -67,10 +67,6 @@ class World:
         if problem:
             raise UserError(problem)
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
 
 def start_world(device: str = "auto") -> World:
     """Join the launcher's process group (`torchrun`, `deepspeed`), or start a group of one.

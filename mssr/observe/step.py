@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from mssr.algorithms.advantages import Outcomes, zero_variance
-from mssr.algorithms.calibration import calibration
 from mssr.batch import GradedRollouts
 from mssr.distributed import World
 from mssr.observe.metrics import Metric
 from mssr.policy.engine import UpdateStats
 from mssr.rollout.gap import LogpGap
 from mssr.stopwatch import Stopwatch
+
+BINS = 10  # of the value tracker's predictions
 
 
 def step_metrics(
@@ -64,6 +65,21 @@ def outcome_metrics(outcomes: Outcomes) -> dict[str, Metric]:
     if outcomes.group > 1:
         metrics["rollout/zero_variance"] = float(zero_variance(outcomes.reward, outcomes.group).double().mean())
     return metrics
+
+
+def calibration(baseline: Tensor, reward: Tensor) -> dict[str, float | list[list[float]]]:
+    """Return the metrics of one step.
+
+    tracker/brier: mean of (v - r)^2; 0.25 for a tracker that always predicts 0.5 (rewards 0 and 1).
+    tracker/bins: for v in [0, .1), [.1, .2), ... [.9, 1], [count, sum of v, sum of r]; sums, so that steps can be added.
+
+    baseline: [B] in [0, 1], v before the tracker saw these rewards.
+    reward: [B] in [0, 1].
+    """
+    which = (BINS * baseline).long().clamp(max=BINS - 1)
+    columns = torch.stack([torch.ones_like(baseline), baseline, reward], 1).double()
+    sums = torch.zeros(BINS, 3, dtype=torch.float64).index_add(0, which, columns)
+    return {"tracker/brier": (baseline - reward).double().square().mean().item(), "tracker/bins": sums.tolist()}
 
 
 def sampled_token_entropy(logp: Tensor) -> Tensor:

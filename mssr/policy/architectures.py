@@ -50,10 +50,9 @@ def model_config(path: str) -> PretrainedConfig:
 
 
 def _published(name: str) -> Qwen2_5_VLConfig:
-    size = dict(_SIZES[name])
-    tied = size.pop("tie_word_embeddings")
+    size = _SIZES[name]
     return Qwen2_5_VLConfig(
         text_config=_TEXT | size,
         vision_config=_VISION | {"out_hidden_size": size["hidden_size"]},
-        tie_word_embeddings=tied,
+        tie_word_embeddings=size["tie_word_embeddings"],
     )

@@ -20,9 +20,7 @@ def deepspeed_settings(optimizer: OptimizerConfig, train: TrainConfig, dtype: to
         UserError: the JSON (`train.deepspeed`) is unreadable, or has an unsupported setting.
     """
     given = read_deepspeed_json(train.deepspeed) if train.deepspeed is not None else {}
-    if (
-        given and given[ZERO]["stage"] != train.zero_stage
-    ):  # `mssr.config.load` sets the stage; a TrainConfig by hand may not
+    if given and given[ZERO]["stage"] != train.zero_stage:  # a TrainConfig by hand; `mssr.config.load` sets the stage
         raise UserError(f"{train.deepspeed} has stage {given[ZERO]['stage']}: set train.zero_stage to it")
     zero = {"stage": train.zero_stage, "overlap_comm": False}
     if train.zero_stage == 3:

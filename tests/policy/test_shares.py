@@ -99,7 +99,7 @@ def collectives(world):
         "is_main": world.is_main,
         "argument": mine,
     }
-    world.barrier()
+    world.gather(None)
     return result
 
 

@@ -79,7 +79,9 @@ def sample(llm, policy, prompts):
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
             if output.finished:
-                responses[int(output.request_id)] = response(output.outputs[0], 0)
+                (one,) = output.outputs
+                logps = [entry[token].logprob for token, entry in zip(one.token_ids, one.logprobs, strict=True)]
+                responses[int(output.request_id)] = response(one.token_ids, logps, one.finish_reason, 0)
     return collect(list(prompts), [responses[number] for number in range(len(prompts))], 0)
 
 

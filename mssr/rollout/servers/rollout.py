@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from mssr.batch import Prompt
 from mssr.config.schema import RolloutConfig
 from mssr.distributed import World
@@ -19,7 +17,7 @@ from mssr.rollout.base import OnResponse, Request, Response, RolloutEngine
 from mssr.rollout.servers.client import ServerLost, call, call_all, http_session
 from mssr.rollout.servers.weights import WeightTransfer
 from mssr.rollout.vllm.adapter import require_server_vllm
-from mssr.rollout.vllm.requests import engine_input, sampling
+from mssr.rollout.vllm.requests import engine_input, response, sampling
 
 _HEALTH_S = 10.0  # a server that does not answer a health check within this time gets no requests
 _POLL_S = 0.25  # between health checks of a server that is still starting
@@ -124,12 +122,7 @@ class ServerRollout(RolloutEngine):
                 f"rollout.max_response_tokens {self._config.max_response_tokens}; start it with this config"
             )
         logps = [token["logprob"] for token in choice["logprobs"]["content"]]
-        return Response(
-            tokens=torch.tensor(choice["token_ids"]),
-            logp=torch.tensor(logps, dtype=torch.float32),
-            truncated=choice["finish_reason"] == "length",
-            weight_version=self._weight_version,
-        )
+        return response(choice["token_ids"], logps, choice["finish_reason"], self._weight_version)
 
     def _lose(self, server: str, reason: str) -> None:
         self._live.remove(server)

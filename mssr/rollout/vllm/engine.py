@@ -100,8 +100,10 @@ class VLLMRollout(RolloutEngine):
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
+                    (found,) = output.outputs
+                    logps = [entry[token].logprob for token, entry in zip(found.token_ids, found.logprobs, strict=True)]
                     number = int(output.request_id) - first
-                    finished(number, response(output.outputs[0], self._weight_version))
+                    finished(number, response(found.token_ids, logps, found.finish_reason, self._weight_version))
 
     def _gather(self, value: list) -> list[list]:
         """Return the lists of all ranks that share the engine."""

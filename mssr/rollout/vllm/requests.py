@@ -4,6 +4,8 @@ vLLM gets what the trainer trains on: token ids with image tokens expanded, and 
 tokenisation nor preprocessing can differ from the trainer's.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -72,13 +74,11 @@ def sampling(temperature: float, max_tokens: int, ends: list[int], forbidden: li
     }
 
 
-def response(completion, weight_version: int) -> Response:
-    """Return the response of a finished `vllm.outputs.CompletionOutput`."""
-    tokens = list(completion.token_ids)
-    logps = [entry[token].logprob for token, entry in zip(tokens, completion.logprobs, strict=True)]
+def response(token_ids: Sequence[int], logps: list[float], finish_reason: str, weight_version: int) -> Response:
+    """Return the response that vLLM generated, in this process or in a server."""
     return Response(
-        tokens=torch.tensor(tokens),
+        tokens=torch.tensor(list(token_ids)),
         logp=torch.tensor(logps, dtype=torch.float32),
-        truncated=completion.finish_reason == "length",
+        truncated=finish_reason == "length",
         weight_version=weight_version,
     )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mssr.algorithms.calibration import calibration
+from mssr.observe.step import calibration
 
 
 def test_brier_and_bins_by_hand():
