@@ -48,7 +48,7 @@ def measure(world: World, case: dict) -> dict:
     """case: size, mode, device, dtype, repeats, and the path of a folder for the model, which is made here."""
     if world.is_main:
         write_model(case)
-    world.barrier()
+    torch.distributed.barrier()
     policy, _engine = make_policy(world, case)
     if world.device.type == "cuda":
         start_eager()
@@ -80,13 +80,13 @@ def measure(world: World, case: dict) -> dict:
 
 def timed(call: Callable[[], None], world: World) -> float:
     gc.collect()
-    world.barrier()
+    torch.distributed.barrier()
     return seconds_of(call, world.device.type)
 
 
 def peak_extra(call: Callable[[], None], world: World) -> int:
     """Return the bytes at the peak of a call. vLLM is awake before, so its own weights and cache do not count."""
-    world.barrier()
+    torch.distributed.barrier()
     if world.device.type != "cuda":
         return peak_extra_bytes(call, "cpu")
     torch.cuda.empty_cache()
