@@ -6,8 +6,8 @@ import pytest
 from policy_helpers import ALONE, processors, run_config
 
 import mssr.rollout as rollout
-from mssr.config.resolve import engine_name, why_no_vllm
 from mssr.config import resolve
+from mssr.config.resolve import engine_name, why_no_vllm
 from mssr.errors import UserError
 from mssr.rollout.vllm.adapter import require_server_vllm, require_vllm
 from mssr.rollout.vllm.engine import VLLMRollout
