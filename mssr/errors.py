@@ -3,6 +3,14 @@
 import signal
 
 
+def shortened(text: object, longest: int = 120) -> str:
+    """Return the text for use in an error: on one line, printable, and cut in the middle if it is long."""
+    line = " ".join(str(text).split())
+    if len(line) > longest:
+        line = f"{line[: longest // 2]}...{line[-longest // 2 :]} ({len(line):,} characters)"
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
+
+
 class UserError(Exception):
     """One line: what is wrong, where (key, file, row, token), and what to do.
 

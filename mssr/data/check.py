@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from mssr.data.files import Row
+from mssr.data.columns import Row
 from mssr.data.prefetch import worker_count
-from mssr.data.prompts import PromptEncoder, Unusable
+from mssr.data.prompts import PromptEncoder, why_unusable
 from mssr.distributed import World
 from mssr.errors import BadRow, UserError
 
@@ -25,8 +25,8 @@ def check_rows(rows: Sequence[Row], encoder: PromptEncoder, source: str, world: 
         """Return key and answer, or the reason why the row cannot be used. Keeps no images."""
         try:
             key, answer = encoder.check(rows[row])
-        except Unusable as reason:
-            return str(reason)
+        except Exception as error:
+            return why_unusable(error)
         return key, answer.strip()
 
     rank, size = (world.rank, world.size) if world else (0, 1)

@@ -8,12 +8,13 @@ from mssr.batch import Prompt
 from mssr.config.schema import DataConfig
 from mssr.data.cache import PromptCache
 from mssr.data.check import Checked, check_rows
+from mssr.data.columns import unread
 from mssr.data.files import open_rows
 from mssr.data.pixels import pixel_table
 from mssr.data.prefetch import PromptLoader
-from mssr.data.prompts import PromptEncoder
+from mssr.data.prompts import PromptEncoder, why_unusable
 from mssr.distributed import World
-from mssr.errors import BadRow, UserError
+from mssr.errors import BadRow, UserError, shortened
 
 SHOWN = 5  # bad rows named in an error
 
@@ -32,7 +33,7 @@ class ProblemDataset:
         self.keys: list[str] = []
         self.bad_rows: list[BadRow] = []
         self._encoder = encoder
-        self._rows = open_rows(path)
+        self._rows = open_rows(path, world)
         self._usable: list[int] = []
         if not len(self._rows):
             raise UserError(f"{self.source}: has no rows")
@@ -41,8 +42,11 @@ class ProblemDataset:
             raise UserError(self._describe_bad_rows("cannot be used") + "; fix them or set data.on_bad_row: skip")
         if not self._usable:
             raise UserError(self._describe_bad_rows("cannot be used") + "; no usable row is left")
-        if self.bad_rows and (world is None or world.is_main):
-            print(f"mssr: {self._describe_bad_rows('are skipped')}", file=sys.stderr, flush=True)
+        if world is None or world.is_main:
+            if others := unread(self._rows.names):
+                _say(f"{self.source}: columns that are not read: {shortened(', '.join(others), 300)}")
+            if self.bad_rows:
+                _say(self._describe_bad_rows("are skipped"))
         cache = PromptCache(int(config.cache_gib * 2**30), pixel_table(encoder.image_processor))
         self._loader = PromptLoader(self._encode, cache)
 
@@ -69,7 +73,11 @@ class ProblemDataset:
         self._loader.close()
 
     def _encode(self, row: int) -> Prompt:
-        return self._encoder.encode(self._rows[row], row, self.source)
+        try:
+            columns = self._rows[row]
+        except Exception as error:
+            raise BadRow(row, self.source, why_unusable(error)) from None
+        return self._encoder.encode(columns, row, self.source)
 
     def _sort_out(self, checked: list[Checked]) -> str:
         """Fill `_usable`, `keys` and `bad_rows`, and return the fingerprint."""
@@ -82,7 +90,8 @@ class ProblemDataset:
             key, answer = found
             first, known = seen.setdefault(key, (row, answer))
             if answer != known:
-                reason = f"same problem as row {first} with a different answer ({answer!r}, there {known!r})"
+                theirs, ours = shortened(repr(known)), shortened(repr(answer))
+                reason = f"same problem as row {first} with a different answer ({ours}, there {theirs})"
                 self.bad_rows.append(BadRow(row, self.source, f"{reason}; keep one of them"))
                 continue
             self._usable.append(row)
@@ -95,3 +104,7 @@ class ProblemDataset:
         more = len(self.bad_rows) - SHOWN
         rest = f"; and {more} more" if more > 0 else ""
         return f"{self.source}: {len(self.bad_rows)} of {len(self._rows)} rows {what}: {shown}{rest}"
+
+
+def _say(line: str) -> None:
+    print(f"mssr: {line}", file=sys.stderr, flush=True)

@@ -3,80 +3,95 @@
 Whatever the source, a row is a dict of the EasyR1 columns `images`, `problem`, `answer`, `solution`.
 """
 
+import codecs
 import json
-from bisect import bisect_right
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
-from mssr.errors import UserError
+from mssr.data.columns import Row, empty, renamed, require_columns, to_load
+from mssr.data.images import is_path
+from mssr.data.row_file import RowFile, write_once
+from mssr.distributed import World
+from mssr.errors import UserError, shortened
 
-COLUMNS = ("images", "problem", "answer", "solution")
-REQUIRED = ("problem", "answer")
-ALIASES = {"image": "images", "question": "problem"}  # column names of the MMK12 dataset
 SUFFIXES = (".parquet", ".jsonl", ".json")  # of a directory, files with the first of these that occurs are read
 SPLITS = ("train", "val", "test")  # how a split's files, or folders, begin; "val" also finds validation.parquet
-ROWS_AT_ONCE = 256  # of a parquet file; images of a large row group do not fit one Arrow array
-
-Row = dict[str, Any]
-
-
-class Table(Sequence[Row]):
-    """Rows of an Arrow table or a `datasets.Dataset` in Arrow format, read one at a time; images stay encoded."""
-
-    def __init__(self, table: Any) -> None:
-        self.table = table
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> Row:
-        rows = self.table.slice(index, 1) if isinstance(self.table, pyarrow.Table) else self.table[index : index + 1]
-        return rows.to_pylist()[0]
+ROWS_AT_ONCE = 64  # of a parquet file; images of a large row group do not fit one Arrow array
+READ_AHEAD = 2**20  # bytes of a parquet file
 
 
-class Rows(Sequence[Row]):
-    """The rows of several files as one sequence, with our column names and absolute image paths."""
+class HubRows(Sequence[Row]):
+    """Rows of a `datasets.Dataset` in Arrow format, which maps its files into memory; images stay encoded."""
 
-    def __init__(self, parts: list[tuple[Path | None, Sequence[Row]]]) -> None:
-        self.parts = parts  # (folder that relative image paths start from, rows)
-        self._ends = list(accumulate(len(rows) for _, rows in parts))
+    def __init__(self, dataset: Any, names: list[str]) -> None:
+        """names: of all columns, also of those left out of `dataset`."""
+        self.names = names
+        self._dataset = dataset
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._dataset)
 
     def __getitem__(self, index: int) -> Row:
-        part = bisect_right(self._ends, index)
-        folder, rows = self.parts[part]
-        row = _renamed(rows[index - (self._ends[part - 1] if part else 0)])
-        images = row.get("images")
-        if folder is not None and images is not None:
-            row["images"] = [_absolute(image, folder) for image in (images if isinstance(images, list) else [images])]
-        return row
+        index = range(len(self))[index]
+        return renamed(self._dataset[index : index + 1].to_pylist()[0])
 
 
-def open_rows(path: str) -> Rows:
+class FileRows:
+    """The rows of several files, with our column names and absolute image paths. Images are read when rows are used.
+
+    names: of the columns of all files, complete after one iteration.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        self.names: list[str] = []
+        self._files = files
+
+    def __iter__(self) -> Iterator[Row | Exception]:
+        for file in self._files:
+            for row in _read_parquet(file, self.names) if file.suffix == ".parquet" else _read_json(file, self.names):
+                yield row if isinstance(row, Exception) else _with_folder(renamed(row), file.parent)
+
+
+def open_rows(path: str, world: World | None = None) -> RowFile | HubRows:
     """Return the rows of a file, a directory, or a hub name; `directory:split` or `name:split` selects a split.
+
+    world: the ranks that open the same path together; on each machine one of them reads the files.
 
     Raises:
         UserError: nothing is there, it is not readable, or a required column is missing.
     """
+    with world.together() if world else nullcontext():
+        found = _find(path)
+    if not isinstance(found, tuple):
+        return write_once(FileRows(found), path, world)
+    with world.together() if world else nullcontext():
+        return _read_hub(*found, path)
+
+
+def _find(path: str) -> list[Path] | tuple[str, str]:
+    """Return the files, or name and split of a dataset of the hub."""
     place, split = Path(path).expanduser(), None
-    if not place.exists() and ":" in path:
+    if not _exists(place) and ":" in path:
         name, _, split = path.rpartition(":")
         place = Path(name).expanduser()
-    if place.is_dir():
-        place = _snapshot(place)
-        return Rows([(file.parent, _read_file(file)) for file in _files(place, split)])
-    if place.is_file():
-        return Rows([(place.parent, _read_file(place))])
+    if _exists(place):
+        return _files(_snapshot(place), split) if place.is_dir() else [place]
     if path.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or str(place).count("/") > 1:
-        raise UserError(f"{path}: no such file or directory; give a .parquet or .jsonl file, or a hub name")
-    return Rows([(None, _read_hub(str(place), split or "train", path))])
+        shown = shortened(path, 300)
+        raise UserError(f"{shown}: no such file or directory; give a .parquet or .jsonl file, or a hub name")
+    return str(place), split or "train"
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError:  # the name is too long, or a folder on the way may not be entered
+        return False
 
 
 def _snapshot(folder: Path) -> Path:
@@ -109,86 +124,106 @@ def _is_of(file: Path, folder: Path, split: str) -> bool:
     return False
 
 
-def _read_file(file: Path) -> Sequence[Row]:
-    if file.suffix == ".parquet":
-        try:
-            names = pyarrow.parquet.read_schema(file).names
-            _require_columns(names, str(file))
-            return Table(_read_parquet(file, _wanted(names)))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file}: not a readable parquet file: {_first_line(error)}") from None
-    rows = _read_json(file)
-    _require_columns(sorted({name for row in rows for name in row}) if rows else REQUIRED, str(file))
-    return rows
-
-
-def _read_parquet(file: Path, columns: list[str]) -> pyarrow.Table:
-    with pyarrow.parquet.ParquetFile(file) as opened:
-        schema = pyarrow.schema([opened.schema_arrow.field(name) for name in columns])
-        batches = opened.iter_batches(ROWS_AT_ONCE, columns=columns)
-        return pyarrow.Table.from_batches((batch.select(columns) for batch in batches), schema)
-
-
-def _read_json(file: Path) -> list[Row]:
-    """Read a JSON array of rows, or one row per line."""
+def _read_parquet(file: Path, names: list[str]) -> Iterator[Row | Exception]:
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not readable as UTF-8 text: {_first_line(error)}") from None
-    whole = text.lstrip().startswith("[")
-    rows = []
-    for number, line in enumerate([text] if whole else text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            parsed = json.loads(line)
-        except json.JSONDecodeError as error:
-            place = f"line {error.lineno if whole else number}, column {error.colno}"
-            raise UserError(f"{file}, {place}: not valid JSON: {error.msg}") from None
-        rows += parsed if whole else [parsed]
-    for number, row in enumerate(rows):
+        # With pyarrow's own settings, whole row groups are in memory. So are at least the 1,024 rows of a page, or two.
+        with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_AHEAD) as opened:
+            _add(names, opened.schema_arrow.names)
+            require_columns(opened.schema_arrow.names, str(file))
+            columns = to_load(opened.schema_arrow.names)
+            for batch in opened.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False):
+                yield from _to_rows(batch.select(columns))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: not a readable parquet file: {_first_line(error)}") from None
+    pyarrow.default_memory_pool().release_unused()
+
+
+def _to_rows(batch: pyarrow.RecordBatch) -> list[Row | Exception]:
+    """Return the rows of a batch; in place of a row that does not convert, such as text that is not UTF-8, its error."""
+    try:
+        return batch.to_pylist()
+    except Exception as error:
+        if batch.num_rows == 1:
+            return [ValueError(f"cannot be read: {_first_line(error)}")]
+        return [row for index in range(batch.num_rows) for row in _to_rows(batch.slice(index, 1))]
+
+
+def _read_json(file: Path, names: list[str]) -> Iterator[Row]:
+    """Read a JSON array of rows, or one row per line."""
+    found, number = [], -1
+    for number, row in enumerate(_parse_json(file)):
         if not isinstance(row, dict):
             raise UserError(f"{file}, row {number}: a {type(row).__name__}; each row must be an object of columns")
-    return rows
+        _add(found, row)
+        yield row
+    if number >= 0:
+        require_columns(sorted(found), str(file))
+    _add(names, found)
 
 
-def _read_hub(name: str, split: str, path: str) -> Sequence[Row]:
+def _parse_json(file: Path) -> Iterator[Any]:
+    try:
+        with file.open("rb") as lines:
+            begun = False
+            for number, line in enumerate(lines, start=1):
+                text = _decode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line)
+                if not text.strip():
+                    continue
+                if not begun and text.lstrip().startswith("["):
+                    yield from _parse(file, number, text + _decode(lines.read()))
+                else:
+                    yield _parse(file, number, text)
+                begun = True
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not readable as UTF-8 text: {_first_line(error)}") from None
+
+
+def _decode(data: bytes) -> str:
+    """Decode UTF-8. Half of a surrogate pair, which is not valid there, is left to whoever checks the rows."""
+    return data.decode("utf-8", "surrogatepass")
+
+
+def _parse(file: Path, line: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {line - 1 + error.lineno}, column {error.colno}"
+        raise UserError(f"{file}, {place}: not valid JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        raise UserError(f"{file}, line {line}: not usable JSON: {_first_line(error)}") from None
+
+
+def _add(names: list[str], others: Iterable[str]) -> None:
+    names += [name for name in others if name not in names]
+
+
+def _read_hub(name: str, split: str, path: str) -> HubRows:
     import datasets  # slow to import, and only the hub needs it
 
     try:
         dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # network, authentication, unknown name or split: the library has a type for each
         raise UserError(f"{path}: neither a local file nor a hub dataset: {_first_line(error)}") from None
-    _require_columns(dataset.column_names, path)
-    return Table(dataset.select_columns(_wanted(dataset.column_names)).with_format("arrow"))
+    names = dataset.column_names
+    require_columns(names, path)
+    return HubRows(dataset.select_columns(to_load(names)).with_format("arrow"), names)
 
 
-def _require_columns(names: Sequence[str], source: str) -> None:
-    known = {ALIASES.get(name, name) for name in names}
-    missing = [column for column in REQUIRED if column not in known]
-    if missing:
-        raise UserError(
-            f"{source}: no column `{missing[0]}` (found: {', '.join(names)}); "
-            "rows need `problem` and `answer`, and `images` where there are any"
-        )
-
-
-def _wanted(names: Sequence[str]) -> list[str]:
-    return [name for name in names if name in COLUMNS or (name in ALIASES and ALIASES[name] not in names)]
-
-
-def _renamed(row: Row) -> Row:
-    renamed = {ALIASES[name]: value for name, value in row.items() if name in ALIASES}
-    return renamed | {name: value for name, value in row.items() if name in COLUMNS}
+def _with_folder(row: Row, folder: Path) -> Row:
+    """Return the row with a list of images, whose relative paths start at the folder."""
+    images = row.get("images")
+    if empty(images) and not isinstance(images, list | dict):
+        return row
+    return row | {"images": [_absolute(image, folder) for image in (images if isinstance(images, list) else [images])]}
 
 
 def _absolute(image: Any, folder: Path) -> Any:
-    if isinstance(image, str):
+    if is_path(image):
         return str(folder / image)
-    if isinstance(image, dict) and isinstance(image.get("path"), str) and image.get("bytes") is None:
+    if isinstance(image, dict) and is_path(image.get("path")) and image.get("bytes") is None:
         return image | {"path": str(folder / image["path"])}
     return image
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return shortened(str(error).strip().partition("\n")[0] or type(error).__name__, 300)

@@ -1,7 +1,7 @@
 """Turns one dataset row into one prompt: text by the chat template, images by the model's own processor."""
 
 import hashlib
-import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +15,14 @@ from transformers.utils import cached_file
 
 from mssr.batch import Prompt
 from mssr.config.schema import DataConfig
+from mssr.data.columns import ignored_media, missing
 from mssr.data.images import decode_image, image_bytes
-from mssr.errors import BadRow, UserError
+from mssr.errors import BadRow, UserError, shortened
 
 IMAGE_MARKER = "<image>"  # where the problem's text puts an image (EasyR1 rows)
+# What marks an image, video or sound in other data sets, and would be read as text here: <video>, <image_1>, <|image|>
+OTHER_MARKER = re.compile(r"<\|?(image|img|video|audio|speech)([ _-]?(\d+|placeholder|token|here))?\|?>", re.IGNORECASE)
+SURROGATE = re.compile("[\ud800-\udfff]")
 IMAGE_TOKEN = "<|image_pad|>"  # in Qwen tokenizers without an `image_token`
 
 
@@ -62,6 +66,13 @@ class Unusable(Exception):
     """Says why a row cannot be used; becomes a BadRow where the row's index is known."""
 
 
+def why_unusable(error: Exception) -> str:
+    """Return in one line why a row cannot be used; errors that nobody foresaw are bad rows as well."""
+    if isinstance(error, Unusable):
+        return str(error)
+    return f"cannot be prepared: {type(error).__name__}: {shortened(error, 300)}; fix or remove the row"
+
+
 class PromptEncoder:
     """Turns rows into prompts. `check` is the cheap part, which a dataset runs on every row at the start."""
 
@@ -86,8 +97,8 @@ class PromptEncoder:
             problem = self._read(row)
             pixel_values, grid, tokens = self._preprocess(problem.pictures)
             token_ids = torch.tensor(self._tokenize(problem.text, tokens))
-        except Unusable as reason:
-            raise BadRow(index, source, str(reason)) from None
+        except Exception as error:
+            raise BadRow(index, source, why_unusable(error)) from None
         return Prompt(
             key=problem.key,
             row=index,
@@ -112,11 +123,21 @@ class PromptEncoder:
 
     def _read(self, row: dict[str, Any]) -> Problem:
         """Check the columns and decode the images."""
+        if column := ignored_media(row):
+            raise Unusable(
+                f"`{column}` holds something, and of images, videos and the like only `images` is read; "
+                "move it there, or remove the column or the row"
+            )
         text = self._text(row, "problem")
         answer = self._text(row, "answer")
-        solution = None if _missing(row.get("solution")) else self._text(row, "solution")
-        given = row.get("images") or []
-        given = given if isinstance(given, list) else [given]
+        solution = None if missing(row.get("solution")) else self._text(row, "solution")
+        given = row.get("images")
+        given = given if isinstance(given, list) else [] if missing(given) else [given]
+        for marker in OTHER_MARKER.finditer(text):
+            if marker[0] != IMAGE_MARKER:
+                raise Unusable(
+                    f"`problem` contains {marker[0]}, which nothing is put in for; only {IMAGE_MARKER} is read"
+                )
         markers = text.count(IMAGE_MARKER)
         if markers and markers != len(given):
             raise Unusable(
@@ -130,11 +151,16 @@ class PromptEncoder:
 
     def _text(self, row: dict[str, Any], column: str) -> str:
         value = row.get(column)
-        if _missing(value):
+        if missing(value):
             raise Unusable(f"`{column}` is missing or empty; fill it in or remove the row")
         if not isinstance(value, str | int | float):
             raise Unusable(f"`{column}` is a {type(value).__name__}; it must be text or a number")
         text = str(value)
+        if half := SURROGATE.search(text):
+            raise Unusable(
+                f"`{column}` contains half of a surrogate pair, \\u{ord(half[0]):04x}, at character {half.start()}, "
+                "which is no text; remove it"
+            )
         for token in self._special_tokens:
             if token in text:
                 raise Unusable(f"`{column}` contains the special token {token}; remove it (images are marked <image>)")
@@ -205,24 +231,18 @@ class PromptEncoder:
         return content
 
 
-def _missing(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isnan(value)  # pandas writes empty cells of a numeric column so
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
 def _load_images(given: list[Any]) -> tuple[tuple[bytes, ...], tuple[Image.Image, ...]]:
     images, pictures = [], []
     for number, image in enumerate(given, start=1):
         name = f"image {number} of {len(given)}"
         path = image.get("path") if isinstance(image, dict) else image
-        if isinstance(path, str | Path):
-            name += f" ({path})"
+        if isinstance(path, str | Path) and str(path).strip():
+            name += f" ({shortened(path)})"
         try:
             images.append(image_bytes(image))
             pictures.append(decode_image(images[-1]))
         except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) and error.strerror else error
+            why = error.strerror if isinstance(error, OSError) and error.strerror else shortened(error, 300)
             raise Unusable(f"{name} is unreadable: {why}; replace the file or remove the row") from None
     return tuple(images), tuple(pictures)
 
