@@ -125,8 +125,8 @@ class PromptEncoder:
         """Check the columns and decode the images."""
         if column := ignored_media(row):
             raise Unusable(
-                f"`{column}` holds something, and of images, videos and the like only `images` is read; "
-                "move it there, or remove the column or the row"
+                f"`{column}` holds something that is not read; only pictures in `images` are: "
+                "move pictures there, or remove the row or the column"
             )
         text = self._text(row, "problem")
         answer = self._text(row, "answer")

@@ -75,7 +75,7 @@ def test_rows_with_something_that_is_not_read_are_refused(make_dataset, write, c
     rows = [ROW | {"problem": f"{n}?", "images": [], column: value} for n, value in enumerate(["a.mp4", "", None])]
     kept = make_dataset(write(rows), on_bad_row="skip")
     assert [prompt.row for prompt in kept] == [1, 2]
-    assert kept.bad_rows[0].reason.startswith(f"`{column}` holds something, and of images, videos and the like only ")
+    assert kept.bad_rows[0].reason.startswith(f"`{column}` holds something that is not read; only pictures in ")
 
 
 @pytest.mark.parametrize("column", PICTURES)
