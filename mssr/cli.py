@@ -35,20 +35,30 @@ def train(
 ) -> None:
     """Train by reinforcement learning. On several GPUs: torchrun --nproc-per-node N -m mssr train ..."""
     settings = load_config(config, overrides)
+    _say(f"mssr: training {settings.model.path}; output in {settings.run_dir}")
     from mssr.training.loop import train
 
     train(settings, resume=resume)
+    if _is_main():
+        from mssr.observe.results import accuracy_gained, places
+
+        _say("\n".join([*accuracy_gained(settings.run_dir), *places(settings.run_dir)]))
 
 
 @app.command()
 def sft(config: ConfigFile, overrides: Overrides = None) -> None:
     """Warm start: supervised training on the `solution` of each row; writes run_dir/model."""
     settings = load_config(config, overrides)
+    _say(f"mssr: warm start of {settings.model.path}; output in {settings.run_dir}")
     from mssr.training.sft import sft
 
     validation = sft(settings)
     if "val/accuracy" in validation:
         _say(f"validation accuracy {validation['val/accuracy']:.1%}")
+    if _is_main():
+        from mssr.observe.results import places
+
+        _say("\n".join(places(settings.run_dir)))
 
 
 @app.command("eval")
@@ -57,6 +67,7 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
     settings = load_config(config, overrides)
     if settings.data.val is None:
         raise UserError(f"{config}: data.val is not set; set it to the problems to evaluate on")
+    _say(f"mssr: evaluating {settings.model.path}")
     from mssr.training.run import Run
 
     with Run(settings) as run:
@@ -178,10 +189,15 @@ def run_command(command: Callable[[], None]) -> None:
         sys.exit(2)
 
 
+def _is_main() -> bool:
+    """Whether this is rank 0, before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say(text: str) -> None:
     """Print on rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text)
+    if _is_main():
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -97,15 +97,11 @@ def summarise(config: Config, train_seconds: float, total_seconds: float, curves
     }
 
 
-def print_summary(summary: dict) -> None:
-    before, after = summary["val_accuracy_before"], summary["val_accuracy_after"]
-    print(
-        f"\nvalidation accuracy {before:.1%} before RL, {after:.1%} after ({100 * (after - before):+.1f} points); "
-        f"{summary['train_seconds']:.0f} s of RL, {summary['total_seconds']:.0f} s in all"
-    )
+def print_summary(run_dir: Path, summary: dict) -> None:
+    """Print what `mssr train` has not said: accuracy, rollouts and model are in its last lines."""
+    print(f"{summary['train_seconds']:.0f} s of RL, {summary['total_seconds']:.0f} s in all")
     print(f"curves     {summary['curves']}")
-    print(f"rollouts   {summary['rollouts']}   (open it in a browser)")
-    print(f"model      {summary['model']}")
+    print(f"summary    {run_dir / 'summary.json'}")
 
 
 def main() -> None:
@@ -114,7 +110,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override keys of configs/tiny.yaml")
     arguments = parser.parse_args()
-    print_summary(demo(arguments.seed, arguments.run_dir, arguments.overrides))
+    print_summary(arguments.run_dir, demo(arguments.seed, arguments.run_dir, arguments.overrides))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Checks every row of a source before a run starts. The ranks share the work and exchange the results."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from mssr.data.columns import Row
@@ -12,10 +12,17 @@ from mssr.errors import BadRow, UserError
 Checked = tuple[str, str] | BadRow  # key and answer, or what is wrong
 
 
-def check_rows(rows: Sequence[Row], encoder: PromptEncoder, source: str, world: World | None = None) -> list[Checked]:
+def check_rows(
+    rows: Sequence[Row],
+    encoder: PromptEncoder,
+    source: str,
+    world: World | None = None,
+    advance: Callable[[int, int], None] = lambda by, total: None,
+) -> list[Checked]:
     """Return what is in each row, in order; the same list on every rank.
 
     world: the ranks that check `source` together, each every size-th row; None: this process checks all rows.
+    advance: called with the rows checked since its last call, over all ranks, and the number of rows.
 
     Raises:
         UserError: the ranks do not see the same number of rows.
@@ -33,7 +40,9 @@ def check_rows(rows: Sequence[Row], encoder: PromptEncoder, source: str, world: 
     mine = range(rank, len(rows), size)
     found = [check(row) for row in mine[:1]]  # alone: on its first call a tokenizer changes its state
     with ThreadPoolExecutor(worker_count()) as threads:
-        found += threads.map(check, mine[1:])
+        for row in threads.map(check, mine[1:]):
+            found.append(row)
+            advance(size, len(rows))
     shares = world.gather((len(rows), found)) if world else [(len(rows), found)]
     for other, (count, _) in enumerate(shares):
         if count != shares[0][0]:

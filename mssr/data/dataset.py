@@ -2,7 +2,7 @@
 
 import hashlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from mssr.batch import Prompt
 from mssr.config.schema import DataConfig
@@ -27,8 +27,18 @@ class ProblemDataset:
     fingerprint: sha256 over keys and answers in order; the same for the same problems, wherever they are stored.
     """
 
-    def __init__(self, path: str, encoder: PromptEncoder, config: DataConfig, world: World | None = None) -> None:
-        """world: the ranks that open this source together and share the checking; None: this process alone."""
+    def __init__(
+        self,
+        path: str,
+        encoder: PromptEncoder,
+        config: DataConfig,
+        world: World | None = None,
+        advance: Callable[[int, int], None] = lambda by, total: None,
+    ) -> None:
+        """world: the ranks that open this source together and share the checking; None: this process alone.
+
+        advance: told how far the checking is, see `check_rows`.
+        """
         self.source = path
         self.keys: list[str] = []
         self.bad_rows: list[BadRow] = []
@@ -37,7 +47,7 @@ class ProblemDataset:
         self._usable: list[int] = []
         if not len(self._rows):
             raise UserError(f"{self.source}: has no rows")
-        self.fingerprint = self._sort_out(check_rows(self._rows, encoder, self.source, world))
+        self.fingerprint = self._sort_out(check_rows(self._rows, encoder, self.source, world, advance))
         if self.bad_rows and config.on_bad_row == "fail":
             raise UserError(self._describe_bad_rows("cannot be used") + "; fix them or set data.on_bad_row: skip")
         if not self._usable:

@@ -26,9 +26,19 @@ class Evaluation:
 
 
 def evaluate(
-    problems: ProblemDataset, rollout: RolloutEngine, judge: Judge, world: World, config: EvalConfig, *, seed: int
+    problems: ProblemDataset,
+    rollout: RolloutEngine,
+    judge: Judge,
+    world: World,
+    config: EvalConfig,
+    *,
+    seed: int,
+    advance: Callable[[int, int], None] = lambda by, total: None,
 ) -> Evaluation:
-    """Answer every problem once at `config.temperature`; each rank answers a part."""
+    """Answer every problem once at `config.temperature`; each rank answers a part.
+
+    advance: called with the responses completed since its last call, over all ranks, and the number of problems.
+    """
     count = min(len(problems), config.max_problems or len(problems))
     mine = range(world.rank, count, world.size)
     totals = torch.zeros(3, dtype=torch.float64)
@@ -36,7 +46,10 @@ def evaluate(
     for start in range(0, -(-count // world.size), _ROWS_AT_ONCE):
         rows = list(mine[start : start + _ROWS_AT_ONCE])
         streams = noise_streams(seed, "eval", 0, rows)
-        graded = judge(rollout.generate(problems.load(rows), streams, config.temperature))
+        answered = rollout.generate(
+            problems.load(rows), streams, config.temperature, on_response=lambda *_: advance(world.size, count)
+        )
+        graded = judge(answered)
         totals += torch.stack([graded.correct.sum(), graded.mask.sum(), graded.truncated.sum()]).double()
     correct, tokens, truncated = world.sum(totals).tolist()
     return Evaluation(correct / count, count, tokens / count, truncated / count)

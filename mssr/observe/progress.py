@@ -1,16 +1,21 @@
-"""Live display of a run: a panel in a terminal, otherwise a plain line every few seconds."""
+"""What a run shows: what it is doing before and between the steps, and a live display of the steps.
+
+In a terminal a bar, then a panel; in a log plain lines, at most one every few seconds.
+"""
 
 import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Column as TableColumn
 from rich.table import Table
@@ -62,6 +67,7 @@ SFT_COLUMNS = (Column("sft/loss", "loss", ".3f", trend=True), _VALIDATION, *_PAC
 class TrainProgress:
     """Shows a run's progress: `with TrainProgress("demo", 200) as progress: ... progress.update(step, values)`.
 
+    doing: what runs besides the steps (a validation), shown in the panel; "" for nothing.
     start_step: steps of earlier sessions (resumed run), which the time left does not count.
     enabled: False shows nothing (all ranks but the first).
     columns: metrics to show; "-" until the first value.
@@ -90,6 +96,7 @@ class TrainProgress:
         self._pace: deque[tuple[float, int]] = deque(maxlen=PACE_WINDOW + 1)
         self._last_line = -math.inf
         self._live: Live | None = None
+        self.doing = ""
 
     def __enter__(self) -> "TrainProgress":
         self._started = self._clock()
@@ -157,8 +164,11 @@ class TrainProgress:
                     Text(f"best {best}" if best else "", "green"),
                 )
         rest = Text("   ".join(self._cell(column) for column in self._columns if not column.trend))
+        doing = [Text(self.doing, "dim", no_wrap=True, overflow="ellipsis")] if self.doing else []
         width = min(self._console.width, PANEL_WIDTH)
-        return Panel(Group(bar, trends, rest), title=self._title, title_align="left", border_style="dim", width=width)
+        return Panel(
+            Group(bar, trends, rest, *doing), title=self._title, title_align="left", border_style="dim", width=width
+        )
 
     def _last(self, column: Column) -> float | None:
         history = self._history[column.key]
@@ -175,6 +185,95 @@ class TrainProgress:
             return "-"
         finish = last_time + (last_time - first_time) / (last_step - first_step) * (self._total - last_step)
         return _duration(max(0.0, finish - self._clock()))
+
+
+Advance = Callable[[int, int], None]  # called with how many are done since the last call, and how many there are in all
+
+
+class Activity:
+    """Says what a run does besides its steps: loading, checking, validating.
+
+        with activity("validation") as advance:
+            ...
+            advance(1, 512)
+
+    The beginning is a plain line. While it counts, a terminal shows a bar below, and a log gets a line every few seconds.
+    Nothing is live before the first count: libraries that start up write to the terminal themselves.
+    """
+
+    def __init__(
+        self, enabled: bool = True, *, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._enabled = enabled
+        self._console = console or _stdout_console()
+        self._clock = clock
+        self._display: TrainProgress | None = None
+
+    def say(self, text: str) -> None:
+        if self._enabled:
+            self._console.print(f"mssr: {text}", soft_wrap=True, markup=False, highlight=False)
+
+    @contextmanager
+    def within(self, display: TrainProgress) -> Iterator[None]:
+        """Context in which the steps are shown: activities are part of the display, and their beginnings are no lines."""
+        self._display = display
+        try:
+            yield
+        finally:
+            self._display = None
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[Advance]:
+        if not self._enabled:
+            yield lambda by, total: None
+            return
+        if self._display is None:
+            self.say(what)
+        with ExitStack() as opened:
+            if not self._console.is_interactive:
+                yield self._in_lines(what)
+            elif self._display is None:
+                yield self._in_a_bar(opened)
+            else:
+                yield self._in_the_panel(self._display, what, opened)
+
+    def _in_lines(self, what: str) -> Advance:
+        done, started = 0, self._clock()
+        last = started
+
+        def advance(by: int, total: int) -> None:
+            nonlocal done, last
+            done, now = min(done + by, total), self._clock()
+            if now - last >= LINE_EVERY_S and done:
+                last = now
+                left = _duration((now - started) / done * (total - done))
+                self.say(f"{what}: {done}/{total}, {left} left")
+
+        return advance
+
+    def _in_a_bar(self, opened: ExitStack) -> Advance:
+        columns = (TextColumn("     "), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("left"))
+        bar = Progress(*columns, console=self._console, transient=True)
+        task = bar.add_task("", total=None)
+
+        def advance(by: int, total: int) -> None:
+            bar.update(task, completed=min(bar.tasks[0].completed + by, total), total=total)
+            if not bar.live.is_started:
+                opened.enter_context(bar)
+
+        return advance
+
+    def _in_the_panel(self, display: TrainProgress, what: str, opened: ExitStack) -> Advance:
+        done = 0
+        opened.callback(setattr, display, "doing", "")
+        display.doing = what
+
+        def advance(by: int, total: int) -> None:
+            nonlocal done
+            done = min(done + by, total)
+            display.doing = f"{what} {done}/{total}"
+
+        return advance
 
 
 def _stdout_console() -> Console:

@@ -55,6 +55,7 @@ class Bookkeeping(AbstractContextManager):
         if saved:
             self._run.refuse_other_data(saved)
             refuse_missing_start(self._config.algorithm, saved["tracker"])
+            self._run.activity.say(f"restoring step {saved['step']}")
             self._checkpoints.load_engine(saved, engine)
             for name, part in self._parts.items():
                 part.load_state_dict(saved[name])
@@ -72,11 +73,13 @@ class Bookkeeping(AbstractContextManager):
     @contextmanager
     def progress(self) -> Iterator[Iterator[int]]:
         """Show the live display; yield the steps to take, until the last one or the end of the budget."""
-        config = self._config
+        config, activity = self._config, self._run.activity
         enabled = self._run.world.is_main
-        with TrainProgress(str(config.run_dir), config.train.steps, self._first_step, enabled=enabled) as display:
+        display = TrainProgress(str(config.run_dir), config.train.steps, self._first_step, enabled=enabled)
+        with display, activity.within(display):
             self._display = display
             yield (step for step in range(self._first_step, config.train.steps) if not self._budget_spent)
+        activity.say(f"saving {config.run_dir / 'model'}")
 
     def count(
         self, done: int, gap: LogpGap, updates: list[UpdateStats], sampled: StepRollouts, clock: Stopwatch

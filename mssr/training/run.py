@@ -9,7 +9,7 @@ import yaml
 
 from mssr.batch import GradedRollouts, Rollouts
 from mssr.config import Config
-from mssr.config.resolve import dtype_name
+from mssr.config.resolve import dtype_name, engine_name
 from mssr.config.schema import OptimizerConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.data.prompts import PromptEncoder, load_processors
@@ -17,6 +17,7 @@ from mssr.distributed import World, start_world
 from mssr.errors import UserError
 from mssr.evaluation.evaluate import Evaluation, evaluate
 from mssr.observe.metrics import Metric, MetricsLog
+from mssr.observe.progress import Activity
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.loading import check_model_path, load_frozen_policy
 from mssr.policy.model import Policy
@@ -33,6 +34,9 @@ class Run(AbstractContextManager):
         check_model_path(config.model.path)
         self.config = config
         self.world: World = start_world(config.device)
+        self.activity = Activity(self.world.is_main)
+        if config.rollout.engine == "servers":
+            self._look_for_servers()
         self.processors = load_processors(config.model.path)
         self.tokenizer, image_processor = self.processors
         self._encoder = PromptEncoder(self.tokenizer, image_processor, config.data)
@@ -51,21 +55,26 @@ class Run(AbstractContextManager):
 
     def dataset(self, path: str) -> ProblemDataset:
         """Open a dataset until the end of the run. Collective: the ranks check its rows together."""
-        problems = ProblemDataset(path, self._encoder, self.config.data, world=self.world)
+        with self.activity(f"checking the rows of {path}") as advance:
+            problems = ProblemDataset(path, self._encoder, self.config.data, self.world, advance)
         self._open.callback(problems.close)
         return problems
 
     def policy_engine(self, optimizer: OptimizerConfig, *, temperature: float, total_updates: int) -> PolicyEngine:
         model, train = self.config.model, self.config.train
+        self.activity.say(f"loading {model.path}")
         return PolicyEngine(model, optimizer, train, self.world, temperature=temperature, total_updates=total_updates)
 
     def frozen_policy(self) -> Policy:
         """Load the model for inference only (`mssr eval`)."""
         dtype = getattr(torch, dtype_name(self.config.model.dtype, self.world.device.type))
+        self.activity.say(f"loading {self.config.model.path}")
         return load_frozen_policy(self.config.model.path, dtype, self.world.device, self.config.model)
 
     def rollout_engine(self, policy: Policy) -> RolloutEngine:
         """Start the rollout engine; it is closed with the run."""
+        if engine_name(self.config.rollout.engine, self.world.device.type) == "vllm":
+            self.activity.say("starting vLLM")
         engine = make_rollout_engine(self.config, policy, self.tokenizer, self.world)
         self._open.callback(engine.close)
         return engine
@@ -76,7 +85,9 @@ class Run(AbstractContextManager):
 
     def evaluate(self, rollout: RolloutEngine) -> Evaluation:
         """Answer every held-out problem (or the first eval.max_problems) once."""
-        return evaluate(self.held_out, rollout, self.judge, self.world, self.config.eval, seed=self.config.seed)
+        problems, config = self.held_out, self.config
+        with self.activity(f"validation on {config.data.val}") as advance:
+            return evaluate(problems, rollout, self.judge, self.world, config.eval, seed=config.seed, advance=advance)
 
     def validate(self, rollout: RolloutEngine) -> dict[str, float]:
         """Return metrics on the held-out problems; empty if there are none."""
@@ -144,6 +155,13 @@ class Run(AbstractContextManager):
                 f"data.train {self.config.data.train} is not what the checkpoint was trained on; "
                 "restore it, or set another run_dir"
             )
+
+    def _look_for_servers(self) -> None:
+        """Refuse servers that cannot be reached, before the model loads, and say which ones do not answer yet."""
+        from mssr.rollout.servers.client import not_listening
+
+        for server, reason in not_listening(self.config.rollout.servers).items():
+            self.activity.say(f"rollout.servers {server} is not there yet ({reason}); start it with `mssr serve`")
 
     def __exit__(self, *_) -> None:
         self._open.close()

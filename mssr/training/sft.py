@@ -39,9 +39,8 @@ def _sft(run: Run, config: Config) -> dict[str, float]:
 
     validation: dict[str, float] = {}
 
-    with TrainProgress(
-        f"{config.run_dir} (sft)", settings.steps, enabled=world.is_main, columns=SFT_COLUMNS
-    ) as progress:
+    progress = TrainProgress(f"{config.run_dir} (sft)", settings.steps, enabled=world.is_main, columns=SFT_COLUMNS)
+    with progress, run.activity.within(progress):
         for step in range(settings.steps):
             clock = Stopwatch(world.device)
             prompts = problems.load(own_rows(step))
@@ -67,6 +66,7 @@ def _sft(run: Run, config: Config) -> dict[str, float]:
             if validation.get("val/accuracy", 0.0) >= (settings.stop_at_accuracy or float("inf")):
                 break
 
+    run.activity.say(f"saving {config.run_dir / 'model'}")
     save_trained(engine.policy, run.processors, config.run_dir, world)
     return validation
 

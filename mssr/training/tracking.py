@@ -11,6 +11,7 @@ from mssr.algorithms.value_tracker import PreviousResponse, ValueTracker, refere
 from mssr.batch import GradedRollouts, Prompt, Rollouts, Sequences, UpdateBatch, pad_rows
 from mssr.config.schema import AlgorithmConfig
 from mssr.errors import UserError
+from mssr.observe.progress import Advance
 from mssr.policy.engine import PolicyEngine, UpdateStats
 from mssr.rewards.grading import settle_truncated
 from mssr.rollout.base import RolloutEngine, noise_streams
@@ -40,6 +41,23 @@ def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) 
     The last of these responses is the first one whose drift is measured.
     Returns the numbers of responses and tokens that this rank generated.
     """
+    if not tracker.config.n_init:
+        return 0, 0
+    with run.activity("first rollouts of the value tracker") as advance:
+        seen, tokens = _first_rollouts(tracker, run, rollout, advance)
+    # Sorted by visit, so that the result does not depend on the number of ranks.
+    everyone = sorted((row for part in run.world.gather(seen) for row in part), key=lambda row: row[0])
+    keys = [key for _, key, _, _ in everyone]
+    tracker.initialise(keys, torch.tensor([reward for _, _, reward, _ in everyone]))
+    if tracker.wants_responses:
+        tracker.remember(keys, [response for *_, response in everyone])
+    return len(seen), tokens
+
+
+def _first_rollouts(
+    tracker: ValueTracker, run: Run, rollout: RolloutEngine, advance: Advance
+) -> tuple[list[tuple], int]:
+    """Return this rank's (visit, key, reward, response to remember), and the number of its tokens."""
     config, world = run.config, run.world
     size, at_once = len(run.problems), config.responses_per_step // world.size  # never 0: updates are shared evenly
     total = size * tracker.config.n_init
@@ -50,18 +68,15 @@ def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) 
         chosen = visits[start : start + at_once]
         prompts = run.problems.load(row for _, row in chosen)
         streams = [noise_streams(config.seed, "init", visit, [row])[0] for visit, row in chosen]
-        graded = run.judge(rollout.generate(prompts, streams, config.rollout.temperature))
+        answered = rollout.generate(
+            prompts, streams, config.rollout.temperature, on_response=lambda *_: advance(world.size, total)
+        )
+        graded = run.judge(answered)
         graded = settle_truncated(graded, config.rollout.truncated)
         kept = previous_responses(graded) if tracker.wants_responses else [None] * len(graded)
         tokens += int(graded.lengths.sum())
         seen += zip(chosen, graded.keys, graded.reward.tolist(), kept)
-    # Sorted by visit, so that the result does not depend on the number of ranks.
-    everyone = sorted((row for part in world.gather(seen) for row in part), key=lambda row: row[0])
-    keys = [key for _, key, _, _ in everyone]
-    tracker.initialise(keys, torch.tensor([reward for _, _, reward, _ in everyone]))
-    if tracker.wants_responses:
-        tracker.remember(keys, [response for *_, response in everyone])
-    return len(visits), tokens
+    return seen, tokens
 
 
 def drift_of_previous_responses(

@@ -41,6 +41,13 @@ def test_a_port_in_use(mssr, config, tmp_path):
     assert f"port {port}" in line and "MASTER_PORT" in line
 
 
+def test_a_rollout_server_on_an_unknown_host(mssr, config, tmp_path):
+    servers = ["rollout.engine=servers", "rollout.servers=[http://nowhere.invalid:8000]"]
+    ended = mssr("train", config, f"run_dir={tmp_path / 'run'}", *servers)
+    assert ended.line.startswith("rollout.servers http://nowhere.invalid:8000: ")
+    assert "loading" not in ended.out and not (tmp_path / "run").exists()
+
+
 def test_a_model_of_another_family(mssr, config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
     line = mssr("train", config, f"model.path={tmp_path}", f"run_dir={tmp_path / 'run'}").line

@@ -9,6 +9,14 @@ from mssr.data.dataset import ProblemDataset
 from mssr.errors import UserError
 
 
+def counted(world, path: str):
+    """Return the rows that this rank counts while it checks, and the totals it tells."""
+    encoder = build_encoder(on_bad_row="skip")
+    told = []
+    ProblemDataset(path, encoder, encoder.config, world, lambda by, total: told.append((by, total)))
+    return sum(by for by, _ in told), {total for _, total in told}
+
+
 def opened(world, path: str, **keys):
     """Return (fingerprint, usable rows, bad rows, problems that this rank checked itself), or the error's text."""
     encoder = build_encoder(**keys)
@@ -46,6 +54,10 @@ def test_two_ranks_find_what_one_finds(ranks, file, make_dataset):
     assert first[2] == [str(bad) for bad in alone.bad_rows] and len(first[2]) == 3
     assert first[3] == sorted(f"<image>Is it {number}?" for number in (0, 2, 4, 6, 8, 10, 1))  # row 12 repeats row 1
     assert second[3] == sorted(f"<image>Is it {number}?" for number in (1, 3, 5, 7, 9, 2))  # and row 11 row 2
+
+
+def test_the_first_rank_tells_how_many_rows_all_have_checked(ranks, file):
+    assert ranks(counted, str(file))[0] == (12, {13})  # 6 of its 7 rows count for both ranks
 
 
 def test_all_ranks_refuse_the_same_rows(ranks, file):

@@ -1,8 +1,9 @@
 import io
+from contextlib import ExitStack
 
 from rich.console import Console
 
-from mssr.observe.progress import SFT_COLUMNS, TrainProgress
+from mssr.observe.progress import SFT_COLUMNS, Activity, TrainProgress
 
 VALUES = {
     "train/reward": 0.61,
@@ -129,3 +130,67 @@ def test_a_forced_colour_pipe_is_not_a_terminal(monkeypatch, capsys):
     with TrainProgress("demo", 2) as progress:
         progress.update(1, VALUES)
     assert capsys.readouterr().out.startswith("step 1/2  reward 0.61")
+
+
+def test_a_log_says_what_runs_and_every_five_seconds_how_far_it_is():
+    console, clock = log_console(), Clock()
+    activity = Activity(console=console, clock=clock)
+    activity.say("loading [red]here[/red]")
+    with activity("validation") as advance:
+        for _ in range(6):
+            clock.now += 2
+            advance(100, 512)
+    assert console.file.getvalue().splitlines() == [
+        "mssr: loading [red]here[/red]",
+        "mssr: validation",
+        "mssr: validation: 300/512, 0:00:04 left",
+        "mssr: validation: 512/512, 0:00:00 left",
+    ]
+
+
+def test_a_terminal_shows_a_bar_only_while_it_counts():
+    console = terminal()
+    with Activity(console=console)("validation") as advance:
+        assert console.file.getvalue().splitlines() == ["mssr: validation"]  # what starts up may write now
+        advance(200, 512)
+        advance(400, 512)  # ranks may have more together, where the last ones have a row less
+    shown = console.file.getvalue()
+    assert "200/512" in shown and "512/512" in shown and "?" not in shown.replace("[?25", "")
+    assert shown.endswith("\x1b[2K")  # the bar is gone
+
+
+def test_between_steps_an_activity_is_in_the_panel_until_it_ends():
+    """The last frame is drawn when the display ends."""
+    last_frames = []
+    for ended in (False, True):
+        console, clock = terminal(), Clock()
+        activity, progress = Activity(console=console, clock=clock), show(console, clock)
+        with activity.within(progress), ExitStack() as validation, progress:
+            validation.enter_context(activity("validation"))(3, 512)
+            if ended:
+                validation.close()
+        shown = console.file.getvalue()
+        last_frames.append(shown[shown.rindex("╭") :])
+        assert "mssr:" not in shown
+    assert "validation 3/512" in last_frames[0] and "validation" not in last_frames[1]
+
+
+def test_between_steps_a_log_says_only_what_takes_long():
+    console, clock = log_console(), Clock()
+    activity = Activity(console=console, clock=clock)
+    with show(console, clock) as progress, activity.within(progress):
+        for seconds in (1, 6):
+            with activity("validation") as advance:
+                clock.now += seconds
+                advance(256, 512)
+    activity.say("saving")
+    assert console.file.getvalue().splitlines() == ["mssr: validation: 256/512, 0:00:06 left", "mssr: saving"]
+
+
+def test_other_ranks_say_nothing():
+    for console in (terminal(), log_console()):
+        activity = Activity(enabled=False, console=console)
+        activity.say("loading")
+        with activity("validation") as advance:
+            advance(1, 2)
+        assert console.file.getvalue() == ""

@@ -53,6 +53,10 @@ class Server:
             assert not ends_within(self._process.pid, 0.1), self._log.read_text()
         return self
 
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
     def ask(self, path: str) -> str:
         with urllib.request.urlopen(self.url + path, timeout=30) as answer:
             return answer.read().decode()

@@ -61,6 +61,14 @@ def test_the_first_problems_only():
     assert run(ALONE, model_dir(), 13, max_problems=50).problems == 13
 
 
+def test_it_tells_how_far_it_is():
+    told = []
+    policy = load_policy(model_dir(), torch.float32)
+    advance = lambda by, total: told.append((by, total))  # noqa: E731
+    evaluate(held_out(13), sampler(policy), odd_is_right, ALONE, EvalConfig(max_problems=5), seed=4, advance=advance)
+    assert told == [(1, 5)] * 5
+
+
 @pytest.mark.parametrize(
     ("count", "settings"), [(13, {}), (13, {"temperature": 1.0}), (1, {}), (13, {"max_problems": 1})]
 )

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mssr_process import free_port
 from server_helpers import rollout
 
 import mssr.rollout.servers.rollout as servers_module
 from mssr.batch import Prompt
 from mssr.errors import UserError
+from mssr.rollout.servers.client import not_listening
 
 SILENCE_S = 1000  # on the test's clock
 
@@ -31,10 +33,12 @@ class FakeServer:
     """Answers prompt [10, row] with [row].
 
     asked: the rows of its requests. fault: called instead of answering, with the request's handler and row.
-    version: the weight version that it reports. may_answer: acquired before each answer.
+    health: the status of its answers to GET. version: the weight version that it reports.
+    may_answer: acquired before each answer.
     """
 
     def __init__(self) -> None:
+        self.health = 200
         self.asked: list[int] = []
         self.fault = None
         self.version = 0
@@ -44,7 +48,7 @@ class FakeServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.answer({"world_size": 1} if self.path == "/get_world_size" else None)
+                self.answer({"world_size": 1} if self.path == "/get_world_size" else None, fake.health)
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -129,6 +133,17 @@ class Clock:
 
     def monotonic(self) -> float:
         return self.now
+
+
+class StartsMeanwhile(Clock):
+    """Each time somebody sleeps, the next server gets ready."""
+
+    def __init__(self, fakes) -> None:
+        super().__init__()
+        self._starting = list(fakes)
+
+    def sleep(self, seconds: float) -> None:
+        self._starting.pop(0).health = 200
 
 
 @pytest.fixture
@@ -268,6 +283,34 @@ def test_no_server_left(synced, fakes):
         fake.stop()
     with pytest.raises(UserError, match=rf"^rollout\.servers: not there: {fakes[0].url}: .*; {fakes[1].url}: "):
         engine.update_weights(policy, 1)
+
+
+def test_servers_that_are_still_starting_are_named_at_once(synced, fakes, monkeypatch, capfd):
+    for fake in fakes:
+        fake.health = 503
+    monkeypatch.setattr(servers_module, "time", StartsMeanwhile(fakes))
+    _, policy = synced()
+    first, second = (fake.url for fake in fakes)
+    lines = capfd.readouterr().out.splitlines()
+    begin = "mssr: waiting up to 1000 s (rollout.server_timeout_s) for rollout.servers "
+    assert [line.startswith(begin) for line in lines] == [True, True, False]
+    assert first in lines[0] and second in lines[0] and first not in lines[1] and second in lines[1]
+    assert "/health failed with 503" in lines[0] and "`mssr serve`" in lines[0]
+    assert lines[2] == "mssr: all rollout.servers are there"
+    assert policy.sent == [[first, second]]
+
+
+@pytest.mark.parametrize(
+    "address, reason", [("http://nowhere.invalid:8000", r"\w.*"), ("http://127.0.0.1:70000", "Port out of range.*")]
+)
+def test_an_address_that_cannot_be_one(address, reason):
+    with pytest.raises(UserError, match=rf"^rollout\.servers {address}: {reason}; correct the address$"):
+        not_listening([address])
+
+
+def test_who_listens_and_who_does_not(fakes):
+    nobody = f"http://127.0.0.1:{free_port()}"
+    assert not_listening([fakes[0].url, nobody + "/"]) == {nobody + "/": "Connection refused"}
 
 
 def test_a_server_that_is_gone_when_the_weights_are_sent(synced, fakes, capfd):

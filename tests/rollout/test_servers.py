@@ -119,17 +119,23 @@ def test_servers_that_were_started_for_shorter_responses(servers, own_policy, pr
     engine.close()
 
 
+def test_a_server_says_when_it_is_ready(servers):
+    lines = servers[0].log.splitlines()
+    assert any(line.endswith(f"mssr: ready at {servers[0].url}; the trainer sends the weights") for line in lines)
+
+
 def test_a_port_that_is_taken(servers, tmp_path):
     port = int(servers[0].url.rpartition(":")[2])
     with pytest.raises(UserError, match=rf"--port {port}: Address already in use"):
         serve(validate_config(serve_settings(tmp_path)), "127.0.0.1", port)
 
 
-def test_a_server_that_never_comes(servers, own_policy):
+def test_a_server_that_never_comes(servers, own_policy, capfd):
     nobody = f"http://127.0.0.1:{free_port()}"
     engine = rollout(own_policy, [servers[0].url, nobody], server_timeout_s=1)
     with pytest.raises(UserError, match=rf"^rollout\.servers: not there after 1 s .*{nobody}: .*mssr serve"):
         engine.update_weights(own_policy, 0)
+    assert f"for rollout.servers {nobody}: Cannot connect" in capfd.readouterr().out
 
 
 def test_a_server_of_something_else(own_policy):

@@ -3,6 +3,7 @@
 import json
 
 import torch
+import yaml
 from transformers import AutoModelForImageTextToText
 
 from mssr.batch import Prompt
@@ -39,6 +40,8 @@ def test_it_stops_at_the_accuracy_asked_for(mssr, warm, tmp_path):
     assert all(line["val/accuracy"] < 0.03 for line in lines[:-1])
     assert lines[-1]["val/accuracy"] >= 0.03
     assert f"validation accuracy {lines[-1]['val/accuracy']:.1%}" in shown
+    assert f"mssr: warm start of {yaml.safe_load(warm.read_text())['model']['path']}" in shown.splitlines()[0]
+    assert shown.splitlines()[-1] == f"model      {tmp_path / 'run' / 'model'}"
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 

@@ -55,6 +55,34 @@ def test_progress_is_shown(whole):
     assert re.search(r"step 6/6 .*reward \d\.\d\d .*val \d\.\d\d .*gap .*tok/s", whole.out)
 
 
+def test_what_runs_before_the_first_step_is_said(whole, warm):
+    settings = yaml.safe_load((whole.path / "config.yaml").read_text())
+    model, train, val = settings["model"]["path"], settings["data"]["train"], settings["data"]["val"]
+    before = [line for line in whole.out.splitlines() if not line.startswith("step ")]
+    expected = [
+        f"mssr: training {model}; output in {whole.path}",
+        f"mssr: loading {model}",
+        f"mssr: checking the rows of {train}",
+        f"mssr: checking the rows of {val}",
+        f"mssr: validation on {val}",
+    ]
+    assert before[: len(expected)] == expected
+    assert whole.out.splitlines()[len(expected)].startswith("step 1/6 ")
+
+
+def test_a_finished_run_says_what_it_reached_and_where_things_are(whole):
+    first, last = whole.metrics[0]["val/accuracy"], whole.metrics[-1]["val/accuracy"]
+    page = whole.path / "rollouts" / f"step_{STEPS:06d}" / "index.html"
+    assert whole.out.splitlines()[-5:] == [
+        f"mssr: saving {whole.path}/model",
+        f"validation accuracy {first:.1%} before RL, {last:.1%} after ({100 * (last - first):+.1f} points)",
+        f"curves     {whole.path}/tensorboard; `mssr plot {whole.path}` draws {whole.path}/curves.png",
+        f"rollouts   {page}   (open it in a browser)",
+        f"model      {whole.path}/model",
+    ]
+    assert page.is_file() and (whole.path / "tensorboard").is_dir() and (whole.path / "model").is_dir()
+
+
 def test_rollouts_are_saved_with_their_images(whole):
     rollouts = whole.rollouts(STEPS)
     assert len(rollouts) == 16
@@ -89,7 +117,8 @@ def test_plain_transformers_loads_the_model(whole, warm):
 
 def test_eval_of_the_saved_model_is_the_last_validation(whole, mssr, warm):
     shown = mssr("eval", warm, f"model.path={whole.path / 'model'}").check().out
-    assert shown.startswith(f"accuracy {whole.metrics[-1]['val/accuracy']:.1%} on 32 problems")
+    assert shown.startswith(f"mssr: evaluating {whole.path / 'model'}\nmssr: loading ")
+    assert shown.splitlines()[-1].startswith(f"accuracy {whole.metrics[-1]['val/accuracy']:.1%} on 32 problems")
 
 
 def test_plot_draws_the_curves(whole, mssr, tmp_path):

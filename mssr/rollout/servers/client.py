@@ -1,10 +1,12 @@
 """HTTP calls to one vLLM server or to all of them at once, and when a server counts as lost."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+import socket
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp  # a requirement of vLLM and of datasets
 
@@ -20,6 +22,25 @@ class ServerLost(Exception):
 
     def __str__(self) -> str:
         return f"{self.server}: {self.reason}"
+
+
+def not_listening(servers: Iterable[str], timeout_s: float = 1.0) -> dict[str, str]:
+    """Return the servers that accept no connection, which may still be starting, with the reason.
+
+    Raises:
+        UserError: an address that can never be one: an unknown host, a port above 65535.
+    """
+    missing = {}
+    for server in servers:
+        try:
+            address = urlsplit(server)
+            socket.create_connection((address.hostname, address.port), timeout_s).close()
+        except (socket.gaierror, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else str(error)
+            raise UserError(f"rollout.servers {server}: {reason}; correct the address") from None
+        except OSError as error:
+            missing[server] = error.strerror or str(error)
+    return missing
 
 
 @asynccontextmanager

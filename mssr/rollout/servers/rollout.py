@@ -144,6 +144,7 @@ class ServerRollout(RolloutEngine):
         first = self._weight_version is None
         deadline = time.monotonic() + self._config.server_timeout_s
         workers: dict[str, int] = {}
+        awaited: set[str] = set()
         while True:
             asked = [server for server in self._servers if server not in workers]
             answers = _ask(asked, "/health", self._config.server_timeout_s)
@@ -158,7 +159,12 @@ class ServerRollout(RolloutEngine):
                     workers[server] = answer["world_size"]
             if not first or not lost or time.monotonic() > deadline:
                 break
+            if awaited != lost.keys():
+                awaited = set(lost)
+                print(f"mssr: {_waiting(lost, self._config.server_timeout_s)}", flush=True)
             time.sleep(_POLL_S)
+        if awaited and not lost:
+            print("mssr: all rollout.servers are there", flush=True)
         if lost and (first or not workers):
             raise UserError(_nobody(lost, self._config.server_timeout_s if first else None))
         for server, answer in lost.items():
@@ -258,6 +264,12 @@ class _Work:
 
 def _ask(servers: list[str], path: str, timeout_s: float) -> dict[str, Any]:
     return call_all(dict.fromkeys(servers), path, method="GET", timeout_s=min(timeout_s, _HEALTH_S)) if servers else {}
+
+
+def _waiting(lost: dict[str, ServerLost], at_most_s: float) -> str:
+    missing = "; ".join(map(str, lost.values()))
+    limit = f"{at_most_s:g} s (rollout.server_timeout_s)"
+    return f"waiting up to {limit} for rollout.servers {missing}; start them with `mssr serve`"
 
 
 def _nobody(lost: dict[str, ServerLost], waited_s: float | None = None) -> str:

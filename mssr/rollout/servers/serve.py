@@ -14,6 +14,7 @@ from mssr.versions import is_cpu_build, release, vllm_version
 
 # Not the `vllm` command: it looks for a distribution of that name, and the CPU build has another. vLLM calls this entry
 # deprecated.
+_ADDRESS = "MSSR_SERVES_AT"  # environment variable of the server's process, for SayReady
 _SERVER = ["-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"]
 
 
@@ -31,8 +32,23 @@ def serve(config: Config, host: str, port: int) -> None:
         raise UserError(f"model.path {path}: no config.json in it; expected a Hugging Face model directory")
     _refuse_taken_port(host, port)
     command = [sys.executable, *_SERVER, *arguments(config, host, port)]
-    print(f"mssr: {config.model.path} will be served at http://{host}:{port}", flush=True)
-    os.execve(sys.executable, command, _environment())
+    print(f"mssr: {config.model.path} will be served at http://{host}:{port}; starting vLLM", flush=True)
+    os.execve(sys.executable, command, _environment() | {_ADDRESS: f"http://{host}:{port}"})
+
+
+class SayReady:
+    """ASGI middleware in vLLM's process: says when the server has started."""
+
+    def __init__(self, app) -> None:
+        self._app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        async def send_and_say(message) -> None:
+            await send(message)
+            if message["type"] == "lifespan.startup.complete":
+                print(f"mssr: ready at {os.environ[_ADDRESS]}; the trainer sends the weights", flush=True)
+
+        await self._app(scope, receive, send_and_say if scope["type"] == "lifespan" else send)
 
 
 def arguments(config: Config, host: str, port: int) -> list[str]:
@@ -47,6 +63,7 @@ def arguments(config: Config, host: str, port: int) -> list[str]:
         "seed": secrets.randbits(31),
         "uvicorn_log_level": "warning",
         "disable_uvicorn_access_log": True,
+        "middleware": f"{__name__}.{SayReady.__name__}",
     }
     if config.rollout.tensor_parallel == 1:
         settings["distributed_executor_backend"] = "uni"
