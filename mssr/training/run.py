@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,13 +63,13 @@ class Run(AbstractContextManager):
 
     def policy_engine(self, optimizer: OptimizerConfig, *, temperature: float, total_updates: int) -> PolicyEngine:
         model, train = self.config.model, self.config.train
-        self.activity.say(f"loading {model.path}")
+        self._say_loading()
         return PolicyEngine(model, optimizer, train, self.world, temperature=temperature, total_updates=total_updates)
 
     def frozen_policy(self) -> Policy:
         """Load the model for inference only (`mssr eval`)."""
         dtype = getattr(torch, dtype_name(self.config.model.dtype, self.world.device.type))
-        self.activity.say(f"loading {self.config.model.path}")
+        self._say_loading()
         return load_frozen_policy(self.config.model.path, dtype, self.world.device, self.config.model)
 
     def rollout_engine(self, policy: Policy) -> RolloutEngine:
@@ -155,6 +156,12 @@ class Run(AbstractContextManager):
                 f"data.train {self.config.data.train} is not what the checkpoint was trained on; "
                 "restore it, or set another run_dir"
             )
+
+    def _say_loading(self) -> None:
+        path = self.config.model.path
+        self.activity.say(
+            f"loading {path}" if Path(path).exists() else f"loading {path}, from the hub unless it is cached"
+        )
 
     def _look_for_servers(self) -> None:
         """Refuse servers that cannot be reached, before the model loads, and say which ones do not answer yet."""
