@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mssr.config.presets import PAPER
-from mssr.config.schema import Config
+from mssr.config.schema import Config, section_of
 
 INTRO = """# Configuration
 
@@ -29,7 +29,7 @@ def page() -> str:
     """Return the text of docs/CONFIG.md."""
     cells = [(key, kind(field), shown(default), field.description) for key, field, default in keys(Config, "", None)]
     parts = [INTRO]
-    for section in ("", *(name for name, field in Config.model_fields.items() if section_of(field))):
+    for section in ("", *(name for name, field in Config.model_fields.items() if section_of(field.annotation))):
         rows = [row for row in cells if row[0].rpartition(".")[0].split(".")[0] == section]
         parts += [f"## {section or 'Run'}\n", table("| key | value | default | meaning |", rows)]
     defaults = {key: default for key, _, default, _ in cells}
@@ -41,16 +41,11 @@ def page() -> str:
 def keys(section: type[BaseModel], prefix: str, values: Any) -> Iterator[tuple[str, FieldInfo, Any]]:
     """Yield (dotted key, field, default). values: the instance that holds the defaults; None: the section's own."""
     for name, field in section.model_fields.items():
-        inner, default = section_of(field), getattr(values, name, field.default)
+        inner, default = section_of(field.annotation), getattr(values, name, field.default)
         if inner is None or default is None:
             yield prefix + name, field, default
         if inner is not None:
             yield from keys(inner, f"{prefix}{name}.", default)
-
-
-def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    kinds = (field.annotation, *get_args(field.annotation))
-    return next((one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)), None)
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

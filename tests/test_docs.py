@@ -69,6 +69,20 @@ def test_keys_exist(file):
     assert not unknown, f"{file.name}: {unknown}"
 
 
+def test_keys_in_messages_and_docstrings_exist():
+    """What an error tells a user to set, and the examples of docstrings and configs."""
+    known = {key for key, _, _ in CONFIG_PAGE["keys"](Config, "", None)}
+    keys = rf"(?<![\w/.])((?:{'|'.join(SECTIONS)})(?:\.[a-z_0-9]+)+)=(?!=)"
+    files = [
+        file for folder in FOLDERS.split("|") for file in (ROOT / folder).rglob("*") if file.suffix in (".py", ".yaml")
+    ]
+    named = {
+        (str(file.relative_to(ROOT)), key) for file in files if "tests" not in file.parts for key in found(keys, file)
+    }
+    assert {("mssr/config/load.py", "train.optimizer.lr"), ("mssr/config/conflicts.py", "rollout.engine")} <= named
+    assert not {(file, key) for file, key in named if key not in known}
+
+
 @pages
 def test_commands_and_modules_exist(file):
     commands = set(typer.main.get_command(app).commands)

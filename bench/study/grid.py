@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bench.study.spec import StudySpec
-from mssr.config import Config, load_config
+from mssr.config import Config, load_config, yaml_1_2
 from mssr.errors import UserError
 
 OWN_KEYS = ("run_dir", "seed", "train.steps", "train.budget")
@@ -117,7 +115,7 @@ def _is_part_of(key: str, own: tuple[str, ...]) -> bool:
 
 
 def _one_line(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+    return yaml_1_2.dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

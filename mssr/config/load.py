@@ -5,7 +5,6 @@
 An unknown key is refused with the nearest known one.
 """
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,12 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from mssr.config import yaml_1_2
 from mssr.config.conflicts import refuse_conflicts
 from mssr.config.deepspeed_json import with_stage_of_json
+from mssr.config.nearest import nearest_key
 from mssr.config.presets import with_preset
-from mssr.config.schema import Config, Section, is_section
+from mssr.config.schema import Config
 from mssr.errors import UserError
 
 
@@ -48,21 +49,16 @@ def _first_problem(error: ValidationError) -> str:
     """Describe one problem in a line, an unknown key first."""
     problems = error.errors()
     first = next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-    key = ".".join(str(part) for part in first["loc"])
+    key, given = ".".join(str(part) for part in first["loc"]), first["input"]
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, _all_keys(Config), n=1, cutoff=0.0)
-        return f"unknown key {key}; did you mean {near[0]}?"
-    given = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
-    return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{given}"
-
-
-def _all_keys(section: type[Section], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        if is_section(field.annotation):
-            keys += _all_keys(field.annotation, f"{prefix}{name}.")
-    return keys
+        while isinstance(given, dict) and given:  # an unknown section, as in worker.rollout.n: its first key says more
+            part, given = next(iter(given.items()))
+            key = f"{key}.{part}"
+        return f"unknown key {key}; did you mean {nearest_key(key)}?"
+    said = "" if first["type"] in ("missing", "value_error") else f", got {given!r}"
+    if first["type"] in ("string_type", "path_type") and isinstance(given, bool | int | float):
+        said += f'; write it in quotes, {key}: "...", on the command line {key}=\'"..."\''
+    return f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{said}"
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:
@@ -82,20 +78,10 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"override {override!r}: {section} holds a value, not a section")
     try:
-        values[last] = _scalar(text)
+        values[last] = yaml_1_2.load(text) if text else ""
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or error
         raise UserError(f"override {override!r}: the value is not valid YAML: {reason}; quote it") from None
-
-
-def _scalar(text: str) -> Any:
-    value = yaml.safe_load(text) if text else ""
-    if isinstance(value, str):  # YAML 1.1 reads 1e-6 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def read_keys(path: Path, what: str) -> dict[str, Any]:
@@ -105,7 +91,7 @@ def read_keys(path: Path, what: str) -> dict[str, Any]:
         UserError: missing or unreadable, not YAML, a duplicate key, or no mapping at the top level.
     """
     try:
-        values = yaml.load(path.read_text(), _UniqueKeys)
+        values = yaml_1_2.load(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what} file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -117,14 +103,3 @@ def read_keys(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected `key: value` lines at the top level, found {type(values).__name__}")
     return values
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a duplicate key, of which YAML would silently take the last value."""
-
-    def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1 and name != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)

@@ -5,7 +5,7 @@ docs/CONFIG.md is generated from here, by docs/config_page.py.
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -22,16 +22,29 @@ class Section(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_empty_sections(cls, values: Any) -> Any:
-        """Leave out sections without keys, which YAML reads as null: their defaults hold."""
-        sections = {name for name, field in cls.model_fields.items() if is_section(field.annotation)}
+    def _complete_sections(cls, values: Any) -> Any:
+        """Complete sections by the defaults of their place, which differ from the section's own in sft.optimizer.
+
+        A section without keys, which YAML reads as null, gets all of them.
+        """
         if not isinstance(values, dict):
             return values
-        return {key: value for key, value in values.items() if value is not None or key not in sections}
+        complete = dict(values)
+        for name, field in cls.model_fields.items():
+            given = {} if values.get(name) is None else values[name]
+            if name in values and is_section(field.annotation) and isinstance(given, dict):
+                defaults = {} if field.is_required() else field.default.model_dump(exclude_unset=True)
+                complete[name] = defaults | given
+        return complete
 
 
 def is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """Return the section in the annotation of a key: `LoraConfig` of `LoraConfig | None`; None for a value."""
+    return next(filter(is_section, (annotation, *get_args(annotation))), None)
 
 
 class LoraConfig(Section):

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from mssr.batch import GradedRollouts, Rollouts
-from mssr.config import Config
+from mssr.config import Config, yaml_1_2
 from mssr.config.resolve import dtype_name, engine_name
 from mssr.config.schema import OptimizerConfig
 from mssr.data.dataset import ProblemDataset
@@ -113,7 +112,7 @@ class Run(AbstractContextManager):
         try:
             self._metrics = MetricsLog(run_dir, tensorboard=self.config.log.tensorboard, resume_at=resume_at)
             self._open.callback(self._metrics.close)
-            (run_dir / "config.yaml").write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False))
+            (run_dir / "config.yaml").write_text(yaml_1_2.dump(self.config.model_dump(mode="json"), sort_keys=False))
         except OSError as error:
             raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
 

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import yaml
 
 from mssr.algorithms.advantages import ALGORITHMS, Outcomes
-from mssr.config import load_config
-from mssr.config.schema import RolloutConfig
+from mssr.config import load_config, yaml_1_2
+from mssr.config.nearest import FOREIGN, all_keys
+from mssr.config.schema import Config
 from mssr.errors import UserError
 
 MINIMAL = "run_dir: run\nmodel: {path: m}\ndata: {train: t}\n"
@@ -41,6 +43,73 @@ def test_floats_without_a_dot_are_floats(load, value):
     assert load(text=MINIMAL + f"train: {{optimizer: {{lr: {value}}}}}").train.optimizer.lr == 1e-6
 
 
+@pytest.fixture(params=["override", "file"])
+def set_key(request, load):
+    """Load a config with one more key, of a section that MINIMAL does not have, from the command line or from the file."""
+
+    def set_key(key, value):
+        section, name = key.split(".")
+        if request.param == "override":
+            return load(f"{key}={value}")
+        return load(text=MINIMAL.replace("path: m", f"path: m, {name}: {value}") if section == "model" else
+                    f"{MINIMAL}{section}: {{{name}: {value}}}\n")  # fmt: skip
+
+    return set_key
+
+
+@pytest.mark.parametrize(
+    "key, value, read",
+    [
+        ("model.liger", "on", "on"),
+        ("model.liger", "off", "off"),
+        ("train.keep_checkpoints", "1e3", 1000),
+        ("train.keep_checkpoints", "1.0e3", 1000),
+        ("train.keep_checkpoints", "1_000", 1000),
+        ("train.keep_checkpoints", "010", 10),  # YAML 1.1: octal
+        ("train.async_save", "no", False),
+        ("train.async_save", "off", False),
+        ("train.async_save", "True", True),
+        ("train.checkpoint_minutes", "~", None),
+        ("train.checkpoint_minutes", "+.5", 0.5),
+        ("train.deepspeed", "null", None),
+        ("sft.data", "2026-11-27", "2026-11-27"),  # YAML 1.1: a date
+        ("sft.data", "12:30", "12:30"),  # YAML 1.1: 750
+        ("sft.data", "yes", "yes"),
+        ("sft.data", "'1e3'", "1e3"),
+    ],
+)
+def test_file_and_command_line_read_values_alike(set_key, key, value, read):
+    section, name = key.split(".")
+    found = getattr(getattr(set_key(key, value), section), name)
+    assert (found, type(found)) == (read, type(read))
+
+
+@pytest.mark.parametrize("value", ["1.5", "1e-3", "12:30", "0x10"])
+def test_what_is_no_number_of_steps_is_refused_from_both(set_key, value):
+    with pytest.raises(UserError, match=r"train\.keep_checkpoints: Input should be a valid integer"):
+        set_key("train.keep_checkpoints", value)
+
+
+def test_a_number_for_a_text_says_to_quote_it(refused, load):
+    assert "model.path: Input should be a valid string, got 1000.0; write it in quotes" in refused("model.path=1e3")
+    assert load("model.path='1e3'").model.path == "1e3"
+
+
+def test_a_key_twice_in_an_override(refused):
+    assert "lr is there twice" in refused("train.optimizer={lr: 1, lr: 2}")
+
+
+@pytest.mark.parametrize(
+    "text", ["on", "1e3", "010", "08", "1_0", "2026-11-27", "12:30", "~", "", "<<", "a: b", "=", ".5"]
+)
+def test_a_written_config_reads_back(load, tmp_path, text):
+    """`config.yaml` of a run, which YAML 1.1 (`mssr export`) and 1.2 must read as the same text."""
+    written = yaml_1_2.dump(load().model_dump(mode="json") | {"eval": None}, sort_keys=False)
+    assert load(text=written) == load()
+    text = yaml_1_2.dump({"path": text})
+    assert yaml_1_2.load(text) == yaml.safe_load(text)
+
+
 def test_overrides_win_and_make_sections(load):
     text = MINIMAL + "seed: 3\ntrain:\n"  # a section without keys
     config = load(
@@ -69,6 +138,47 @@ def test_a_missing_key_is_named(refused):
 )
 def test_an_unknown_key_names_the_nearest(refused, key, nearest):
     assert refused(f"{key}=1").endswith(f"unknown key {key}; did you mean {nearest}?")
+
+
+@pytest.mark.parametrize(
+    "key, ours",
+    [
+        ("lr", "train.optimizer.lr"),
+        ("train.lr", "train.optimizer.lr"),
+        ("train.weight_decay", "train.optimizer.weight_decay"),
+        ("sft.lr", "sft.optimizer.lr"),
+        ("steps", "train.steps"),
+        ("trian.steps", "train.steps"),
+        ("temperature", "rollout.temperature"),
+        ("stepz", "train.steps"),
+        ("algorithm.rho_min", "algorithm.tracker.rho_min"),
+        ("lora.rank", "model.lora.rank"),
+        ("train.optimizer.beta", "train.optimizer.betas"),  # and not TRL's beta
+        # TRL
+        ("learning_rate", "train.optimizer.lr"),
+        ("train.num_generations", "rollout.responses_per_prompt"),
+        ("per_device_train_batch_size", "train.responses_per_update"),
+        # EasyR1, verl
+        ("algorithm.adv_estimator", "algorithm.name"),
+        ("worker.rollout.n", "rollout.responses_per_prompt"),
+        ("worker.actor.optim.lr", "train.optimizer.lr"),
+        ("data.max_response_length", "rollout.max_response_tokens"),
+        ("actor_rollout_ref.actor.kl_loss_coef", "algorithm.kl_coef"),
+        ("actor_rollout_ref.model.path", "model.path"),
+        ("trainer.save_freq", "train.checkpoint_every"),
+    ],
+)
+def test_an_unknown_key_goes_by_its_last_part_and_by_other_trainers_names(refused, key, ours):
+    assert refused(f"{key}=1").endswith(f"unknown key {key}; did you mean {ours}?")
+    section, _, rest = key.partition(".")
+    if rest and section not in Config.model_fields:
+        assert f"did you mean {ours}?" in refused(text=f"{MINIMAL}{section}: {{{rest}: 1}}\n")
+
+
+def test_other_trainers_names_lead_to_keys_that_exist():
+    keys = set(all_keys(Config))
+    assert set(FOREIGN.values()) <= keys
+    assert not {key.rpartition(".")[2] for key in keys} & set(FOREIGN)
 
 
 def test_an_unknown_key_of_the_file_is_named_too(refused):
@@ -288,6 +398,26 @@ def test_a_name_that_is_no_algorithm_is_one_line(load, name):
         load(f"algorithm.name={name}")
 
 
+SECTIONS = ["reward", "algorithm", "algorithm.tracker", "rollout", "train", "train.budget", "train.optimizer", "sft"]
+
+
 @pytest.mark.parametrize("preset", ["default", "paper"])
-def test_a_section_without_keys_has_its_defaults(load, preset):
-    assert load("rollout=null", f"preset={preset}").rollout == RolloutConfig()
+@pytest.mark.parametrize("section", [*SECTIONS, "sft.optimizer", "eval", "log"])
+def test_a_section_without_keys_has_its_defaults(load, section, preset):
+    """All its keys are commented out in the file, or it is null on the command line."""
+    whole = load(f"preset={preset}")
+    assert load(f"{section}=null", f"preset={preset}") == whole
+    outer, _, inner = section.partition(".")
+    text = f"{MINIMAL}preset: {preset}\n{outer}:\n" + (f"  {inner}:\n    # lr: 1\n" if inner else "  # every: 1\n")
+    assert load(text=text) == whole
+
+
+def test_a_required_section_without_keys_names_the_missing_key(refused):
+    assert "model.path: Field required" in refused(text="run_dir: r\nmodel:\n  # path: m\ndata: {train: t}\n")
+
+
+def test_a_key_of_the_warm_starts_optimizer_leaves_the_others_as_documented(load):
+    default = load().sft.optimizer
+    assert (default.lr, default.grad_clip, default.schedule) == (1e-5, 1.0, "cosine")
+    assert load("sft.optimizer.weight_decay=0.1").sft.optimizer == default.model_copy(update={"weight_decay": 0.1})
+    assert load("sft.optimizer.lr=1e-3").sft.optimizer == default.model_copy(update={"lr": 1e-3})
