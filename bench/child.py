@@ -1,6 +1,6 @@
 """Child processes: the one place where bench starts, listens to and ends them.
 
-`Child` is a process in a session of its own, such as a run of a study. `events` runs a measurement: `python -m MODULE` reads
+`Child` is a process in a session of its own that ends with this one, such as a run of a study. `events` runs a measurement: `python -m MODULE` reads
 its request, an object, from standard input and prints each result as one line of JSON.
 """
 
@@ -18,6 +18,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from mssr.guard import Guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = 3000  # characters of a failed measurement's output that are kept
@@ -46,13 +48,13 @@ class Ended:
 class Child:
     """A process in a session of its own: signals reach it and all processes that it started.
 
-    Ctrl-C interrupts only the parent.
+    Ctrl-C interrupts only the parent; if the parent dies, all of them end.
     """
 
     def __init__(self, command: Sequence[str], **options):
-        """options: of subprocess.Popen."""
+        """options: of `Guarded`."""
         self._began = time.monotonic()
-        self.process = subprocess.Popen(command, start_new_session=True, **options)
+        self.process = Guarded(command, **options)
 
     def wait(self) -> Ended:
         """Block this thread until it ends; another thread may call `stop`."""

@@ -3,9 +3,11 @@
 `train_step` is the whole example; the rest builds a batch and measures. The comparison needs `pip install liger-kernel`.
 """
 
+import os
 import resource
+import threading
 import time
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 import torch
 
@@ -38,6 +40,7 @@ def make_batch():
 
 def measure(loss_class, pipe):
     """Send seconds, peak MiB beyond the inputs, and results of one step."""
+    end_with_the_parent()
     hidden, weight, batch = make_batch()
     before, start = peak_mib(), time.perf_counter()
     values = train_step(loss_class, hidden, weight, batch)
@@ -47,6 +50,17 @@ def measure(loss_class, pipe):
 
 def peak_mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
+
+
+def end_with_the_parent():
+    """End this process when its parent does, even if that is killed."""
+
+    def watch():
+        while os.getppid() == parent_process().pid:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_a_process_of_its_own(loss_class):

@@ -5,8 +5,11 @@
 Both run the same four steps, each in its own process, whose peak memory shows the cost of the logits.
 """
 
+import os
 import resource
-from multiprocessing import get_context
+import threading
+import time
+from multiprocessing import get_context, parent_process
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -44,6 +47,7 @@ def fused_loss(model, tokens, target, advantage, old_logp):
 
 
 def train(patched: bool, pipe):
+    end_with_the_parent()
     torch.manual_seed(0)
     model = patch(tiny_model()) if patched else tiny_model()
     loss_of = fused_loss if patched else loss_of_logits
@@ -70,6 +74,17 @@ def train(patched: bool, pipe):
 
 def peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
+
+
+def end_with_the_parent():
+    """End this process when its parent does, even if that is killed."""
+
+    def watch():
+        while os.getppid() == parent_process().pid:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def in_a_process_of_its_own(patched: bool):

@@ -6,6 +6,7 @@ Reads package metadata instead of importing packages; the few questions that onl
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mssr.config.resolve import dtype_name, engine_name, why_no_vllm
+from mssr.guard import Guarded
 from mssr.versions import TESTED, is_supported, requirement, vllm_version
 
 INSTALL_VLLM = "python -m mssr.rollout.vllm.install"  # chooses the build, and adds what the CPU build needs
@@ -188,12 +190,15 @@ def _cuda_findings(answer: Probe, version: str, gpu: str) -> list[Finding]:
 
 
 def _probe(code: str) -> Probe:
-    try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
-    except subprocess.TimeoutExpired:
-        return Probe(False, f"no answer for {PATIENCE} s")
-    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
-    return Probe(done.returncode == 0, lines[-1] if lines else f"exit status {done.returncode}")
+    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    with Guarded(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True) as asked:
+        try:
+            out, err = asked.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            os.killpg(asked.pid, signal.SIGKILL)
+            return Probe(False, f"no answer for {PATIENCE} s")
+    lines = (err if asked.returncode else out).strip().splitlines()
+    return Probe(asked.returncode == 0, lines[-1] if lines else f"exit status {asked.returncode}")
 
 
 def _installed() -> dict[str, str]:

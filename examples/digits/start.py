@@ -22,6 +22,7 @@ from mssr.config import Config, load_config
 from mssr.config.schema import Section
 from mssr.data.files import open_rows
 from mssr.errors import UserError
+from mssr.guard import Guarded
 
 CORPUS_ROWS = 1000
 MARKER = "digits_start.json"
@@ -130,7 +131,7 @@ def warm_start(
 def launch(
     command: str, config_file: Path, overrides: Sequence[str], *, ranks: int = 1, log: Path | None = None
 ) -> None:
-    """Run `mssr COMMAND CONFIG KEY=VALUE ...` in its own processes.
+    """Run `mssr COMMAND CONFIG KEY=VALUE ...` in its own processes, which end with this one.
 
     Raises:
         UserError: the command failed.
@@ -138,11 +139,11 @@ def launch(
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     full = [sys.executable, *torchrun, "-m", "mssr", command, str(config_file), *overrides]
     if log is None:
-        done = subprocess.run(full)
+        code = Guarded(full).finish()
     else:
         with log.open("w", encoding="utf-8") as file:
-            done = subprocess.run(full, stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
+            code = Guarded(full, stdout=file, stderr=subprocess.STDOUT).finish()
+    if code:
         raise UserError(f"mssr {command} failed, see {log or 'above'}")
 
 

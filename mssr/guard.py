@@ -1,0 +1,89 @@
+"""Processes that do not outlive the one that started them, however it ends: `kill -9` included.
+
+`Guarded` starts this file as a small process in a session of its own, which runs the command and holds the reading end of a
+pipe. When the pipe closes, because its only writer has died, the guard ends the command and all that it started.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+
+GRACE_S = 60.0  # between SIGTERM and SIGKILL: a training run saves its step
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+class Guarded(subprocess.Popen):
+    """A process group that ends with us. Its exit status is the command's; `pid` is the guard's, and the group's.
+
+    Signals for the command go to the group (`os.killpg`): the terminal's Ctrl-C reaches only us.
+    """
+
+    def __init__(self, command: Sequence[str], *, pass_fds: Sequence[int] = (), **options) -> None:
+        """options: of subprocess.Popen."""
+        reader, writer = os.pipe()
+        self._lifeline = os.fdopen(writer, "wb")  # not inherited; closes with this object
+        guard = [sys.executable, "-I", "-S", __file__, str(reader)]
+        try:
+            super().__init__([*guard, *command], pass_fds=(*pass_fds, reader), start_new_session=True, **options)
+        except BaseException:
+            self._lifeline.close()
+            raise
+        finally:
+            os.close(reader)
+
+    def finish(self) -> int:
+        """Wait for its end and return the exit status. Ctrl-C is passed on, so that a training run can save."""
+        while True:
+            try:
+                return self.wait()
+            except KeyboardInterrupt:
+                os.killpg(self.pid, signal.SIGINT)
+
+
+def main(lifeline: int, command: list[str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # they are for the rest of the group
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which the command would inherit
+    child = os.fork()
+    if child == 0:
+        _become(command, lifeline)
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):  # else who reads the command's output would wait for us too
+        os.dup2(null, stream)
+    orphaned = threading.Event()
+    threading.Thread(target=_end_when_orphaned, args=(lifeline, orphaned), daemon=True).start()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if orphaned.is_set():
+        os.killpg(0, signal.SIGKILL)  # what the command left behind, and this process
+    if code < 0:  # end as the command did
+        if -code not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _become(command: list[str], lifeline: int) -> None:
+    os.close(lifeline)
+    if sys.platform == "linux":  # in case someone kills the guard
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        os.write(2, f"{command[0]}: {error.strerror}\n".encode())
+        os._exit(127)
+
+
+def _end_when_orphaned(lifeline: int, orphaned: threading.Event) -> None:
+    os.read(lifeline, 1)
+    orphaned.set()
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(GRACE_S)
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2:])
