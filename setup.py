@@ -12,17 +12,11 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "mssr/__init__.py").read_text())[1]
-requirement = runpy.run_path(str(HERE / "mssr/versions.py"))["requirement"]
+versions = runpy.run_path(str(HERE / "mssr/versions.py"))
+requirement = versions["requirement"]
 
-TRAIN = """transformers deepspeed datasets math-verify peft pydantic typer rich tensorboard matplotlib pyyaml packaging
-pillow psutil scipy numpy"""
-EXTRAS = {
-    "train": [requirement(package) for package in TRAIN.split()],
-    "vllm": [requirement("vllm")],
-    "flash": [requirement("flash-attn")],
-    "liger": [requirement("liger-kernel")],
-    "trl": [requirement("trl")],
-    "bench": [requirement(package) for package in ("liger-kernel", "cut-cross-entropy", "trl")],
+EXTRAS = {extra: [requirement(package) for package in packages] for extra, packages in versions["EXTRAS"].items()}
+EXTRAS |= {
     "dev": [
         "import-linter>=2.13",
         "scikit-learn>=1.6",  # the demo's handwritten digits

@@ -1,7 +1,7 @@
 """Child processes: the one place where bench starts, listens to and ends them.
 
-`Child` is a process in a session of its own that ends with this one, such as a run of a study. `events` runs a measurement: `python -m MODULE` reads
-its request, an object, from standard input and prints each result as one line of JSON.
+`Child` is a process in a session of its own that ends with this one, such as a run of a study. `events` runs a
+measurement: `python -m MODULE` reads its request, an object, from standard input and prints each result as a line of JSON.
 """
 
 import contextlib

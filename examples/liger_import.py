@@ -9,6 +9,7 @@ import threading
 import time
 from multiprocessing import get_context, parent_process
 
+import mssr.extras  # noqa: F401  first: it says in one line which library is missing  # isort: skip
 import torch
 
 from mssr_kernels.liger import LigerFusedLinearGRPOLoss  # was: from liger_kernel.chunked_loss import ...

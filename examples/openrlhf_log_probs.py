@@ -6,6 +6,7 @@ Qwen2 computes a policy gradient with our functions, and after `uninstall` with 
 
 import sys
 
+import mssr.extras  # noqa: F401  first: it says in one line which library is missing  # isort: skip
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 

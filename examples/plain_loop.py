@@ -11,6 +11,7 @@ import threading
 import time
 from multiprocessing import get_context, parent_process
 
+import mssr.extras  # noqa: F401  first: it says in one line which library is missing  # isort: skip
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -8,6 +8,7 @@ The change is one import: `from mssr.integrations.trl import FusedGRPOTrainer as
 import tempfile
 from pathlib import Path
 
+import mssr.extras  # noqa: F401  first: it says in one line which library is missing  # isort: skip
 from datasets import Dataset
 from digits.tiny_model import write_tiny_model
 from transformers import PrinterCallback

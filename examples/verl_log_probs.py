@@ -11,6 +11,7 @@ Here a tiny Qwen2 with verl's forward computes log-probs, entropy and gradients 
 
 import sys
 
+import mssr.extras  # noqa: F401  first: it says in one line which library is missing  # isort: skip
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import mssr.extras  # first: it says in one line which library is missing  # isort: skip
 import typer
 
 import mssr.environment  # noqa: F401  first: torch and transformers read it on import

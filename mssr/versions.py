@@ -1,6 +1,6 @@
 """Supported versions of other packages, and the comparison of version numbers.
 
-Imports nothing of mssr: setup.py reads the ranges from here too.
+Imports nothing of mssr: setup.py reads the ranges and extras from here too.
 """
 
 import importlib.metadata
@@ -34,6 +34,19 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "verl": ("0.9.1", "0.10"),
     "openrlhf": ("0.11.2", "0.12"),
 }
+
+# The extras of setup.py. Its `dev` has more, without ranges of ours.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "transformers", "deepspeed", "datasets", "math-verify", "peft", "pydantic", "typer", "rich", "tensorboard",
+        "matplotlib", "pyyaml", "packaging", "pillow", "psutil", "scipy", "numpy",
+    ),
+    "vllm": ("vllm",),
+    "flash": ("flash-attn",),
+    "liger": ("liger-kernel",),
+    "trl": ("trl",),
+    "bench": ("liger-kernel", "cut-cross-entropy", "trl"),
+}  # fmt: skip
 
 # The exact versions that the vLLM installer takes: vLLM's CPU build works with the torch that it was built for only.
 TESTED = {"torch": "2.13.0", "vllm": "0.32.0"}

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import mssr.extras  # noqa: F401  first: it says in one line which library is missing  # isort: skip
 import torch
 
 from examples.digits.start import launch, warm_start, write_problems

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import mssr.extras  # noqa: F401  first: the vLLM installer, a command, begins here
 from mssr.config.resolve import engine_name, why_no_vllm
 
 if TYPE_CHECKING:  # `mssr serve` and the vLLM installer import this package and need none of the trainer's libraries

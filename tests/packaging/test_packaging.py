@@ -1,6 +1,7 @@
 """The wheel, built from a copy of the checkout and used outside of it."""
 
 import email
+import importlib.metadata
 import os
 import re
 import shutil
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from mssr import __version__ as VERSION
-from mssr.versions import TESTED
+from mssr.extras import what_to_install
+from mssr.versions import EXTRAS, TESTED
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +51,26 @@ def wheel(tmp_path_factory):
 def installed(wheel, tmp_path_factory):
     folder = tmp_path_factory.mktemp("installed")
     pip("install", "--no-deps", "--no-index", "--target", str(folder), str(wheel))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kernels_only(installed, tmp_path_factory):
+    """What `pip install .` gives: the wheel, torch and triton, and what these require; no other library is importable."""
+    folder = tmp_path_factory.mktemp("kernels_only")
+    for path in installed.iterdir():
+        (folder / path.name).symlink_to(path)
+    waiting, seen = ["torch", "triton"], set()
+    while waiting:
+        name = re.match(r"[\w.-]+", waiting.pop())[0]
+        if name in seen or not any(importlib.metadata.distributions(name=name)):
+            continue
+        seen.add(name)
+        distribution = importlib.metadata.distribution(name)
+        waiting += [line for line in distribution.requires or () if "extra ==" not in line]
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__", "bin"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
     return folder
 
 
@@ -114,6 +136,48 @@ def test_the_installed_command_runs(installed, tmp_path):
     done = python("-m", "mssr", "--help", installed=installed, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert all(command in done.stdout for command in ("train", "sft", "eval", "serve", "export", "plan", "doctor"))
+
+
+TRAIN = "is not installed; it is in the extra `train`: in the checkout, pip install -e '.[train]'"
+
+
+IMPORTS_TORCH = pytest.mark.slow("3 s each, to import torch; the same hook as in the others")
+
+
+@pytest.mark.parametrize(
+    "command, line",
+    [
+        (["-m", "mssr"], f"mssr: typer {TRAIN}"),
+        (["-m", "mssr", "doctor", "--integration", "trl"], f"mssr: typer {TRAIN}"),
+        (["-c", "from mssr.cli import main; main()"], f"mssr: typer {TRAIN}"),  # the script `mssr`
+        (["-m", "mssr.rollout.vllm.install"], f"mssr: pyyaml {TRAIN}"),
+        pytest.param(["examples/plain_loop.py"], f"mssr: transformers {TRAIN}", marks=IMPORTS_TORCH),
+        (["examples/trl_grpo.py"], f"mssr: datasets {TRAIN}"),
+        pytest.param(["examples/verl_log_probs.py"], f"mssr: transformers {TRAIN}", marks=IMPORTS_TORCH),
+        pytest.param(["-m", "bench.kernels"], f"mssr: rich {TRAIN}", marks=IMPORTS_TORCH),
+        (["-m", "bench.plots"], f"mssr: matplotlib {TRAIN}"),
+        (["-m", "bench.study"], f"mssr: typer {TRAIN}"),
+        pytest.param(["-m", "examples.digits.demo"], f"mssr: pydantic {TRAIN}", marks=IMPORTS_TORCH),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_with_the_kernels_alone_each_command_names_the_extra(kernels_only, tmp_path, command, line):
+    for name in ("bench", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = python("-S", *command, installed=kernels_only, cwd=tmp_path)
+    said = [
+        text for text in done.stderr.splitlines() if "UserWarning: Failed to initialize NumPy" not in text
+    ]  # torch's
+    assert done.returncode == 2 and said[-1] == line and len(said) <= 2 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_each_library_of_an_extra_is_recognised_by_its_module():
+    modules = {"pyyaml": "yaml", "pillow": "PIL"}
+    for extra, packages in EXTRAS.items():
+        for package in packages:
+            line = what_to_install(modules.get(package, package.replace("-", "_")))
+            assert line.startswith(f"{package} is not installed") and (extra == "bench" or f"'.[{extra}]'" in line)
+    assert what_to_install("no_such_module") is None  # a bug of ours: its traceback is needed
 
 
 def test_the_tested_versions_are_those_of_the_constraints():
