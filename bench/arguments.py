@@ -5,16 +5,31 @@ import argparse
 import torch
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """Exit with one line, without the usage, which is several."""
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
 def parser(docstring: str, **options) -> argparse.ArgumentParser:
     """Return a parser that describes the command by the first line of its module's docstring."""
-    return argparse.ArgumentParser(description=docstring.split("\n")[0], **options)
+    return Parser(description=docstring.split("\n")[0], **options)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default=default, help="default: cuda if available, else cpu"
+        "--device", type=_device, default=default, metavar="{cpu,cuda}", help="default: cuda if available, else cpu"
     )
+
+
+def _device(name: str) -> str:
+    if name not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{name}: choose cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        why = "sees no GPU" if torch.version.cuda else f"{torch.__version__} is built for the CPU only"
+        raise argparse.ArgumentTypeError(f"cuda, but torch {why}: take --device cpu, or run `mssr doctor`")
+    return name
 
 
 def add_dtype(parser: argparse.ArgumentParser, *choices: str, **options) -> None:

@@ -15,7 +15,8 @@ A provider that is not installed is listed as "not installed", one that fails wi
 
 Tasks: "loss" is forward and backward with all gradients, "frozen" without the head's gradient, "forward" log-probs and
 entropy without gradients (or the loss, from providers that return only that). Every shape is measured in a process of its
-own, so that a crash or a hang affects one provider only; --out has kernels.json after every case.
+own, so that a crash or a hang affects one provider only; --out has kernels.json after every case. The memory and time that
+it will take are printed first; a shape that does not fit into memory is not run.
 Exit code: 1 if one of ours failed, else 0.
 
 The head of --quick is far narrower than a model's: passes over the logits weigh more, and chunks of few rows make products
@@ -31,10 +32,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from . import arguments as options
-from . import inputs, tables
+from . import estimate, inputs, tables
 from . import report as report_of
 from .child import Died, OutOfTime, events
 from .jobs import TASKS, Settings
+from .machine import free_bytes
+from .memory import GIB
 from .providers import PROVIDERS
 from .report import EAGER, measured
 from .roofs import share
@@ -43,7 +46,8 @@ from .shapes import MODELS, Shape
 # Seconds without news until a provider counts as hanging: the first run compiles, and some packages try out dozens of
 # configurations.
 SILENCE = {"cpu": 600, "cuda": 120}
-MEMORY_PROCESSES = 2  # in parallel; they do not affect each other's figures
+PROGRESS = 20  # seconds between lines that say what runs
+MEMORY_PROCESSES = 2  # at most, in parallel; they do not affect each other's figures
 
 DEFAULTS = dict(n=[2048], d=1024, v=65536, repeats=20, workspace_mib=256, providers=list(PROVIDERS))
 # The workspace is smaller than the logits, as it is at a model's head.
@@ -56,12 +60,14 @@ def main(words: list[str] | None = None) -> int:
     arguments = parse_arguments(words)
     settings = Settings(**{key: getattr(arguments, key) for key in Settings._fields if key != "input_sets"})
     report = report_of.new("bench.kernels", words, arguments.device, settings._asdict())
-    path = arguments.out and (arguments.out if arguments.out.suffix == ".json" else arguments.out / report_of.KERNELS)
+    path = report_of.file_at(arguments.out, report_of.KERNELS)
     ends = time.monotonic() + 60 * arguments.minutes if arguments.minutes else math.inf
     run = Run(report, path, settings, ends)
+    shapes = run.fitting(shapes_of(arguments))
     try:
         run.roofs(arguments.dtype)
-        for shape in shapes_of(arguments):
+        run.say_how_long(shapes, arguments.task, arguments.providers)
+        for shape in shapes:
             run.measure(shape, arguments.task, arguments.providers)
     except Died as error:
         sys.exit(f"bench.kernels: a plain product on {arguments.device} was not measured: {error}")
@@ -117,12 +123,47 @@ def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
     return [Shape(model, n, *head, dtype, rows) for n, dtype, rows, (model, head) in cases]
 
 
+def say(line: str):
+    print(line, file=sys.stderr, flush=True)
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
 class Run:
     """Fills a report shape by shape; saves it after every case."""
 
     def __init__(self, report: dict, path: Path | None, settings: Settings, ends: float = math.inf):
         """report: of `bench.report.new`. ends: time limit, by time.monotonic()."""
         self.report, self.path, self.settings, self.ends = report, path, settings, ends
+        self._began, self._said = time.monotonic(), -math.inf
+
+    def fitting(self, shapes: list[Shape]) -> list[Shape]:
+        """Return the shapes that fit into memory; the others are listed as not run. Exits with 2 if none fits."""
+        have, needs = free_bytes(self.settings.device), {}
+        for shape in shapes:
+            if (need := estimate.peak_bytes(shape, self.settings)) <= have:
+                needs[shape] = need
+                continue
+            words = f"N {shape.n:,}, D {shape.d:,}, V {shape.v:,}, {shape.dtype}"
+            n = estimate.most_tokens(shape, self.settings, have)
+            way_out = f"--n {n} would fit" if n else "no number of tokens would fit"
+            line = f"{words}: needs about {gib(need)} of memory, {gib(have)} are free; {way_out}"
+            self.report["not_run"].append(line)
+            say(f"not run: {line}")
+        if not needs:
+            sys.exit(2)
+        shapes = "1 shape" if len(needs) == 1 else f"{len(needs)} shapes"
+        say(f"{shapes}, up to about {gib(max(needs.values()))} of memory; {gib(have)} are free")
+        return list(needs)
+
+    def say_how_long(self, shapes: list[Shape], tasks: list[str], names: list[str]):
+        """By the roofs, which must be measured."""
+        names, roofs = list(dict.fromkeys([EAGER, *names])), self.report["roofs"]
+        found = sum(estimate.seconds(shape, tasks, names, self.settings, roofs) for shape in shapes)
+        limit = "" if math.isinf(self.ends) else f"; it ends after {(self.ends - time.monotonic()) / 60:.1f} minutes"
+        say(f"about {max(1, round(found / 60))} min, and what compiling takes{limit}")
 
     def roofs(self, dtypes: list[str]):
         """Raises:
@@ -142,6 +183,7 @@ class Run:
             try:
                 for event in self.part("cases", shape=shape._asdict(), tasks=left, names=here):
                     running = event.get("running", "")
+                    self.show_progress(running)
                     if "case" in event:
                         found.append(self.add(event["case"], died))
             except Died as error:
@@ -154,6 +196,12 @@ class Run:
             self.measure_memory(shape, names, found)
             self.save()
 
+    def show_progress(self, running: str):
+        now = time.monotonic()
+        if running and now - self._said >= PROGRESS:
+            self._said = now
+            say(f"after {(now - self._began) / 60:.1f} min: {running}")
+
     def add(self, case: dict, died: dict[str, str]) -> dict:
         """Add the shares of roof and the providers that died to a case, and put it into the report."""
         for name, why in died.items():
@@ -164,7 +212,7 @@ class Run:
                 figures = (found[key] for key in ("flops", "bytes", "seconds"))
                 found["share_of_roof"] = share(*figures, case["dtype"], roofs)
         self.report["cases"].append(case)
-        print(f"measured: {report_of.name(case)}", file=sys.stderr, flush=True)
+        say(f"measured: {report_of.name(case)}")
         self.save()
         return case
 
@@ -177,7 +225,9 @@ class Run:
             except Died as error:
                 self.report["not_run"].append(f"memory of {name}, N {shape.n}, V {shape.v}: {error}")
 
-        with ThreadPoolExecutor(MEMORY_PROCESSES) as pool:
+        say("memory: a process per provider")
+        fitting = free_bytes("cpu") // estimate.memory_process_bytes(shape)
+        with ThreadPoolExecutor(max(1, min(MEMORY_PROCESSES, fitting))) as pool:
             list(pool.map(of_provider, dict.fromkeys([EAGER, *names])))
 
     def part(self, kind: str, **request):

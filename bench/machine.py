@@ -6,6 +6,7 @@ import platform
 import subprocess
 from pathlib import Path
 
+import psutil
 import torch
 
 PACKAGES = (
@@ -30,6 +31,17 @@ def facts(device: str) -> dict[str, str]:
     else:
         found["device"] = f"{_processor()}, {torch.get_num_threads()} threads"
     return found | {"cores": str(len(os.sched_getaffinity(0)))}
+
+
+def free_bytes(device: str) -> int:
+    """Return the memory that a measurement may use: the device's, or what the system or a container's limit leaves."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    free = psutil.virtual_memory().available
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return free
 
 
 def _processor() -> str:

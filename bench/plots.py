@@ -1,6 +1,6 @@
 """A plot of a report of `bench.kernels`: time and memory of every case, one labelled bar per provider.
 
-    python -m bench.plots FOLDER      # FOLDER/kernels.png from kernels.json
+    python -m bench.plots FOLDER      # FOLDER/kernels.png from FOLDER/kernels.json; or FILE.json: FILE.png
 
 Ours are blue, eager is dark; a provider without figures says why.
 """
@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot: it keeps every figure and picks a backend for the whole process
 
 from mssr.cli import run_command
+from mssr.errors import UserError
 
 from . import arguments as options
 from .markdown import mib, seconds
@@ -23,18 +24,23 @@ LONGEST = 50  # characters of a reason
 
 def main(words: list[str] | None = None) -> None:
     parser = options.parser(__doc__)
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder with kernels.json")
-    print(plot(parser.parse_args(words).folder))
+    parser.add_argument(
+        "report", type=Path, metavar="WHERE", help="what `bench.kernels --out` got: folder, or FILE.json"
+    )
+    print(plot(parser.parse_args(words).report))
 
 
-def plot(folder: Path) -> Path:
+def plot(where: Path) -> Path:
     """Write the PNG next to its report; return its path.
 
     Raises:
-        UserError: there is no report, or one without cases.
+        UserError: there is no report, or one without cases, or of another benchmark.
     """
-    plot_cases(load(folder)).savefig(folder / PICTURE, dpi=110)
-    return folder / PICTURE
+    report, picture = load(where), where / PICTURE if where.is_dir() else where.with_suffix(".png")
+    if not all("providers" in case for case in report["cases"]):
+        raise UserError(f"{where}: not a report of bench.kernels, but of `{report.get('command', 'another command')}`")
+    plot_cases(report).savefig(picture, dpi=110)
+    return picture
 
 
 def plot_cases(report: dict) -> Figure:

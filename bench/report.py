@@ -34,6 +34,11 @@ def new(command: str, words: list[str] | None, device: str, settings: dict) -> d
     }
 
 
+def file_at(where: Path | None, name: str) -> Path | None:
+    """Return the file that --out means: FILE.json itself, or the one called `name` in a folder."""
+    return where and (where if where.suffix == ".json" else where / name)
+
+
 def save(report: dict, path: Path | None) -> None:
     """Write the report, if there is a path."""
     if path:

@@ -30,14 +30,14 @@ def main(words: list[str] | None = None) -> int:
     parser = options.parser(__doc__)
     options.add_device(parser)
     parser.add_argument("--repeats", type=options.positive, default=5, help="default: 5")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"write FOLDER/{report_of.SCALING}")
+    parser.add_argument("--out", type=Path, metavar="WHERE", help=f"folder for {report_of.SCALING}, or a FILE.json")
     arguments = parser.parse_args(words)
     base, workspace_mib = PRESETS[arguments.device]
     settings = Settings(arguments.device, arguments.repeats, workspace_mib=workspace_mib, input_sets=1)
     report = report_of.new("bench.scaling", words, arguments.device, settings._asdict())
     report["settings"] |= {axis: getattr(base, axis) for axis in AXES}
-    run = Run(report, arguments.out and arguments.out / report_of.SCALING, settings)
-    for shape in points(base):
+    run = Run(report, report_of.file_at(arguments.out, report_of.SCALING), settings)
+    for shape in run.fitting(points(base)):
         run.measure(shape, ["loss", "forward"], OURS)
     report_of.show(tables.scaling(report))
     return int(bool(report["not_run"]) or any(map(report_of.failures, report["cases"])))

@@ -20,6 +20,9 @@ INTRO = """# Configuration
 A run is one YAML file and `key=value` overrides on the command line: `mssr train configs/tiny.yaml train.optimizer.lr=1e-4`.
 An unknown key is an error that names the nearest known key. Settings that exclude each other are refused before anything is
 loaded, in one line that names the keys and what to set instead. Only the keys marked *required* have no default.
+
+Values are YAML 1.2, in the file and on the command line alike: `1e3` is a number; `on`, `no` and dates are text (a key that
+is true or false takes `on` and `no` too). A section without keys has its defaults; `model.lora` without keys is `null`, off.
 """
 NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
 BOUNDS = (("gt", "> {:g}"), ("ge", "≥ {:g}"), ("lt", "< {:g}"), ("le", "≤ {:g}"), ("min_length", "at least {}"))

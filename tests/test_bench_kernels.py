@@ -1,14 +1,16 @@
 """`bench.kernels`: its report, its float64 values, and that failures and wrong results are visible."""
 
 import json
+import re
 import time
 from itertools import pairwise
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from bench import accuracy, cases, child, inputs, kernels
+from bench import accuracy, cases, child, estimate, inputs, kernels, report, scaling, step, sync, tolerance
 from bench.jobs import (
     CROSS_ENTROPY,
     OBJECTIVES,
@@ -41,6 +43,62 @@ ON_CPU = [
     "trl",
 ]
 ON_CPU += ["torch linear CE"]
+
+
+HEAD_OF_7B = ["--model", "qwen2.5-vl-7b", "--device", "cpu"]
+
+
+def test_what_does_not_fit_is_refused_before_anything_starts(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "free_bytes", lambda device: 20 << 30)
+    monkeypatch.setattr(kernels.Run, "part", None)  # starts no process
+    with pytest.raises(SystemExit) as refused:
+        kernels.main([*HEAD_OF_7B, "--n", "32768"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert refused.value.code == 2
+    assert "N 32,768, D 3,584, V 152,064, float32: needs about" in line and "20.0 GiB are free" in line
+    (fits,) = re.findall(r"--n (\d+) would fit", line)
+
+    both = kernels.parse_arguments([*HEAD_OF_7B, "--n", "32768", fits])
+    run = kernels.Run({"not_run": []}, None, Settings("cpu"))
+    assert [shape.n for shape in run.fitting(kernels.shapes_of(both))] == [int(fits)]
+    assert len(run.report["not_run"]) == 1
+    assert "1 shape, up to about" in capsys.readouterr().err
+
+    monkeypatch.setattr(kernels, "free_bytes", lambda device: 2 << 30)
+    with pytest.raises(SystemExit):
+        kernels.main(HEAD_OF_7B)
+    assert "no number of tokens would fit" in capsys.readouterr().err
+
+
+def committed(name):
+    (file,) = Path(kernels.__file__).parent.glob(f"results/cpu-epyc*/{name}.json")
+    return report.load(file)
+
+
+@pytest.mark.parametrize("name", ["kernels", "kernels_wide"])
+def test_estimates_are_those_of_recorded_runs(name):
+    recorded = committed(name)
+    settings, (case, *_) = Settings(**recorded["settings"]), recorded["cases"]
+    shape = Shape(*(case[key] for key in Shape._fields))
+    eager = case["providers"]["eager"]["peak_extra_mib"] * 2**20
+    assert eager == pytest.approx(estimate.LOGIT["float32"] * shape.n * shape.v, rel=0.02)
+    assert eager < estimate.job_bytes(shape) < estimate.peak_bytes(shape, settings)
+    ran = [found for case in recorded["cases"] for found in case["providers"].values() if "seconds" in found]
+    took = sum(found["seconds"] for found in ran) * (settings.repeats + settings.input_sets)
+    tasks, names = [case["task"] for case in recorded["cases"]], list(case["providers"])
+    assert took < estimate.seconds(shape, tasks, names, settings, recorded["roofs"]) < 3 * took
+
+
+def test_no_gpu_and_other_mistakes_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in (kernels.main, scaling.main, step.main, sync.main, tolerance.main):
+        with pytest.raises(SystemExit) as ended:
+            command(["--device", "cuda"])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and "--device: cuda, but torch" in line
+    with pytest.raises(SystemExit):
+        kernels.main(["--model", "llama-3.1-8b", "--d", "64"])
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.slow("20 s: the command, with a process for each provider")
@@ -184,7 +242,8 @@ def test_turns_are_fair():
     assert {first + second for order in orders for first, second in pairwise(order)} >= {"ab", "ba", "cd", "dc"}
 
 
-def test_presets():
+def test_presets(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     quick = kernels.parse_arguments(["--quick", "--device", "cpu"])
     assert quick.repeats >= 20 and set(quick.task) == set(TASKS) and len(kernels.shapes_of(quick)) == 1
     assert {"eager", "torch.compile", "mssr exact", "mssr sparse", "liger GRPO", "trl", "cce torch_compile"} < set(

@@ -228,6 +228,16 @@ def test_a_picture(root):
     assert written.name == "kernels.png" and written.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_of_a_file(root, tmp_path):
+    """What `bench.kernels --out FILE.json` wrote; and the report of another benchmark."""
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(kernels_report()))
+    assert plots.plot(file) == tmp_path / "mine.png" and (tmp_path / "mine.png").read_bytes().startswith(b"\x89PNG")
+    file.write_text(json.dumps({"command": "python -m bench.step", "cases": [{"head": "mssr"}]}))
+    with pytest.raises(UserError, match=r"mine\.json: not a report of bench\.kernels, but of `python -m bench\.step`"):
+        plots.plot(file)
+
+
 def test_bars_have_their_value_and_failures_their_reason():
     figure = plots.plot_cases(kernels_report())
     assert len(figure.axes) == 4  # time and memory of two cases
