@@ -49,4 +49,4 @@ lint: venv
 	$(BIN)/lint-imports --no-cache
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

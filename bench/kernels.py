@@ -31,6 +31,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mssr.cli import run_command
+
 from . import arguments as options
 from . import estimate, inputs, tables
 from . import report as report_of
@@ -61,6 +63,7 @@ def main(words: list[str] | None = None) -> int:
     settings = Settings(**{key: getattr(arguments, key) for key in Settings._fields if key != "input_sets"})
     report = report_of.new("bench.kernels", words, arguments.device, settings._asdict())
     path = report_of.file_at(arguments.out, report_of.KERNELS)
+    report_of.refuse_other_file(path)
     ends = time.monotonic() + 60 * arguments.minutes if arguments.minutes else math.inf
     run = Run(report, path, settings, ends)
     shapes = run.fitting(shapes_of(arguments))
@@ -239,4 +242,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

@@ -6,6 +6,7 @@ or `error`, why it failed.
 
 import datetime
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -39,11 +40,34 @@ def file_at(where: Path | None, name: str) -> Path | None:
     return where and (where if where.suffix == ".json" else where / name)
 
 
+def refuse_other_file(path: Path | None) -> None:
+    """Check that a report may be written there.
+
+    Raises:
+        UserError: a file is there that is no report.
+    """
+    if path is None or not os.path.lexists(path):
+        return
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict) or "machine" not in found:
+        raise UserError(f"{path}: already there, and no report of a benchmark; name another file")
+
+
 def save(report: dict, path: Path | None) -> None:
-    """Write the report, if there is a path."""
+    """Write the report, if there is a path, whole or not at all; an earlier report there is replaced.
+
+    Raises:
+        UserError: as `refuse_other_file`.
+    """
     if path:
+        refuse_other_file(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n")
+        partial = path.with_name(f".partial_{os.getpid()}_{path.name}")
+        partial.write_text(json.dumps(report, indent=2) + "\n")
+        partial.replace(path)
 
 
 def show(text: str) -> None:

@@ -10,6 +10,8 @@ of every point.
 import sys
 from pathlib import Path
 
+from mssr.cli import run_command
+
 from . import arguments as options
 from . import report as report_of
 from . import tables
@@ -36,7 +38,9 @@ def main(words: list[str] | None = None) -> int:
     settings = Settings(arguments.device, arguments.repeats, workspace_mib=workspace_mib, input_sets=1)
     report = report_of.new("bench.scaling", words, arguments.device, settings._asdict())
     report["settings"] |= {axis: getattr(base, axis) for axis in AXES}
-    run = Run(report, report_of.file_at(arguments.out, report_of.SCALING), settings)
+    path = report_of.file_at(arguments.out, report_of.SCALING)
+    report_of.refuse_other_file(path)
+    run = Run(report, path, settings)
     for shape in run.fitting(points(base)):
         run.measure(shape, ["loss", "forward"], OURS)
     report_of.show(tables.scaling(report))
@@ -50,4 +54,4 @@ def points(base: Shape) -> list[Shape]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

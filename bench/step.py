@@ -25,6 +25,7 @@ from pathlib import Path
 import mssr.environment  # noqa: F401  first, as in mssr.cli  # isort: skip
 import torch
 
+from mssr.cli import run_command
 from mssr.observe.utilisation import peak_tflops
 
 from . import arguments as options
@@ -42,6 +43,7 @@ SHAPED_HEADS = ("eager", "mssr")
 
 def main(words: list[str] | None = None) -> int:
     arguments = parse_arguments(words)
+    report_of.refuse_other_file(arguments.json)
     report = measure(arguments, words)
     report_of.show(tables.step(report))
     report_of.save(report, arguments.json)
@@ -107,4 +109,4 @@ def compare(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

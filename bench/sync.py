@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from mssr.cli import run_command
 from mssr.config.resolve import why_no_vllm
 
 from . import arguments as options
@@ -33,6 +34,7 @@ CASE_LIMIT = 1200  # seconds
 
 def main(words: list[str] | None = None) -> int:
     arguments = parse_arguments(words)
+    report_of.refuse_other_file(arguments.json)
     report = measure(arguments, words)
     report_of.show(tables.sync(report))
     report_of.save(report, arguments.json)
@@ -89,4 +91,4 @@ def run(case: dict, limit: float) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

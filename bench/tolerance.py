@@ -7,15 +7,16 @@ Eager rounds its logits to 16 bits; ours does not, so its error comes from the t
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
+from mssr.cli import run_command
 from mssr_kernels import linear_policy_loss
 
 from . import accuracy, inputs, machine
 from . import arguments as options
+from . import report as report_of
 from .jobs import CONFIG, POLICY, eager
 
 POWERS = range(-1, -15, -1)
@@ -28,14 +29,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--v", type=int, default=32768, help="vocabulary (default 32768)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     options.add_device(parser)
-    parser.add_argument("--json", metavar="FILE", help="write the report there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     arguments = parser.parse_args(argv)
-    report = {"machine": machine.facts(arguments.device), **vars(arguments), "rows": {}}
+    settings = vars(arguments).copy()
+    file = settings.pop("json")
+    report_of.refuse_other_file(file)
+    report = {"machine": machine.facts(arguments.device), **settings, "rows": {}}
     for kind in ("peaked", "realistic"):
         report["rows"][kind] = errors(arguments, kind)
         print_errors(kind, report["rows"][kind])
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+    report_of.save(report, file)
 
 
 def errors(arguments: argparse.Namespace, kind: str) -> dict:
@@ -66,4 +69,4 @@ def print_errors(kind: str, result: dict):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,7 @@ import typer
 
 import mssr.environment  # noqa: F401  first: torch and transformers read it on import
 from mssr.config import load_config
+from mssr.config.paths import path_for
 from mssr.errors import Diverged, Interrupted, UserError
 
 app = typer.Typer(
@@ -100,7 +101,12 @@ def serve(
 def plot(
     runs: Annotated[list[Path], typer.Argument(help="run folders or metrics.jsonl files")],
     out: Annotated[
-        Path | None, typer.Option(help="PNG to write; default: curves.png in the first run's folder")
+        Path | None,
+        typer.Option(
+            parser=path_for("--out"),
+            metavar="PNG",
+            help="picture to write; default: curves.png in the first run's folder",
+        ),
     ] = None,
 ) -> None:
     """Draw the curves of one run, or compare several runs."""
@@ -114,7 +120,9 @@ def plot(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a training run")],
-    out: Annotated[Path, typer.Option(help="folder to write; must not exist yet")],
+    out: Annotated[
+        Path, typer.Option(parser=path_for("--out"), metavar="FOLDER", help="folder to write; must not exist yet")
+    ],
     step: Annotated[int | None, typer.Option(help="step of the checkpoint; default: the newest")] = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="with model.lora: export only the adapter, for peft")

@@ -46,8 +46,10 @@ def write_report(studies: Sequence[Path], out: Path) -> Path:
     studies: folders of studies, or their results.json under any name.
 
     Raises:
-        UserError: results are missing or not readable, or two studies have the same name.
+        UserError: results are missing or not readable, two studies have the same name, or `out` is another file.
     """
+    if out.exists() and not out.read_bytes().startswith(TITLE.encode()):
+        raise UserError(f"{out}: already there, and no report of studies; name another file")
     found = [load_results(path) for path in studies]
     names = [results.name for results in found]
     for name in names:

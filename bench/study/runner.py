@@ -165,8 +165,10 @@ def sole_user(out: Path):
     """Yield a descriptor that locks the study's folder for this process and for those that inherit it.
 
     Raises:
-        UserError: another study uses it, or a run of a killed study.
+        UserError: another study uses it, or a run of a killed study; or it has other files.
     """
+    if out.is_dir() and any(out.iterdir()) and not (out / ".lock").is_file():
+        raise UserError(f"out {out}: holds files, but not of a study; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:

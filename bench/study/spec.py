@@ -7,21 +7,24 @@ The file and the configuration of each arm are validated before anything runs.
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from bench.study.claims import Claim, Part, nearest
 from bench.study.recorded import Match
 from examples.digits.start import DigitsSettings
 from mssr.config.load import read_keys
+from mssr.config.paths import expanded
 from mssr.errors import UserError
+
+GivenPath = Annotated[Path, BeforeValidator(expanded)]
 
 
 class StudySpec(Part):
-    out: Path = Field(description="folder for everything that the study writes")
+    out: GivenPath = Field(description="folder for everything that the study writes")
     question: str = Field(min_length=1, description="one sentence")
-    config: Path = Field(description="configuration file of a run, relative to the current directory")
+    config: GivenPath = Field(description="configuration file of a run, relative to the current directory")
     set: dict[str, Any] = Field({}, description="dotted keys of the configuration, for every arm")
     start: Literal["digits"] | None = Field(
         None,

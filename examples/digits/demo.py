@@ -9,7 +9,6 @@ The warm start (`examples.digits.start`) and RL run the commands `mssr sft` and 
 import argparse
 import json
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,22 +19,25 @@ import torch
 from examples.digits.start import launch, warm_start, write_problems
 from mssr.cli import run_command  # also sets environment variables for the commands
 from mssr.config import Config, load_config
+from mssr.config.paths import path_for
 from mssr.config.resolve import device_type, engine_name
 from mssr.errors import UserError
+from mssr.folder_lock import locked
 from mssr.observe.metrics import read_metrics
 from mssr.observe.plots import plot_curves
+from mssr.outputs import set_aside
 
 CONFIG = Path("configs/tiny.yaml")
 MARKER = "made_by_demo.txt"
 
 
 def demo(seed: int, run_dir: Path, overrides: Sequence[str] = ()) -> dict:
-    """Run all steps in `run_dir`, replacing an earlier demo; return the summary.
+    """Run all steps in `run_dir`, setting an earlier demo aside; return the summary.
 
     overrides: `key=value`, for both the warm start and RL.
     """
     started = time.monotonic()
-    replace_earlier_demo(run_dir)
+    set_earlier_demo_aside(run_dir)
 
     print("1/4  digits: pairs of 1,797 real scans from scikit-learn, with a question about each pair", flush=True)
     files = write_problems(run_dir, seed)
@@ -61,20 +63,22 @@ def demo(seed: int, run_dir: Path, overrides: Sequence[str] = ()) -> dict:
     return summary
 
 
-def replace_earlier_demo(run_dir: Path) -> None:
-    """Remove an earlier demo's files.
+def set_earlier_demo_aside(run_dir: Path) -> None:
+    """Rename the folder of an earlier demo, which may hold what a person added, to the first free `run_dir.N`.
 
     Raises:
-        UserError: the folder holds other files.
+        UserError: the folder holds other files, or the earlier demo still runs.
     """
     if run_dir.exists() and any(run_dir.iterdir()):
         if not (run_dir / MARKER).is_file():
             raise UserError(
                 f"{run_dir} exists and is not from a demo; choose another folder with RUN_DIR=... (or --run-dir)"
             )
-        shutil.rmtree(run_dir)
+        with locked(run_dir), locked(run_dir / "sft"):
+            pass
+        print(f"the earlier demo is in {set_aside(run_dir)} now", flush=True)
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / MARKER).write_text("`make demo` wrote this folder and replaces it on its next run.\n")
+    (run_dir / MARKER).write_text("`make demo` wrote this folder. Its next run renames it and keeps it.\n")
 
 
 def summarise(config: Config, train_seconds: float, total_seconds: float, curves: Path) -> dict:
@@ -108,7 +112,7 @@ def print_summary(run_dir: Path, summary: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--run-dir", type=path_for("--run-dir"), default=Path("runs/demo"))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override keys of configs/tiny.yaml")
     arguments = parser.parse_args()
     print_summary(arguments.run_dir, demo(arguments.seed, arguments.run_dir, arguments.overrides))

@@ -27,6 +27,7 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 
 from mssr.cli import run_command
+from mssr.config.paths import path_for
 from mssr.errors import UserError
 
 DIGIT_SIDE = 56  # pixels; two merged patches of a 14-pixel vision tower each way
@@ -82,11 +83,15 @@ def write_digits(
     format: parquet includes the images; jsonl has them as PNG files in a folder beside it.
 
     Raises:
-        UserError: more problems than the scans allow, or a number of digits out of range.
+        UserError: more problems than the scans allow, a number of digits out of range, or such files are there.
     """
     if not 2 <= digits <= MOST_DIGITS:
         raise UserError(f"digits: digits={digits}: an image shows 2 to {MOST_DIGITS} digits")
     out_dir = Path(out_dir)
+    for split in SPLIT_SHARES:
+        for there in (out_dir / f"{split}.{format}", out_dir / split):  # jsonl has images in the folder
+            if there.exists():
+                raise UserError(f"{there}: already there; name another folder")
     out_dir.mkdir(parents=True, exist_ok=True)
     source = load_digits()
     scans = split_scans(source.target)
@@ -176,7 +181,7 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     folder = path.with_suffix("")
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             (image,) = row["images"]
@@ -186,7 +191,7 @@ def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write handwritten digits as problems: train, val and test files.")
-    parser.add_argument("out", type=Path, help="folder for train, val and test")
+    parser.add_argument("out", type=path_for("out"), help="folder for train, val and test")
     parser.add_argument("--seed", type=int, default=0)
     for split, count in (("train", 2048), ("val", 512), ("test", 512)):
         parser.add_argument(f"--{split}", type=int, default=count, help=f"problems (default {count})")

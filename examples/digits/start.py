@@ -7,7 +7,6 @@ The demo trains one; a study trains one per seed, which all of its arms start fr
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from mssr.config.schema import Section
 from mssr.data.files import open_rows
 from mssr.errors import UserError
 from mssr.guard import Guarded
+from mssr.outputs import set_aside
 
 CORPUS_ROWS = 1000
 MARKER = "digits_start.json"
@@ -63,7 +63,7 @@ def digits_start(
     overrides: Sequence[str] = (),
     settings: DigitsSettings = DigitsSettings(),
 ) -> DigitsStart:
-    """Return the finished start of this seed in `folder`, or make one, replacing an unfinished one.
+    """Return the finished start of this seed in `folder`, or make one; parts of an unfinished one are set aside.
 
     overrides: `key=value` for the warm start. It runs on one rank; its output goes to `folder/sft.log`.
 
@@ -81,8 +81,7 @@ def digits_start(
         return start
 
     for name in ("data", "untrained", "sft"):
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
+        set_aside(folder / name)
     _write_marker(folder, finished=False, made_from=made_from)
     write_problems(folder, seed, settings)
     warm_start(folder, config_file, files, seed, overrides, settings, log=folder / "sft.log")

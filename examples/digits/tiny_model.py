@@ -14,6 +14,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from mssr.errors import UserError
 from mssr.policy.families import FAMILIES, Family
 
 TEXT_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -51,6 +52,8 @@ def write_tiny_model(
     family: a `model_type` of `families.FAMILIES`.
     hidden: width; a multiple of 64 (heads of 32).
     """
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: already there; name another folder")
     kind = FAMILIES[family]
     tokenizer = train_tokenizer(corpus, vocabulary, SPECIAL_TOKENS if kind.has_vision else TEXT_TOKENS)
     config = _tiny_config(family, kind, tokenizer, hidden=hidden, layers=layers, vision_layers=vision_layers, tied=tied)

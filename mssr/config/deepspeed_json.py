@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mssr.config.paths import expanded
 from mssr.errors import UserError
 
 AUTO = "auto"  # Hugging Face's word for what the trainer fills in
@@ -69,11 +70,18 @@ def with_stage_of_json(values: dict[str, Any]) -> dict[str, Any]:
     path = train.get("deepspeed") if isinstance(train, dict) else None
     if not isinstance(path, str):
         return values
-    stage = read_deepspeed_json(path)[ZERO]["stage"]
+    stage = read_deepspeed_json(_expanded(path))[ZERO]["stage"]
     given = train.get("zero_stage", stage)
     if given != stage:
         raise UserError(f"train.zero_stage {given}, but {path} has stage {stage}; leave train.zero_stage out")
     return values | {"train": train | {"zero_stage": stage}}
+
+
+def _expanded(path: str) -> str:
+    try:
+        return expanded(path)
+    except ValueError as error:
+        raise UserError(f"train.deepspeed: {error}") from None
 
 
 def offloads_optimizer(path: str) -> bool:
@@ -83,7 +91,7 @@ def offloads_optimizer(path: str) -> bool:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        sections = json.loads(Path(path).expanduser().read_text())
+        sections = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"train.deepspeed {path}: no such file; paths start from the current directory") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -7,14 +7,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from mssr.algorithms.advantages import ALGORITHMS
+from mssr.config.paths import expanded, without_variables
 
 DEFAULT_INSTRUCTION = "Think step by step inside <think></think> tags, then give the final answer in \\boxed{}."
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Place = Annotated[str, BeforeValidator(expanded)]  # a path, or a name on the Hugging Face hub
+OptionalPlace = Annotated[str | None, BeforeValidator(expanded)]
+NewFolder = Annotated[Path, AfterValidator(without_variables), BeforeValidator(expanded)]
 
 
 class Section(BaseModel):
@@ -60,7 +64,7 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
-    path: str = Field(description="Hugging Face directory or hub name of the initial policy")
+    path: Place = Field(description="Hugging Face directory or hub name of the initial policy")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 with float32 master weights on a GPU, float32 on a CPU"
     )
@@ -82,8 +86,10 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    train: str = Field(description="training problems: parquet or JSON lines file, directory, or hub name (name:split)")
-    val: str | None = Field(None, description="validation problems, same format; null: no validation")
+    train: Place = Field(
+        description="training problems: parquet or JSON lines file, directory, or hub name (name:split)"
+    )
+    val: OptionalPlace = Field(None, description="validation problems, same format; null: no validation")
     instruction: str = Field(DEFAULT_INSTRUCTION, description="text appended to the problem in every prompt")
     max_prompt_tokens: int = Field(2048, gt=0, description="maximum prompt length, image tokens included")
     min_pixels: int = Field(262_144, gt=0, description="smaller images are scaled up to this many pixels")
@@ -267,7 +273,7 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         2, description="ZeRO stage: 1 shards the optimizer state, 2 also the gradients, 3 also the weights"
     )
-    deepspeed: str | None = Field(
+    deepspeed: OptionalPlace = Field(
         None,
         description="DeepSpeed JSON (configs/deepspeed/) for ZeRO settings and offloading; its stage replaces zero_stage",
     )
@@ -284,7 +290,7 @@ class TrainConfig(Section):
 
 
 class SftConfig(Section):
-    data: str | None = Field(None, description="rows with a `solution` column to imitate; null: data.train")
+    data: OptionalPlace = Field(None, description="rows with a `solution` column to imitate; null: data.train")
     steps: int = Field(200, gt=0, description="maximum number of optimizer updates")
     eval_every: int = Field(50, gt=0, description="updates between validations")
     stop_at_accuracy: float | None = Field(
@@ -310,7 +316,7 @@ class LogConfig(Section):
 
 
 class Config(Section):
-    run_dir: Path = Field(description="folder for everything the run writes")
+    run_dir: NewFolder = Field(description="folder for everything the run writes")
     preset: Literal["default", "paper"] = Field(
         "default",
         description="values for keys that are not set; paper: the authors' choices, docs/CONFIG.md lists them",

@@ -75,13 +75,13 @@ def open_rows(path: str, world: World | None = None) -> RowFile | HubRows:
 
 def _find(path: str) -> list[Path] | tuple[str, str]:
     """Return the files, or name and split of a dataset of the hub."""
-    place, split = Path(path).expanduser(), None
+    place, split = Path(path), None
     if not _exists(place) and ":" in path:
         name, _, split = path.rpartition(":")
-        place = Path(name).expanduser()
+        place = Path(name)
     if _exists(place):
         return _files(_snapshot(place), split) if place.is_dir() else [place]
-    if path.endswith(SUFFIXES) or path.startswith(("/", ".", "~")) or str(place).count("/") > 1:
+    if path.endswith(SUFFIXES) or path.startswith(("/", ".")) or str(place).count("/") > 1:
         shown = shortened(path, 300)
         raise UserError(f"{shown}: no such file or directory; give a .parquet or .jsonl file, or a hub name")
     return str(place), split or "train"

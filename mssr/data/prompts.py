@@ -34,7 +34,7 @@ def load_processors(path: str | Path) -> tuple[PreTrainedTokenizerBase, BaseImag
     Raises:
         UserError: no tokenizer can be loaded.
     """
-    if str(path).startswith(("/", ".", "~")) and not Path(path).exists():
+    if str(path).startswith(("/", ".")) and not Path(path).exists():
         raise UserError(f"model.path {path}: no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mssr.errors import UserError
 from mssr.observe.metrics import read_metrics
+from mssr.observe.picture import refuse_other_file, save_picture
 
 COLOURS = ("#2f6db5", "#e07b39", "#3a9e6f", "#b5479b", "#c9a227", "#5c5f66", "#3fb3c4", "#d1495b")
 INK = "#33363b"
@@ -65,8 +66,10 @@ def plot_curves(runs: dict[str, Path], out: Path) -> Path:
     One run: one colour per metric. Several: one colour per run; metrics in the same panel differ in line style.
 
     Raises:
-        UserError: a metrics file is missing or has nothing to plot.
+        UserError: a metrics file is missing or has nothing to plot, or `out` is a file that this did not draw.
     """
+    out = Path(out)
+    refuse_other_file(out)
     curves = {label: _read_curves(path) for label, path in runs.items()}
     panels = [panel for panel in PANELS if any(s.key in run for s in panel.series for run in curves.values())]
     figure = Figure(layout="constrained", facecolor="white")
@@ -78,10 +81,7 @@ def plot_curves(runs: dict[str, Path], out: Path) -> Path:
         figure.legend(handles, list(curves), loc="outside upper center", ncols=min(len(curves), 6), frameon=False)
     else:
         figure.suptitle(next(iter(curves)), color=INK, fontsize=13)
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
-    return out
+    return save_picture(figure, out, dpi=150)
 
 
 def _read_curves(path: Path) -> dict[str, Points]:

@@ -3,7 +3,6 @@
 import html
 import io
 import json
-import shutil
 from pathlib import Path
 
 from PIL import Image
@@ -11,6 +10,9 @@ from torch import Tensor
 
 from mssr.batch import GradedRollouts
 from mssr.observe.metrics import finite_or_none
+from mssr.outputs import replace
+
+FOLDER = "rollouts"
 
 
 def save_rollouts(
@@ -19,19 +21,26 @@ def save_rollouts(
     """Write the first `count` rows to `run_dir/rollouts/step_000040/`; return that folder.
 
     It holds `rollouts.jsonl`, the images as files, and `index.html`, which shows both. An earlier folder of the same step
-    is replaced: a resumed run repeats its last steps.
+    of this run is replaced: a resumed run repeats its last steps.
 
     baseline, advantage: [B] of the rows; no baseline without a value tracker.
     """
-    folder = Path(run_dir) / "rollouts" / f"step_{step:06d}"
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    records = [_record(rollouts, row, baseline, advantage, folder) for row in range(min(count, len(rollouts)))]
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    _write(folder / "rollouts.jsonl", lines)
-    _write(folder / "index.html", _page(step, records))
-    return folder
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        records = [_record(rollouts, row, baseline, advantage, folder) for row in range(min(count, len(rollouts)))]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        _write(folder / "rollouts.jsonl", lines)
+        _write(folder / "index.html", _page(step, records))
+
+    return replace(Path(run_dir), f"{FOLDER}/step_{step:06d}", write)
+
+
+def rollout_folders(run_dir: Path, after: int) -> list[str]:
+    """Return the names in run_dir of the folders of later steps than `after`, which `save_rollouts` would replace."""
+    folders = (run_dir / FOLDER).glob("step_*")
+    names = [path.name for path in folders if path.name[5:].isdecimal() and int(path.name[5:]) > after]
+    return [f"{FOLDER}/{name}" for name in sorted(names)]
 
 
 def _record(rollouts: GradedRollouts, row: int, baseline: Tensor | None, advantage: Tensor, folder: Path) -> dict:

@@ -1,6 +1,5 @@
 """Writes the policy as a Hugging Face directory, which plain transformers loads, and its adapter as peft's directory."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from mssr.distributed import World
 from mssr.errors import UserError
+from mssr.outputs import replace, write_new
 from mssr.policy.lora import adapted_layers, own_name, write_adapter
 from mssr.policy.model import Policy
 from mssr.policy.weights import BUCKET_BYTES, gathered, named_weights, untied_names
@@ -18,22 +18,23 @@ from mssr.policy.weights import BUCKET_BYTES, gathered, named_weights, untied_na
 def save_trained(policy: Policy, processors: tuple, run_dir: Path, world: World) -> None:
     """Write the trained policy to `run_dir/model`; with LoRA also the adapter alone to `run_dir/adapter`.
 
-    Collective; arguments and errors as `save_model`.
+    Those of an earlier session of the run are replaced. Collective; arguments and errors as `save_model`.
     """
     if adapted_layers(policy):
-        save_adapter(policy, run_dir / "adapter", world)
-    save_model(policy, processors, run_dir / "model", world)
+        save_adapter(policy, run_dir / "adapter", world, run_dir)
+    save_model(policy, processors, run_dir / "model", world, run_dir)
 
 
-def save_model(policy: Policy, processors: tuple, folder: Path, world: World) -> Path:
+def save_model(policy: Policy, processors: tuple, folder: Path, world: World, run_dir: Path | None = None) -> Path:
     """Write weights (adapters merged), config, tokenizer and image processor; return the folder.
 
     The folder appears only when it is complete. Collective, because ZeRO-3 gathers the weights; rank 0 writes.
 
     processors: (tokenizer, image processor or None), each with `save_pretrained`.
+    run_dir: of the run that may replace its own folder; None: nothing may be there.
 
     Raises:
-        UserError: it could not be written (disk full, permission).
+        UserError: something else is there, or it could not be written (disk full, permission).
     """
     weights = _unsharded_weights(policy, world) if adapted_layers(policy) or policy.partitioned else None
 
@@ -43,30 +44,27 @@ def save_model(policy: Policy, processors: tuple, folder: Path, world: World) ->
             if processor is not None:
                 processor.save_pretrained(partial)
 
-    _write_folder(folder, write, world)
+    _write_folder(folder, write, world, run_dir)
     return folder
 
 
-def save_adapter(policy: Policy, folder: Path, world: World) -> None:
-    """Write the adapter as peft's directory. Collective; errors as `save_model`."""
+def save_adapter(policy: Policy, folder: Path, world: World, run_dir: Path | None = None) -> None:
+    """Write the adapter as peft's directory. Collective; run_dir and errors as `save_model`."""
     weights = adapter_weights(policy)
-    _write_folder(folder, lambda partial: write_adapter(policy, weights, partial), world)
+    _write_folder(folder, lambda partial: write_adapter(policy, weights, partial), world, run_dir)
 
 
-def _write_folder(folder: Path, write: Callable[[Path], None], world: World) -> None:
-    """Call `write` on rank 0 with a temporary folder, which replaces `folder` when it is complete."""
-    partial = folder.with_name(f".partial_{folder.name}")
+def _write_folder(folder: Path, write: Callable[[Path], None], world: World, run_dir: Path | None) -> None:
+    """Call `write` on rank 0 with a temporary folder, which is renamed to `folder` when it is complete."""
     with world.together():
         if not world.is_main:
             return
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            write(partial)
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
+            if run_dir is None:
+                write_new(folder, write)
+            else:
+                replace(run_dir, str(folder.relative_to(run_dir)), write)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{folder}: could not be saved: {reason}; make room and run again (train: with --resume)"

@@ -10,7 +10,7 @@ from mssr.batch import GradedRollouts, UpdateBatch
 from mssr.errors import Interrupted
 from mssr.observe.metrics import Metric
 from mssr.observe.progress import TrainProgress
-from mssr.observe.rollouts import save_rollouts
+from mssr.observe.rollouts import rollout_folders, save_rollouts
 from mssr.policy.engine import PolicyEngine, UpdateStats
 from mssr.rollout.gap import LogpGap
 from mssr.stopwatch import Stopwatch
@@ -33,11 +33,14 @@ class Bookkeeping(AbstractContextManager):
 
     def __init__(self, run: Run, *, resume: bool) -> None:
         self._run, self._config, self._resume = run, run.config, resume
+        run.lock_folder()
         with ExitStack() as opened:
             self._interruptions = opened.enter_context(Interruptions(run.world))
             checkpoints = Checkpoints(run.config.run_dir, run.world, run.config.train)
             self._checkpoints = opened.enter_context(closing(checkpoints))
             self.saved = self._checkpoints.newest_state(resume=resume)
+            done = self.saved["step"] if self.saved else -1
+            run.refuse_foreign_outputs(checkpoints.foreign_outputs() + rollout_folders(run.config.run_dir, after=done))
             self._open = opened.pop_all()
         self.is_new = self.saved is None
         self.costs = Costs()

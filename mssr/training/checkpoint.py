@@ -27,6 +27,7 @@ from torch import Tensor
 from mssr.config.schema import TrainConfig
 from mssr.distributed import World
 from mssr.errors import UserError
+from mssr.outputs import ANYTHING, note
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.pieces import VALUES, SavedPieces
 from mssr.policy.weights import whole_shape
@@ -34,6 +35,8 @@ from mssr.policy.weights import whole_shape
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step_(\d{6,})")
 _BEST = "best.json"
+_UNFINISHED = re.compile(r"\.partial_(step_\d{6,}|best\.json)")
+_FILE = re.compile(r"state\.pt|rank_\d+\.pt")
 
 
 class Checkpoints:
@@ -62,6 +65,11 @@ class Checkpoints:
         if not resume:
             raise UserError(f"{self._folder} holds step {newest[0]}; continue with --resume, or set another run_dir")
         return torch.load(self._path(newest[0]) / "state.pt", weights_only=True)
+
+    def foreign_outputs(self) -> list[str]:
+        """Return the checkpoints' folder for `Run.refuse_foreign_outputs` if it has files but no checkpoint of this run."""
+        is_foreign = self._folder.is_dir() and any(self._folder.iterdir()) and not saved_steps(self._folder)
+        return [FOLDER] if is_foreign else []
 
     def load_engine(self, state: dict[str, Any], engine: PolicyEngine) -> None:
         """Restore weights, optimiser and schedule of `newest_state`, and this rank's random state if there is one.
@@ -171,10 +179,13 @@ class Checkpoints:
         """Remove the remains of interrupted saves, and check for free disk space."""
         if not self._world.is_main:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.glob(".partial_*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
         steps = saved_steps(self._folder)
+        if not steps:
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            note(self._folder.parent, FOLDER, ANYTHING)
+            self._folder.mkdir(exist_ok=True)
+        for path in filter(lambda path: _UNFINISHED.fullmatch(path.name), self._folder.iterdir()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         if steps:
             needed = sum(path.stat().st_size for path in self._path(steps[-1]).rglob("*"))
         else:
@@ -205,8 +216,8 @@ class Checkpoints:
         if not self._world.is_main:
             return
         for step in saved_steps(self._folder)[: -self._config.keep_checkpoints]:
-            if step != self._best_step:
-                old = self._path(step)
+            old = self._path(step)
+            if step != self._best_step and _has_only_ours(old):
                 doomed = self._folder / f".partial_{old.name}"
                 old.rename(doomed)  # an interrupted removal must not look like a checkpoint
                 shutil.rmtree(doomed)
@@ -231,6 +242,11 @@ def saved_steps(folder: Path) -> list[int]:
         return []
     matches = (_NAME.fullmatch(path.name) for path in folder.iterdir())
     return sorted(int(match[1]) for match in matches if match)
+
+
+def _has_only_ours(folder: Path) -> bool:
+    """Return whether a checkpoint may be removed: it is a folder, no link, without files that somebody added."""
+    return not folder.is_symlink() and all(_FILE.fullmatch(path.name) for path in folder.iterdir())
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:

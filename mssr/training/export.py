@@ -28,6 +28,7 @@ def export(
     Raises:
         UserError: no run, no such checkpoint, no adapter in it, or `out` exists or cannot be written.
     """
+    out = out.resolve()  # the folder that a symlink names
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: already there; name a new folder")
     file = run_dir / "config.yaml"
@@ -41,7 +42,6 @@ def export(
     step, folder = _checkpoint(run_dir, step)
     policy = _trained_policy(options, folder, dtype or options.dtype)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     alone = World(rank=0, size=1, device=torch.device("cpu"))
     if adapter:
         save_adapter(policy, out, alone)

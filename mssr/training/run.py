@@ -1,5 +1,6 @@
 """Set-up that all commands share: processes, data, policy, sampler, reward, metrics."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from mssr.batch import GradedRollouts, Rollouts
-from mssr.config import Config, yaml_1_2
+from mssr.config import Config, load_config, yaml_1_2
 from mssr.config.resolve import dtype_name, engine_name
 from mssr.config.schema import OptimizerConfig
 from mssr.data.dataset import ProblemDataset
@@ -16,8 +17,10 @@ from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.distributed import World, start_world
 from mssr.errors import UserError
 from mssr.evaluation.evaluate import Evaluation, evaluate
+from mssr.folder_lock import locked
 from mssr.observe.metrics import Metric, MetricsLog
 from mssr.observe.progress import Activity
+from mssr.outputs import clear_leftovers, refuse_foreign, replace
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.loading import check_model_path, load_frozen_policy
 from mssr.policy.model import Policy
@@ -25,6 +28,8 @@ from mssr.rewards.grading import Grader
 from mssr.rewards.reward import RewardFunction
 from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
+
+CONFIG = "config.yaml"
 
 
 class Run(AbstractContextManager):
@@ -100,6 +105,52 @@ class Run(AbstractContextManager):
             "val/truncated": result.truncated,
         }
 
+    def lock_folder(self) -> None:
+        """Keep other processes out of run_dir until the end of the run. Collective.
+
+        Raises:
+            UserError: another process uses run_dir, or it cannot be written.
+        """
+        run_dir = self.config.run_dir
+        with self.world.together():
+            if not self.world.is_main:
+                return
+            try:
+                self._open.enter_context(locked(run_dir))
+                clear_leftovers(run_dir)
+            except OSError as error:
+                raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
+
+    def refuse_foreign_outputs(self, others: Iterable[str] = ()) -> None:
+        """Refuse to start if this run would replace something that it did not write. Collective; after `lock_folder`.
+
+        others: outputs besides config, model and adapter, by their names in run_dir.
+
+        Raises:
+            UserError: something is there that is not this run's.
+        """
+        config, run_dir = self.config, self.config.run_dir
+        with self.world.together():
+            if not self.world.is_main:
+                return
+            written = [run_dir / "model", run_dir / "adapter"] if config.model.lora else [run_dir / "model"]
+            if Path(config.model.path).exists():
+                start = Path(config.model.path).resolve()
+                for path in written:
+                    if start.is_relative_to(path.resolve()):
+                        raise UserError(
+                            f"model.path {start}: this run would replace it by its result; set another run_dir"
+                        )
+            names = [path.name for path in written] if self._config_is_there() else [CONFIG, *(p.name for p in written)]
+            refuse_foreign(run_dir, [*names, *others])
+
+    def _config_is_there(self) -> bool:
+        """Return whether run_dir has a config.yaml that says the same, perhaps a person's own."""
+        try:
+            return load_config(self.config.run_dir / CONFIG) == self.config
+        except UserError:
+            return False
+
     def open_records(self, *, resume_at: int | None = None) -> None:
         """Start (or continue) metrics.jsonl and write the configuration beside it.
 
@@ -112,7 +163,9 @@ class Run(AbstractContextManager):
         try:
             self._metrics = MetricsLog(run_dir, tensorboard=self.config.log.tensorboard, resume_at=resume_at)
             self._open.callback(self._metrics.close)
-            (run_dir / "config.yaml").write_text(yaml_1_2.dump(self.config.model_dump(mode="json"), sort_keys=False))
+            if not self._config_is_there():
+                text = yaml_1_2.dump(self.config.model_dump(mode="json"), sort_keys=False)
+                replace(run_dir, CONFIG, lambda partial: partial.write_text(text))
         except OSError as error:
             raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
 

@@ -26,6 +26,8 @@ def sft(config: Config) -> dict[str, float]:
 
 def _sft(run: Run, config: Config) -> dict[str, float]:
     settings, world = config.sft, run.world
+    run.lock_folder()
+    run.refuse_foreign_outputs()
     problems = run.dataset(settings.data) if settings.data else run.problems
     sampler = PromptSampler(len(problems), settings.batch_size, config.seed)
     share = Shares(settings.batch_size, settings.batch_size, world, key="sft.batch_size")

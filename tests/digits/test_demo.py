@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from examples.digits.demo import MARKER, replace_earlier_demo, summarise
+from examples.digits.demo import MARKER, set_earlier_demo_aside, summarise
 from mssr.config import validate_config
 from mssr.errors import UserError
+from mssr.folder_lock import locked
 
 CHECKOUT = Path(__file__).parents[2]
 SHORT = [
@@ -87,13 +88,18 @@ def test_the_summary_has_the_first_and_the_last_validation_and_the_newest_files(
     }
 
 
-def test_only_an_earlier_demo_is_replaced(tmp_path):
+def test_an_earlier_demo_is_kept_under_another_name_and_nothing_else_is_moved(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="exists and is not from a demo; choose another folder"):
-        replace_earlier_demo(mine)
+        set_earlier_demo_aside(mine)
     assert (mine / "thesis.txt").exists()
     (mine / MARKER).write_text("")
-    replace_earlier_demo(mine)
-    assert [path.name for path in mine.iterdir()] == [MARKER]
+    for number in (1, 2):
+        set_earlier_demo_aside(mine)
+        assert [path.name for path in mine.iterdir()] == [MARKER]
+        assert (tmp_path / "mine.1" / "thesis.txt").read_text() == "years of work"
+        assert (tmp_path / f"mine.{number}" / MARKER).exists()
+    with locked(mine), pytest.raises(UserError, match="in use by process"):
+        set_earlier_demo_aside(mine)

@@ -123,6 +123,14 @@ def test_the_command_writes_as_many_as_it_is_told(tmp_path, monkeypatch, capsys)
     assert str(tmp_path / "val.jsonl") in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("format", "name"), [("parquet", "val.parquet"), ("jsonl", "val.jsonl"), ("jsonl", "val")])
+def test_files_that_are_there_are_kept(tmp_path, format, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name}: already there; name another folder"):
+        write_digits(tmp_path, train=1, val=1, test=1, format=format)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
 def test_more_problems_than_scans_give(tmp_path):
     with pytest.raises(UserError, match=r"^digits: val=1000000 is more than the \d+ problems that its scans allow$"):
         write_digits(tmp_path, train=1, val=1_000_000)

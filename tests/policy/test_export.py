@@ -148,7 +148,7 @@ def test_another_dtype(trained, tmp_path):
 def test_the_end_of_a_run_leaves_the_same(trained, tmp_path, tied):
     run = trained("lora", tied)
     save_trained(run.engine.policy, processors(), tmp_path, ALONE)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "model"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == ["adapter", "model"]
     run.assert_scores(plain_model(tmp_path / "model"), 2)
     run.assert_scores(PeftModel.from_pretrained(plain_model(model_dir(tied)), tmp_path / "adapter"), 2)
     save_trained(run.engine.policy, processors(), tmp_path, ALONE)  # replaces what an earlier run left

@@ -7,7 +7,7 @@ from run_folder import RunFolder
 
 @pytest.mark.parametrize(("sent", "name", "code"), [("term", "SIGTERM", 143), ("usr1", "SIGUSR1", 138)])
 def test_a_signal_saves_at_the_steps_end(mssr, warm, run, whole, sent, name, code):
-    ended = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/step_000003", sent))
+    ended = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/.partial_step_000003", sent))
     assert ended.code == code
     assert ended.err.splitlines()[-1] == f"mssr: {name}: saved step 3; go on with --resume"
     assert run.checkpoints == ["step_000002", "step_000003"]
@@ -29,17 +29,17 @@ def test_a_signal_before_the_first_step_saves_the_trackers_start(mssr, warm, run
 
 def test_a_signal_sent_twice_is_one(mssr, warm, run):
     """This happens when a launcher forwards a signal that its whole process group received."""
-    ended = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/step_000001", "twice"))
+    ended = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/.partial_step_000001", "twice"))
     assert ended.code == 143 and run.checkpoints == ["step_000001"]
 
 
 def test_one_ranks_signal_ends_all(mssr, warm, run):
-    ranks = mssr.ranks(2, "train", warm, run.override, at=Moment("os.mkdir", "rollouts/step_000001", "usr1"))
+    ranks = mssr.ranks(2, "train", warm, run.override, at=Moment("os.mkdir", "rollouts/.partial_step_000001", "usr1"))
     assert [ended.code for ended in ranks] == [138, 138]
     assert run.checkpoints == ["step_000001"]
 
 
 def test_a_rank_that_is_killed_ends_the_other_with_an_error(mssr, warm, run):
-    killed, other = mssr.ranks(2, "train", warm, run.override, at=Moment("os.mkdir", "rollouts/step_000001"))
+    killed, other = mssr.ranks(2, "train", warm, run.override, at=Moment("os.mkdir", "rollouts/.partial_step_000001"))
     assert killed.code == -9
     assert other.code not in (0, None) and "Connection closed by peer" in other.err

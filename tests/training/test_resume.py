@@ -19,15 +19,15 @@ def kill_at(mssr, config, run, moment, *overrides):
 
 
 def test_killed_again_and_again(mssr, warm, run, whole):
-    first = mssr("train", warm, run.override, IN_TURN, at=Moment("os.mkdir", "rollouts/step_000001"))
+    first = mssr("train", warm, run.override, IN_TURN, at=Moment("os.mkdir", "rollouts/.partial_step_000001"))
     assert first.code == KILLED and len(run.metrics) == 2  # before the first checkpoint: the run starts over
     kill_at(mssr, warm, run, Moment("open", ".partial_step_000002/rank_0.pt"), IN_TURN)  # a save has just begun
     assert run.checkpoints == [".partial_step_000002"]
     kill_at(mssr, warm, run, Moment("os.rename", ".partial_step_000002"), IN_TURN)  # all is written, but not yet valid
     # Killed at the end of an epoch, before its checkpoint; then resumed from the checkpoint at that end.
-    kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/step_000004"), IN_TURN)
+    kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/.partial_step_000004"), IN_TURN)
     assert run.checkpoints == ["step_000002"]
-    kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/step_000005"), IN_TURN)
+    kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/.partial_step_000005"), IN_TURN)
     assert run.checkpoints == ["step_000002", "step_000004"]
     kill_at(mssr, warm, run, Moment("os.remove", "state.pt"), IN_TURN)  # an old checkpoint half removed
     assert run.checkpoints == [".partial_step_000002", "step_000004", "step_000006"]
@@ -38,7 +38,7 @@ def test_killed_again_and_again(mssr, warm, run, whole):
 
 
 def test_killed_with_every_state_there_is(mssr, warm, run, everything, whole_with_everything):
-    first = mssr("train", warm, run.override, *everything, at=Moment("os.mkdir", "rollouts/step_000006"))
+    first = mssr("train", warm, run.override, *everything, at=Moment("os.mkdir", "rollouts/.partial_step_000006"))
     assert first.code == KILLED
     mssr("train", warm, run.override, *everything, "--resume").check()
     run.assert_same_as(whole_with_everything)
@@ -59,7 +59,7 @@ def test_killed_at_any_moment(mssr, warm, run, whole, number):
 
 
 def test_a_line_of_metrics_that_a_kill_tore(mssr, warm, run, whole):
-    killed = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/step_000004"))
+    killed = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/.partial_step_000004"))
     assert killed.code == KILLED
     metrics = run.path / "metrics.jsonl"
     metrics.write_bytes(metrics.read_bytes() + b'{"step": 4, "ti')

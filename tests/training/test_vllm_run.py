@@ -62,7 +62,7 @@ def test_the_responses_of_a_group_are_drawn_apart(mssr, warm, run):
 @pytest.mark.slow("20 s: two commands that start vLLM")
 def test_a_killed_run_goes_on_as_if_it_had_not_been(mssr, warm, run, settings, whole_with_vllm):
     """This includes sampling noise and the order of requests."""
-    first = mssr("train", warm, run.override, *settings, at=Moment("os.mkdir", "rollouts/step_000005"))
+    first = mssr("train", warm, run.override, *settings, at=Moment("os.mkdir", "rollouts/.partial_step_000005"))
     assert first.code == KILLED and "step_000002" in run.checkpoints  # step 4's may be unfinished
     mssr("train", warm, run.override, *settings, "--resume").check()
     run.assert_same_as(whole_with_vllm)

@@ -1,0 +1,131 @@
+"""A run removes and overwrites nothing that it did not write: it is refused before it starts."""
+
+import os
+import shutil
+import socket
+from contextlib import closing
+
+import pytest
+import torch
+import yaml
+
+from mssr.config.schema import TrainConfig
+from mssr.distributed import World
+from mssr.folder_lock import locked
+from mssr.training.checkpoint import Checkpoints
+
+
+def snapshot(folder):
+    files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    return {path: path.readlink() if path.is_symlink() else path.read_bytes() for path in files}
+
+
+def a_model(folder, material):
+    shutil.copytree(material / "untrained", folder / "model")
+    (folder / "model" / "thesis.txt").write_text("years of work")
+    return "model"
+
+
+def a_link_to_a_model(folder, material):
+    shutil.copytree(material / "untrained", folder / "other")
+    (folder / "model").symlink_to("other")
+    return "model"
+
+
+def a_config(folder, _):
+    (folder / "config.yaml").write_text("# mine\nmodel:\n  path: other\n")
+    return "config.yaml"
+
+
+def rollouts(folder, _):
+    (folder / "rollouts" / "step_000002").mkdir(parents=True)
+    (folder / "rollouts" / "step_000002" / "labels.csv").write_text("1,good")
+    return "rollouts/step_000002"
+
+
+def other_checkpoints(folder, _):
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "epoch_3.pt").touch()
+    return "checkpoints"
+
+
+@pytest.mark.parametrize("put", [a_model, a_link_to_a_model, a_config, rollouts, other_checkpoints])
+def test_train_is_refused_and_everything_kept(mssr, material, run, put):
+    run.path.mkdir()
+    name = put(run.path, material)
+    before = snapshot(run.path)
+    line = mssr("train", material / "config.yaml", run.override, "train.steps=1").line
+    assert line.startswith(f"{run.path / name}: ") and "set another run_dir" in line
+    assert snapshot(run.path) == before
+
+
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_a_start_that_the_result_would_replace(mssr, material, run, command):
+    run.path.mkdir()
+    a_model(run.path, material)
+    before = snapshot(run.path)
+    line = mssr(command, material / "config.yaml", run.override, f"model.path={run.path / 'model'}").line
+    assert f"model.path {run.path / 'model'}: this run would replace it" in line
+    assert snapshot(run.path) == before
+
+
+def test_a_config_in_the_run_dir_that_says_the_same_stays_as_it_is(mssr, material, run):
+    run.path.mkdir()
+    values = yaml.safe_load((material / "config.yaml").read_text()) | {"run_dir": str(run.path)}
+    values["sft"]["steps"] = 1
+    config = run.path / "config.yaml"
+    config.write_text("# my notes\n" + yaml.safe_dump(values))
+    before = config.read_bytes()
+    mssr("sft", config).check()
+    assert config.read_bytes() == before and (run.path / "model" / "config.json").is_file()
+
+
+def test_a_resumed_run_keeps_what_was_added_to_its_model(mssr, warm, whole, run):
+    shutil.copytree(whole.path, run.path)
+    (run.path / "model" / "notes.txt").write_text("mine")
+    before = snapshot(run.path)
+    line = mssr("train", warm, run.override, "train.steps=8", "--resume").line
+    assert line.startswith(f"{run.path / 'model'}: not written by this run, or changed since")
+    assert snapshot(run.path) == before
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["train", "--resume"], ["sft"]])
+def test_a_run_dir_in_use(mssr, material, run, arguments):
+    with locked(run.path):
+        before = snapshot(run.path)
+        line = mssr(*arguments[:1], material / "config.yaml", run.override, *arguments[1:]).line
+        assert f"run_dir {run.path}: in use by process {os.getpid()} on {socket.gethostname()}" in line
+        assert snapshot(run.path) == before
+
+
+def test_both_ranks_end_when_the_folder_is_in_use(mssr, material, run):
+    with locked(run.path):
+        for ended in mssr.ranks(2, "train", material / "config.yaml", run.override):
+            assert "in use by process" in ended.line
+
+
+def test_old_checkpoints_with_other_files_or_behind_a_link_are_not_pruned(tmp_path):
+    world, settings = World(0, 1, torch.device("cpu")), TrainConfig(keep_checkpoints=1, async_save=False)
+    folder = tmp_path / "run" / "checkpoints"
+    with closing(Checkpoints(tmp_path / "run", world, settings)) as checkpoints:
+        for step in range(1, 6):
+            checkpoints.save(step, Engine(), {})
+            if step == 1:
+                (folder / "step_000001" / "notes.txt").write_text("mine")
+            if step == 2:
+                (folder / "step_000002").rename(tmp_path / "moved")
+                (folder / "step_000002").symlink_to(tmp_path / "moved")
+                (folder / ".partial_thesis").mkdir()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        ".partial_thesis", "step_000001", "step_000002", "step_000005",
+    ]  # fmt: skip
+    assert (tmp_path / "moved" / "state.pt").is_file()
+
+
+class Engine:
+    """The parts of a policy engine that a checkpoint asks for."""
+
+    class policy:
+        parameters = staticmethod(list)
+
+    own_state = state_dict = dict
