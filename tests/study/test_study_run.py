@@ -149,6 +149,13 @@ def test_a_run_that_a_killed_study_left_behind_keeps_the_folder(tmp_path):
         pass
 
 
+def test_a_folder_with_other_files_is_no_study(tmp_path):
+    (tmp_path / "config.yaml").write_text("mine")
+    with pytest.raises(UserError, match="holds files, but not of a study; name another folder"), sole_user(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_divergence_is_known_by_the_exit_code_also_with_torchrun(tmp_path):
     log = tmp_path / "log.txt"
     log.write_text("mssr: step 3: diverged\n[1]:\n  exitcode  : -15 (pid: 8)\nRoot Cause:\n  exitcode  : 3 (pid: 9)\n")
