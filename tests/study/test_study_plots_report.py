@@ -9,6 +9,7 @@ from study_runs import study_results
 from bench.study.plots import plot_arms, plot_curves
 from bench.study.report import write_report
 from bench.study.results import write_results
+from mssr.errors import UserError
 from mssr.observe.plots import COLOURS
 
 CLAIMS = [
@@ -139,3 +140,10 @@ def test_missing_results_and_equal_names_are_refused_in_one_line(studies, mssr, 
         "two studies are called toy" in mssr("-m", "bench.study", "report", studies[0], studies[0], "--out", out).line
     )
     assert not out.exists()
+
+
+def test_another_file_is_not_overwritten_by_the_report(tmp_path):
+    (tmp_path / "thesis.md").write_text("# Mine")
+    with pytest.raises(UserError, match="thesis.md: already there, and no report of studies"):
+        write_report([], tmp_path / "thesis.md")
+    assert (tmp_path / "thesis.md").read_text() == "# Mine"
