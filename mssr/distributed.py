@@ -68,6 +68,16 @@ class World:
             raise UserError(problem)
 
 
+def require_device(device: str) -> None:
+    """Refuse `config.device` "cuda" where there is no GPU.
+
+    Raises:
+        UserError: torch sees none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda, but torch sees no GPU; run `mssr doctor`, or set device=cpu")
+
+
 def start_world(device: str = "auto") -> World:
     """Join the launcher's process group (`torchrun`, `deepspeed`), or start a group of one.
 
@@ -76,8 +86,7 @@ def start_world(device: str = "auto") -> World:
     Raises:
         UserError: device is "cuda" and there is no GPU, or the rendezvous port is in use.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda, but torch sees no GPU; run `mssr doctor`, or set device=cpu")
+    require_device(device)
     use_gpu = device_type(device) == "cuda"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

@@ -4,6 +4,7 @@ Reads package metadata instead of importing packages; the few questions that onl
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import signal
@@ -61,6 +62,7 @@ PACKAGES = {
 BREAKABLE = ("torchvision", "torchaudio")
 PATIENCE = 120  # seconds for the answer of another process
 ASK_TORCH = "import torch; print(torch.version.cuda, torch.cuda.is_available())"
+ASK_FLASH = "from flash_attn import flash_attn_varlen_func"  # as the trainer asks; a build need not have metadata
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,19 @@ def diagnose(gpus: Sequence[str] | None = None, probe: Callable[[str], Probe] | 
     gpus = _gpus() if gpus is None else gpus
     versions = _installed()
     device = "cuda" if gpus else "cpu"
-    findings = [*_missing(versions), *_unsupported(versions), *_import_findings(versions, gpus, probe or _probe)]
+    probe = probe or _probe
+    broken = _import_findings(versions, gpus, probe)
+    findings = [*_missing(versions), *_unsupported(versions), *broken]
+    flash = _flash(versions, probe) if gpus and "torch" in versions and not broken else None
+    if flash and not flash.ok:
+        problem = f"flash-attn cannot be imported: {flash.text}; attention will be SDPA"
+        findings.append(
+            Finding(problem, f"pip uninstall -y flash-attn && {PACKAGES['flash-attn'].install}", blocks=False)
+        )
     if "vllm" in versions and (why := why_no_vllm(device)):
         findings.append(Finding(f"{why.partition(';')[0]}; rollouts will be slower", INSTALL_VLLM, blocks=False))
-    return Report(_machine(gpus) | _choices(versions, device), versions, tuple(findings))
+    choices = _choices(device, flash=flash is not None and flash.ok)
+    return Report(_machine(gpus) | choices, versions, tuple(findings))
 
 
 def print_report(report: Report, console: Console | None = None) -> int:
@@ -131,9 +142,14 @@ def print_report(report: Report, console: Console | None = None) -> int:
     return report.exit_code
 
 
-def _choices(versions: dict[str, str], device: str) -> dict[str, str]:
-    """What the trainer will use here where the configuration says auto."""
-    flash = device == "cuda" and "flash-attn" in versions
+def _flash(versions: dict[str, str], probe: Callable[[str], Probe]) -> Probe | None:
+    """How importing flash-attn ends; None if it is not there."""
+    there = "flash-attn" in versions or importlib.util.find_spec("flash_attn") is not None
+    return probe(ASK_FLASH) if there else None
+
+
+def _choices(device: str, *, flash: bool) -> dict[str, str]:
+    """What the trainer will use here where the configuration says auto. flash: flash-attn can be imported."""
     return {
         "model.dtype": dtype_name("auto", device),
         "rollout engine": engine_name("auto", device),

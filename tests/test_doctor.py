@@ -125,6 +125,28 @@ def test_an_unsupported_version_is_a_warning(check, name, version, supported):
         assert "unsupported" in show(report)[1]
 
 
+def test_flash_attn_is_used_where_the_trainer_can_import_it(check, tmp_path, monkeypatch):
+    """A build may have no package metadata."""
+    monkeypatch.syspath_prepend(tmp_path)
+    without = {"flash-attn": None}
+    assert check(without, gpus=[H200]).facts["attention"].startswith("SDPA")
+    (tmp_path / "flash_attn.py").touch()
+    report = check(without, gpus=[H200])
+    assert report.facts["attention"] == "flash-attn in 16 bits, else SDPA" and report.findings == ()
+    assert check(without).facts["attention"].startswith("SDPA")  # it needs a GPU
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_found_and_will_not_be_used(check):
+    def probe(code):
+        broken = "flash_attn" in code
+        return Probe(not broken, "ImportError: undefined symbol: _ZN3c10" if broken else "13.0 True")
+
+    report = check(gpus=[H200], probe=probe)
+    (finding,) = report.findings
+    assert "flash-attn cannot be imported: ImportError: undefined symbol" in finding.problem
+    assert report.exit_code == 0 and report.facts["attention"].startswith("SDPA")
+
+
 def test_a_gpu_beside_a_cpu_torch_is_found(check):
     report = check({"torch": "2.13.0+cpu"}, [H200], probe=lambda code: Probe(True, "None False"))
     (finding,) = report.findings

@@ -2,19 +2,21 @@
 
 from mssr.algorithms.advantages import ALGORITHMS
 from mssr.config.deepspeed_json import offloads_optimizer
-from mssr.config.resolve import dtype_name
+from mssr.config.resolve import device_type, dtype_name
 from mssr.config.schema import Config
 
 
-def refuse_conflicts(config: Config) -> None:
+def refuse_conflicts(config: Config, device: str | None = None) -> None:
     """Check each setting against the others.
+
+    device: "cpu" or "cuda", where the run will be; None: here.
 
     Raises:
         ValueError: names the keys, and what to set instead.
     """
     _check_batch_sizes(config)
     _check_rollout(config)
-    _check_off_policy_samples(config)
+    _check_off_policy_samples(config, device)
     _check_algorithm(config)
     if config.train.keep_best and config.data.val is None:
         raise ValueError("train.keep_best needs held-out problems: set data.val")
@@ -53,22 +55,31 @@ def _check_rollout(config: Config) -> None:
         raise ValueError("rollout.quantization works with vLLM only: set rollout.engine=vllm or servers")
 
 
-def _check_off_policy_samples(config: Config) -> None:
+def _check_off_policy_samples(config: Config, device: str | None) -> None:
     model, rollout, algorithm = config.model, config.rollout, config.algorithm
     corrected = algorithm.old_logp == "recompute" and algorithm.tis_cap is not None
     # Merging an adapter into 16-bit weights rounds it; the trained policy keeps it exact.
-    half = dtype_name(model.dtype, "cpu" if config.device == "cpu" else "cuda") == "bfloat16"
-    rounded = half and model.lora is not None and rollout.engine != "hf"
+    adapters = model.lora is not None and rollout.engine != "hf"
+    rounded = adapters and _runs_in_16_bits(config, device)
     for key, used in (
         ("rollout.one_step_off", rollout.one_step_off),
         ("rollout.quantization", rollout.quantization),
-        ("model.lora with model.dtype bfloat16 (auto on a GPU)", rounded),
+        (
+            f"model.lora with model.dtype {'auto (bfloat16 on a GPU)' if model.dtype == 'auto' else model.dtype}",
+            rounded,
+        ),
     ):
         if used and not corrected:
             raise ValueError(
                 f"{key} samples from a policy that differs from the trained one: set "
                 "algorithm.old_logp=recompute and algorithm.tis_cap, which correct for it"
             )
+
+
+def _runs_in_16_bits(config: Config, device: str | None) -> bool:
+    if config.model.dtype != "auto":
+        return config.model.dtype == "bfloat16"
+    return dtype_name("auto", device or device_type(config.device)) == "bfloat16"  # asks torch, which is slow to import
 
 
 def _check_algorithm(config: Config) -> None:

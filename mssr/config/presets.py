@@ -9,6 +9,8 @@
     algorithm.old_logp        theirs recomputes the sampler's log-probs in a trainer pass; ours saves that pass
     algorithm.tis_cap         theirs does not correct for the difference between the two
     eval.temperature          theirs validates on samples at 0.6; greedy answers are less noisy
+    data.min_pixels           theirs scales small images up to 262,144 pixels, whatever the model; ours leaves both limits
+    data.max_pixels           to the model's own image processor; theirs scales down to 4,194,304
 
 All other defaults are the paper's; tests/cli/test_presets.py compares each with the published value. Differences
 without a key remain: the loss is a mean over all tokens of an update, every prompt has its own noise, the first update
@@ -25,6 +27,7 @@ PAPER: dict[str, Any] = {
         "tis_cap": None,
     },
     "eval": {"temperature": 0.6},
+    "data": {"min_pixels": 262_144, "max_pixels": 4_194_304},
 }
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
 

@@ -1,4 +1,4 @@
-"""What "auto" stands for, for trainer, server, planner and doctor; and the loss that the settings describe.
+"""What "auto" and null stand for, for trainer, server, planner and doctor; and the loss that the settings describe.
 
 device is "cpu" or "cuda" in every function. Libraries load when a function needs them.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mssr.algorithms.advantages import ALGORITHMS
-from mssr.config.schema import AlgorithmConfig
+from mssr.config.schema import AlgorithmConfig, DataConfig
+from mssr.errors import UserError
 from mssr.versions import SUPPORTED, TESTED, is_cpu_build, is_supported, vllm_version
 
 if TYPE_CHECKING:
@@ -59,6 +60,24 @@ def why_no_vllm(device: str) -> str | None:
             "run `python -m mssr.rollout.vllm.install` for another build"
         )
     return None
+
+
+def pixel_limits(data: DataConfig, own: tuple[int, int]) -> tuple[int, int]:
+    """Return the fewest and the most pixels of a preprocessed image: data.min_pixels, data.max_pixels, or the model's own.
+
+    own: the limits of the model's image processor.
+
+    Raises:
+        UserError: one limit is set and contradicts the model's own other one.
+    """
+    low = own[0] if data.min_pixels is None else data.min_pixels
+    high = own[1] if data.max_pixels is None else data.max_pixels
+    if low > high:
+        own_min = data.min_pixels is None
+        smaller = f"the model's own min_pixels {low}" if own_min else f"data.min_pixels {low}"
+        larger = f"data.max_pixels {high}" if own_min else f"the model's own max_pixels {high}"
+        raise UserError(f"{smaller} is larger than {larger}; set data.min_pixels and data.max_pixels together")
+    return low, high
 
 
 def policy_loss(algorithm: AlgorithmConfig) -> PolicyLossConfig:

@@ -92,8 +92,16 @@ class DataConfig(Section):
     val: OptionalPlace = Field(None, description="validation problems, same format; null: no validation")
     instruction: str = Field(DEFAULT_INSTRUCTION, description="text appended to the problem in every prompt")
     max_prompt_tokens: int = Field(2048, gt=0, description="maximum prompt length, image tokens included")
-    min_pixels: int = Field(262_144, gt=0, description="smaller images are scaled up to this many pixels")
-    max_pixels: int = Field(4_194_304, gt=0, description="larger images are scaled down to this many pixels")
+    min_pixels: int | None = Field(
+        None,
+        gt=0,
+        description="smaller images are scaled up to this many pixels; null: the limit of the model's processor",
+    )
+    max_pixels: int | None = Field(
+        None,
+        gt=0,
+        description="larger images are scaled down to this many pixels; null: the limit of the model's processor",
+    )
     on_bad_row: Literal["fail", "skip"] = Field(
         "fail", description="unusable rows: fail stops the run, skip counts and ignores them"
     )
@@ -101,7 +109,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _pixels_ordered(self):
-        if self.min_pixels > self.max_pixels:
+        if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
         return self
 

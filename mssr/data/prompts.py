@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 
 from mssr.batch import Prompt
 from mssr.config.schema import DataConfig
 from mssr.data.columns import ignored_media, missing
 from mssr.data.images import decode_image, image_bytes
+from mssr.data.processors import load_image_processor, with_pixel_limits
 from mssr.errors import BadRow, UserError, shortened
 
 IMAGE_MARKER = "<image>"  # where the problem's text puts an image (EasyR1 rows)
@@ -29,8 +29,6 @@ IMAGE_TOKEN = "<|image_pad|>"  # in Qwen tokenizers without an `image_token`
 def load_processors(path: str | Path) -> tuple[PreTrainedTokenizerBase, BaseImageProcessor | None]:
     """Return tokenizer and image processor of a model directory or hub name; no image processor for a text-only model.
 
-    The image processor is the PIL one, which needs no torchvision and gives the same pixels on every machine.
-
     Raises:
         UserError: no tokenizer can be loaded.
     """
@@ -41,10 +39,7 @@ def load_processors(path: str | Path) -> tuple[PreTrainedTokenizerBase, BaseImag
     except Exception as error:
         first = str(error).strip().partition("\n")[0]
         raise UserError(f"model.path {path}: no tokenizer can be loaded from it: {first}") from None
-    files = ("preprocessor_config.json", "processor_config.json")
-    if not any(cached_file(path, name, _raise_exceptions_for_missing_entries=False) for name in files):
-        return tokenizer, None
-    return tokenizer, AutoImageProcessor.from_pretrained(path, backend="pil")
+    return tokenizer, load_image_processor(path)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,18 +69,20 @@ def why_unusable(error: Exception) -> str:
 
 
 class PromptEncoder:
-    """Turns rows into prompts. `check` is the cheap part, which a dataset runs on every row at the start."""
+    """Turns rows into prompts. `check` is the cheap part, which a dataset runs on every row at the start.
+
+    image_processor: the model's own, with the run's pixel limits.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor | None, config: DataConfig
     ) -> None:
         self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.image_processor = None if image_processor is None else with_pixel_limits(image_processor, config)
         self.config = config
         self.image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
         token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.image_token_id = None if token_id == tokenizer.unk_token_id else token_id  # None: a text-only vocabulary
-        self._size = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
 
     def encode(self, row: dict[str, Any], index: int, source: str) -> Prompt:
         """Return the prompt of row `index` of `source`.
@@ -173,9 +170,8 @@ class PromptEncoder:
 
     def _count_tokens(self, picture: Image.Image) -> int:
         """Return the number of image tokens of a picture, from its size alone."""
-        limits = {"min_pixels": self.config.min_pixels, "max_pixels": self.config.max_pixels}
         try:
-            patches = self.image_processor.get_number_of_image_patches(picture.height, picture.width, limits)
+            patches = self.image_processor.get_number_of_image_patches(picture.height, picture.width)
         except ValueError as error:  # an aspect ratio the model was not made for
             raise Unusable(f"an image of {picture.width} x {picture.height} pixels is unusable: {error}") from None
         return patches // self.image_processor.merge_size**2
@@ -186,7 +182,7 @@ class PromptEncoder:
             return None, None, []
         for picture in pictures:
             self._count_tokens(picture)  # refuses impossible shapes
-        features = self.image_processor(list(pictures), size=self._size, return_tensors="pt")
+        features = self.image_processor(list(pictures), return_tensors="pt")
         grid = features["image_grid_thw"]
         return features["pixel_values"], grid, (grid.prod(1) // self.image_processor.merge_size**2).tolist()
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mssr.config import Config
+from mssr.config.deepspeed_json import offloads_optimizer
 from mssr.config.load import apply_override
 from mssr.planning.memory import Memory
 
-OFFLOADING = "configs/deepspeed/zero3_offload.json"  # suggested if it exists, from the folder that `mssr` is started in
+# Suggested where they exist, from the folder that `mssr` is started in.
+SHIPPED = "configs/deepspeed"
+OFFLOADING = f"{SHIPPED}/zero3_offload.json"
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,14 @@ def _changes(config: Config, ranks: int) -> Iterator[str]:
     model, train = config.model, config.train
     if not model.gradient_checkpointing:
         yield "model.gradient_checkpointing=true"
-    if train.deepspeed is None and ranks > 1:
+    if ranks > 1:
         for stage in range(train.zero_stage + 1, 4):
-            yield f"train.zero_stage={stage}"
+            yield f"train.zero_stage={stage}" + _other_json(train.deepspeed, stage)
     halves = itertools.takewhile(lambda tokens: tokens >= 2048, (train.micro_batch_tokens >> n for n in range(1, 8)))
     for tokens in halves:
         yield f"train.micro_batch_tokens={tokens}"
-    if not config.rollout.offload_optimizer and train.zero_stage and train.deepspeed is None:
+    offloads = train.deepspeed is not None and offloads_optimizer(train.deepspeed)
+    if not config.rollout.offload_optimizer and train.zero_stage and not offloads:
         yield "rollout.offload_optimizer=true"
     for share in (0.4, 0.3):
         if config.rollout.gpu_memory > share and config.rollout.engine != "servers":
@@ -71,11 +75,20 @@ def _changes(config: Config, ranks: int) -> Iterator[str]:
         if ranks > 1:
             yield "model.reference=sharded"
         yield "model.reference=cpu"
-    if train.deepspeed is None and Path(OFFLOADING).is_file():
+    if train.deepspeed != OFFLOADING and Path(OFFLOADING).is_file():
         yield f"train.zero_stage=3 train.deepspeed={OFFLOADING} rollout.offload_optimizer=false"
     if model.lora is None:
         # Merged adapters in 16 bits need the correction, or the configuration is refused.
-        yield "model.lora.rank=64 model.gradient_checkpointing=true algorithm.old_logp=recompute"
+        cap = " algorithm.tis_cap=2.0" if config.algorithm.tis_cap is None else ""
+        yield f"model.lora.rank=64 model.gradient_checkpointing=true algorithm.old_logp=recompute{cap}"
+
+
+def _other_json(current: str | None, stage: int) -> str:
+    """Return what else to change for another stage where a DeepSpeed JSON is set, whose stage would replace it."""
+    if current is None:
+        return ""
+    shipped = f"{SHIPPED}/zero{stage}.json"
+    return f" train.deepspeed={shipped if Path(shipped).is_file() else 'null'}"
 
 
 def _changed(config: Config, changes: list[str]) -> Config:

@@ -5,26 +5,28 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from mssr.config import Config
+from mssr.config.conflicts import refuse_conflicts
 from mssr.config.resolve import planned_engine
 from mssr.errors import UserError
 from mssr.observe.gpu import GPUS, Gpu
 from mssr.planning.advice import Advice, advise
 from mssr.planning.memory import Machine, Memory, MemoryPlanner
 from mssr.planning.step_time import NOTES, StepTime, step_time
-from mssr.planning.workload import Workload
+from mssr.planning.workload import Workload, with_own_pixel_limits
 from mssr.policy.architectures import model_config
-from mssr.policy.families import require_family
+from mssr.policy.families import require_family, require_original_weights
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """mean: the lengths that the step time is for. advice: None if the run fits, or if nothing helps."""
+    """mean: the lengths that the step time is for. time: None if the run does not fit. advice: None if it fits, or if
+    nothing helps."""
 
     model: str
     machine: Machine
     mean: Workload
     memory: Memory
-    time: StepTime
+    time: StepTime | None
     advice: Advice | None
     assumptions: tuple[str, ...]
 
@@ -43,11 +45,15 @@ def plan_run(config: Config, gpu: str, gpus: int, context: str | None = None) ->
     gpu: a key of GPUS. gpus: ranks, one per GPU. context: mean lengths, see `Workload.parse`; None: half of the limits.
 
     Raises:
-        UserError: unknown GPU, invalid lengths, or a model that is not supported or whose config.json cannot be read.
+        UserError: unknown GPU, invalid lengths, settings that such GPUs would refuse, or a model that is not supported or
+            whose config.json cannot be read.
     """
     machine = Machine(gpus, _gpu(gpu))
     model = model_config(config.model.path)
     require_family(config.model.path, model.model_type)
+    require_original_weights(config.model.path, model.to_dict())
+    _refuse_conflicts(config, machine)
+    config = with_own_pixel_limits(config, model)
     longest = Workload.longest(config, model)
     mean = Workload.parse(context, config, model) if context else longest.half()
     planner = MemoryPlanner(model, machine)
@@ -56,14 +62,15 @@ def plan_run(config: Config, gpu: str, gpus: int, context: str | None = None) ->
         return planner.predict(config, longest.micro_batch(config.train.micro_batch_tokens, model))
 
     memory = predict(config)
+    fits = memory.peak <= machine.memory
     return RunPlan(
         model=config.model.path,
         machine=machine,
         mean=mean,
         memory=memory,
-        time=step_time(config, model, mean, memory, machine),
-        advice=None if memory.peak <= machine.memory else advise(config, predict, machine.memory, gpus),
-        assumptions=(*_assumptions(config, longest, model), *NOTES),
+        time=step_time(config, model, mean, memory, machine) if fits else None,
+        advice=None if fits else advise(config, predict, machine.memory, gpus),
+        assumptions=(*_assumptions(config, longest, model), *(NOTES if fits else ())),
     )
 
 
@@ -72,6 +79,14 @@ def _gpu(key: str) -> Gpu:
         if gpu.key == key.lower():
             return gpu
     raise UserError(f"--gpu {key}: unknown; choose from {', '.join(gpu.key for gpu in GPUS)}")
+
+
+def _refuse_conflicts(config: Config, machine: Machine) -> None:
+    """Refuse settings that the planned machine would: `load_config` checked them for this one."""
+    try:
+        refuse_conflicts(config, machine.device)
+    except ValueError as conflict:
+        raise UserError(f"on {machine.gpu.key}: {conflict}") from None
 
 
 def _assumptions(config: Config, longest: Workload, model: PretrainedConfig) -> list[str]:

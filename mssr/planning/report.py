@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from mssr.planning.plan import RunPlan
+from mssr.planning.step_time import StepTime
 from mssr.stopwatch import GIB
 
 
@@ -20,7 +21,7 @@ def as_json(plan: RunPlan) -> str:
 
 def _as_dict(plan: RunPlan) -> dict[str, Any]:
     memory, parameters, advice = plan.memory, plan.memory.parameters, plan.advice
-    seconds = plan.time.seconds | {"total": plan.time.total}
+    time = plan.time
     return {
         "model": plan.model,
         "parameters": parameters.total,
@@ -37,11 +38,16 @@ def _as_dict(plan: RunPlan) -> dict[str, Any]:
         "host_gib_per_rank": {part: _gib(size) for part, size in memory.host.items()},
         "fits": plan.fits,
         "advice": advice and {"changes": advice.changes, "peak_gib": _gib(advice.peak), "fits": advice.fits},
-        "step_seconds_estimate": {phase: round(value, 2) for phase, value in seconds.items()},
-        "concurrent_responses": plan.time.concurrent,
+        # Nothing is estimated for a run that could not start.
+        "step_seconds_estimate": time and _seconds(time),
+        "concurrent_responses": time and time.concurrent,
         "mean_tokens": asdict(plan.mean),
         "assumptions": plan.assumptions,
     }
+
+
+def _seconds(time: StepTime) -> dict[str, float]:
+    return {phase: round(value, 2) for phase, value in (time.seconds | {"total": time.total}).items()}
 
 
 def print_plan(plan: RunPlan) -> None:
@@ -57,12 +63,13 @@ def print_plan(plan: RunPlan) -> None:
         parts = ", ".join(f"{part} {_gib(size)}" for part, size in host.items())
         total = sum(host.values())
         console.print(f"\nHost memory: {_gib(total)} GiB per rank, {_gib(total * found['gpus'])} for all ({parts})")
-    console.print(
-        Text("\nSeconds per step, estimated from data sheets: nothing was measured", "bold"),
-        f"  (prompts of {mean.prompt} tokens, responses of {mean.response}, "
-        f"{plan.time.concurrent} decoded at once per rank)",
-    )
-    console.print(_table({phase: {"": seconds} for phase, seconds in found["step_seconds_estimate"].items()}))
+    if plan.time:
+        console.print(
+            Text("\nSeconds per step, estimated from data sheets: nothing was measured", "bold"),
+            f"  (prompts of {mean.prompt} tokens, responses of {mean.response}, "
+            f"{plan.time.concurrent} decoded at once per rank)",
+        )
+        console.print(_table({phase: {"": seconds} for phase, seconds in found["step_seconds_estimate"].items()}))
     console.print(Text("\nAssumptions", "bold"))
     for note in plan.assumptions:
         console.print(Padding(Text(note, "dim"), (0, 0, 0, 2)))

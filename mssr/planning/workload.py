@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from mssr.config import Config
+from mssr.config.resolve import pixel_limits
+from mssr.data.processors import load_image_processor, own_pixel_limits
 from mssr.errors import UserError
 from mssr.planning.trace import MicroBatchShape
+from mssr.policy.architectures import PUBLISHED_PIXELS, is_published
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,25 @@ class Workload:
         return MicroBatchShape(tuple(lengths + [left] * (left > 0)), max(1, responses), self.grids(model) * count)
 
 
+def with_own_pixel_limits(config: Config, model: PretrainedConfig) -> Config:
+    """Fill in the model's own pixel limits; they stay null if it reads no images, or has no image processor."""
+    if not hasattr(model, "vision_config"):
+        return config
+    if is_published(config.model.path):
+        own = PUBLISHED_PIXELS
+    elif processor := load_image_processor(config.model.path):
+        own = own_pixel_limits(processor)
+    else:
+        return config
+    low, high = pixel_limits(config.data, own)
+    data = config.data.model_copy(update={"min_pixels": low, "max_pixels": high})
+    return config.model_copy(update={"data": data})
+
+
 def _image_tokens(prompt: int, config: Config, model: PretrainedConfig) -> int:
-    """Tokens of an image of data.max_pixels, at most nine tenths of the prompt."""
+    """Tokens of the largest image, at most nine tenths of the prompt. data.max_pixels: null if no processor was found."""
     vision = getattr(model, "vision_config", None)
     if vision is None:
         return 0
-    token_side = vision.patch_size * vision.spatial_merge_size
-    return min(config.data.max_pixels // token_side**2, prompt * 9 // 10)
+    token_side, most = vision.patch_size * vision.spatial_merge_size, prompt * 9 // 10
+    return most if config.data.max_pixels is None else min(config.data.max_pixels // token_side**2, most)

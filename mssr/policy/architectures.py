@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig, Qwen2_5_VLConfig
 
 from mssr.errors import UserError
+from mssr.policy.hub import require_model_folder_or_name
 
 # Qwen2.5-VL as published, where it differs from the defaults of its transformers classes.
 _TEXT = {
@@ -35,14 +36,23 @@ _SIZES = {
 }
 
 
+PUBLISHED_PIXELS = (3_136, 12_845_056)  # min_pixels and max_pixels of both in their preprocessor_config.json
+
+
+def is_published(path: str) -> bool:
+    """Whether `path` is the hub name of a model that is known here, and no folder."""
+    return path in _SIZES and not Path(path).exists()
+
+
 def model_config(path: str) -> PretrainedConfig:
     """Return the transformers config of a directory or hub name; the two models above need no hub.
 
     Raises:
         UserError: there is none, or the hub cannot be reached.
     """
-    if path in _SIZES and not Path(path).exists():
+    if is_published(path):
         return _published(path)
+    require_model_folder_or_name(path)
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

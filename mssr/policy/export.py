@@ -30,7 +30,7 @@ def save_model(policy: Policy, processors: tuple, folder: Path, world: World, ru
 
     The folder appears only when it is complete. Collective, because ZeRO-3 gathers the weights; rank 0 writes.
 
-    processors: (tokenizer, image processor or None), each with `save_pretrained`.
+    processors: the tokenizer and the others that belong to the model, each with `save_pretrained`, or None.
     run_dir: of the run that may replace its own folder; None: nothing may be there.
 
     Raises:

@@ -89,7 +89,26 @@ def require_family(path: str, model_type: str | None) -> None:
     """
     if model_type not in FAMILIES:
         raise UserError(
-            f"model.path {path}: model_type {model_type} is not supported; these are: {', '.join(sorted(FAMILIES))}"
+            f"model.path {path}: model_type {model_type} is not supported by this trainer; these are: "
+            f"{', '.join(sorted(FAMILIES))}. For most others use the loss: mssr_kernels.patch(model) in a trainer of your "
+            "own, or the trainers of mssr.integrations.trl"
+        )
+
+
+def require_original_weights(path: str, config: dict[str, Any]) -> None:
+    """Refuse a quantised checkpoint (AWQ, GPTQ, bitsandbytes, FP8): its rounded weights cannot be trained.
+
+    config: the contents of config.json.
+
+    Raises:
+        UserError: naming the method.
+    """
+    found = config.get("quantization_config") or config.get("compression_config")
+    if found:
+        method = found.get("quant_method") or "quantization_config in config.json"
+        raise UserError(
+            f"model.path {path}: its weights are quantised ({method}), which cannot be trained; give the original "
+            "checkpoint in bfloat16 or float32 (to sample faster: rollout.quantization)"
         )
 
 

@@ -1,7 +1,5 @@
 """Loads the policy from a Hugging Face directory or hub name, unsharded."""
 
-from pathlib import Path
-
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
@@ -9,7 +7,8 @@ from transformers import AutoConfig, PretrainedConfig
 from mssr.config.schema import ModelConfig
 from mssr.errors import UserError
 from mssr.policy import attention
-from mssr.policy.families import family_of, require_family, require_full_attention
+from mssr.policy.families import family_of, require_family, require_full_attention, require_original_weights
+from mssr.policy.hub import require_model_folder_or_name
 from mssr.policy.liger import replace_layers, wants_liger
 from mssr.policy.lora import add_adapters
 from mssr.policy.model import Policy
@@ -84,15 +83,12 @@ def apply_options(policy: Policy, options: ModelConfig, device: torch.device) ->
 
 def check_model_path(path: str) -> PretrainedConfig:
     """Return the config of a supported model, or refuse the path before anything slow starts."""
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"model.path {path}: no config.json in it; expected a Hugging Face model directory")
-    if not Path(path).exists() and path.count("/") > 1:  # a hub name has at most one
-        raise UserError(
-            f"model.path {path}: no such folder, and no hub name; `make demo` writes the one of configs/tiny.yaml"
-        )
+    require_model_folder_or_name(path)
     try:
-        # First the type, which transformers may not know.
-        require_family(path, PretrainedConfig.get_config_dict(path)[0].get("model_type"))
+        # First what the file says: transformers may not know the type, or lack what a quantised model needs.
+        values = PretrainedConfig.get_config_dict(path)[0]
+        require_family(path, values.get("model_type"))
+        require_original_weights(path, values)
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path {path}: {' '.join(str(error).split())[:300]}") from None

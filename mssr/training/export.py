@@ -6,7 +6,8 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-from mssr.config.schema import ModelConfig
+from mssr.config.schema import DataConfig, ModelConfig
+from mssr.data.processors import processors_to_save, with_pixel_limits
 from mssr.data.prompts import load_processors
 from mssr.distributed import World
 from mssr.errors import UserError
@@ -34,9 +35,8 @@ def export(
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir}: no config.yaml in it; expected the run_dir of a training run")
-    options = ModelConfig.model_validate(
-        yaml.safe_load(file.read_text())["model"]
-    )  # other sections may name absent files
+    values = yaml.safe_load(file.read_text())  # only the sections that are needed: others may name absent files
+    options, data = ModelConfig.model_validate(values["model"]), DataConfig.model_validate(values["data"])
     if adapter and options.lora is None:
         raise UserError(f"--adapter: {file} has no model.lora; leave it out to export the whole model")
     step, folder = _checkpoint(run_dir, step)
@@ -46,7 +46,9 @@ def export(
     if adapter:
         save_adapter(policy, out, alone)
     else:
-        save_model(policy, load_processors(options.path), out, alone)
+        tokenizer, images = load_processors(options.path)
+        images = images and with_pixel_limits(images, data)
+        save_model(policy, processors_to_save(options.path, tokenizer, images), out, alone)
     return step
 
 

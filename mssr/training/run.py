@@ -13,8 +13,9 @@ from mssr.config import Config, load_config, yaml_1_2
 from mssr.config.resolve import dtype_name, engine_name
 from mssr.config.schema import OptimizerConfig
 from mssr.data.dataset import ProblemDataset
+from mssr.data.processors import processors_to_save
 from mssr.data.prompts import PromptEncoder, load_processors
-from mssr.distributed import World, start_world
+from mssr.distributed import World, require_device, start_world
 from mssr.errors import UserError
 from mssr.evaluation.evaluate import Evaluation, evaluate
 from mssr.folder_lock import locked
@@ -36,15 +37,16 @@ class Run(AbstractContextManager):
     """The parts of a run that are not the algorithm. Data and model load on first use; a bad path fails at once."""
 
     def __init__(self, config: Config) -> None:
+        require_device(config.device)  # what needs no network is said first
         check_model_path(config.model.path)
         self.config = config
         self.world: World = start_world(config.device)
         self.activity = Activity(self.world.is_main)
         if config.rollout.engine == "servers":
             self._look_for_servers()
-        self.processors = load_processors(config.model.path)
-        self.tokenizer, image_processor = self.processors
+        self.tokenizer, image_processor = load_processors(config.model.path)
         self._encoder = PromptEncoder(self.tokenizer, image_processor, config.data)
+        self.processors = processors_to_save(config.model.path, self.tokenizer, self._encoder.image_processor)
         self.grader = Grader(RewardFunction(config.reward), self.tokenizer)
         self._metrics: MetricsLog | None = None
         self._open = ExitStack()

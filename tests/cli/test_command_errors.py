@@ -19,13 +19,19 @@ def config(material):
         ("train.steps=x", "train.steps"),
         ("train.steps", "expected key=value"),
         ("device=cuda", "device: cuda, but torch sees no GPU"),
-        ("model.path=/no/such/model", "model.path /no/such/model"),
+        ("model.path=/no/such/model", "model.path /no/such/model: no such folder"),
+        ("model.path=/nope", "model.path /nope: no such folder"),
         ("data.train=/no/such/rows.jsonl", "/no/such/rows.jsonl: no such file or directory"),
     ],
 )
 def test_a_wrong_setting(mssr, config, tmp_path, override, words):
     assert words in mssr("train", config, f"run_dir={tmp_path / 'run'}", override).line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_not_there_is_said_before_the_model_is_looked_for(mssr, config, tmp_path):
+    line = mssr("train", config, "device=cuda", "model.path=nobody/nothing", f"run_dir={tmp_path / 'run'}").line
+    assert line.startswith("device: cuda, but torch sees no GPU")
 
 
 def test_a_missing_config(mssr):

@@ -6,8 +6,9 @@ import yaml
 
 from mssr.algorithms.advantages import ALGORITHMS, Outcomes
 from mssr.config import load_config, yaml_1_2
+from mssr.config.conflicts import refuse_conflicts
 from mssr.config.nearest import FOREIGN, all_keys
-from mssr.config.schema import Config
+from mssr.config.schema import Config, RolloutConfig
 from mssr.errors import UserError
 
 MINIMAL = "run_dir: run\nmodel: {path: m}\ndata: {train: t}\n"
@@ -210,7 +211,6 @@ def test_an_unknown_key_of_the_file_is_named_too(refused):
         ("algorithm.tis_cap=0", "algorithm.tis_cap: Input should be greater than 0"),
         ("algorithm.entropy_kappa=0", "algorithm.entropy_kappa"),
         ("reward.format_weight=1.5", "reward.format_weight"),
-        ("data.min_pixels=9999999", "min_pixels 9999999 is larger than max_pixels"),
         ("data.on_bad_row=ignore", "data.on_bad_row"),
         (
             "rollout.prompts_per_step=100",
@@ -239,12 +239,27 @@ def test_keeping_the_best_needs_problems_to_measure_it_on(refused):
     assert "set data.val" in refused("train.keep_best=true")
 
 
+def test_pixel_limits_out_of_order(refused):
+    assert "min_pixels 99 is larger than max_pixels 98" in refused("data.min_pixels=99", "data.max_pixels=98")
+
+
 def test_an_adapter_merged_in_16_bits_needs_its_correction(refused, load):
-    for dtype in ("model.dtype=bfloat16", "model.dtype=auto"):  # auto is bfloat16 on a GPU
-        line = refused("model.lora.rank=8", dtype)
-        assert "model.lora with model.dtype bfloat16" in line and "algorithm.old_logp=recompute" in line
-        load("model.lora.rank=8", dtype, "algorithm.old_logp=recompute")
+    line = refused("model.lora.rank=8", "model.dtype=bfloat16")
+    assert "model.lora with model.dtype bfloat16" in line and "algorithm.old_logp=recompute" in line
+    load("model.lora.rank=8", "model.dtype=bfloat16", "algorithm.old_logp=recompute")
     load("model.lora.rank=8", "model.dtype=float32")
+    load("model.lora.rank=8", "device=cpu")
+
+
+def test_what_auto_is_goes_by_the_machine(load, monkeypatch):
+    """Without a GPU auto is float32, for which nothing is to be corrected."""
+    config = load("model.lora.rank=8")
+    with pytest.raises(ValueError, match=r"model.lora with model.dtype auto \(bfloat16 on a GPU\) samples from"):
+        refuse_conflicts(config, "cuda")
+    refuse_conflicts(load("model.lora.rank=8", "algorithm.old_logp=recompute"), "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="model.lora with model.dtype auto"):
+        load("model.lora.rank=8")
     load("model.lora.rank=8", "device=cpu")
 
 

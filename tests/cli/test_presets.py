@@ -50,7 +50,7 @@ PUBLISHED = {
     "eval.temperature": 0.6,
 }
 DIFFERS = {"algorithm.tracker.preset", "algorithm.entropy_source", "algorithm.old_logp", "algorithm.tis_cap"}
-DIFFERS |= {"eval.temperature"}
+DIFFERS |= {"eval.temperature", "data.min_pixels", "data.max_pixels"}
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from option_helpers import LORA, make_engine_with, options
 from peft import PeftModel
 from policy_helpers import ALONE, model_dir, plain_logp, plain_model, processors, random_batch
 from safetensors.torch import load_file
+from transformers import AutoImageProcessor
 from typer.testing import CliRunner
 
 from mssr.cli import app
@@ -40,7 +41,7 @@ class TrainedRun:
         config = {
             "run_dir": str(folder),
             "model": model.model_dump() | {"attention": "flash", "liger": "on"},
-            "data": {"train": "unused"},
+            "data": {"train": "unused", "min_pixels": 784, "max_pixels": 12_544},
             "train": {"deepspeed": "elsewhere/zero2.json"},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -84,6 +85,8 @@ def test_plain_transformers_scores_as_the_trainer_did(trained, tmp_path, kind, t
         (Path(model_dir(tied)) / "config.json").read_text()
     )
     assert [path.name for path in out.parent.iterdir()] == ["out"]
+    size = AutoImageProcessor.from_pretrained(out).size
+    assert (size["shortest_edge"], size["longest_edge"]) == (784, 12_544)  # as the run had them
 
 
 @pytest.mark.parametrize("tied", [False, True])

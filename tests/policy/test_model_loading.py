@@ -149,6 +149,16 @@ def test_a_models_own_sampling_settings_survive_saving(copied, tmp_path):
     assert {name: saved[name] for name in settings} == settings
 
 
-def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub():
-    with pytest.raises(UserError, match=r"^model.path runs/none/sft/model: no such folder, and no hub name"):
-        check_model_path("runs/none/sft/model")
+@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "fp8"])
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_quantised_checkpoint(copied, method, key):
+    edit_json(copied / "config.json", **{key: {"quant_method": method, "bits": 4}})
+    for check in (check_model_path, load):
+        line = refusal(check, str(copied))
+        assert f"its weights are quantised ({method}), which cannot be trained; give the original checkpoint" in line
+
+
+def test_a_model_of_another_kind_may_be_for_the_other_trainers(copied):
+    edit_json(copied / "config.json", model_type="gemma3")
+    line = refusal(check_model_path, str(copied))
+    assert "mssr_kernels.patch(model)" in line and "mssr.integrations.trl" in line

@@ -112,7 +112,9 @@ def test_plain_transformers_loads_the_model(whole, warm):
     changed = [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])]
     assert any("visual" in name for name in changed) and any("lm_head" in name for name in changed)
     assert AutoTokenizer.from_pretrained(whole.path / "model").chat_template
-    assert AutoImageProcessor.from_pretrained(whole.path / "model", backend="pil").merge_size == 2
+    processor = AutoImageProcessor.from_pretrained(whole.path / "model", backend="pil")
+    assert processor.merge_size == 2
+    assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (3136, 12_544)  # the run's limits
 
 
 def test_eval_of_the_saved_model_is_the_last_validation(whole, mssr, warm):

@@ -4,11 +4,11 @@ import os
 import secrets
 import socket
 import sys
-from pathlib import Path
 
 from mssr.config import Config
 from mssr.config.resolve import dtype_name, why_no_vllm
 from mssr.errors import UserError
+from mssr.policy.loading import check_model_path
 from mssr.rollout.vllm.adapter import ENVIRONMENT, as_flags, engine_arguments, require_server_vllm, transfer_backend
 from mssr.versions import is_cpu_build, release, vllm_version
 
@@ -27,9 +27,7 @@ def serve(config: Config, host: str, port: int) -> None:
     if why := why_no_vllm(config.device):  # checked first: the next line would suggest rollout.engine=hf
         raise UserError(why)
     require_server_vllm(config.device)
-    path = Path(config.model.path)
-    if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"model.path {path}: no config.json in it; expected a Hugging Face model directory")
+    check_model_path(config.model.path)
     _refuse_taken_port(host, port)
     command = [sys.executable, *_SERVER, *arguments(config, host, port)]
     print(f"mssr: {config.model.path} will be served at http://{host}:{port}; starting vLLM", flush=True)
