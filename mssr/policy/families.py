@@ -89,7 +89,7 @@ def require_family(path: str, model_type: str | None) -> None:
     """
     if model_type not in FAMILIES:
         raise UserError(
-            f"model.path {path}: model_type {model_type} is not supported by this trainer; these are: "
+            f"model.path {path}: model_type {model_type} is not supported; these are: "
             f"{', '.join(sorted(FAMILIES))}. For most others use the loss: mssr_kernels.patch(model) in a trainer of your "
             "own, or the trainers of mssr.integrations.trl"
         )

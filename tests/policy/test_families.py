@@ -187,7 +187,8 @@ def test_other_types_are_refused_by_name(tmp_path, model_type):
             load(str(tmp_path))
         assert str(caught.value) == (
             f"model.path {tmp_path}: model_type {model_type} is not supported; "
-            "these are: llama, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl"
+            "these are: llama, qwen2, qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl. For most others use the loss: "
+            "mssr_kernels.patch(model) in a trainer of your own, or the trainers of mssr.integrations.trl"
         )
 
 

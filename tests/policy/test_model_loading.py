@@ -156,9 +156,3 @@ def test_a_quantised_checkpoint(copied, method, key):
     for check in (check_model_path, load):
         line = refusal(check, str(copied))
         assert f"its weights are quantised ({method}), which cannot be trained; give the original checkpoint" in line
-
-
-def test_a_model_of_another_kind_may_be_for_the_other_trainers(copied):
-    edit_json(copied / "config.json", model_type="gemma3")
-    line = refusal(check_model_path, str(copied))
-    assert "mssr_kernels.patch(model)" in line and "mssr.integrations.trl" in line
