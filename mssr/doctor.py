@@ -62,6 +62,11 @@ PACKAGES = {
 BREAKABLE = ("torchvision", "torchaudio")
 PATIENCE = 120  # seconds for the answer of another process
 ASK_TORCH = "import torch; print(torch.version.cuda, torch.cuda.is_available())"
+LIST_GPUS = (
+    "import torch; gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count())); print('; '.join(['gpus', "
+    "*(f'{gpu.name}, {gpu.total_memory >> 20} MiB, capability {gpu.major}.{gpu.minor}' for gpu in gpus)]))"
+)
+NVIDIA_DRIVER = Path("/dev/nvidiactl")
 ASK_FLASH = "from flash_attn import flash_attn_varlen_func"  # as the trainer asks; a build need not have metadata
 
 
@@ -98,10 +103,10 @@ class Probe:
 
 def diagnose(gpus: Sequence[str] | None = None, probe: Callable[[str], Probe] | None = None) -> Report:
     """Examine this machine. The arguments replace what it finds: its GPUs (`_gpus`), and how a line of Python ends."""
-    gpus = _gpus() if gpus is None else gpus
+    probe = probe or _probe
+    gpus = (_gpus() or _torch_gpus(probe)) if gpus is None else gpus
     versions = _installed()
     device = "cuda" if gpus else "cpu"
-    probe = probe or _probe
     broken = _import_findings(versions, gpus, probe)
     findings = [*_missing(versions), *_unsupported(versions), *broken]
     flash = _flash(versions, probe) if gpus and "torch" in versions and not broken else None
@@ -234,6 +239,12 @@ def _gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):  # no driver
         return []
     return ["{}, {}, capability {}, driver {}".format(*line.split(", ")) for line in done.stdout.splitlines()]
+
+
+def _torch_gpus(probe: Callable[[str], Probe]) -> list[str]:
+    """The GPUs that torch sees where a container has the driver but no nvidia-smi."""
+    answer = probe(LIST_GPUS) if NVIDIA_DRIVER.exists() else Probe(False, "")
+    return answer.text.split("; ")[1:] if answer.ok else []
 
 
 def _machine(gpus: Sequence[str]) -> dict[str, str]:

@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from rich.console import Console
 
+from mssr import doctor
 from mssr.doctor import PACKAGES, Probe, diagnose, print_report
 from mssr.versions import SUPPORTED, TESTED, requirement
 
@@ -214,6 +216,21 @@ def test_the_driver_lists_the_gpus(tmp_path, monkeypatch):
     assert "GPU" in diagnose(probe=works).facts
     tool.unlink()
     assert "GPU" in diagnose(probe=works).facts
+
+
+def test_a_container_may_have_a_gpu_without_nvidia_smi(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "NVIDIA_DRIVER", tmp_path)
+    l4 = "NVIDIA L4, 22478 MiB, capability 8.9"
+    report = diagnose(probe=lambda code: Probe(True, f"gpus; {l4}" if "get_device_properties" in code else "13.0 True"))
+    assert report.facts["GPU 0"] == l4 and report.facts["model.dtype"] == "bfloat16"
+
+
+def test_torch_is_asked_for_the_gpus_that_it_sees():
+    done = subprocess.run([sys.executable, "-c", doctor.LIST_GPUS], capture_output=True, text=True, check=True)
+    assert (
+        done.stdout.strip().split("; ")[0] == "gpus" and len(done.stdout.split("; ")) == 1 + torch.cuda.device_count()
+    )
 
 
 def test_a_package_that_really_fails_to_import_is_found(check, tmp_path, monkeypatch):
