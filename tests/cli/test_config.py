@@ -8,7 +8,7 @@ from mssr.algorithms.advantages import ALGORITHMS, Outcomes
 from mssr.config import load_config, yaml_1_2
 from mssr.config.conflicts import refuse_conflicts
 from mssr.config.nearest import FOREIGN, all_keys
-from mssr.config.schema import Config, RolloutConfig
+from mssr.config.schema import Config
 from mssr.errors import UserError
 
 MINIMAL = "run_dir: run\nmodel: {path: m}\ndata: {train: t}\n"
