@@ -119,6 +119,12 @@ class RewardConfig(Section):
     timeout_s: float = Field(
         5.0, gt=0, description="time limit of one symbolic answer check; a check that is killed counts as wrong"
     )
+    step_timeout_s: float = Field(
+        300.0,
+        gt=0,
+        description="time limit of all symbolic answer checks of a step, per rank (validation: of 512 responses); "
+        "later ones count as wrong",
+    )
 
 
 class TrackerConfig(Section):

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ class PromptEncoder:
             raise Unusable(f"`{column}` is missing or empty; fill it in or remove the row")
         if not isinstance(value, str | int | float):
             raise Unusable(f"`{column}` is a {type(value).__name__}; it must be text or a number")
-        text = str(value)
+        # A float is 0.00001, as a person writes it, not 1e-05.
+        text = format(Decimal(repr(float(value))), "f") if isinstance(value, float) else str(value)
         if half := SURROGATE.search(text):
             raise Unusable(
                 f"`{column}` contains half of a surrogate pair, \\u{ord(half[0]):04x}, at character {half.start()}, "

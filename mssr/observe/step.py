@@ -11,6 +11,7 @@ from mssr.policy.engine import UpdateStats
 from mssr.rollout.gap import LogpGap
 from mssr.stopwatch import Stopwatch
 
+_NO_PHASES = {"perf/step_seconds", "perf/rollout_seconds", "perf/grading_seconds"}
 BINS = 10  # of the value tracker's predictions
 
 
@@ -50,6 +51,26 @@ def step_metrics(
     metrics |= dict(zip(clock.memory, most))
     metrics |= {"perf/step_seconds": clock.total, "perf/tokens_per_second": (tokens + prompts) / clock.total}
     return metrics
+
+
+def slow_grading(metrics: dict[str, Metric]) -> str | None:
+    """Return a warning if the wait for grading was the step's longest phase, or if answer checks ran out of time."""
+    phases = {
+        name: value
+        for name, value in metrics.items()
+        if name.startswith("perf/") and name.endswith("_seconds") and name not in _NO_PHASES
+    }
+    waited, timeouts = phases.get("perf/reward_seconds", 0.0), metrics["perf/grading_timeouts"]
+    slowest = waited > 0 and waited == max(phases.values())
+    if not slowest and not timeouts:
+        return None
+    found = [f"grading was the slowest phase ({waited:.3g} s after generation)"] if slowest else []
+    if timeouts:
+        found.append(f"{timeouts:.0f} answer checks ran out of time and count as wrong")
+    return (
+        f"{' and '.join(found)}: symbolic answers are slow to compare; see perf/grading_seconds and perf/grading_timeouts, "
+        "and the limits reward.timeout_s and reward.step_timeout_s (shown once)"
+    )
 
 
 def outcome_metrics(outcomes: Outcomes) -> dict[str, Metric]:

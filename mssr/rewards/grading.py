@@ -1,5 +1,6 @@
 """Grades the responses of a batch while others are still generated."""
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -15,45 +16,64 @@ from mssr.rollout.base import Response
 
 
 class Grader:
-    """Decodes and grades in one thread, which mostly waits for the process of the symbolic check."""
+    """Decodes and grades in one thread, which mostly waits for the process of the symbolic check.
 
-    def __init__(self, reward: RewardFunction, tokenizer: PreTrainedTokenizerBase) -> None:
+    step_timeout_s: time for all symbolic checks of a step.
+    """
+
+    def __init__(self, reward: RewardFunction, tokenizer: PreTrainedTokenizerBase, *, step_timeout_s: float) -> None:
         self._reward = reward
+        self._step_timeout_s = step_timeout_s
         self._tokenizer = tokenizer
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grader")
 
-    def begin(self, prompts: Sequence[Prompt]) -> "Grading":
-        return Grading(self, prompts)
+    def begin(self, prompts: Sequence[Prompt], spent_s: float = 0.0) -> "Grading":
+        """Start to grade a batch. spent_s: grading time of the step's earlier batches."""
+        return Grading(self, prompts, self._step_timeout_s - spent_s)
 
-    def submit(self, prompt: Prompt, tokens: Tensor) -> Future:
-        """Return a future of (reward of the response, its text). tokens: [R] int64."""
-        return self._thread.submit(self._grade, tokens.tolist(), prompt.answer)
+    def submit(self, prompt: Prompt, tokens: Tensor, grading: "Grading") -> Future:
+        """Return a future of (reward of the response, its text). tokens: [R] int64. grading: counts time and timeouts."""
+        return self._thread.submit(self._grade, tokens.tolist(), prompt.answer, grading)
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
         self._reward.close()
 
-    def _grade(self, tokens: list[int], answer: str) -> tuple[Reward, str]:
+    def _grade(self, tokens: list[int], answer: str, grading: "Grading") -> tuple[Reward, str]:
         text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-        return self._reward(text, answer), text
+        started, timeouts = time.perf_counter(), self._reward.timeouts
+        found = self._reward(text, answer, grading.left_s)
+        grading.seconds += time.perf_counter() - started
+        grading.timeouts += self._reward.timeouts - timeouts
+        return found, text
 
 
 class Grading:
-    """Grades one batch. Called with (row, response) as responses complete: `on_response` of `RolloutEngine.generate`."""
+    """Grades one batch. Called with (row, response) as responses complete: `on_response` of `RolloutEngine.generate`.
 
-    def __init__(self, grader: Grader, prompts: Sequence[Prompt]) -> None:
+    seconds: grading time so far, beside generation or not. timeouts: symbolic checks that were killed or left out.
+    """
+
+    def __init__(self, grader: Grader, prompts: Sequence[Prompt], budget_s: float) -> None:
         self._grader = grader
         self._prompts = prompts
+        self._budget_s = budget_s
         self._jobs: dict[int, Future] = {}
+        self.seconds = 0.0
+        self.timeouts = 0
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self._budget_s - self.seconds)
 
     def __call__(self, row: int, response: Response) -> None:
-        self._jobs[row] = self._grader.submit(self._prompts[row], response.tokens)
+        self._jobs[row] = self._grader.submit(self._prompts[row], response.tokens, self)
 
     def finish(self, rollouts: Rollouts) -> GradedRollouts:
         """Return the rollouts with their rewards; what was not graded before is graded now."""
         for row, prompt in enumerate(self._prompts):
             if row not in self._jobs:
-                self._jobs[row] = self._grader.submit(prompt, rollouts.response(row))
+                self._jobs[row] = self._grader.submit(prompt, rollouts.response(row), self)
         graded = [self._jobs[row].result() for row in range(len(rollouts))]
         return GradedRollouts(
             **vars(rollouts),

@@ -1,5 +1,6 @@
 """The reward of a response: whether its boxed answer is right, and whether it has the requested format."""
 
+import math
 from typing import NamedTuple
 
 from mssr.config.schema import RewardConfig
@@ -21,16 +22,21 @@ class RewardFunction:
         self.format_weight = config.format_weight
         self.checker = SymbolicChecker(config.timeout_s)
 
-    def __call__(self, response: str, answer: str) -> Reward:
-        """Grade a response. answer: the right one."""
-        correct = float(self.is_correct(response, answer))
+    @property
+    def timeouts(self) -> int:
+        """Comparisons so far that were killed, or left out because the time was over; they count as wrong."""
+        return self.checker.timeouts
+
+    def __call__(self, response: str, answer: str, within_s: float = math.inf) -> Reward:
+        """Grade a response. answer: the right one. within_s: time that is left for the symbolic check."""
+        correct = float(self.is_correct(response, answer, within_s))
         reward = (1 - self.format_weight) * correct + self.format_weight * well_formed(response)
         return Reward(reward, correct)
 
-    def is_correct(self, response: str, answer: str) -> bool:
+    def is_correct(self, response: str, answer: str, within_s: float = math.inf) -> bool:
         r"""Whether the last `\boxed{}` has the right answer; the right number anywhere else does not count."""
         boxed = last_boxed(response)
-        return boxed is not None and self.checker.equal(boxed, answer)
+        return boxed is not None and self.checker.equal(boxed, answer, within_s)
 
     def close(self) -> None:
         self.checker.close()

@@ -1,29 +1,27 @@
-"""Decides in bounded time whether two answers are mathematically equal.
+"""Decides in bounded time whether two answers are equal.
 
-math-verify (sympy) can hang or use up all memory on a sampled answer. Its own timeouts are signals, which neither
-interrupt C code nor work outside the main thread. So it runs in a child process that is killed when it is late.
+Most pairs are compared in this process (`mssr.rewards.compare`). Mathematics goes to a library: sympy can hang or use up all
+memory on a sampled answer, and its own timeouts are signals, which neither interrupt C code nor work outside the main
+thread. So it runs in a child process that is killed when it is late.
 """
 
 import json
 import math
 import os
-import re
 import select
 import subprocess
 import sys
 import time
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
 from mssr.errors import UserError
+from mssr.rewards.compare import same_answer
 
 MAX_CHARS = 1024  # longer answers are equal only if identical: parsing them takes seconds
 MEMO_SIZE = 65_536  # answer pairs
 START_TIMEOUT_S = 120.0  # importing sympy from a cold network disk
 
-_INTEGER = re.compile(r"[+-]?[0-9]+")
-_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)|[+-]?[0-9]+/0*[1-9][0-9]*")
 _WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -31,20 +29,25 @@ class _WorkerDied(Exception):
     pass
 
 
-class SymbolicChecker:
-    """Compares answers; for one thread at a time. `timeouts` counts the comparisons that were killed.
+class _OutOfTime(Exception):
+    """The caller's time is over, before `timeout_s` is: the answers may be equal."""
 
-    The worker starts with the first comparison that needs it; identical strings and plain numbers do not.
+
+class SymbolicChecker:
+    """Compares answers; for one thread at a time. `timeouts` counts the comparisons that were killed or left out.
+
+    The worker starts with the first comparison that needs it; identical strings, numbers, words and options do not.
     """
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self.timeouts = 0
         self._worker: subprocess.Popen | None = None
-        self._compare = lru_cache(MEMO_SIZE)(self._ask)
+        self._limit_s = self._spent_s = 0.0
+        self._compare = lru_cache(MEMO_SIZE)(self._equal)
 
-    def equal(self, predicted: str, gold: str) -> bool:
-        """Whether `predicted` equals `gold`; False if the comparison takes longer than `timeout_s`.
+    def equal(self, predicted: str, gold: str, within_s: float = math.inf) -> bool:
+        """Whether `predicted` equals `gold`; False if the library needs longer than `timeout_s` or `within_s` for them.
 
         Raises:
             UserError: the worker cannot be started, or died twice on this pair.
@@ -54,8 +57,21 @@ class SymbolicChecker:
             return True
         if not predicted or not gold or max(len(predicted), len(gold)) > MAX_CHARS:
             return False
-        numerically = _equal_numbers(predicted, gold)
-        return self._compare(predicted, gold) if numerically is None else numerically
+        self._limit_s, self._spent_s = min(self.timeout_s, within_s), 0.0
+        try:
+            return self._compare(predicted, gold)
+        except _OutOfTime:
+            self.timeouts += 1
+            return False
+
+    def _equal(self, predicted: str, gold: str) -> bool:
+        try:
+            return same_answer(predicted, gold, self._ask)
+        except TimeoutError:
+            if self._limit_s < self.timeout_s:
+                raise _OutOfTime from None  # not remembered
+            self.timeouts += 1
+            return False
 
     def close(self) -> None:
         """Stop the worker. The next comparison starts another."""
@@ -66,20 +82,24 @@ class SymbolicChecker:
             self._worker.stdout.close()
             self._worker = None
 
-    def _ask(self, predicted: str, gold: str) -> bool:
-        question = json.dumps({"predicted": predicted, "gold": gold}).encode() + b"\n"
+    def _ask(self, kind: str, predicted: str, gold: str) -> bool:
+        question = json.dumps({"kind": kind, "predicted": predicted, "gold": gold}).encode() + b"\n"
+        if self._limit_s <= self._spent_s:
+            raise TimeoutError
         for _ in range(2):  # retry once: the worker may have been killed from outside (out of memory)
             worker = self._worker or self._start()
+            started = time.monotonic()
             try:
                 os.write(worker.stdin.fileno(), question)
-                return _read_line(worker, self.timeout_s)["equal"]
+                return _read_line(worker, self._limit_s - self._spent_s)["equal"]
             except TimeoutError:
-                self.timeouts += 1
                 self.close()
-                return False
+                raise
             except (_WorkerDied, BrokenPipeError):
                 code = worker.wait()
                 self.close()
+            finally:
+                self._spent_s += time.monotonic() - started
         raise UserError(
             f"the symbolic check died twice (exit code {code}) comparing {predicted[:80]!r} with {gold[:80]!r}; "
             "is the machine out of memory?"
@@ -121,17 +141,3 @@ def _read_line(worker: subprocess.Popen, timeout_s: float) -> dict:
             raise _WorkerDied
         reply += chunk
     return json.loads(reply)
-
-
-def _equal_numbers(predicted: str, gold: str) -> bool | None:
-    """Compare integers, decimals and a/b exactly; None if that does not settle it.
-
-    Near misses (0.3333333 for 1/3) are for math-verify, which rounds to six decimals.
-    """
-    if not (_NUMBER.fullmatch(predicted) and _NUMBER.fullmatch(gold)):
-        return None
-    difference = abs(Fraction(predicted) - Fraction(gold))
-    if difference == 0:
-        return True
-    both_integers = _INTEGER.fullmatch(predicted) and _INTEGER.fullmatch(gold)
-    return False if both_integers or difference > Fraction(1, 10_000) else None

@@ -1,21 +1,131 @@
-"""Compares two answers with math-verify, in a process of its own: JSON lines in, JSON lines out.
+"""Compares two mathematical answers, in a process of its own: JSON lines in, JSON lines out.
 
 `mssr.rewards.symbolic` starts it as a plain script. It imports nothing of the trainer, so that it starts in half a second
 without torch. It can be killed at any moment, and ends by itself when the trainer does: at the end of its input or,
 during a comparison that hangs, by the alarm.
 
-    -> {"predicted": "\\frac{1}{2}", "gold": "0.5"}
+math-verify's LaTeX parser reads the answers; sympy evaluates both to many digits, with several values for the variables.
+
+    -> {"kind": "value", "predicted": "\\frac{1}{2}", "gold": "0.5"}
     <- {"equal": true}
+
+kind: value; equation (the same solutions); roughly (constants within 1 %).
 """
 
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import sys
 
 MEMORY_LIMIT = 4 << 30  # bytes; towers of powers ask for more, and get a MemoryError
+DIGITS = 40
+EXACT, ROUNDED, ROUGH = 1e-30, 1e-6, 1e-2  # relative differences
+MIN_DIGITS = 6  # significant digits of a rounded decimal, as in mssr.rewards.numbers
+# What the variables are set to. Negative ones tell |x| from x.
+POINTS = [("1.3", "0.4"), ("-2.7", "0.3"), ("0.21", "0.17"), ("3.9", "-1.1")]
+
+
+class Mathematics:
+    """The library, imported in the worker only."""
+
+    def __init__(self) -> None:
+        import sympy
+        from latex2sympy2_extended import NormalizationConfig, latex2sympy
+        from latex2sympy2_extended.latex2sympy2 import ConversionConfig
+        from math_verify.grader import should_treat_as_complex
+
+        self.sympy = sympy
+        self.iterated = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit)  # slow to evaluate to many digits
+        spelling = NormalizationConfig(
+            basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
+        )
+        symbols = ConversionConfig(lowercase_symbols=False)
+
+        def read(text: str):
+            text = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|ln|log|lg|exp)(?![a-zA-Z])", r"\\\1 ", text)
+            text = re.sub(r"\\lg(?![a-zA-Z])", r"\\log_{10}", text)
+            if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
+                text = re.sub(r"(\d+(?:\.\d+)?)°", r"{(\\frac{\1\\pi}{180})}", text)
+            text = text.replace("°", "").replace("*", "\\cdot ").replace("%", "\\cdot\\frac{1}{100}")
+            found = latex2sympy(
+                text,
+                is_real=not should_treat_as_complex(text),
+                normalization_config=spelling,
+                conversion_config=symbols,
+            )
+            floats = found.atoms(sympy.Float) if hasattr(found, "atoms") else ()
+            return found.xreplace({number: sympy.Rational(str(number)) for number in floats})
+
+        self.read = read
+        self.value("\\frac{\\sqrt{x+1}}{2}-\\sin x", "2^{x}\\pi")  # the first answers must not pay for lazy imports
+
+    def value(self, predicted: str, gold: str) -> bool:
+        one, other = self.read(predicted), self.read(gold)
+        if isinstance(one, self.sympy.MatrixBase) or isinstance(other, self.sympy.MatrixBase):
+            return one.shape == other.shape and all(self.equal(*pair, EXACT) for pair in zip(one, other))
+        return self.equal(one, other, self.tolerance(predicted, gold))
+
+    def roughly(self, predicted: str, gold: str) -> bool:
+        return self.equal(self.read(predicted), self.read(gold), ROUGH)
+
+    def equation(self, predicted: str, gold: str) -> bool:
+        """Whether left - right of one equation is a constant multiple of the other's."""
+        differences = []
+        for text in (predicted, gold):
+            left, _, right = text.partition("=")
+            differences.append(self.read(left) - self.read(right))
+        if 0 in differences:
+            return False
+        ratio = self.sympy.simplify(differences[0] / differences[1])
+        return bool(ratio.is_number and ratio.is_finite and not ratio.is_zero)
+
+    def tolerance(self, *texts: str) -> float:
+        """Only a decimal with enough digits is taken for a rounded value."""
+        found = [re.findall(r"\d+\.\d+", text) for text in texts]
+        digits = [max((len(number.replace(".", "").lstrip("0")) for number in numbers), default=0) for numbers in found]
+        return ROUNDED if max(digits) >= MIN_DIGITS and min(digits) == 0 else EXACT
+
+    def equal(self, one, other, tolerance: float) -> bool:
+        sympy = self.sympy
+        if not isinstance(one, sympy.Expr) or not isinstance(other, sympy.Expr):
+            return False
+        if one == other:
+            return True
+        symbols = sorted(one.free_symbols | other.free_symbols, key=str)
+        if not symbols:
+            return self.near(one, other, tolerance)
+        for start, step in POINTS:
+            values = {
+                symbol: sympy.Rational(start) + place * sympy.Rational(step) for place, symbol in enumerate(symbols)
+            }
+            left, right = (self.number(each.xreplace(values)) for each in (one, other))
+            if left is None or right is None:
+                return sympy.simplify(one - other) == 0
+            if not self.near(left, right, EXACT):
+                return False
+        return True
+
+    def near(self, one, other, tolerance: float) -> bool:
+        left, right = self.number(one), self.number(other)
+        if left is None or right is None:
+            return False
+        larger = max(abs(left), abs(right))
+        if larger < EXACT:  # cancelled digits: zero, or a very small number
+            return self.sympy.simplify(one - other) == 0
+        if abs(left - right) > tolerance * larger:
+            return False
+        if tolerance > EXACT or (one - other).has(*self.iterated):
+            return True
+        difference = self.sympy.N(one - other, 10, maxn=700)
+        return bool(difference == 0 or difference._prec == 1)  # no digit of it is certain: zero
+
+    def number(self, expression):
+        """Return the value of a constant, or None."""
+        value = self.sympy.N(expression, DIGITS)
+        return value if value.is_number and value.is_finite and not value.has(self.sympy.nan) else None
 
 
 def main(alarm_s: int) -> None:
@@ -23,19 +133,18 @@ def main(alarm_s: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process even inside one long C call
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     replies = os.fdopen(os.dup(1), "w")
-    from math_verify import parse, verify
+    mathematics = Mathematics()
 
-    logging.disable()  # math-verify warns that its timeouts are off; the trainer kills this process instead
+    logging.disable()
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)  # what a parser prints must not get into the replies
     os.dup2(silence, 2)
 
-    def expressions(text: str) -> list:
-        return parse("\\boxed{" + text + "}", parsing_timeout=None)
-
-    def equal(predicted: str, gold: str) -> bool:
+    def equal(kind: str, predicted: str, gold: str) -> bool:
         try:
-            return bool(verify(expressions(gold), expressions(predicted), timeout_seconds=None))
+            return {"value": mathematics.value, "equation": mathematics.equation, "roughly": mathematics.roughly}[kind](
+                predicted, gold
+            )
         except Exception:
             return False  # not comparable as mathematics, and the strings are known to differ
 
@@ -44,7 +153,7 @@ def main(alarm_s: int) -> None:
         signal.alarm(alarm_s)
         answer = equal(**json.loads(line))
         signal.alarm(0)
-        print(json.dumps({"equal": answer}), file=replies, flush=True)
+        print(json.dumps({"equal": bool(answer)}), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def _train(run: Run, book: Bookkeeping) -> None:
                 updates = [engine.discard(accumulated, clock)]
 
             # Now the tracker learns the rewards, unless the policy did not learn from them.
-            metrics = step_metrics(rollouts, updates, gap, clock, world) | sampled.metrics(step)
+            metrics = step_metrics(rollouts, updates, gap, clock, world) | sampled.metrics(step, world)
             if agrees:
                 metrics |= utilisation(work_of_step(engine.policy, batch, updates), clock, world, peak)
             metrics |= outcome_metrics(outcomes)

@@ -16,11 +16,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import torch
+
 from mssr.algorithms.advantages import zero_variance
 from mssr.algorithms.prompt_sampling import PrioritisedSampler
 from mssr.algorithms.value_tracker import ValueTracker
 from mssr.batch import GradedRollouts, Prompt, Rollouts
 from mssr.data.sampler import PromptSampler
+from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.engine import PolicyEngine
 from mssr.rewards.grading import Grading, settle_truncated
@@ -37,20 +40,31 @@ class StepRollouts:
 
     seconds: generation time, even if the loop did not wait for all of it.
     responses, tokens: everything generated, including replaced responses.
+    grading_seconds, grading_timeouts: time of the reward, and symbolic checks that were killed or left out.
     """
 
     rollouts: GradedRollouts
     seconds: float
     responses: int
     tokens: int
+    grading_seconds: float
+    grading_timeouts: int
 
-    def metrics(self, step: int) -> dict[str, float]:
-        """Return perf/rollout_seconds and rollout/staleness, the age of the sampler's weights in training steps.
+    def metrics(self, step: int, world: World) -> dict[str, float]:
+        """Return perf/rollout_seconds, perf/grading_* and rollout/staleness, the age of the sampler's weights in steps.
 
         perf/rollout_seconds is generation time on this rank; perf/generate_seconds is the wait, shorter one step off.
+        perf/grading_seconds is the time of the reward on the slowest rank; perf/reward_seconds is the wait for it after
+        generation. perf/grading_timeouts: symbolic checks of all ranks that ran out of time, and so count as wrong.
         """
         staleness = (step - self.rollouts.weight_version).double().mean()
-        return {"perf/rollout_seconds": self.seconds, "rollout/staleness": float(staleness)}
+        timeouts = world.sum(torch.tensor(float(self.grading_timeouts), dtype=torch.float64))
+        return {
+            "perf/rollout_seconds": self.seconds,
+            "perf/grading_seconds": float(world.max(torch.tensor(self.grading_seconds, dtype=torch.float64))),
+            "perf/grading_timeouts": float(timeouts),
+            "rollout/staleness": float(staleness),
+        }
 
 
 Request = tuple[list[Prompt], list[int]]  # prompts to answer in one call, and their noise streams
@@ -134,16 +148,18 @@ class RolloutPhase:
                 self.prepare(step + 1)  # again, because loading a refill cancels it
         return taken
 
-    def _answer(self, request: Request, clock: Stopwatch) -> StepRollouts:
+    def _answer(self, request: Request, clock: Stopwatch, graded_s: float = 0.0) -> StepRollouts:
+        """graded_s: grading time of the step's earlier rounds."""
         with clock("generate"):
-            sampled = self._generate(request)
+            sampled = self._generate(request, graded_s)
         return self._graded(sampled, clock)
 
     def _graded(self, sampled: _Sampled, clock: Stopwatch) -> StepRollouts:
         with clock("reward"):
             graded = sampled.grading.finish(sampled.rollouts)
         graded = settle_truncated(graded, self._config.truncated)
-        return StepRollouts(graded, sampled.seconds, len(graded), int(graded.lengths.sum()))
+        grading, tokens = sampled.grading, int(graded.lengths.sum())
+        return StepRollouts(graded, sampled.seconds, len(graded), tokens, grading.seconds, grading.timeouts)
 
     def _refill(
         self, taken: StepRollouts, rows: list[int], seen: set[int], step: int, round: int, clock: Stopwatch
@@ -165,12 +181,14 @@ class RolloutPhase:
         slots = [self._share.slots[place] for place in own]
         with clock("data"):
             request = self._load(rows, slots, f"refill {round}", step)
-        others = self._answer(request, clock)
+        others = self._answer(request, clock, taken.grading_seconds)
         return StepRollouts(
             taken.rollouts.with_rows(own, others.rollouts) if own else taken.rollouts,
             taken.seconds + others.seconds,
             taken.responses + others.responses,
             taken.tokens + others.tokens,
+            taken.grading_seconds + others.grading_seconds,
+            taken.grading_timeouts + others.grading_timeouts,
         )
 
     def _request(self, step: int, rows: list[int]) -> Request:
@@ -196,11 +214,11 @@ class RolloutPhase:
         """Return the row of each slot. rows: of every prompt of the step."""
         return [rows[slot // self._config.responses_per_prompt] for slot in slots]
 
-    def _generate(self, request: Request) -> _Sampled:
+    def _generate(self, request: Request, graded_s: float = 0.0) -> _Sampled:
         started = time.perf_counter()
         prompts, streams = request
         expected = self.lengths.expected([prompt.key for prompt in prompts])
-        grading = self._run.grader.begin(prompts)
+        grading = self._run.grader.begin(prompts, graded_s)
         rollouts = self._rollout.generate(
             prompts, streams, self._config.temperature, expected_tokens=expected, on_response=grading
         )

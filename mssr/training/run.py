@@ -47,7 +47,9 @@ class Run(AbstractContextManager):
         self.tokenizer, image_processor = load_processors(config.model.path)
         self._encoder = PromptEncoder(self.tokenizer, image_processor, config.data)
         self.processors = processors_to_save(config.model.path, self.tokenizer, self._encoder.image_processor)
-        self.grader = Grader(RewardFunction(config.reward), self.tokenizer)
+        self.grader = Grader(
+            RewardFunction(config.reward), self.tokenizer, step_timeout_s=config.reward.step_timeout_s
+        )
         self._metrics: MetricsLog | None = None
         self._open = ExitStack()
         self._open.callback(self.grader.close)

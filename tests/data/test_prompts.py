@@ -105,6 +105,13 @@ def test_photographs_are_turned_upright():
     assert decode_image(buffer.getvalue()).size == (20, 40)
 
 
+@pytest.mark.parametrize(
+    ("answer", "text"), [(1e-05, "0.00001"), (1e22, "10000000000000000000000"), (0.1, "0.1"), (5.0, "5.0"), (True, "True")]
+)
+def test_numbers_are_written_as_a_person_writes_them(make_encoder, answer, text):
+    assert make_encoder().encode(row(answer=answer), 0, "b").answer == text
+
+
 @pytest.mark.parametrize("column", ["problem", "answer"])
 @pytest.mark.parametrize("value", [None, "", "  ", float("nan")])
 def test_missing_text(make_encoder, column, value):

@@ -36,7 +36,7 @@ BATCH = collect(PROMPTS, [response(text, truncated=row == 3) for row, text in en
 
 @pytest.fixture
 def grader():
-    grader = Grader(RewardFunction(RewardConfig(format_weight=0.0)), Letters())
+    grader = Grader(RewardFunction(RewardConfig(format_weight=0.0, timeout_s=1.0)), Letters(), step_timeout_s=300.0)
     yield grader
     grader.close()
 
@@ -66,8 +66,10 @@ def test_grading_goes_on_while_others_generate(grader):
     rewards = grader._reward
 
     class Telling:
-        def __call__(self, texts, answers):
-            result = rewards(texts, answers)
+        timeouts = 0
+
+        def __call__(self, *arguments):
+            result = rewards(*arguments)
             graded.set()
             return result
 
@@ -81,13 +83,33 @@ def test_grading_goes_on_while_others_generate(grader):
 
 
 def test_an_error_of_the_reward_is_raised(grader):
-    def broken(texts, answers):
+    def broken(*_):
         raise RuntimeError("the checker is gone")
 
-    broken.close = grader._reward.close
+    broken.close, broken.timeouts = grader._reward.close, 0
     grader._reward = broken
     with pytest.raises(RuntimeError, match="the checker is gone"):
         grader.begin(PROMPTS).finish(BATCH)
+
+
+HANGS = "\\boxed{9^{9^{9^{9}}}}"
+
+
+def test_time_and_timeouts_of_grading_are_counted(grader):
+    grading = grader.begin(PROMPTS)
+    assert grading.timeouts == 0 and grading.seconds == 0
+    grading(0, response(HANGS))
+    grading.finish(BATCH)
+    assert grading.timeouts == 1 and grading.seconds >= 1.0
+
+
+def test_grading_a_step_takes_no_longer_than_its_budget(grader):
+    """The check that would need the library is left out, and counted; the others are made."""
+    texts = ["\\boxed{\\sqrt{16}}", "\\boxed{5}", "no box", "\\boxed{4.0}"]
+    batch = collect(PROMPTS, [response(text) for text in texts], pad=0)
+    spent = grader.begin(PROMPTS, spent_s=300.0)
+    assert spent.finish(batch).correct.tolist() == [0, 0, 0, 1] and spent.timeouts == 1
+    assert grader.begin(PROMPTS).finish(batch).correct.tolist() == [1, 0, 0, 1]  # the next step has its own time
 
 
 def test_an_empty_batch(grader):

@@ -31,4 +31,4 @@ def test_answers_are_compared_as_mathematics_and_late_ones_are_wrong():
     with closing(RewardFunction(RewardConfig(timeout_s=1.0))) as rewards:
         assert rewards(r"\boxed{9^{9^{9^{9}}}}", "5").correct == 0.0
         assert rewards(r"\boxed{\frac12}", "0.5").correct == 1.0
-        assert rewards.checker.timeouts == 1
+        assert rewards.timeouts == 1

@@ -152,7 +152,7 @@ def test_one_step_off_each_step_trains_while_the_next_one_is_sampled(one_step_of
             engine.may_end.release()  # only now: the last `take` returned before these responses were complete
         taken.append(rollouts.take(step, clock))
     assert [one.rollouts.weight_version.unique().tolist() for one in taken] == [[0], [0], [1]]
-    assert [one.metrics(step)["rollout/staleness"] for step, one in enumerate(taken)] == [0, 1, 1]
+    assert [one.metrics(step, rollouts._run.world)["rollout/staleness"] for step, one in enumerate(taken)] == [0, 1, 1]
     assert engine.log == [
         ("sync", 0), ("generate", 0), ("end", 0),
         ("generate", 0), ("end", 0),

@@ -1,0 +1,142 @@
+"""Units of measurement: their spellings, and how they compare.
+
+A unit is a factor and dimensions: km/h is 5/18 of m^1 s^-1. Nouns (5 apples) and currencies are dimensions, too.
+"""
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+
+class Unit(NamedTuple):
+    """value in base units = number * scale * factor. scale: of number words (million), which are never left out."""
+
+    scale: Fraction
+    factor: Fraction
+    dimensions: tuple[tuple[str, int], ...]
+
+
+_SI = {
+    "m": ("m", 1), "g": ("g", 1), "s": ("s", 1), "N": ("N", 1), "J": ("J", 1), "W": ("W", 1), "V": ("V", 1), "A": ("A", 1),
+    "Hz": ("Hz", 1), "Pa": ("Pa", 1), "L": ("m3", "0.001"), "l": ("m3", "0.001"), "mol": ("mol", 1), "Ω": ("Ω", 1),
+    "eV": ("eV", 1), "C": ("C", 1), "T": ("T", 1),
+}  # fmt: skip
+_PREFIXES = {"": 1, "k": 1000, "M": 10**6, "G": 10**9, "c": "0.01", "d": "0.1", "m": "0.001", "\\mu": "0.000001",
+             "n": "0.000000001"}  # fmt: skip
+_OTHERS = {
+    # name: (base, factor, other spellings)
+    "min": ("s", 60, "minute mins 分钟"), "h": ("s", 3600, "hr hrs hour 小时 时"), "day": ("s", 86400, "days d 天 日"),
+    "week": ("s", 604800, "周"), "month": ("month", 1, "月 个月"), "year": ("month", 12, "yr yrs 年 岁"),
+    "second": ("s", 1, "sec secs 秒 秒钟"),
+    "meter": ("m", 1, "metre 米"), "centimeter": ("m", "0.01", "centimetre 厘米"), "millimeter": ("m", "0.001", "millimetre 毫米"),
+    "decimeter": ("m", "0.1", "decimetre 分米"), "kilometer": ("m", 1000, "kilometre 千米 公里"),
+    "inch": ("m", "0.0254", "inches in 英寸"), "foot": ("m", "0.3048", "feet ft 英尺"), "yard": ("m", "0.9144", "yd yds"),
+    "mile": ("m", "1609.344", "mi 英里"),
+    "gram": ("g", 1, "gm gms 克"), "kilogram": ("g", 1000, "kilo kgs 千克 公斤"), "milligram": ("g", "0.001", "毫克"),
+    "t": ("g", 10**6, "tonne 吨"), "ton": ("ton", 1, ""), "pound": ("g", "453.59237", "lb lbs"), "ounce": ("g", "28.349523125", "oz"),
+    "liter": ("m3", "0.001", "litre 升"), "milliliter": ("m3", "0.000001", "millilitre ml 毫升 cc"), "hectare": ("m2", 10**4, "ha 公顷"),
+    "gallon": ("gallon", 1, "gal"), "acre": ("acre", 1, ""),
+    "newton": ("N", 1, "牛 牛顿"), "joule": ("J", 1, "焦 焦耳"), "watt": ("W", 1, "瓦"), "kWh": ("J", 3_600_000, ""), "kilowatt": ("W", 1000, "千瓦"),
+    "volt": ("V", 1, "伏"), "ampere": ("A", 1, "amp 安 安培"), "ohm": ("Ω", 1, "\\Omega 欧 欧姆"), "hertz": ("Hz", 1, "赫兹"),
+    "pascal": ("Pa", 1, "帕"), "kelvin": ("K", 1, "K"), "°C": ("°C", 1, "℃ celsius 摄氏度"), "°F": ("°F", 1, "fahrenheit"),
+    "°": ("°", 1, "degree deg degs 度"), "rad": ("rad", 1, "radian 弧度"),
+    "%": ("%", 1, "percent pct percentage"), "dB": ("dB", 1, "decibel"),
+    "$": ("$", 1, "dollar USD US$ 美元"), "cent": ("$", "0.01", "¢"), "¥": ("¥", 1, "元 yuan RMB CNY 人民币"), "€": ("€", 1, "euro EUR 欧元"),
+    "£": ("£", 1, "GBP 英镑"), "₹": ("₹", 1, "rupee Rs INR"), "yen": ("yen", 1, "JPY 日元"),
+    "unit": (None, 1, "单位 square-units"),
+}  # fmt: skip
+_SCALES = {
+    "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "dozens": 12,
+    "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
+}  # fmt: skip
+# Lower-case words after a number that change what it says.
+_NO_NOUNS = frozenset(
+    "and or not no more less least most than over under above below about nearly negative minus plus to from between of off "
+    "squared cubed factorial half halves third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth tens pair "
+    "score hundreds thousands millions billions mod modulo times divided by into with without only exactly ratio remainder point "
+    "is are was were be if for at on in up down left right else true false yes per the a an th st nd rd am pm "
+    "sin cos tan cot sec csc log ln lg exp max min sqrt pi".split()
+)
+_NO_NOUNS_CHINESE = set("万亿千百十半倍点分之成折多少以上下余几约负正不或和与的至到左右第零一二三四五六七八九两")
+
+
+def _fraction(number: int | str) -> Fraction:
+    return Fraction(number)
+
+
+def _table() -> dict[str, tuple[str | None, Fraction]]:
+    table = {}
+    for prefix, power in _PREFIXES.items():
+        for symbol, (base, factor) in _SI.items():
+            table[prefix + symbol] = (base, _fraction(power) * _fraction(factor))
+    for name, (base, factor, spellings) in _OTHERS.items():
+        for spelling in (name, *spellings.split()):
+            table[spelling] = (base, _fraction(factor))
+            if len(spelling) > 2 and spelling.isascii() and spelling.isalpha():
+                table.setdefault(spelling + "s", (base, _fraction(factor)))
+    return table
+
+
+_UNITS = _table()
+_POWERS = (("square ", 2), ("sq ", 2), ("sq. ", 2), ("cubic ", 3), ("平方", 2), ("立方", 3))
+_FACTOR = re.compile(r"(.*?)(?:\^\{?(-?\d)\}?|(?<=[a-zA-Z])(-?[23])| (squared|cubed))?")
+
+
+@lru_cache(4096)
+def parse_unit(text: str) -> Unit | None:
+    r"""Return the unit that is written as `text`: `cm^{2}`, `m/s`, `km per hour`, `平方厘米`, `million dollars`, `apples`."""
+    text = text.strip()
+    if not text or len(text) > 40:
+        return None
+    text = re.sub(r" per (?:a )?|每", "/", text)
+    text = re.sub(r"degrees? (?=celsius|fahrenheit)", "", text, flags=re.IGNORECASE)
+    if text == "mph":
+        text = "mile/h"
+    if text in ("kmh", "kph", "kmph"):
+        text = "km/h"
+    scale = Fraction(1)
+    first, _, rest = text.partition(" ")
+    if first in _SCALES:
+        scale, text = Fraction(_SCALES[first]), rest
+    elif text[:1] in "百千万亿":
+        size = 2 if text[:2] in _SCALES else 1
+        if text[:size] + text[size : size + 1] not in _UNITS and text[: size + 1] not in _UNITS:
+            scale, text = Fraction(_SCALES[text[:size]]), text[size:]
+    if not text:
+        return Unit(scale, Fraction(1), ())
+    found = _product(text) or _noun(text)
+    return found and Unit(scale, *found)
+
+
+def _product(text: str) -> tuple[Fraction, tuple[tuple[str, int], ...]] | None:
+    factor, dimensions = Fraction(1), {}
+    for position, part in enumerate(text.split("/")):
+        sign = -1 if position else 1
+        for piece in re.split(r"\\cdot ?|\*|(?<=\w)-(?=[a-zA-Z])|(?<!square)(?<!cubic)(?<!sq)(?<!sq\.) (?!squared|cubed)", part.strip()):
+            power = 1
+            for word, exponent in _POWERS:
+                if piece.lower().startswith(word):
+                    piece, power = piece[len(word) :], exponent
+            matched = _FACTOR.fullmatch(piece)
+            name = matched[1].strip()
+            exponent = int(matched[2] or matched[3] or {"squared": 2, "cubed": 3}.get(matched[4], 1))
+            known = _UNITS.get(name) or (_UNITS.get(name.lower()) if len(name) > 2 else None)
+            if known is None:
+                return None
+            base, size = known
+            power *= sign * exponent
+            factor *= size**power
+            if base is not None:
+                base, own = (base[0], int(base[1])) if base in ("m2", "m3") else (base, 1)
+                dimensions[base] = dimensions.get(base, 0) + power * own
+    return factor, tuple(sorted(item for item in dimensions.items() if item[1]))
+
+
+def _noun(text: str) -> tuple[Fraction, tuple[tuple[str, int], ...]] | None:
+    if re.fullmatch(r"[a-z]{3,}(?: [a-z]{3,}){0,2}", text):
+        if _NO_NOUNS.isdisjoint(text.split()) and _NO_NOUNS.isdisjoint(word.removesuffix("s") for word in text.split()):
+            return Fraction(1), ((text.removesuffix("s"), 1),)
+    elif re.fullmatch("[\u4e00-\u9fff]{1,4}", text) and _NO_NOUNS_CHINESE.isdisjoint(text):
+        return Fraction(1), ((text, 1),)
+    return None

@@ -1,0 +1,77 @@
+"""Tells mathematics, which the library may read, from words, which it would read as products of letters."""
+
+import re
+
+FUNCTIONS = frozenset(
+    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp max min gcd lcm".split()
+)
+_CONSTANT_COMMANDS = FUNCTIONS | {"frac", "sqrt", "pi", "cdot", "times", "div", "infty", "binom"}
+_COMMANDS = _CONSTANT_COMMANDS | frozenset(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi chi psi omega "
+    "Gamma Delta Theta Lambda Sigma Phi Psi Omega int iint sum prod lim infty rightarrow partial lfloor rfloor lceil rceil "
+    "begin end".split()
+)
+_MATRIX = re.compile(r"\\(?:begin|end)\{[pbvBV]?matrix\}")
+_CHARACTERS = re.compile(r"[A-Za-z0-9+\-*/^_{}()|!.%°=\\ \[\]]+")
+_FORMULA = re.compile(r"[A-Z][a-z]?\d|[A-Z][a-z]?_\{\d+\}[A-Z(]|(?:[A-Z][a-z]?)+_\{\d+\}(?![+*/=^-])(?!$)|[A-Z][a-z]?[A-Z][a-z]?_\{\d"
+                      r"|\^\{\d*[+-]\}")  # fmt: skip
+_SHORT_WORDS = frozenset("no on of or so is it in to at up us we he me my be by as an am do go if ok".split())
+
+
+def is_constant(text: str) -> bool:
+    r"""Whether the text is a number made of digits, operators, \sqrt, \pi and the like, without variables."""
+    if "%" in text or "=" in text or ("°" in text and not re.search(r"\\?(?:sin|cos|tan|cot|sec|csc)", text)):
+        return False  # units
+    return _readable(text, _CONSTANT_COMMANDS) and re.search(r"\d|\\pi|\\infty|(?<![a-zA-Z])e(?![a-zA-Z])", text) is not None and (
+        re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "#", text).replace("e^", "")) is None
+    )
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for character in text:
+        depth += (character in "({") - (character in ")}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def is_mathematics(text: str) -> bool:
+    """Whether the library may read the text."""
+    without = _MATRIX.sub("", text)
+    if without != text:
+        return re.fullmatch(r"[\w+\-*/^{}()&\\. ]+", without, re.ASCII) is not None
+    return _readable(text, _COMMANDS)
+
+
+def is_product(text: str) -> bool:
+    """Whether the text is a product of two variables if the other answer is mathematics, and a word if that is one."""
+    return re.fullmatch("[a-z]{2}", text) is not None and text not in _SHORT_WORDS
+
+
+def _readable(text: str, commands: frozenset[str]) -> bool:
+    if not _CHARACTERS.fullmatch(text) or _FORMULA.search(text):
+        return False
+    if not _balanced(text) or set(re.findall(r"\\([a-zA-Z]+)", text)) - commands or re.search(r"\\[^a-zA-Z]", text):
+        return False
+    if re.search(r"\[", re.sub(r"\\sqrt\[\w\]", "", text)) or text.count("|") % 2:
+        return False
+    if re.search(r"(?<![\d.])0\d|\d/\d+/\d|\d{4}-\d{1,2}-\d", text):  # dates and the like
+        return False
+    bare = re.sub(r"\\[a-zA-Z]+", " ", text)
+    if "\\int" in text or "\\iint" in text:
+        bare = re.sub(r" ?d[a-z](?![a-z])", "", bare)
+    runs = [run for run in re.findall(r"[a-zA-Z]+", bare) if run not in FUNCTIONS]
+    if re.search(r"[\d)]_", text):  # 101_2: another base
+        return False
+    operators = re.search(r"[\d+\-*/^_!|]|\\", text) is not None
+    if not operators and sum(map(len, runs)) > 1:  # words, also l e f t
+        return False
+    for run in runs:
+        if len(run) > 1 and (len(run) > 3 or run.lower() in _SHORT_WORDS):
+            return False
+        if len(run) == 3 and (not re.search(rf"\d{run}", text) or re.search("[aeiou]", run[1:2])):
+            return False
+    if re.search(r"[a-zA-Z] [a-zA-Z]", bare) and max(map(len, runs), default=0) > 1:
+        return False
+    return re.search(r"(?<![\\a-zA-Z])[a-zA-Z]\d", bare) is None
