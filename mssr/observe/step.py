@@ -53,24 +53,32 @@ def step_metrics(
     return metrics
 
 
-def slow_grading(metrics: dict[str, Metric]) -> str | None:
-    """Return a warning if the wait for grading was the step's longest phase, or if answer checks ran out of time."""
-    phases = {
-        name: value
-        for name, value in metrics.items()
-        if name.startswith("perf/") and name.endswith("_seconds") and name not in _NO_PHASES
-    }
-    waited, timeouts = phases.get("perf/reward_seconds", 0.0), metrics["perf/grading_timeouts"]
-    slowest = waited > 0 and waited == max(phases.values())
-    if not slowest and not timeouts:
-        return None
-    found = [f"grading was the slowest phase ({waited:.3g} s after generation)"] if slowest else []
-    if timeouts:
-        found.append(f"{timeouts:.0f} answer checks ran out of time and count as wrong")
-    return (
-        f"{' and '.join(found)}: symbolic answers are slow to compare; see perf/grading_seconds and perf/grading_timeouts, "
-        "and the limits reward.timeout_s and reward.step_timeout_s (shown once)"
-    )
+class SlowGrading:
+    """Says once that grading delays the steps, or that answer checks ran out of time."""
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def warning(self, metrics: dict[str, Metric]) -> str | None:
+        """Return a line if the wait for grading was the step's longest phase, or if a check ran out of time."""
+        phases = {
+            name: value
+            for name, value in metrics.items()
+            if name.startswith("perf/") and name.endswith("_seconds") and name not in _NO_PHASES
+        }
+        waited = phases.get("perf/reward_seconds", 0.0)
+        timeouts = metrics.get("perf/grading_timeouts", 0.0) + metrics.get("val/grading_timeouts", 0.0)
+        slowest = waited > 0 and waited == max(phases.values())
+        if self._said or not (slowest or timeouts):
+            return None
+        self._said = True
+        found = [f"grading was the slowest phase ({waited:.3g} s after generation)"] if slowest else []
+        if timeouts:
+            found.append(f"{timeouts:.0f} answer checks ran out of time and count as wrong")
+        return (
+            f"{' and '.join(found)}: symbolic answers take long to compare; see perf/grading_seconds, "
+            "perf/grading_timeouts, reward.timeout_s and reward.step_timeout_s (said once)"
+        )
 
 
 def outcome_metrics(outcomes: Outcomes) -> dict[str, Metric]:

@@ -35,6 +35,11 @@ class Grader:
         """Return a future of (reward of the response, its text). tokens: [R] int64. grading: counts time and timeouts."""
         return self._thread.submit(self._grade, tokens.tolist(), prompt.answer, grading)
 
+    @property
+    def timeouts(self) -> int:
+        """Symbolic checks so far that were killed or left out."""
+        return self._reward.timeouts
+
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
         self._reward.close()

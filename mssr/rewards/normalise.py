@@ -5,6 +5,7 @@ It only changes how an answer is written, never what it says: `３０°`, `30^{\
 
 import re
 import unicodedata
+from itertools import pairwise
 
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
@@ -28,8 +29,9 @@ _COMMANDS = {
     "varphi": "phi", "to": "rightarrow",
 }  # fmt: skip
 _SYMBOLS = {
-    "lt": "<", "gt": ">", "degree": "°", "colon": ":", "lbrace": "⦃", "rbrace": "⦄", "lbrack": "[", "rbrack": "]", "vert": "|",
-    "lvert": "|", "rvert": "|", "mid": "|", "prime": "'", "backslash": "\\", "ldots": "...", "cdots": "...", "dots": "...",
+    "lt": "<", "gt": ">", "degree": "°", "colon": ":", "lbrace": "⦃", "rbrace": "⦄", "lbrack": "[", "rbrack": "]",
+    "vert": "|", "lvert": "|", "rvert": "|", "mid": "|",
+    "prime": "'", "backslash": "\\", "ldots": "...", "cdots": "...", "dots": "...",
     "yen": "¥", "pounds": "£", "euro": "€",
 }  # fmt: skip
 _LAYOUT = re.compile(
@@ -37,7 +39,9 @@ _LAYOUT = re.compile(
     r"(?![a-zA-Z])|\\[,;:!]"
 )
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|textsf|mbox|hbox|underline)\s*\{([^{}]*)\}")
-_UPRIGHT = re.compile(r"\\(?:math(?:rm|bf|it|sf|tt|normal|ord|rel)|boldsymbol|bm|operatorname|ce|pu|boxed|fbox)\s*\{([^{}]*)\}")
+_UPRIGHT = re.compile(
+    r"\\(?:math(?:rm|bf|it|sf|tt|normal|ord|rel)|boldsymbol|bm|operatorname|ce|pu|boxed|fbox)\s*\{([^{}]*)\}"
+)
 _WRAPPED = [re.compile(pattern, re.DOTALL) for pattern in (
     r"\$\$([^$]+)\$\$", r"\$([^$]+)\$", r"\\\((.+)\\\)", r"\\\[(.+)\\\]", r"\*\*([^*]+)\*\*", r'"([^"]+)"', r"'([^']+)'",
     r"`([^`]+)`",
@@ -60,6 +64,7 @@ def clean(text: str) -> str:
     text = _characters(text)
     text = re.sub(r"(?<!\\)\$([^$]*[^$\s\\])\$(?!\d)", r"\1", text)
     text = _SYSTEM.sub(lambda found: found[1].replace("\\\\", ",").replace("&", ""), text)
+    text = re.sub(r"^\s*\*\*([^*]+)\*\*", r"\1", text)
     for _ in range(4):
         stripped = _unwrap(text.strip())
         if stripped == text:
@@ -77,9 +82,16 @@ def clean(text: str) -> str:
     text = _LAYOUT.sub(" ", text)
     text = re.sub(r"\\([a-zA-Z]+)", _command, text)
     text = re.sub(r"\^\s*(?:\{\s*(?:°|\\circ|o)\s*\}|\\circ(?![a-zA-Z])|°)", "°", text)
-    text = text.replace("\\circ", "°")
+    text = re.sub(r"\{\s*°\s*\}", "°", text.replace("\\circ", "°").replace("{}", ""))
+    text = re.sub(r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times ", text)
     text = re.sub(r"\\not ?=", r"\\neq ", text)
-    text = text.replace("!=", "\\neq ").replace("<=", "\\leq ").replace(">=", "\\geq ").replace("**", "^").replace("==", "=")
+    text = (
+        text.replace("!=", "\\neq ")
+        .replace("<=", "\\leq ")
+        .replace(">=", "\\geq ")
+        .replace("**", "^")
+        .replace("==", "=")
+    )
     text = text.replace("+/-", "\\pm ").replace("~=", "\\approx ")
     text = re.sub(rf"(?<![\\a-zA-Z])({_GREEK}|sqrt|infinity)(?![a-zA-Z])", _spelled, text)
     text = re.sub(r"\s+", " ", text).strip()
@@ -90,7 +102,11 @@ def clean(text: str) -> str:
 def squeeze(text: str) -> str:
     """Return cleaned text without spaces that mean nothing, and with braces around every argument."""
     text = re.sub(r"(?<=\d), (?=[\d.+-])", ";", text)  # a list: the comma of 1,000 has no space
-    text = re.sub(r"(?<![a-zA-Z0-9]) | (?![a-zA-Z0-9])|(?<=\\frac) (?=\d)|(?<=\\sqrt) (?=\d)|(?<=\\times) (?=\d)|(?<=\\cdot) (?=\d)", "", text)
+    text = re.sub(
+        r"(?<![a-zA-Z0-9]) | (?![a-zA-Z0-9])|(?<=\\frac) (?=\d)|(?<=\\sqrt) (?=\d)|(?<=\\times) (?=\d)|(?<=\\cdot) (?=\d)",
+        "",
+        text,
+    )
     text = re.sub(r"(?<=\d) (?=\d{3}(?:\D|$))", _thousands_space, text)
     text = re.sub(r"\^\((-?\w+)\)", r"^{\1}", text)
     text = re.sub(r"([\^_])([+-]?\d+|[a-zA-Z](?![a-zA-Z]*\{)|\\[a-zA-Z]+(?![a-zA-Z{]))", r"\1{\2}", text)
@@ -124,7 +140,7 @@ def _folded(found: re.Match) -> str:
         return word
     if word[1:].islower():
         return lower
-    steps = {ord(b) - ord(a) for a, b in zip(word, word[1:])}
+    steps = {ord(b) - ord(a) for a, b in pairwise(word)}
     return lower if word.isupper() and steps != {1} and any(vowel in word[1:] for vowel in "AEIOU") else word
 
 

@@ -15,14 +15,16 @@ _NUMBER = re.compile(
 )
 _POWER_OF_TEN = re.compile(r"10\^\{(?P<ten>[+-]?\d+)\}", re.ASCII)
 _FRACTION = re.compile(
-    rf"(?P<whole>\d+ ?)?(?:\\frac\{{(?P<sign>-?)(?P<a>{_DECIMAL})\}}\{{(?P<b>{_DECIMAL})\}}|(?P<c>{_DECIMAL})/(?P<d>{_DECIMAL}))",
+    rf"(?P<whole>\d+ ?)?"
+    rf"(?:\\frac\{{(?P<sign>-?)(?P<a>{_DECIMAL})\}}\{{(?P<b>{_DECIMAL})\}}|(?P<c>{_DECIMAL})/(?P<d>{_DECIMAL}))",
     re.ASCII,
 )
 _REPEATING = re.compile(r"(\d+)\.(\d*)(?:\\overline\{(\d+)\}|\\dot\{(\d)\}(?:(\d*)\\dot\{(\d)\})?)", re.ASCII)
-_WORDS = {word: value for value, word in enumerate(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen twenty".split()
-)}  # fmt: skip
+_SPELLED = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+_WORDS = {word: value for value, word in enumerate(_SPELLED.split())}
 
 
 class Number(NamedTuple):
@@ -51,7 +53,9 @@ def parse_number(text: str) -> Number | None:
         return _fraction(found, sign)
     if found := _REPEATING.fullmatch(text):
         start, repeated = found[2], found[3] or found[4] + (found[5] or "") + (found[6] or "")
-        value = Fraction(int(found[1] + start + repeated) - int(found[1] + start), 10 ** len(start) * (10 ** len(repeated) - 1))
+        value = Fraction(
+            int(found[1] + start + repeated) - int(found[1] + start), 10 ** len(start) * (10 ** len(repeated) - 1)
+        )
         return Number(sign * value)
     return None
 
@@ -61,7 +65,9 @@ def _scientific(found: re.Match, sign: int) -> Number | None:
     exponent = found["e"] or found["ten"] or ("1" if "10" in found[0][len(found["mantissa"]) :] else "0")
     if len(exponent) > 5 or abs(int(exponent)) > _MAX_EXPONENT:
         return None
-    value = sign * Fraction(mantissa if not mantissa.startswith(".") else "0" + mantissa) * Fraction(10) ** int(exponent)
+    value = (
+        sign * Fraction(mantissa if not mantissa.startswith(".") else "0" + mantissa) * Fraction(10) ** int(exponent)
+    )
     whole, point, decimals = mantissa.partition(".")
     if not point or not decimals:
         return Number(value)
@@ -95,7 +101,7 @@ def close(left: Number, right: Number) -> bool:
         return False
     short, long = sorted((left, right), key=lambda number: (number.digits is None, number.digits or 0))
     if long.digits is None:
-        return short.digits >= MIN_DIGITS and long.value.denominator > 1 or short.digits >= _FLOAT_DIGITS
+        return short.digits >= (MIN_DIGITS if long.value.denominator > 1 else _FLOAT_DIGITS)
     if long.digits >= _FLOAT_DIGITS:
         return True
     return short.digits >= MIN_DIGITS and _rounded(long.value, short.places) == short.value

@@ -8,6 +8,9 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
+from mssr.rewards.numbers import parse_number
+from mssr.rewards.vocabulary import is_constant
+
 
 class Unit(NamedTuple):
     """value in base units = number * scale * factor. scale: of number words (million), which are never left out."""
@@ -29,20 +32,26 @@ _OTHERS = {
     "min": ("s", 60, "minute mins 分钟"), "h": ("s", 3600, "hr hrs hour 小时 时"), "day": ("s", 86400, "days d 天 日"),
     "week": ("s", 604800, "周"), "month": ("month", 1, "月 个月"), "year": ("month", 12, "yr yrs 年 岁"),
     "second": ("s", 1, "sec secs 秒 秒钟"),
-    "meter": ("m", 1, "metre 米"), "centimeter": ("m", "0.01", "centimetre 厘米"), "millimeter": ("m", "0.001", "millimetre 毫米"),
+    "meter": ("m", 1, "metre 米"), "centimeter": ("m", "0.01", "centimetre 厘米"),
+    "millimeter": ("m", "0.001", "millimetre 毫米"),
     "decimeter": ("m", "0.1", "decimetre 分米"), "kilometer": ("m", 1000, "kilometre 千米 公里"),
     "inch": ("m", "0.0254", "inches in 英寸"), "foot": ("m", "0.3048", "feet ft 英尺"), "yard": ("m", "0.9144", "yd yds"),
     "mile": ("m", "1609.344", "mi 英里"),
     "gram": ("g", 1, "gm gms 克"), "kilogram": ("g", 1000, "kilo kgs 千克 公斤"), "milligram": ("g", "0.001", "毫克"),
-    "t": ("g", 10**6, "tonne 吨"), "ton": ("ton", 1, ""), "pound": ("g", "453.59237", "lb lbs"), "ounce": ("g", "28.349523125", "oz"),
-    "liter": ("m3", "0.001", "litre 升"), "milliliter": ("m3", "0.000001", "millilitre ml 毫升 cc"), "hectare": ("m2", 10**4, "ha 公顷"),
+    "t": ("g", 10**6, "tonne 吨"), "ton": ("ton", 1, ""), "pound": ("g", "453.59237", "lb lbs"),
+    "ounce": ("g", "28.349523125", "oz"),
+    "liter": ("m3", "0.001", "litre 升"), "milliliter": ("m3", "0.000001", "millilitre ml 毫升 cc"),
+    "hectare": ("m2", 10**4, "ha 公顷"),
     "gallon": ("gallon", 1, "gal"), "acre": ("acre", 1, ""),
-    "newton": ("N", 1, "牛 牛顿"), "joule": ("J", 1, "焦 焦耳"), "watt": ("W", 1, "瓦"), "kWh": ("J", 3_600_000, ""), "kilowatt": ("W", 1000, "千瓦"),
+    "newton": ("N", 1, "牛 牛顿"), "joule": ("J", 1, "焦 焦耳"), "watt": ("W", 1, "瓦"), "kWh": ("J", 3_600_000, ""),
+    "kilowatt": ("W", 1000, "千瓦"),
     "volt": ("V", 1, "伏"), "ampere": ("A", 1, "amp 安 安培"), "ohm": ("Ω", 1, "\\Omega 欧 欧姆"), "hertz": ("Hz", 1, "赫兹"),
-    "pascal": ("Pa", 1, "帕"), "kelvin": ("K", 1, "K"), "°C": ("°C", 1, "℃ celsius 摄氏度"), "°F": ("°F", 1, "fahrenheit"),
+    "pascal": ("Pa", 1, "帕"), "kelvin": ("K", 1, "K"), "°C": ("°C", 1, "℃ celsius 摄氏度"),
+    "°F": ("°F", 1, "fahrenheit"),
     "°": ("°", 1, "degree deg degs 度"), "rad": ("rad", 1, "radian 弧度"),
     "%": ("%", 1, "percent pct percentage"), "dB": ("dB", 1, "decibel"),
-    "$": ("$", 1, "dollar USD US$ 美元"), "cent": ("$", "0.01", "¢"), "¥": ("¥", 1, "元 yuan RMB CNY 人民币"), "€": ("€", 1, "euro EUR 欧元"),
+    "$": ("$", 1, "dollar USD US$ 美元"), "cent": ("$", "0.01", "¢"), "¥": ("¥", 1, "元 yuan RMB CNY 人民币"),
+    "€": ("€", 1, "euro EUR 欧元"),
     "£": ("£", 1, "GBP 英镑"), "₹": ("₹", 1, "rupee Rs INR"), "yen": ("yen", 1, "JPY 日元"),
     "unit": (None, 1, "单位 square-units"),
 }  # fmt: skip
@@ -51,13 +60,14 @@ _SCALES = {
     "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
 # Lower-case words after a number that change what it says.
-_NO_NOUNS = frozenset(
-    "and or not no more less least most than over under above below about nearly negative minus plus to from between of off "
-    "squared cubed factorial half halves third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth tens pair "
-    "score hundreds thousands millions billions mod modulo times divided by into with without only exactly ratio remainder point "
-    "is are was were be if for at on in up down left right else true false yes per the a an th st nd rd am pm "
-    "sin cos tan cot sec csc log ln lg exp max min sqrt pi".split()
-)
+_NOT_COUNTED = """
+    and or not no more less least most than over under above below about nearly negative minus plus to from between of off
+    squared cubed factorial half halves third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth tens
+    pair score hundreds thousands millions billions mod modulo times divided by into with without only exactly ratio remainder
+    point is are was were be if for at on in up down left right else true false yes per the a an th st nd rd am pm
+    sin cos tan cot sec csc log ln lg exp max min sqrt pi
+"""
+_NO_NOUNS = frozenset(_NOT_COUNTED.split())
 _NO_NOUNS_CHINESE = set("万亿千百十半倍点分之成折多少以上下余几约负正不或和与的至到左右第零一二三四五六七八九两")
 
 
@@ -79,7 +89,9 @@ def _table() -> dict[str, tuple[str | None, Fraction]]:
 
 
 _UNITS = _table()
-_POWERS = (("square ", 2), ("sq ", 2), ("sq. ", 2), ("cubic ", 3), ("平方", 2), ("立方", 3))
+_POWERS = (("square ", 2), ("sq ", 2), ("sq.", 2), ("cubic ", 3), ("平方", 2), ("立方", 3))
+_CURRENCY = re.compile(r"([+-]?)(US\$|[$¥€£₹])(?=[\d.])")
+_DEGREES = re.compile(r"(\d+)°(\d+)'(?:(\d+(?:\.\d+)?)'')?")
 _FACTOR = re.compile(r"(.*?)(?:\^\{?(-?\d)\}?|(?<=[a-zA-Z])(-?[23])| (squared|cubed))?")
 
 
@@ -91,6 +103,7 @@ def parse_unit(text: str) -> Unit | None:
         return None
     text = re.sub(r" per (?:a )?|每", "/", text)
     text = re.sub(r"degrees? (?=celsius|fahrenheit)", "", text, flags=re.IGNORECASE)
+    text = re.sub(r"/\(([^()]+)\)", lambda found: "/" + re.sub(r"\\cdot ?|\*", "/", found[1]), text)
     if text == "mph":
         text = "mile/h"
     if text in ("kmh", "kph", "kmph"):
@@ -113,7 +126,9 @@ def _product(text: str) -> tuple[Fraction, tuple[tuple[str, int], ...]] | None:
     factor, dimensions = Fraction(1), {}
     for position, part in enumerate(text.split("/")):
         sign = -1 if position else 1
-        for piece in re.split(r"\\cdot ?|\*|(?<=\w)-(?=[a-zA-Z])|(?<!square)(?<!cubic)(?<!sq)(?<!sq\.) (?!squared|cubed)", part.strip()):
+        for piece in re.split(
+            r"\\cdot ?|\*|(?<=\w)-(?=[a-zA-Z])|(?<!square)(?<!cubic)(?<!sq)(?<!sq\.) (?!squared|cubed)", part.strip()
+        ):
             power = 1
             for word, exponent in _POWERS:
                 if piece.lower().startswith(word):
@@ -139,4 +154,42 @@ def _noun(text: str) -> tuple[Fraction, tuple[tuple[str, int], ...]] | None:
             return Fraction(1), ((text.removesuffix("s"), 1),)
     elif re.fullmatch("[\u4e00-\u9fff]{1,4}", text) and _NO_NOUNS_CHINESE.isdisjoint(text):
         return Fraction(1), ((text, 1),)
+    return None
+
+
+class Quantity(NamedTuple):
+    head: str
+    unit: Unit | None
+
+
+def parse_quantity(text: str, gold: bool) -> Quantity | None:
+    """Split a constant from its unit; None if the text is not a constant with or without a unit.
+
+    A letter right behind a number may be a variable: `5m` of a prediction has a unit, `5m` of the right answer has not.
+    """
+    if found := _DEGREES.fullmatch(text):
+        value = Fraction(found[1]) + Fraction(found[2]) / 60 + Fraction(found[3] or 0) / 3600
+        return Quantity(f"\\frac{{{value.numerator}}}{{{value.denominator}}}", parse_unit("°"))
+    if found := _CURRENCY.match(text):
+        inner = parse_quantity(found[1] + text[found.end() :], gold)
+        if inner is None or (inner.unit and inner.unit.dimensions):
+            return None
+        scale = inner.unit.scale if inner.unit else Fraction(1)
+        return Quantity(inner.head, parse_unit(found[2])._replace(scale=scale))
+    if parse_number(text) is not None or is_constant(text):
+        return Quantity(text, None)
+    for place in range(max(1, len(text) - 40), len(text)):
+        head, tail = text[:place], text[place:]
+        if tail[0].isdigit() or tail[0] in " )}^_" or not head.strip():
+            continue
+        if head[-1].isalpha() and head[-1].isascii() and tail[0].isalpha() and tail[0].isascii():
+            continue
+        head = head.rstrip()
+        spaced = text[place - 1] == " "
+        glued = not spaced and len(tail) == 1 and tail.isalpha() and tail.isascii()
+        if glued and (gold or tail not in "mghsL" or re.fullmatch(r"\d{1,3}|\d+\.\d+", head) is None):
+            continue
+        if (parse_number(head) is None and not is_constant(head)) or (unit := parse_unit(tail)) is None:
+            continue
+        return Quantity(head, unit)
     return None

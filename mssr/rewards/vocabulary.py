@@ -2,28 +2,33 @@
 
 import re
 
-FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp max min gcd lcm".split()
-)
-_CONSTANT_COMMANDS = FUNCTIONS | {"frac", "sqrt", "pi", "cdot", "times", "div", "infty", "binom"}
-_COMMANDS = _CONSTANT_COMMANDS | frozenset(
+_FUNCTIONS = "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan log ln lg exp max min gcd lcm"
+_LETTERS = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi chi psi omega "
-    "Gamma Delta Theta Lambda Sigma Phi Psi Omega int iint sum prod lim infty rightarrow partial lfloor rfloor lceil rceil "
-    "begin end".split()
+    "Gamma Delta Theta Lambda Sigma Phi Psi Omega"
 )
+_OPERATORS = "int iint sum prod lim infty rightarrow partial lfloor rfloor lceil rceil begin end"
+_SHORT = "no on of or so is it in to at up us we he me my be by as an am do go if ok"
+FUNCTIONS = frozenset(_FUNCTIONS.split())
+_CONSTANT_COMMANDS = FUNCTIONS | {"frac", "sqrt", "pi", "cdot", "times", "div", "infty", "binom"}
+_COMMANDS = _CONSTANT_COMMANDS | frozenset(_LETTERS.split()) | frozenset(_OPERATORS.split())
+_SHORT_WORDS = frozenset(_SHORT.split())
 _MATRIX = re.compile(r"\\(?:begin|end)\{[pbvBV]?matrix\}")
 _CHARACTERS = re.compile(r"[A-Za-z0-9+\-*/^_{}()|!.%°=\\ \[\]]+")
-_FORMULA = re.compile(r"[A-Z][a-z]?\d|[A-Z][a-z]?_\{\d+\}[A-Z(]|(?:[A-Z][a-z]?)+_\{\d+\}(?![+*/=^-])(?!$)|[A-Z][a-z]?[A-Z][a-z]?_\{\d"
-                      r"|\^\{\d*[+-]\}")  # fmt: skip
-_SHORT_WORDS = frozenset("no on of or so is it in to at up us we he me my be by as an am do go if ok".split())
+_FORMULA = re.compile(  # H2O, H_2O, CO_2, Fe^{3+}
+    r"[A-Z][a-z]?\d|[A-Z][a-z]?_\{\d+\}[A-Z(]|(?:[A-Z][a-z]?)+_\{\d+\}(?![+*/=^-])(?!$)|(?:[A-Z][a-z]?){2}_\{\d"
+    r"|\^\{\d*[+-]\}"
+)
 
 
 def is_constant(text: str) -> bool:
     r"""Whether the text is a number made of digits, operators, \sqrt, \pi and the like, without variables."""
     if "%" in text or "=" in text or ("°" in text and not re.search(r"\\?(?:sin|cos|tan|cot|sec|csc)", text)):
         return False  # units
-    return _readable(text, _CONSTANT_COMMANDS) and re.search(r"\d|\\pi|\\infty|(?<![a-zA-Z])e(?![a-zA-Z])", text) is not None and (
-        re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "#", text).replace("e^", "")) is None
+    return (
+        _readable(text, _CONSTANT_COMMANDS)
+        and re.search(r"\d|\\pi|\\infty|(?<![a-zA-Z])e(?![a-zA-Z])", text) is not None
+        and (re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "#", text).replace("e^", "")) is None)
     )
 
 

@@ -11,7 +11,7 @@ from mssr.errors import Interrupted
 from mssr.observe.metrics import Metric
 from mssr.observe.progress import TrainProgress
 from mssr.observe.rollouts import rollout_folders, save_rollouts
-from mssr.observe.step import slow_grading
+from mssr.observe.step import SlowGrading
 from mssr.policy.engine import PolicyEngine, UpdateStats
 from mssr.rollout.gap import LogpGap
 from mssr.stopwatch import Stopwatch
@@ -47,7 +47,7 @@ class Bookkeeping(AbstractContextManager):
         self.costs = Costs()
         self._skipped = SkippedSteps(run.config.train.max_skipped_steps, run.config.rollout.max_gap)
         self._why_skipped: str | None = None
-        self._warned_of_grading = False
+        self._grading = SlowGrading()
 
     def start(self, engine: PolicyEngine, parts: dict[str, Any]) -> int:
         """Restore the checkpoint, if there is one, and open the metrics. Return the number of steps done.
@@ -121,7 +121,8 @@ class Bookkeeping(AbstractContextManager):
         """
         config = self._config
         self._run.record(done, metrics)
-        self._warn_of_grading(done, metrics)
+        if warning := self._grading.warning(metrics):
+            self._display.note(f"step {done}: {warning}")
         self._display.update(done, metrics)
         if self._why_skipped:
             self._checkpoints.settle(wait=True)
@@ -133,13 +134,6 @@ class Bookkeeping(AbstractContextManager):
         last = self._is_last(done)
         due = self._checkpoints.due(done) or is_best or last
         self._save_and_end_if_asked(done, due=due, best=accuracy if is_best else None, last=last)
-
-    def _warn_of_grading(self, done: int, metrics: dict[str, Metric]) -> None:
-        """Say once that grading is slow."""
-        why = None if self._warned_of_grading else slow_grading(metrics)
-        if why:
-            self._warned_of_grading = True
-            self._display.note(f"step {done}: {why}")
 
     @property
     def _budget_spent(self) -> bool:

@@ -47,9 +47,7 @@ class Run(AbstractContextManager):
         self.tokenizer, image_processor = load_processors(config.model.path)
         self._encoder = PromptEncoder(self.tokenizer, image_processor, config.data)
         self.processors = processors_to_save(config.model.path, self.tokenizer, self._encoder.image_processor)
-        self.grader = Grader(
-            RewardFunction(config.reward), self.tokenizer, step_timeout_s=config.reward.step_timeout_s
-        )
+        self.grader = Grader(RewardFunction(config.reward), self.tokenizer, step_timeout_s=config.reward.step_timeout_s)
         self._metrics: MetricsLog | None = None
         self._open = ExitStack()
         self._open.callback(self.grader.close)
@@ -99,11 +97,16 @@ class Run(AbstractContextManager):
             return evaluate(problems, rollout, self.judge, self.world, config.eval, seed=config.seed, advance=advance)
 
     def validate(self, rollout: RolloutEngine) -> dict[str, float]:
-        """Return metrics on the held-out problems; empty if there are none."""
+        """Return metrics on the held-out problems; empty if there are none.
+
+        val/grading_timeouts, only if there are any: answer checks that ran out of time, and so count as wrong.
+        """
         if self.held_out is None:
             return {}
+        before = self.grader.timeouts
         result = self.evaluate(rollout)
-        return {
+        timeouts = self.world.sum(torch.tensor(float(self.grader.timeouts - before), dtype=torch.float64)).item()
+        return ({"val/grading_timeouts": timeouts} if timeouts else {}) | {
             "val/accuracy": result.accuracy,
             "val/response_tokens": result.response_tokens,
             "val/truncated": result.truncated,

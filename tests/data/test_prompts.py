@@ -106,7 +106,8 @@ def test_photographs_are_turned_upright():
 
 
 @pytest.mark.parametrize(
-    ("answer", "text"), [(1e-05, "0.00001"), (1e22, "10000000000000000000000"), (0.1, "0.1"), (5.0, "5.0"), (True, "True")]
+    ("answer", "text"),
+    [(1e-05, "0.00001"), (1e22, "10000000000000000000000"), (0.1, "0.1"), (5.0, "5.0"), (True, "True")],
 )
 def test_numbers_are_written_as_a_person_writes_them(make_encoder, answer, text):
     assert make_encoder().encode(row(answer=answer), 0, "b").answer == text

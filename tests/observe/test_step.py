@@ -9,7 +9,7 @@ import torch
 from mssr.algorithms.advantages import Outcomes
 from mssr.batch import GradedRollouts, Prompt
 from mssr.distributed import World
-from mssr.observe.step import outcome_metrics, sampled_token_entropy, step_metrics
+from mssr.observe.step import SlowGrading, outcome_metrics, sampled_token_entropy, step_metrics
 from mssr.policy.engine import UpdateStats
 from mssr.rollout.gap import LogpGap
 
@@ -71,3 +71,28 @@ def test_sampled_token_entropy_by_hand():
 
 def test_sampled_token_entropy_is_at_most_one_over_e():
     assert sampled_token_entropy(torch.linspace(-200, 0, 10_001)).max().item() <= math.exp(-1) + 1e-7
+
+
+def test_slow_grading_is_said_once():
+    quick = {
+        "perf/generate_seconds": 9.0,
+        "perf/reward_seconds": 2.0,
+        "perf/step_seconds": 12.0,
+        "perf/grading_timeouts": 0.0,
+    }
+    watch = SlowGrading()
+    assert watch.warning(quick | {"perf/grading_seconds": 20.0}) is None  # most of it was beside the generation
+    assert watch.warning(quick | {"perf/reward_seconds": 0.0, "perf/generate_seconds": 0.0}) is None
+    assert watch.warning(quick | {"perf/reward_seconds": 10.0}).startswith(
+        "grading was the slowest phase (10 s after generation): symbolic answers take long to compare; see perf/grading_"
+    )
+    assert watch.warning(quick | {"perf/reward_seconds": 10.0}) is None
+
+
+@pytest.mark.parametrize("name", ["perf/grading_timeouts", "val/grading_timeouts"])
+def test_answer_checks_that_ran_out_of_time_are_said(name):
+    assert (
+        SlowGrading()
+        .warning({"perf/reward_seconds": 1.0, "perf/generate_seconds": 2.0, name: 3.0})
+        .startswith("3 answer checks ran out of time and count as wrong: ")
+    )

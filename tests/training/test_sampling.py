@@ -15,6 +15,7 @@ from mssr.data.dataset import ProblemDataset
 from mssr.data.files import open_rows
 from mssr.data.prompts import PromptEncoder
 from mssr.data.sampler import PromptSampler
+from mssr.distributed import World
 from mssr.errors import BadRow, UserError
 from mssr.rollout.base import Response, collect, noise_streams
 from mssr.stopwatch import Stopwatch
@@ -22,6 +23,8 @@ from mssr.training.rollout_phase import RolloutPhase, refuse_other_weights
 from mssr.training.run import Run
 from mssr.training.shares import Shares
 from mssr.training.tracking import initialise_tracker
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def test_responses_of_the_right_weights_pass():
@@ -152,7 +155,7 @@ def test_one_step_off_each_step_trains_while_the_next_one_is_sampled(one_step_of
             engine.may_end.release()  # only now: the last `take` returned before these responses were complete
         taken.append(rollouts.take(step, clock))
     assert [one.rollouts.weight_version.unique().tolist() for one in taken] == [[0], [0], [1]]
-    assert [one.metrics(step, rollouts._run.world)["rollout/staleness"] for step, one in enumerate(taken)] == [0, 1, 1]
+    assert [one.metrics(step, ALONE)["rollout/staleness"] for step, one in enumerate(taken)] == [0, 1, 1]
     assert engine.log == [
         ("sync", 0), ("generate", 0), ("end", 0),
         ("generate", 0), ("end", 0),
