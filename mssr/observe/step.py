@@ -58,9 +58,13 @@ class SlowGrading:
 
     def __init__(self) -> None:
         self._said = False
+        self._slow_steps = 0  # in a row
 
     def warning(self, metrics: dict[str, Metric]) -> str | None:
-        """Return a line if the wait for grading was the step's longest phase, or if a check ran out of time."""
+        """Return a line if the wait for grading was the longest phase of two steps in a row, or if a check ran out of time.
+
+        One slow step may have started the process of the symbolic check.
+        """
         phases = {
             name: value
             for name, value in metrics.items()
@@ -68,7 +72,8 @@ class SlowGrading:
         }
         waited = phases.get("perf/reward_seconds", 0.0)
         timeouts = metrics.get("perf/grading_timeouts", 0.0) + metrics.get("val/grading_timeouts", 0.0)
-        slowest = waited > 0 and waited == max(phases.values())
+        self._slow_steps = self._slow_steps + 1 if waited > 0 and waited == max(phases.values()) else 0
+        slowest = self._slow_steps > 1
         if self._said or not (slowest or timeouts):
             return None
         self._said = True

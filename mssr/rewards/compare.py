@@ -36,7 +36,7 @@ from mssr.rewards.structure import (
 from mssr.rewards.units import Quantity, parse_quantity
 from mssr.rewards.vocabulary import is_mathematics, is_product
 
-Library = Callable[[str, str, str], bool]  # (kind: "value" or "equation", predicted, gold)
+Library = Callable[[str, str, str], bool]  # (kind, predicted, gold); the kinds are those of worker.py
 
 _OPTION = re.compile(r"[(\[]?([A-J])[)\]]?[.:,)]?|\(([a-j])\)|([a-j])[.)]")
 _OPTION_TEXT = re.compile(

@@ -44,7 +44,7 @@ def split_list(text: str, *, ordered: bool = False) -> Parts:
     return Parts([item for item in items if item], ordered, joined)
 
 
-def split_lists(predicted: str, gold: str) -> "tuple[Parts, Parts]":
+def split_lists(predicted: str, gold: str) -> tuple[Parts, Parts]:
     """Split both; a list in brackets is opened if the other one is bare: {1,2} and 1,2; (1,2) and 1,2; [1,2,3] and 1,2,3."""
     parts, right = split_list(predicted), split_list(gold)
     if len(parts.items) > 1 and (group := grouped(gold)) and (group.brackets in ("⦃⦄", "()") or len(parts.items) > 2):
