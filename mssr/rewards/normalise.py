@@ -103,7 +103,8 @@ def squeeze(text: str) -> str:
     """Return cleaned text without spaces that mean nothing, and with braces around every argument."""
     text = re.sub(r"(?<=\d), (?=[\d.+-])", ";", text)  # a list: the comma of 1,000 has no space
     text = re.sub(
-        r"(?<![a-zA-Z0-9}]) | (?![a-zA-Z0-9])|(?<=}) (?=\d)|(?<=\\frac) (?=\d)|(?<=\\sqrt) (?=\d)|(?<=\\times) (?=\d)|(?<=\\cdot) (?=\d)",
+        r"(?<![a-zA-Z0-9}]) | (?![a-zA-Z0-9])|(?<=}) (?=\d)"
+        r"|(?<=\\frac) (?=\d)|(?<=\\sqrt) (?=\d)|(?<=\\times) (?=\d)|(?<=\\cdot) (?=\d)",
         "",
         text,
     )
