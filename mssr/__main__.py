@@ -1,4 +1,4 @@
-"""`python -m mssr`, what a launcher such as torchrun starts."""
+"""`python -m mssr`, what a launcher such as `mssr.launch` or torchrun starts."""
 
 from mssr.cli import main
 

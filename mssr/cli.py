@@ -5,20 +5,41 @@ Each command imports heavy libraries only when it runs.
 
 import errno
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TextIO
 
 import mssr.extras  # first: it says in one line which library is missing  # isort: skip
 import typer
+from typer.core import TyperGroup
 
 import mssr.environment  # noqa: F401  first: torch and transformers read it on import
 from mssr.config import load_config
 from mssr.config.paths import path_for
 from mssr.errors import Diverged, Interrupted, UserError
 
+
+class Commands(TyperGroup):
+    """Keeps from click what it would end without a word about the cause: "Aborted." for any EOFError, nothing for EPIPE."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EOFError as error:
+            raise RuntimeError(f"unexpected end of a file or stream: {error}") from error
+        except BrokenPipeError as error:
+            if _reader_is_gone(sys.stdout):  # as in `mssr plot | head`
+                raise
+            raise RuntimeError(f"a process at the other end of a pipe or socket has ended: {error}") from error
+        except KeyboardInterrupt:
+            raise Interrupted(signal.SIGINT, "stopped") from None
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Train vision-language models to reason with one rollout per prompt.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -27,15 +48,12 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file; see configs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="override keys of the YAML file")]
+Resume = Annotated[bool, typer.Option(help="continue from the newest checkpoint in run_dir")]
 
 
 @app.command()
-def train(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="continue from the newest checkpoint in run_dir")] = False,
-) -> None:
-    """Train by reinforcement learning. On several GPUs: torchrun --nproc-per-node N -m mssr train ..."""
+def train(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Train by reinforcement learning. On several GPUs: python -m mssr.launch --nproc-per-node N -m mssr train ..."""
     settings = load_config(config, overrides)
     _say(f"mssr: training {settings.model.path}; output in {settings.run_dir}")
     from mssr.training.loop import train
@@ -48,13 +66,13 @@ def train(
 
 
 @app.command()
-def sft(config: ConfigFile, overrides: Overrides = None) -> None:
+def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Warm start: supervised training on the `solution` of each row; writes run_dir/model."""
     settings = load_config(config, overrides)
     _say(f"mssr: warm start of {settings.model.path}; output in {settings.run_dir}")
     from mssr.training.sft import sft
 
-    validation = sft(settings)
+    validation = sft(settings, resume=resume)
     if "val/accuracy" in validation:
         _say(f"validation accuracy {validation['val/accuracy']:.1%}")
     if _is_main():
@@ -187,8 +205,10 @@ def run_command(command: Callable[[], None]) -> None:
     except UserError as error:
         print(f"mssr: {error}", file=sys.stderr)
         sys.exit(3 if isinstance(error, Diverged) else 2)
-    except Interrupted as interrupted:
-        print(f"mssr: {interrupted}", file=sys.stderr)
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        interrupted = stopped if isinstance(stopped, Interrupted) else Interrupted(signal.SIGINT, "stopped")
+        if _is_main():  # all ranks say the same
+            print(f"mssr: {interrupted}", file=sys.stderr)
         sys.exit(interrupted.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -207,6 +227,12 @@ def _say(text: str) -> None:
     """Print on rank 0 only."""
     if _is_main():
         print(text, flush=True)
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream, 0)  # POLLERR is always reported
+    return bool(poll.poll(0))
 
 
 if __name__ == "__main__":

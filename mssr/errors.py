@@ -23,7 +23,7 @@ class Diverged(UserError):
 
 
 class Interrupted(Exception):
-    """A signal ended the run, which can be resumed. exit_code: the shell's code for this signal."""
+    """A signal ended the command. exit_code: the shell's code for this signal."""
 
     def __init__(self, number: int, what_is_kept: str) -> None:
         super().__init__(f"{signal.Signals(number).name}: {what_is_kept}")

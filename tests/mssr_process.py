@@ -36,7 +36,7 @@ class Moment:
     """The nth audit event of this name ("": any name) whose first argument contains `path`.
 
     then: "kill" is kill -9; with "full" no file can grow beyond 100 kB any more, so that writes fail with an OSError;
-    "term" is a SIGTERM, "usr1" a SIGUSR1, "twice" two SIGTERMs.
+    "term" is a SIGTERM, "usr1" a SIGUSR1, "int" a SIGINT (Ctrl-C), "twice" two SIGTERMs.
     """
 
     event: str
@@ -224,6 +224,7 @@ def reach(moment: Moment) -> None:
         "kill": [signal.SIGKILL],
         "term": [signal.SIGTERM],
         "usr1": [signal.SIGUSR1],
+        "int": [signal.SIGINT],
         "twice": [signal.SIGTERM] * 2,
     }
     if moment.then in signals:

@@ -7,6 +7,7 @@ The demo trains one; a study trains one per seed, which all of its arms start fr
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from examples.digits.problems import MOST_DIGITS, write_digits
 from mssr.config import Config, load_config
 from mssr.config.schema import Section
 from mssr.data.files import open_rows
-from mssr.errors import UserError
+from mssr.errors import Interrupted, UserError
 from mssr.guard import Guarded
 from mssr.outputs import set_aside
 
@@ -134,14 +135,17 @@ def launch(
 
     Raises:
         UserError: the command failed.
+        Interrupted: a signal ended it.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    full = [sys.executable, *torchrun, "-m", "mssr", command, str(config_file), *overrides]
+    launcher = ["-m", "mssr.launch", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    full = [sys.executable, *launcher, "-m", "mssr", command, str(config_file), *overrides]
     if log is None:
         code = Guarded(full).finish()
     else:
         with log.open("w", encoding="utf-8") as file:
             code = Guarded(full, stdout=file, stderr=subprocess.STDOUT).finish()
+    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise Interrupted(code - 128, "stopped; the next demo starts again")
     if code:
         raise UserError(f"mssr {command} failed, see {log or 'above'}")
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from itertools import count
 from pathlib import Path
 
 from mssr.errors import UserError
@@ -18,7 +19,9 @@ class MetricsLog:
     """Appends one JSON object per line: `step`, `time` (unix), then `group/name` floats or lists of finite numbers.
 
     run_dir: folder of `metrics.jsonl` and, with tensorboard=True, `tensorboard/`.
-    resume_at: `position` from the checkpoint; later lines, complete or not, are dropped. None: a new run.
+    resume_at: `position` from the checkpoint; later lines, complete or not, are dropped. 0: there is no checkpoint, so a
+        file that is there is renamed. None: a new run.
+    dropped: number of complete lines that were dropped. set_aside: new name of the renamed file, or None.
 
     Raises:
         UserError: the metrics of another run are there, or the file ends before `resume_at`.
@@ -28,8 +31,11 @@ class MetricsLog:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / FILE_NAME
+        self.dropped, self.set_aside = 0, None
         if resume_at is None:
             self._refuse_old_metrics()
+        elif resume_at == 0:
+            self._set_aside()
         else:
             self._cut(resume_at)
         self._file = self.path.open("ab")
@@ -63,16 +69,23 @@ class MetricsLog:
     def _refuse_old_metrics(self) -> None:
         if self.path.exists() and self.path.stat().st_size:
             raise UserError(
-                f"{self.path} holds a run's metrics: set another run_dir, or continue an `mssr train` with --resume"
+                f"{self.path} holds a run's metrics: set another run_dir, or continue that run with --resume"
             )
+
+    def _set_aside(self) -> None:
+        if self.path.exists() and self.path.stat().st_size:
+            names = (self.path.with_name(f"metrics_{number}.jsonl") for number in count(1))
+            self.set_aside = next(name for name in names if not name.exists())
+            self.path.rename(self.set_aside)
 
     def _cut(self, size: int) -> None:
         content = self.path.read_bytes() if self.path.exists() else b""
-        if size and content[size - 1 : size] != b"\n":  # too short, or edited
+        if content[size - 1 : size] != b"\n":  # too short, or edited
             raise UserError(
                 f"{self.path} has no line that ends at byte {size}, where the checkpoint was saved: "
                 "restore the file, or start in another run_dir"
             )
+        self.dropped = content.count(b"\n", size)
         with self.path.open("ab") as file:
             file.truncate(size)
 

@@ -9,7 +9,6 @@ support stage 0.)
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -81,12 +80,13 @@ def load_pieces(engine, parameters: dict[str, torch.nn.Parameter], saved: "Saved
 
 
 class SavedPieces:
-    """The pieces in a checkpoint's files, memory-mapped."""
+    """The pieces in a checkpoint."""
 
-    def __init__(self, files: list[Path]) -> None:
+    def __init__(self, pieces: list[dict[str, dict]]) -> None:
+        """pieces: every rank's `save_pieces`."""
         self._found: dict[str, list[dict]] = {}
-        for file in files:
-            for name, piece in torch.load(file, weights_only=True, mmap=True)["pieces"].items():
+        for part in pieces:
+            for name, piece in part.items():
                 self._found.setdefault(name, []).append(piece)
 
     def fill(self, name: str, value: str, start: int, out: Tensor) -> None:

@@ -1,25 +1,23 @@
-"""Everything in a run that is not the algorithm: checkpoints, metrics, costs, skipped steps, signals."""
+"""Everything in a run that is not the algorithm: metrics, costs, skipped steps, and when to save."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from mssr.batch import GradedRollouts, UpdateBatch
-from mssr.errors import Interrupted
 from mssr.observe.metrics import Metric
 from mssr.observe.progress import TrainProgress
-from mssr.observe.rollouts import rollout_folders, save_rollouts
+from mssr.observe.rollouts import save_rollouts
 from mssr.observe.step import SlowGrading
 from mssr.policy.engine import PolicyEngine, UpdateStats
 from mssr.rollout.gap import LogpGap
 from mssr.stopwatch import Stopwatch
-from mssr.training.checkpoint import Checkpoints
 from mssr.training.costs import Costs
-from mssr.training.interruption import Interruptions
 from mssr.training.rollout_phase import StepRollouts
 from mssr.training.run import Run
+from mssr.training.session import Session
 from mssr.training.skipping import SkippedSteps
 from mssr.training.tracking import refuse_missing_start
 
@@ -28,22 +26,13 @@ class Bookkeeping(AbstractContextManager):
     """One object per run. Call every method on all ranks.
 
     is_new: there is no checkpoint to resume from.
-    saved: the newest checkpoint's state until `start` restores it; None for a new run.
     costs: what the run has spent.
     """
 
     def __init__(self, run: Run, *, resume: bool) -> None:
-        self._run, self._config, self._resume = run, run.config, resume
-        run.lock_folder()
-        with ExitStack() as opened:
-            self._interruptions = opened.enter_context(Interruptions(run.world))
-            checkpoints = Checkpoints(run.config.run_dir, run.world, run.config.train)
-            self._checkpoints = opened.enter_context(closing(checkpoints))
-            self.saved = self._checkpoints.newest_state(resume=resume)
-            done = self.saved["step"] if self.saved else -1
-            run.refuse_foreign_outputs(checkpoints.foreign_outputs() + rollout_folders(run.config.run_dir, after=done))
-            self._open = opened.pop_all()
-        self.is_new = self.saved is None
+        self._run, self._config = run, run.config
+        self._session = Session(run, "train", resume=resume)
+        self.is_new = self._session.saved is None
         self.costs = Costs()
         self._skipped = SkippedSteps(run.config.train.max_skipped_steps, run.config.rollout.max_gap)
         self._why_skipped: str | None = None
@@ -54,26 +43,23 @@ class Bookkeeping(AbstractContextManager):
 
         parts: everything else to save and restore by name, each with state_dict and load_state_dict.
         """
-        self._engine = engine
-        self._parts = parts | {"skipped": self._skipped, "costs": self.costs}
-        saved = self.saved
-        if saved:
-            self._run.refuse_other_data(saved)
-            refuse_missing_start(self._config.algorithm, saved["tracker"])
-            self._run.activity.say(f"restoring step {saved['step']}")
-            self._checkpoints.load_engine(saved, engine)
-            for name, part in self._parts.items():
-                part.load_state_dict(saved[name])
-        self._run.open_records(resume_at=saved["metrics_position"] if saved else 0 if self._resume else None)
-        self._first_step = saved["step"] if saved else 0
-        self.saved = None  # it holds a copy of the tracker
+        if self._session.saved is not None:
+            refuse_missing_start(self._config.algorithm, self._session.saved["tracker"])
+        parts = parts | {"skipped": self._skipped, "costs": self.costs}
+        self._first_step = self._session.start(engine, self._run.problems, parts)
+        if not self.is_new and self._first_step >= self._config.train.steps:
+            self._session.say_nothing_to_do(
+                self._first_step, f"train.steps is {self._config.train.steps}; raise it to train on"
+            )
+        elif self._budget_spent:
+            self._session.say_nothing_to_do(self._first_step, "train.budget is spent; raise it to train on")
         return self._first_step
 
     def record_start(self, metrics: dict[str, Metric]) -> None:
         """Record step 0 of a new run: the validation before training, and the cost of the tracker's first rollouts."""
         self._run.record(0, metrics | self.costs.metrics())
         self.costs.refuse_no_step(self._config.train.budget)
-        self._save_and_end_if_asked(0)
+        self._session.save_and_end_if_asked(0)
 
     @contextmanager
     def progress(self) -> Iterator[Iterator[int]]:
@@ -81,7 +67,7 @@ class Bookkeeping(AbstractContextManager):
         config, activity = self._config, self._run.activity
         enabled = self._run.world.is_main
         display = TrainProgress(str(config.run_dir), config.train.steps, self._first_step, enabled=enabled)
-        with display, activity.within(display):
+        with self._session.steps(), display, activity.within(display):
             self._display = display
             yield (step for step in range(self._first_step, config.train.steps) if not self._budget_spent)
         activity.say(f"saving {config.run_dir / 'model'}")
@@ -125,15 +111,14 @@ class Bookkeeping(AbstractContextManager):
             self._display.note(f"step {done}: {warning}")
         self._display.update(done, metrics)
         if self._why_skipped:
-            self._checkpoints.settle(wait=True)
+            self._session.checkpoints.settle(wait=True)
             self._skipped.refuse_to_go_on(done, self._gap, self._why_skipped)
         if done % config.log.rollouts_every == 0 and self._run.world.is_main:
             save_rollouts(config.run_dir, done, rollouts, baseline, batch.advantage, config.log.rollouts_saved)
         accuracy = metrics.get("val/accuracy")
-        is_best = config.train.keep_best and accuracy is not None and self._checkpoints.is_best(accuracy)
-        last = self._is_last(done)
-        due = self._checkpoints.due(done) or is_best or last
-        self._save_and_end_if_asked(done, due=due, best=accuracy if is_best else None, last=last)
+        is_best = config.train.keep_best and accuracy is not None and self._session.checkpoints.is_best(accuracy)
+        due = self._session.checkpoints.due(done) or is_best
+        self._session.save_and_end_if_asked(done, due=due, best=accuracy if is_best else None, last=self._is_last(done))
 
     @property
     def _budget_spent(self) -> bool:
@@ -142,16 +127,5 @@ class Bookkeeping(AbstractContextManager):
     def _is_last(self, done: int) -> bool:
         return done == self._config.train.steps or self._budget_spent
 
-    def _save_and_end_if_asked(
-        self, done: int, *, due: bool = False, best: float | None = None, last: bool = False
-    ) -> None:
-        signal = self._interruptions.asked()
-        if due or signal:
-            state = {name: part.state_dict() for name, part in self._parts.items()} | self._run.state_dict()
-            self._checkpoints.save(done, self._engine, state, best=best)
-        self._checkpoints.settle(wait=last or signal > 0)
-        if signal:
-            raise Interrupted(signal, f"saved step {done}; go on with --resume")
-
     def __exit__(self, *error) -> None:
-        self._open.__exit__(*error)
+        self._session.__exit__(*error)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -49,13 +50,14 @@ class Checkpoints:
         self._saved_at = time.monotonic()
         self._pending: tuple[int, Future] | None = None  # step and writer of an unfinished checkpoint
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._best_step, self._best_accuracy = world.gather(self._read_best())[0]
+        with world.together():
+            self._best_step, self._best_accuracy = self._read_best()
 
     def newest_state(self, *, resume: bool) -> dict[str, Any] | None:
         """Return the loop's state in the newest checkpoint, or None without checkpoints.
 
         Raises:
-            UserError: there is a checkpoint, and the run is not resumed; or ranks see different folders.
+            UserError: there is a checkpoint, and the run is not resumed; it is damaged; or ranks see different folders.
         """
         newest = self._world.gather(max(saved_steps(self._folder), default=None))
         if newest[0] is None:
@@ -64,7 +66,8 @@ class Checkpoints:
             raise UserError(f"{self._folder}: its newest step is {newest} by rank; run_dir must be shared by all nodes")
         if not resume:
             raise UserError(f"{self._folder} holds step {newest[0]}; continue with --resume, or set another run_dir")
-        return torch.load(self._path(newest[0]) / "state.pt", weights_only=True)
+        with self._world.together():
+            return read_state(self._path(newest[0]))
 
     def foreign_outputs(self) -> list[str]:
         """Return the checkpoints' folder for `Run.refuse_foreign_outputs` if it has files but no checkpoint of this run."""
@@ -75,12 +78,13 @@ class Checkpoints:
         """Restore weights, optimiser and schedule of `newest_state`, and this rank's random state if there is one.
 
         Raises:
-            UserError: files are missing, or another model was trained.
+            UserError: files are missing or damaged, or another model was trained.
         """
-        files = _rank_files(self._path(state["step"]), state)
-        engine.load(state["engine"], SavedPieces(files))
+        with self._world.together():
+            files = _rank_files(self._path(state["step"]), state)
+        engine.load(state["engine"], SavedPieces([file["pieces"] for file in files]))
         if self._world.rank < len(files):
-            random_state = torch.load(files[self._world.rank], weights_only=True, mmap=True)["random"]
+            random_state = files[self._world.rank]["random"]
             torch.set_rng_state(random_state["cpu"].clone())
             if "cuda" in random_state and torch.cuda.is_available():
                 torch.cuda.set_rng_state(random_state["cuda"].clone())
@@ -226,14 +230,24 @@ class Checkpoints:
         file = self._folder / _BEST
         if not file.is_file():
             return None, None
-        best = json.loads(file.read_text())
-        return best["step"], best["accuracy"]
+        try:
+            best = json.loads(file.read_text())
+            return int(best["step"]), float(best["accuracy"])
+        except (ValueError, KeyError, TypeError):
+            newest = max(saved_steps(self._folder), default=0)
+            raise UserError(
+                f"{file}: damaged; remove it, and --resume goes on from step {newest}, without the best accuracy so far"
+            ) from None
 
     def _path(self, step: int) -> Path:
-        return self._folder / f"step_{step:06d}"
+        return self._folder / _name(step)
 
     def _partial(self, step: int) -> Path:
         return self._folder / f".partial_step_{step:06d}"
+
+
+def _name(step: int) -> str:
+    return f"step_{step:06d}"
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -249,28 +263,74 @@ def _has_only_ours(folder: Path) -> bool:
     return not folder.is_symlink() and all(_FILE.fullmatch(path.name) for path in folder.iterdir())
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the loop's state in the checkpoint in `folder` (step_000040).
+
+    Raises:
+        UserError: the file is missing or damaged; names the step to fall back to.
+    """
+    return _read(folder / "state.pt", {"step", "ranks", "engine"})
+
+
 def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield every trained parameter of the checkpoint in `folder` (step_000040) by name, unsharded and in float32.
 
     Raises:
-        UserError: files are missing.
+        UserError: files are missing or damaged; names the step to fall back to.
     """
-    state = torch.load(folder / "state.pt", weights_only=True)
-    saved = SavedPieces(_rank_files(folder, state))
+    state = read_state(folder)
+    saved = SavedPieces([file["pieces"] for file in _rank_files(folder, state)])
     for name, shape in state["engine"]["shapes"].items():
         weight = torch.empty(shape)
         saved.fill(name, "master", 0, weight.view(-1))
         yield name, weight
 
 
-def _rank_files(folder: Path, state: dict[str, Any]) -> list[Path]:
-    files = [folder / f"rank_{rank}.pt" for rank in range(state["ranks"])]
-    for file in files:
-        if not file.is_file():
-            raise UserError(
-                f"{file}: missing; the checkpoint was saved by {len(files)} ranks and needs the files of all"
-            )
-    return files
+def _rank_files(folder: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the contents of every rank's file, memory-mapped."""
+    return [_read(folder / f"rank_{rank}.pt", {"pieces", "random"}, mmap=True) for rank in range(state["ranks"])]
+
+
+def _read(file: Path, keys: set[str], *, mmap: bool = False) -> dict[str, Any]:
+    try:
+        return _load(file, keys, mmap=mmap)
+    except Damaged as damaged:
+        whole = [step for step in saved_steps(file.parent.parent) if file.parent.name != _name(step)]
+        whole = [step for step in whole if _is_whole(file.parent.with_name(_name(step)))]
+        back = (
+            f"step {whole[-1]} is whole; to go on from there, remove {file.parent}"
+            if whole
+            else "no other checkpoint is whole; set another run_dir to start again"
+        )
+        raise UserError(f"{file}: {damaged}; {back}") from None
+
+
+class Damaged(Exception):
+    """What is wrong with a checkpoint's file."""
+
+
+def _load(file: Path, keys: set[str], *, mmap: bool) -> dict[str, Any]:
+    try:
+        content = torch.load(file, weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise Damaged("missing; a checkpoint needs state.pt and the file of every rank") from None
+    except OSError as error:
+        raise Damaged(f"cannot be read ({error.strerror or error})") from None
+    except (EOFError, RuntimeError, ValueError, UnpicklingError):  # empty, cut, overwritten
+        raise Damaged(f"damaged ({file.stat().st_size} bytes)") from None
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise Damaged("damaged, it is no part of a checkpoint")
+    return content
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        state = _load(folder / "state.pt", {"ranks"}, mmap=False)
+        for rank in range(state["ranks"]):
+            _load(folder / f"rank_{rank}.pt", {"pieces"}, mmap=True)
+    except Damaged:
+        return False
+    return True
 
 
 def _write(folder: Path, contents: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -158,14 +157,14 @@ class Run(AbstractContextManager):
         except UserError:
             return False
 
-    def open_records(self, *, resume_at: int | None = None) -> None:
-        """Start (or continue) metrics.jsonl and write the configuration beside it.
+    def open_records(self, *, resume_at: int | None = None) -> MetricsLog | None:
+        """Start (or continue) metrics.jsonl and write the configuration beside it; return the log on rank 0.
 
         Raises:
             UserError: the folder holds an earlier run's metrics, or cannot be written.
         """
         if not self.world.is_main:
-            return
+            return None
         run_dir = self.config.run_dir
         try:
             self._metrics = MetricsLog(run_dir, tensorboard=self.config.log.tensorboard, resume_at=resume_at)
@@ -175,46 +174,16 @@ class Run(AbstractContextManager):
                 replace(run_dir, CONFIG, lambda partial: partial.write_text(text))
         except OSError as error:
             raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
+        return self._metrics
 
     def record(self, step: int, values: dict[str, Metric]) -> None:
         if self._metrics is not None:
             self._metrics.write(step, values)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run must match, and the length of the metrics file."""
-        return {
-            "metrics_position": self._metrics.position if self._metrics is not None else 0,
-            "fingerprint": self.problems.fingerprint,
-            "seed": self.config.seed,
-            "prompts_per_step": self.config.rollout.prompts_per_step,
-            "responses_per_prompt": self.config.rollout.responses_per_prompt,
-        }
-
-    def refuse_other_data(self, saved: dict[str, Any]) -> None:
-        """Refuse a checkpoint of a run that sampled other prompts than this one would.
-
-        Raises:
-            UserError: seed, batch or data differ.
-        """
-        if "responses_per_prompt" not in saved:
-            raise UserError(
-                "the checkpoint was saved by an earlier version of mssr; resume with that, or set another run_dir"
-            )
-        for key, here in (
-            ("seed", self.config.seed),
-            ("rollout.prompts_per_step", self.config.rollout.prompts_per_step),
-            ("rollout.responses_per_prompt", self.config.rollout.responses_per_prompt),
-        ):
-            there = saved[key.rpartition(".")[2]]
-            if there != here:
-                raise UserError(
-                    f"{key} is {here}, the checkpoint's run had {there}; resume with that, or set another run_dir"
-                )
-        if saved["fingerprint"] != self.problems.fingerprint:
-            raise UserError(
-                f"data.train {self.config.data.train} is not what the checkpoint was trained on; "
-                "restore it, or set another run_dir"
-            )
+    @property
+    def metrics_position(self) -> int:
+        """Length of metrics.jsonl, on rank 0."""
+        return self._metrics.position if self._metrics is not None else 0
 
     def _say_loading(self) -> None:
         path = self.config.model.path

@@ -1,9 +1,15 @@
-"""`mssr sft`: supervised warm start on each row's `solution`, so that RL starts from a policy that is sometimes right."""
+"""`mssr sft`: supervised warm start on each row's `solution`, so that RL starts from a policy that is sometimes right.
+
+It saves checkpoints as `train.*` says, and resumes, as `mssr train` does.
+"""
+
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 from mssr.batch import Prompt, Sequences
 from mssr.config import Config
+from mssr.config.schema import SftConfig
 from mssr.data.sampler import PromptSampler
 from mssr.errors import BadRow
 from mssr.observe.progress import SFT_COLUMNS, TrainProgress
@@ -11,39 +17,62 @@ from mssr.policy.export import save_trained
 from mssr.policy.loss import CrossEntropy
 from mssr.stopwatch import Stopwatch
 from mssr.training.run import Run
+from mssr.training.session import Session
 from mssr.training.shares import Shares
 
 
-def sft(config: Config) -> dict[str, float]:
+def sft(config: Config, *, resume: bool = False) -> dict[str, float]:
     """Train `config.model.path` on `config.sft.data` into `run_dir/model`; return the last validation's metrics.
+
+    resume: continue from the newest checkpoint.
 
     Raises:
         UserError: a row without a solution; an earlier run in the folder.
+        Interrupted: a signal ended the run; the last step is saved.
     """
-    with Run(config) as run:
-        return _sft(run, config)
+    with Run(config) as run, Session(run, "sft", resume=resume) as session:
+        return _sft(run, session)
 
 
-def _sft(run: Run, config: Config) -> dict[str, float]:
-    settings, world = config.sft, run.world
-    run.lock_folder()
-    run.refuse_foreign_outputs()
+@dataclass
+class LastValidation:
+    """Metrics of the newest validation; part of a checkpoint."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def reaches(self, accuracy: float | None) -> bool:
+        return self.metrics.get("val/accuracy", 0.0) >= (accuracy or float("inf"))
+
+    def state_dict(self) -> dict:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        self.metrics = state["metrics"]
+
+
+def _sft(run: Run, session: Session) -> dict[str, float]:
+    config, settings, world = run.config, run.config.sft, run.world
     problems = run.dataset(settings.data) if settings.data else run.problems
     sampler = PromptSampler(len(problems), settings.batch_size, config.seed)
     share = Shares(settings.batch_size, settings.batch_size, world, key="sft.batch_size")
     engine = run.policy_engine(settings.optimizer, temperature=1.0, total_updates=settings.steps)
     rollout = run.rollout_engine(engine.policy)
-    run.open_records()
+    validation = LastValidation()
+    first_step = session.start(engine, problems, {"validation": validation})
+    steps = range(first_step, settings.steps)
+    if why := _why_ended(settings, first_step, validation):
+        session.say_nothing_to_do(first_step, why)
+        steps = range(0)
 
     def own_rows(step: int) -> list[int]:
         rows = sampler.rows(step)
         return [rows[slot] for slot in share.slots]
 
-    validation: dict[str, float] = {}
-
-    progress = TrainProgress(f"{config.run_dir} (sft)", settings.steps, enabled=world.is_main, columns=SFT_COLUMNS)
-    with progress, run.activity.within(progress):
-        for step in range(settings.steps):
+    progress = TrainProgress(
+        f"{config.run_dir} (sft)", settings.steps, first_step, enabled=world.is_main, columns=SFT_COLUMNS
+    )
+    with session.steps(), progress, run.activity.within(progress):
+        for step in steps:
             clock = Stopwatch(world.device)
             prompts = problems.load(own_rows(step))
             problems.begin(own_rows(step + 1))  # in the background
@@ -60,17 +89,26 @@ def _sft(run: Run, config: Config) -> dict[str, float]:
             done = step + 1
             if done % settings.eval_every == 0 or done == settings.steps:
                 rollout.update_weights(engine.policy, done)
-                validation = run.validate(rollout)
+                validation.metrics = run.validate(rollout)
                 rollout.release()
-                values |= validation
+                values |= validation.metrics
             run.record(done, values)
             progress.update(done, values)
-            if validation.get("val/accuracy", 0.0) >= (settings.stop_at_accuracy or float("inf")):
+            last = _why_ended(settings, done, validation) is not None
+            session.save_and_end_if_asked(done, due=session.checkpoints.due(done), last=last)
+            if last:
                 break
 
     run.activity.say(f"saving {config.run_dir / 'model'}")
     save_trained(engine.policy, run.processors, config.run_dir, world)
-    return validation
+    return validation.metrics
+
+
+def _why_ended(settings: SftConfig, done: int, validation: LastValidation) -> str | None:
+    """Return why no step follows, and how to go on; None if one does."""
+    if validation.reaches(settings.stop_at_accuracy):
+        return f"sft.stop_at_accuracy {settings.stop_at_accuracy:g} is reached; raise it to train on"
+    return f"sft.steps is {settings.steps}; raise it to train on" if done >= settings.steps else None
 
 
 def demonstrations(prompts: list[Prompt], tokenizer, source: str) -> Sequences:

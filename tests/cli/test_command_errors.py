@@ -6,6 +6,8 @@ import socket
 
 import pytest
 
+from mssr.cli import main
+
 
 @pytest.fixture
 def config(material):
@@ -116,3 +118,26 @@ def test_a_plot_of_nothing(mssr, tmp_path):
 def test_doctor_reports(mssr):
     ended = mssr("doctor")
     assert ended.code in (0, 1) and "torch" in ended.out and not ended.err
+
+
+def plot_that_raises(monkeypatch, error):
+    def raises(*_):
+        raise error
+
+    monkeypatch.setattr("mssr.observe.plots.plot_curves", raises)
+    monkeypatch.setattr("sys.argv", ["mssr", "plot", "run"])
+
+
+@pytest.mark.parametrize("error", [EOFError("ran out of input"), BrokenPipeError("worker")])
+def test_an_error_that_click_would_swallow_is_raised(monkeypatch, error):
+    """click prints "Aborted." for any EOFError, and ends without a word for any broken pipe."""
+    plot_that_raises(monkeypatch, error)
+    with pytest.raises(RuntimeError, match=str(error)):
+        main()
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    plot_that_raises(monkeypatch, KeyboardInterrupt())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code, capsys.readouterr().err) == (130, "mssr: SIGINT: stopped\n")

@@ -54,7 +54,7 @@ def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path):
 
     resumed = MetricsLog(tmp_path, tensorboard=False, resume_at=position)
     assert (tmp_path / "metrics.jsonl").read_bytes() == kept
-    assert resumed.position == position
+    assert resumed.position == position and resumed.dropped == 1
     resumed.write(3, {"train/reward": 0.3})
     resumed.close()
     assert [(r["step"], r["train/reward"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
@@ -68,8 +68,13 @@ def test_a_run_resumed_at_its_very_start_begins_an_empty_file(tmp_path):
     log = MetricsLog(tmp_path, tensorboard=False, resume_at=0)
     log.write(1, {"train/reward": 0.5})
     log.close()
-    MetricsLog(tmp_path, tensorboard=False, resume_at=0).close()
-    assert lines(tmp_path) == []
+    before = (tmp_path / "metrics.jsonl").read_text()
+    for number in (1, 2):
+        again = MetricsLog(tmp_path, tensorboard=False, resume_at=0)
+        assert lines(tmp_path) == [] and again.set_aside == tmp_path / f"metrics_{number}.jsonl"
+        assert (tmp_path / "metrics_1.jsonl").read_text() == before  # nothing is cut
+        again.write(1, {"train/reward": 0.25})
+        again.close()
 
 
 def test_a_file_shorter_than_the_checkpoint_says_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """When a run saves checkpoints, and which it keeps."""
 
 import json
+import shutil
 from contextlib import closing
 
 import pytest
@@ -9,6 +10,7 @@ from mssr_process import Moment
 
 from mssr.config.schema import TrainConfig
 from mssr.distributed import World
+from mssr.errors import UserError
 from mssr.training.checkpoint import Checkpoints
 
 
@@ -67,4 +69,73 @@ def test_minutes_are_minutes(tmp_path, monkeypatch):
 def test_written_beside_the_training_or_in_it(mssr, warm, run, whole, asynchronous):
     mssr("train", warm, run.override, f"train.async_save={asynchronous}").check()
     assert run.checkpoints == whole.checkpoints
+    run.assert_same_as(whole)
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def write_step(folder, step, ranks=1):
+    place = folder / "checkpoints" / f"step_{step:06d}"
+    place.mkdir(parents=True)
+    torch.save({"step": step, "ranks": ranks, "engine": {}}, place / "state.pt")
+    for rank in range(ranks):
+        torch.save(
+            {"pieces": {"head": {"start": 0, "master": torch.ones(99)}}, "random": {}}, place / f"rank_{rank}.pt"
+        )
+    return place
+
+
+def resume(folder):
+    with closing(Checkpoints(folder, ALONE, TrainConfig())) as checkpoints:
+        state = checkpoints.newest_state(resume=True)
+        checkpoints.load_engine(state, None)  # ends before it needs the engine
+
+
+@pytest.mark.parametrize("name", ["state.pt", "rank_1.pt"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "other", "gone"])
+def test_a_damaged_file_is_named_with_the_step_to_fall_back_to(tmp_path, name, damage):
+    write_step(tmp_path, 2)
+    write_step(tmp_path, 4).joinpath("state.pt").write_bytes(b"")
+    file = write_step(tmp_path, 6, ranks=2) / name
+    if damage == "other":
+        torch.save([1, 2], file)
+    elif damage == "gone":
+        file.unlink()
+    else:
+        whole = file.read_bytes()
+        file.write_bytes({"empty": b"", "cut": whole[: len(whole) // 2], "text": b"no space left on device\n"}[damage])
+    with pytest.raises(UserError) as refused:
+        resume(tmp_path)
+    line = str(refused.value)
+    assert line.startswith(f"{file}: ") and "\n" not in line
+    assert f"step 2 is whole; to go on from there, remove {file.parent}" in line
+
+
+def test_an_empty_step_folder_without_another(tmp_path):
+    folder = tmp_path / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match="state.pt: missing.*; no other checkpoint is whole; set another run_dir"):
+        resume(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", '{"step": 4, "accu', "[4, 0.5]", '{"step": null, "accuracy": 0.5}'])
+def test_a_damaged_note_of_the_best(tmp_path, text):
+    write_step(tmp_path, 4)
+    note = tmp_path / "checkpoints" / "best.json"
+    note.write_text(text)
+    with pytest.raises(UserError) as refused:
+        resume(tmp_path)
+    assert str(refused.value).startswith(f"{note}: damaged; remove it, and --resume goes on from step 4")
+
+
+def test_the_command_line_says_so_too(mssr, warm, whole, run):
+    shutil.copytree(whole.path, run.path)
+    file = run.path / "checkpoints" / "step_000006" / "state.pt"
+    file.write_bytes(b"")
+    line = mssr("train", warm, run.override, "--resume").line
+    assert line.startswith(f"{file}: damaged (0 bytes); step 4 is whole")
+    assert mssr("export", run.path, "--out", run.path / "exported").line == line
+    shutil.rmtree(file.parent)
+    mssr("train", warm, run.override, "--resume").check()
     run.assert_same_as(whole)

@@ -1,15 +1,29 @@
-"""SIGTERM and SIGUSR1 save and end the run; when resumed, it equals an uninterrupted run."""
+"""Ctrl-C, SIGTERM and SIGUSR1 save and end the run; when resumed, it equals an uninterrupted run."""
+
+import os
+import queue
+import signal
 
 import pytest
+import torch
 from mssr_process import Moment
 from run_folder import RunFolder
 
+from mssr.distributed import World
+from mssr.errors import Interrupted
+from mssr.training import interruption
+from mssr.training.interruption import Interruptions
 
-@pytest.mark.parametrize(("sent", "name", "code"), [("term", "SIGTERM", 143), ("usr1", "SIGUSR1", 138)])
+
+@pytest.mark.parametrize(
+    ("sent", "name", "code"), [("int", "SIGINT", 130), ("term", "SIGTERM", 143), ("usr1", "SIGUSR1", 138)]
+)
 def test_a_signal_saves_at_the_steps_end(mssr, warm, run, whole, sent, name, code):
     ended = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/.partial_step_000003", sent))
     assert ended.code == code
-    assert ended.err.splitlines()[-1] == f"mssr: {name}: saved step 3; go on with --resume"
+    announced, saved = ended.err.splitlines()
+    assert announced.startswith(f"mssr: {name}: the run saves and ends at the end of this step")
+    assert saved == f"mssr: {name}: saved step 3; go on with --resume"
     assert run.checkpoints == ["step_000002", "step_000003"]
     mssr("train", warm, run.override, "--resume").check()
     run.assert_same_as(whole)
@@ -27,6 +41,55 @@ def test_a_signal_before_the_first_step_saves_the_trackers_start(mssr, warm, run
     run.assert_same_as(uninterrupted)
 
 
+def test_ctrl_c_before_the_first_step_ends_the_run_at_once(mssr, warm, run):
+    """Then the same command starts it again."""
+    settings = ["algorithm.tracker.n_init=1", "train.steps=1"]
+    ended = mssr("train", warm, run.override, *settings, at=Moment("open", "metrics.jsonl", "int"))
+    assert ended.code == 130
+    assert ended.err == "mssr: SIGINT: ended before the first step; nothing was there to save\n"
+    assert not (run.path / "metrics.jsonl").exists() and not (run.path / "checkpoints").exists()
+    mssr("train", warm, run.override, *settings).check()
+
+
+def test_ctrl_c_while_the_model_is_written_leaves_the_last_step(mssr, warm, run, whole):
+    ended = mssr("train", warm, run.override, at=Moment("os.mkdir", ".partial_model", "int"))
+    assert ended.code == 130
+    assert ended.err == "mssr: SIGINT: ended; all steps are saved, and --resume writes the model\n"
+    mssr("train", warm, run.override, "--resume").check()
+    run.assert_same_as(whole)
+
+
+@pytest.fixture
+def ends(monkeypatch):
+    """Numbers of the signals that would have ended this process at once."""
+    numbers = queue.Queue()
+    monkeypatch.setattr(interruption, "end_now", numbers.put)
+    return numbers
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def test_a_second_ctrl_c_ends_the_process_while_the_first_one_waits(ends, monkeypatch, capsys):
+    monkeypatch.setattr(interruption, "AFTER_CTRL_C_S", 0.0)
+    with pytest.raises(Interrupted), Interruptions(ALONE) as interruptions, interruptions.steps():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ends.get(timeout=60) == signal.SIGINT
+    assert capsys.readouterr().err.count("mssr: SIGINT: the run saves and ends at the end of this step") == 1
+
+
+def test_what_ctrl_c_outside_of_the_steps_breaks_is_not_shown(monkeypatch):
+    """The handlers that were there before come back."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Interrupted, match="nothing was there to save"), Interruptions(ALONE):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("Connection closed by peer") from None
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_a_signal_sent_twice_is_one(mssr, warm, run):
     """This happens when a launcher forwards a signal that its whole process group received."""
     ended = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/.partial_step_000001", "twice"))
@@ -36,6 +99,7 @@ def test_a_signal_sent_twice_is_one(mssr, warm, run):
 def test_one_ranks_signal_ends_all(mssr, warm, run):
     ranks = mssr.ranks(2, "train", warm, run.override, at=Moment("os.mkdir", "rollouts/.partial_step_000001", "usr1"))
     assert [ended.code for ended in ranks] == [138, 138]
+    assert [ended.err.count("saved step 1") for ended in ranks] == [1, 0]
     assert run.checkpoints == ["step_000001"]
 
 

@@ -21,8 +21,10 @@ def kill_at(mssr, config, run, moment, *overrides):
 def test_killed_again_and_again(mssr, warm, run, whole):
     first = mssr("train", warm, run.override, IN_TURN, at=Moment("os.mkdir", "rollouts/.partial_step_000001"))
     assert first.code == KILLED and len(run.metrics) == 2  # before the first checkpoint: the run starts over
+    lost = (run.path / "metrics.jsonl").read_bytes()
     kill_at(mssr, warm, run, Moment("open", ".partial_step_000002/rank_0.pt"), IN_TURN)  # a save has just begun
     assert run.checkpoints == [".partial_step_000002"]
+    assert (run.path / "metrics_1.jsonl").read_bytes() == lost
     kill_at(mssr, warm, run, Moment("os.rename", ".partial_step_000002"), IN_TURN)  # all is written, but not yet valid
     # Killed at the end of an epoch, before its checkpoint; then resumed from the checkpoint at that end.
     kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/.partial_step_000004"), IN_TURN)
@@ -74,9 +76,17 @@ def copy_of_whole(whole, run):
 
 
 def test_resuming_a_finished_run_changes_nothing(mssr, warm, copy_of_whole, whole):
-    mssr("train", warm, copy_of_whole.override, "--resume").check()
+    said = mssr("train", warm, copy_of_whole.override, "--resume").check().out
+    assert "the run has ended after step 6: train.steps is 6; raise it to train on" in said
     copy_of_whole.assert_same_as(whole)
     assert copy_of_whole.checkpoints == whole.checkpoints
+
+
+def test_fewer_steps_than_are_done_are_said(mssr, warm, copy_of_whole, whole):
+    said = mssr("train", warm, copy_of_whole.override, "train.steps=4", "--resume").check().out
+    assert "--resume: other settings than before: train.steps 4 (was 6)" in said
+    assert "the run has ended after step 6: train.steps is 4" in said
+    copy_of_whole.assert_same_as(whole)
 
 
 def test_leftovers_of_a_kill_are_no_checkpoint(mssr, warm, copy_of_whole, whole):
@@ -104,23 +114,40 @@ def test_more_steps_go_on_where_the_run_ended(mssr, warm, run, whole):
         ("seed=7", ["seed is 7", "had 0"]),
         ("rollout.prompts_per_step=32", ["rollout.prompts_per_step is 32", "had 16"]),
         ("rollout.responses_per_prompt=2", ["rollout.responses_per_prompt is 2", "had 1"]),
+        ("model.path={untrained}", ["model.path", "is not the model that the checkpoint's run started from"]),
+        ("data.instruction=Why?", ["data.instruction is 'Why?'", "had 'Box the answer.'"]),
+        ("data.max_pixels=6272", ["data.max_pixels is 6272", "had 12544"]),
         ("data.train={val}", ["data.train", "not what the checkpoint was trained on"]),
         ("algorithm.tracker.rho_min=0.5", ["rho_min"]),
     ],
 )
 def test_what_would_be_another_run_is_refused(mssr, warm, whole, override, words):
     before = snapshot(whole.path)
-    override = override.format(val=warm.parent / "data" / "val.parquet")
+    override = override.format(val=warm.parent / "data" / "val.parquet", untrained=warm.parent / "untrained")
     line = mssr("train", warm, whole.override, "--resume", override).line
     assert all(word in line for word in words), line
     assert snapshot(whole.path) == before
+
+
+def test_the_start_and_the_data_may_have_moved(mssr, warm, copy_of_whole, whole, tmp_path):
+    model = shutil.copytree(warm.parent / "sft" / "model", tmp_path / "moved")
+    data = shutil.copy(warm.parent / "data" / "train.parquet", tmp_path / "moved.parquet")
+    said = (
+        mssr("train", warm, copy_of_whole.override, f"model.path={model}", f"data.train={data}", "--resume").check().out
+    )
+    assert "other settings" not in said
+
+
+def test_a_run_of_the_other_command_is_refused(mssr, warm, whole):
+    line = mssr("sft", warm, whole.override, "--resume").line
+    assert line.startswith(f"run_dir {whole.path} holds a run of `mssr train`")
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused(mssr, warm, run):
     mssr("train", warm, run.override, "train.steps=1").check()
     file = run.path / "checkpoints" / "step_000001" / "state.pt"
     state = torch.load(file, weights_only=True)
-    del state["costs"], state["responses_per_prompt"]
+    del state["costs"], state["same_run"]
     torch.save(state, file)
     line = mssr("train", warm, run.override, "--resume").line
     assert "saved by an earlier version of mssr" in line

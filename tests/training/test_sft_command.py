@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
 import torch
 import yaml
+from mssr_process import Moment
+from run_folder import RunFolder
 from transformers import AutoModelForImageTextToText
 
 from mssr.batch import Prompt
@@ -60,3 +63,31 @@ def test_an_earlier_run_is_kept(mssr, warm):
     before = (warm.parent / "sft" / "metrics.jsonl").read_bytes()
     assert "run_dir" in mssr("sft", warm, f"run_dir={warm.parent / 'sft'}").line
     assert (warm.parent / "sft" / "metrics.jsonl").read_bytes() == before
+
+
+SHORT = ["sft.steps=5", "sft.eval_every=3", "train.checkpoint_every=2", "sft.optimizer.schedule=cosine"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(mssr, warm, tmp_path_factory):
+    run = RunFolder(tmp_path_factory.mktemp("sft") / "run")
+    mssr("sft", warm, run.override, *SHORT).check()
+    return run
+
+
+def test_ctrl_c_saves_the_step(mssr, warm, run, uninterrupted):
+    """Killed while it saves step 2, then interrupted in the next step."""
+    killed = mssr("sft", warm, run.override, *SHORT, at=Moment("os.rename", ".partial_step_000002"))
+    assert killed.code == -9
+    ended = mssr("sft", warm, run.override, *SHORT, "--resume", at=Moment("os.mkdir", ".partial_step_000002", "int"))
+    assert ended.code == 130 and ended.err.splitlines()[-1].startswith("mssr: SIGINT: saved step")
+    said = mssr("sft", warm, run.override, *SHORT, "--resume").check().out
+    assert "--resume: goes on after step" in said
+    run.assert_same_as(uninterrupted)
+
+
+def test_a_finished_one_says_so(mssr, warm, uninterrupted):
+    ended = mssr("sft", warm, uninterrupted.override, *SHORT, "--resume").check()
+    assert "the run has ended after step 5: sft.steps is 5; raise it to train on" in ended.out
+    assert f"validation accuracy {uninterrupted.metrics[-1]['val/accuracy']:.1%}" in ended.out
+    assert "sft.batch_size is 16" in mssr("sft", warm, uninterrupted.override, "sft.batch_size=16", "--resume").line
