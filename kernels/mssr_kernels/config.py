@@ -23,6 +23,9 @@ class PolicyLossConfig:
     kl_coef, kl_estimator weight of the KL divergence from the reference policy, estimated by k3: e^d - d - 1
     entropy_coef          weight of an entropy bonus, the only term with a gradient through H
     tis_cap               cap of the truncated importance weight trainer/sampler; None switches it off
+    log_ratio_cap         log-ratios are clamped to [-cap, cap] before they are exponentiated: logp - old_logp, and
+                          d = ref_logp - logp of k3. A clamped term is constant: no gradient. At most 80, e^80 being
+                          finite in float32. `PolicyMetrics.log_ratio_capped_sum` counts the rows.
     """
 
     clip_low: float = 0.2
@@ -35,6 +38,7 @@ class PolicyLossConfig:
     kl_estimator: Literal["k3"] = "k3"
     entropy_coef: float = 0.0
     tis_cap: float | None = None
+    log_ratio_cap: float = 20.0
 
     @classmethod
     def ppo(cls, clip_low: float = 0.2, clip_high: float = 0.2, **changes: Any) -> "PolicyLossConfig":
@@ -57,6 +61,7 @@ class PolicyLossConfig:
         require("kl_estimator", self.kl_estimator == "k3", "'k3' (the only estimator there is)")
         require("entropy_coef", math.isfinite(self.entropy_coef), "a finite number")
         require("tis_cap", self.tis_cap is None or 0 < self.tis_cap < math.inf, "a finite number > 0, or None")
+        require("log_ratio_cap", 0 < self.log_ratio_cap <= 80, "in (0, 80]")
 
 
 class LogprobEntropy(NamedTuple):
@@ -83,6 +88,7 @@ class PolicyMetrics(NamedTuple):
     ratio_max: Tensor  # 0 when there are no rows
     tis_weight_sum: Tensor  # equals rows when TIS is off
     shaping_sum: Tensor  # min(alpha * H, |A| / kappa)
+    log_ratio_capped_sum: Tensor  # rows with a log-ratio beyond +-log_ratio_cap
 
 
 class PolicyLoss(NamedTuple):
@@ -92,6 +98,6 @@ class PolicyLoss(NamedTuple):
     logp: Tensor  # [N] float32, current policy
     entropy: Tensor  # [N] float32, current policy, exact
     advantage: Tensor  # [N] float32, the shaped advantage A'
-    ratio: Tensor  # [N] float32, exp(logp - old_logp)
+    ratio: Tensor  # [N] float32, exp(logp - old_logp), the log-ratio clamped by log_ratio_cap
     clipped: Tensor  # [N] bool, clipped or dual-clipped: the row's policy term has no gradient
     metrics: PolicyMetrics

@@ -54,7 +54,7 @@ class FusedLMHead(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> "FusedLMHead":
-        """Return a head that shares the parameters of `linear` (a tied weight stays tied)."""
+        """Return a head that shares the parameters (a tied weight stays tied) and the hooks of `linear`."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"FusedLMHead.from_linear needs an nn.Linear, got {type(linear).__name__}")
         head = cls(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -63,6 +63,10 @@ class FusedLMHead(nn.Linear):
             head.bias = linear.bias
         if _FORBIDDEN in linear._buffers:
             head.register_buffer(_FORBIDDEN, linear._buffers[_FORBIDDEN], persistent=False)
+            head._forbidden_ids = linear._forbidden_ids
+        # nn.Module's own dictionaries, and not copies: handles of the hooks refer to them.
+        hooks = [name for name in vars(head) if "_hook" in name]
+        vars(head).update({name: vars(linear)[name] for name in hooks})
         return head.train(linear.training)
 
     def forbid(self, token_ids: Iterable[int]) -> None:
@@ -70,7 +74,8 @@ class FusedLMHead(nn.Linear):
 
         Their probability is 0 in everything the head returns, logits included (-inf), as for a sampler that never draws some
         tokens (image pads). Nothing is learned or saved: the weight keeps the columns, which get no gradient. As a target,
-        such a token has log-prob -inf, and a policy loss that uses it is not finite: check targets before.
+        such a token has log-prob -inf, and a policy loss that uses it is NaN, or counts it as capped if there is an old_logp:
+        check targets before.
 
         Raises:
             IndexError: a token outside [0, V).
@@ -83,7 +88,18 @@ class FusedLMHead(nn.Linear):
             # out_features: under ZeRO-3 the weight's own shape is [0].
             zeros = torch.zeros(self.out_features, dtype=self.weight.dtype, device=self.weight.device)
             self.register_buffer(_FORBIDDEN, zeros, persistent=False)
-        self._buffers[_FORBIDDEN][forbidden] = -math.inf
+        self._forbidden_ids = sorted({*getattr(self, "_forbidden_ids", ()), *forbidden})
+        self._fill_forbidden()
+
+    def _apply(self, *args, **kwargs):
+        """Convert or move the tensors; `to_empty`, which comes here, leaves buffers without content."""
+        super()._apply(*args, **kwargs)
+        if _FORBIDDEN in self._buffers:
+            self._fill_forbidden()
+        return self
+
+    def _fill_forbidden(self) -> None:
+        self._buffers[_FORBIDDEN].zero_()[self._forbidden_ids] = -math.inf
 
     @overload
     def forward(self, hidden: Tensor) -> Tensor: ...
@@ -114,19 +130,21 @@ class FusedLMHead(nn.Linear):
                 f"hidden is {list(hidden.shape)} but target is {list(target.shape)}: target needs hidden's leading shape"
             )
 
-        def flatten(value):
+        def flatten(name, value):
             per_row = isinstance(value, Tensor) and value.ndim > 0
             if per_row and value.shape != target.shape:
-                raise ValueError(f"a per-row argument is {list(value.shape)} but target is {list(target.shape)}")
+                raise ValueError(
+                    f"{name} is {list(value.shape)} but target is {list(target.shape)}: expand it to target's shape"
+                )
             return value.reshape(-1) if per_row else value
 
         if options.get("softcap") is not None and _FORBIDDEN in self._buffers:
             raise ValueError("softcap makes -inf finite, which brings forbidden columns back: drop softcap or forbid")
-        options = {name: flatten(value) for name, value in options.items()}
+        options = {name: flatten(name, value) for name, value in options.items()}
         rows, labels, bias = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1), self._column_bias()
         if advantage is None:
             return linear_logprob_entropy(rows, self.weight, labels, bias=bias, **options)
-        return linear_policy_loss(rows, self.weight, labels, flatten(advantage), bias=bias, **options)
+        return linear_policy_loss(rows, self.weight, labels, flatten("advantage", advantage), bias=bias, **options)
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module's takes and returns anything

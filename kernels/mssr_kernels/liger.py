@@ -18,6 +18,7 @@ Deliberate differences from Liger:
   tokens is not read.
 - A token outside the vocabulary raises IndexError in a row that counts. Liger takes its logit as 0.
 - A mask other than 0 and 1, and a negative `vllm_is_ratio`, are errors.
+- Log-ratios are clamped to +-20 (`PolicyLossConfig.log_ratio_cap`), so that no advantage of 0 meets an infinite ratio.
 - Where `linear_policy_loss` computed the loss, a second backward raises RuntimeError.
 """
 
@@ -36,6 +37,7 @@ from .loss import linear_logprob_entropy, linear_policy_loss
 
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 _UNCLIPPED = ("cispo", "sapo", "vespo")  # these have no sequence-level ratio
+_LOG_RATIO_CAP = PolicyLossConfig.log_ratio_cap
 _LEFT_OUT = torch.iinfo(torch.int64).min  # -100 could be a token in the input
 
 
@@ -200,15 +202,14 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         logp = self._logp(*head, batch.mask.shape)
         log_ratio = logp - (logp.detach() if batch.old_logp is None else batch.old_logp)
         if self.importance_sampling_level == "sequence":
-            ratio = ((log_ratio * batch.mask).sum(1, keepdim=True) / batch.lengths.clamp(min=1)).exp()
-        else:
-            ratio = log_ratio.exp()
+            log_ratio = (log_ratio * batch.mask).sum(1, keepdim=True) / batch.lengths.clamp(min=1)
+        ratio = log_ratio.clamp(-_LOG_RATIO_CAP, _LOG_RATIO_CAP).exp()
         loss = -self._objective(logp, log_ratio, ratio, batch)
         if batch.is_ratio is not None and self.loss_type != "vespo":
             loss = loss * batch.is_ratio.masked_fill(~batch.counted, 0)
         kl = torch.zeros_like(logp)
         if batch.ref_logp is not None:
-            d = batch.ref_logp - logp
+            d = (batch.ref_logp - logp).clamp(-_LOG_RATIO_CAP, _LOG_RATIO_CAP)
             kl = torch.expm1(d) - d
             if self.use_bias_correction_kl:
                 kl = kl * ratio

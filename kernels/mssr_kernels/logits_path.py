@@ -22,7 +22,7 @@ class _OnlyHidden(tuple):
     """Output of a backbone: (hidden,), and None for any other attribute."""
 
     def __getattr__(self, name: str):
-        if name.startswith("__"):
+        if name.startswith("_"):  # DeepSpeed's hooks rebuild a tuple with `_fields` as a named one
             raise AttributeError(name)
         return self[0] if name == "last_hidden_state" else None
 
@@ -32,7 +32,7 @@ def measure(model: nn.Module, backbone: nn.Module, head: nn.Linear) -> tuple[flo
 
     The model's own forward runs between a backbone that returns powers of two and a head that returns `_PROBE`. Only weights
     between the two are read, so it works on meta tensors and empty shards. Float64 keeps every step exact; a factor applied
-    before the head counts as one on the logits.
+    before the head counts as one on the logits. Raises ValueError for a model that computes anything else.
     """
     device = head.weight.device if head.weight.device.type != "meta" else torch.device("cpu")
     probe = torch.tensor(_PROBE, dtype=torch.float64, device=device)
@@ -70,8 +70,7 @@ def measure(model: nn.Module, backbone: nn.Module, head: nn.Linear) -> tuple[flo
         return _fit(logits, probe, head.out_features)
     except Exception as error:
         raise ValueError(
-            f"patch cannot follow {type(model).__name__} from its backbone to its logits ({_first_line(error)}): it "
-            "is not supported, use FusedLMHead in a forward of your own"
+            f"cannot follow {type(model).__name__} from its backbone to its logits ({_first_line(error)})"
         ) from error
 
 
@@ -99,7 +98,8 @@ def _as_written(value: float) -> float:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return line if isinstance(error, ValueError) else f"it does not run on probes: {line}"
 
 
 @contextmanager

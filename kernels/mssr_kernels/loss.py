@@ -44,7 +44,9 @@ def linear_logprob_entropy(
                       and so are the results; the gradient of hidden arrives summed over the ranks.
 
     Returns LogprobEntropy(logp, entropy, lse), each [N] float32. Gradients flow from all three to hidden, weight and bias
-    where these require them. Double backward raises.
+    where these require them. Double backward, forward-mode derivatives and the transforms of torch.func (grad, jvp, ...)
+    raise; backend "reference" has them all. Under torch.compile N, the temperature and the normalizer may change between
+    calls; every other number or setting compiles a new graph.
 
     Statistics are computed in float32 from float32 accumulators, whatever the dtype of the inputs. Float64 inputs (for
     oracles) are computed and returned in float64. Under autocast, hidden, weight and bias are cast as in nn.Linear.
@@ -92,7 +94,8 @@ def linear_policy_loss(
         w    = min(exp(old_logp - rollout_logp), tis_cap)       1 without tis_cap
         loss = -obj w + kl_coef (e^d - d - 1) - entropy_coef H,   d = ref_logp - logp
 
-    summed over the rows not ignored and divided by `normalizer`. `PolicyLossConfig.ppo()` is the clipped objective alone.
+    with logp - old_logp and d clamped to +-config.log_ratio_cap, summed over the rows not ignored and divided by
+    `normalizer`. `PolicyLossConfig.ppo()` is the clipped objective alone.
     Arguments not described here are those of `linear_logprob_entropy`.
 
     advantage         [N] float32, as are all of the following; none of them gets a gradient

@@ -74,7 +74,10 @@ def patch(model: nn.Module) -> nn.Module:
     for module, what in ((model, name), (head, f"the output embeddings of {name}")):
         if _is_wrapped(module):
             raise TypeError(f"patch: the forward of {what} is wrapped already: patch first, then wrap or dispatch")
-    scale, softcap = measure(model, backbone, head)
+    try:
+        scale, softcap = measure(model, backbone, head)
+    except ValueError as error:
+        raise ValueError(f"patch {error}: it is not supported, use FusedLMHead in a forward of your own") from error
     stock = type(model).forward
     path = _Path(
         next(path for path, module in model.named_modules() if module is head), type(head), scale, softcap,
@@ -204,7 +207,7 @@ class _Path:
         copies = () if isinstance(head, FusedLMHead) else dict(getattr(head, "modules_to_save", {})).values()
         if not isinstance(head, FusedLMHead) and not (copies and all(isinstance(c, FusedLMHead) for c in copies)):
             raise TypeError(
-                f"{self.head} of {name} is now {type(head).__name__}, which cannot take target: patch the model again "
+                f"{self.head} of {name} is now {_full_name(head)}, which cannot take target: patch the model again "
                 "after resizing its head, and leave the head out of LoRA's target_modules (modules_to_save is fine)"
             )
         for given, reason in _NOT_WITH_TARGET.items():
@@ -259,20 +262,50 @@ def _backbone_of(model: nn.Module) -> nn.Module:
 
 def _head_of(model: nn.Module) -> nn.Linear:
     """Return the head. Raises TypeError for a model that `patch` does not support."""
-    name = type(model).__name__
-    if not isinstance(getattr(model, getattr(model, "base_model_prefix", None) or "", None), nn.Module):
+    name, prefix = type(model).__name__, getattr(model, "base_model_prefix", None)
+    if prefix is None:
         raise TypeError(
             f"patch needs a transformers model with a backbone, got {name}: pass the model itself, before DDP, DeepSpeed or "
             "torch.compile wraps it"
         )
     head = model.get_output_embeddings()
-    plain = type(head) in (nn.Linear, FusedLMHead) and type(head.weight.data) is Tensor and head.weight.dtype in DTYPES
-    if not plain:
+    if head is None:
         raise TypeError(
-            f"patch needs an nn.Linear as output embeddings of {name}, got {type(head).__name__}: leave the head out of "
-            "quantisation and of LoRA's target_modules, and patch before the model is sharded"
+            f"patch: {name} has no output embeddings: pass a language model with its head (of a composite model, that part)"
         )
-    return head
+    if not isinstance(getattr(model, prefix or "", None), nn.Module):
+        raise TypeError(
+            f"patch: {name} has no backbone {prefix!r} (its base_model_prefix) below its head: it is not supported, use "
+            "FusedLMHead in a forward of your own"
+        )
+    if type(head) in (nn.Linear, FusedLMHead) and type(head.weight.data) is Tensor and head.weight.dtype in DTYPES:
+        return head
+    raise TypeError(
+        f"patch needs an nn.Linear as output embeddings of {name}, got {_full_name(head)}: {_way_out(head)}"
+    )
+
+
+def _way_out(head: nn.Module) -> str:
+    """Return what to do about output embeddings that are not a plain nn.Linear."""
+    if hasattr(head, "modules_to_save"):
+        return (
+            "patch the model first, and pass it to get_peft_model (modules_to_save may then name the head) after that"
+        )
+    if hasattr(head, "base_layer"):
+        return "it is wrapped by an adapter, leave the head out of LoRA's target_modules"
+    if type(head) in (nn.Linear, FusedLMHead) and type(head.weight.data) is not Tensor:
+        return f"its weight is a {_full_name(head.weight.data)}, patch before the model is sharded or quantised"
+    if type(head) in (nn.Linear, FusedLMHead):
+        return f"its weight is {str(head.weight.dtype).removeprefix('torch.')}, leave the head out of quantisation"
+    return "leave the head out of quantisation, and patch before the model is sharded"
+
+
+def _full_name(value: object) -> str:
+    """Return the name of the class; with its module where nn has a class of the same name (that of LoRA is Linear, too)."""
+    kind = type(value)
+    return (
+        f"{kind.__module__}.{kind.__name__}" if hasattr(nn, kind.__name__) and kind is not nn.Linear else kind.__name__
+    )
 
 
 def _parameter_names(function) -> tuple[str, ...]:

@@ -42,12 +42,16 @@ def linear_policy_loss(
         shaping_entropy = entropy.detach()
     elif shaping_entropy is None:
         sampled = next(value for value in (rollout_logp, old_logp, logp.detach()) if value is not None)
+        sampled = sampled.clamp(min=-1000)  # a probability of 0 would be 0 * -inf
         shaping_entropy = -sampled.exp() * sampled
     shaping = torch.minimum(config.entropy_alpha * shaping_entropy, advantage.abs() / config.entropy_kappa)
     shaped = advantage + shaping
 
     # Clipped objective. On-policy (no old_logp) the ratio is exactly 1, and its gradient still flows.
-    ratio = torch.exp(logp - (logp.detach() if old_logp is None else old_logp))
+    cap = config.log_ratio_cap
+    log_ratio = logp - (logp.detach() if old_logp is None else old_logp)
+    capped = log_ratio.detach().abs() > cap
+    ratio = torch.exp(log_ratio.clamp(-cap, cap))
     clipped_ratio = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     objective = torch.minimum(ratio * shaped, clipped_ratio * shaped)
     clipped = objective.detach() < (ratio * shaped).detach()
@@ -65,12 +69,16 @@ def linear_policy_loss(
     # k3 estimate of KL(current || reference): e^d - d - 1.
     kl = torch.zeros_like(logp)
     if ref_logp is not None:
-        kl = torch.expm1(ref_logp - logp) - (ref_logp - logp)
+        d = (ref_logp - logp).clamp(-cap, cap)
+        capped = capped | ((ref_logp - logp).detach().abs() > cap)
+        kl = torch.expm1(d) - d
 
     loss = policy_loss - config.entropy_coef * entropy
     if config.kl_coef > 0:
         loss = loss + config.kl_coef * kl
-    terms = RowTerms(loss, logp, entropy, shaped, shaping, ratio, clipped, dual_clipped, tis_weight, policy_loss, kl)
+    terms = RowTerms(
+        loss, logp, entropy, shaped, shaping, ratio, clipped, dual_clipped, tis_weight, policy_loss, kl, capped
+    )
 
     if normalizer is None:
         normalizer = max(len(rows), 1)

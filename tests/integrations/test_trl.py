@@ -8,7 +8,23 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AyaVisionConfig,
+    BertConfig,
+    BertForMaskedLM,
+    Cohere2Config,
+    Cohere2VisionConfig,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    Llama4Config,
+    ModernBertDecoderConfig,
+    Qwen3MoeConfig,
+    SiglipVisionConfig,
+    xLSTMConfig,
+)
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import add_fused_lm_head
 from trl_runs import (
@@ -176,6 +192,66 @@ def test_soft_cap_scale_and_experts(config):
     assert torch.equal(model(ids).logits, plain)
 
 
+EYE = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+)  # fmt: skip
+SEES = dict(vision_config=SiglipVisionConfig(**EYE), text_config=Cohere2Config(**SIZES, logit_scale=0.25))
+NATIVE = dict(
+    chunkwise_kernel="chunkwise--native_autograd", sequence_kernel="native_sequence__native", step_kernel="native"
+)
+OF_ANOTHER_FAMILY = {
+    "aya vision": lambda: AutoModelForImageTextToText.from_config(AyaVisionConfig(**SEES, image_token_index=5)),
+    "cohere2 vision": lambda: AutoModelForImageTextToText.from_config(Cohere2VisionConfig(**SEES, image_token_id=5)),
+    "xlstm": lambda: AutoModelForCausalLM.from_config(
+        xLSTMConfig(
+            vocab_size=70,
+            hidden_size=32,
+            num_heads=2,
+            num_blocks=1,
+            qk_dim_factor=1.0,
+            output_logit_soft_cap=2.0,
+            **NATIVE,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OF_ANOTHER_FAMILY)
+def test_scores_are_those_of_the_model_s_own_logits(family):
+    """Their configs name soft cap and scale as no other model's does."""
+    model = OF_ANOTHER_FAMILY[family]().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(std=2)
+        ids = torch.randint(6, 70, (2, 9))
+        logp = torch.log_softmax(model(ids, use_cache=False).logits / 0.7, dim=-1)[:, :-1]
+        fuse_head(model, temperature=0.7)
+        out = model(ids, labels=ids, fused_lm_head=True)
+    torch.testing.assert_close(out.log_probs, logp.gather(2, ids[:, 1:, None])[..., 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(out.entropy, -(logp.exp() * logp).sum(-1), rtol=1e-4, atol=1e-4)
+
+
+PLAIN = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
+NOT_FOLLOWED = {
+    "ModernBertDecoderForCausalLM": lambda: AutoModelForCausalLM.from_config(ModernBertDecoderConfig(**PLAIN)),
+    "BertForMaskedLM": lambda: BertForMaskedLM(BertConfig(**PLAIN)),
+    "Llama4ForConditionalGeneration": lambda: AutoModelForImageTextToText.from_config(
+        Llama4Config(
+            text_config=dict(**SIZES, num_local_experts=2),
+            vision_config=dict(**EYE, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FOLLOWED)
+def test_a_model_with_more_between_backbone_and_logits_is_refused(name):
+    model = NOT_FOLLOWED[name]()
+    with pytest.raises(UserError, match=f"{name}.*use a trainer that scores from the model's logits$") as caught:
+        fuse_head(model, temperature=1.0)
+    assert "\n" not in str(caught.value)
+    assert type(model.get_output_embeddings()) is nn.Linear and "forward" not in vars(model)
+
+
 def test_a_micro_batch_without_a_scored_token_has_a_gradient_of_zero(text_model):
     model = AutoModelForCausalLM.from_pretrained(text_model)
     add_fused_lm_head(model)
@@ -208,7 +284,7 @@ def test_what_the_head_cannot_do_is_refused(text_model, tmp_path):
             cast_lm_head_to_fp32=True,
         )
     model = AutoModelForCausalLM.from_config(CohereConfig(**SIZES, logit_scale=0.0))
-    with pytest.raises(UserError, match=r"^model config: logit_scale is 0, .*$"):
+    with pytest.raises(UserError, match=r"^the fused head cannot follow CohereForCausalLM .*logits are changed.*$"):
         fuse_head(model, temperature=1.0)
     model.lm_head = nn.Sequential(nn.Linear(32, 8), nn.Identity())
     with pytest.raises(UserError, match=r"^CohereForCausalLM: the head is Identity, .*$"):

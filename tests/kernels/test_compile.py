@@ -4,26 +4,33 @@ import dataclasses
 
 import pytest
 import torch
+from patched_models import batch, tiny
 
-from mssr_kernels import FusedLMHead, PolicyLossConfig, linear_logprob_entropy, linear_policy_loss
+from mssr_kernels import FusedLMHead, PolicyLossConfig, linear_logprob_entropy, linear_policy_loss, patch
 
 N, D, V = 40, 16, 300
 
 
-def inputs():
-    return torch.randn(N, D), torch.randn(V, D), torch.randint(V, (N,)), torch.randn(N), -torch.rand(N)
+def inputs(n=N):
+    return torch.randn(n, D), torch.randn(V, D), torch.randint(V, (n,)), torch.randn(n), -torch.rand(n)
 
 
-def policy(hidden, weight, target, advantage, old_logp):
+def policy(hidden, weight, target, advantage, old_logp, normalizer=7.0, temperature=1.0):
     result = linear_policy_loss(
-        hidden * 2, weight, target, advantage, old_logp, normalizer=7.0, config=PolicyLossConfig(entropy_coef=0.1)
-    )
+        hidden * 2, weight, target, advantage, old_logp, normalizer=normalizer, temperature=temperature,
+        config=PolicyLossConfig(entropy_coef=0.1),
+    )  # fmt: skip
     return result.loss * 3 + 1, result.logp, result.entropy, result.clipped, *result.metrics
 
 
-def scores(hidden, weight, target, advantage, old_logp):
-    logp, entropy, lse = linear_logprob_entropy(hidden * 2, weight, target, temperature=0.7)
+def scores(hidden, weight, target, advantage, old_logp, normalizer=7.0, temperature=0.7):
+    logp, entropy, lse = linear_logprob_entropy(hidden * 2, weight, target, temperature=temperature)
     return (logp * advantage).sum() + entropy.mean() + lse.sum(), logp, entropy, lse
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch._dynamo.reset()
 
 
 class Backend:
@@ -52,6 +59,70 @@ def test_one_node_and_no_graph_break(function):
     assert backend.graphs == 1 and len(backend.nodes) == 1
     for eager, compiled in zip(*results):
         torch.testing.assert_close(compiled, eager)
+
+
+SIZES = (8, 12, 17, 30, 7)
+
+
+@pytest.mark.parametrize("function", [policy, scores])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_neither_the_number_of_rows_nor_a_number_compiles_a_new_graph(function, dynamic):
+    """As in plain PyTorch: one graph for the first call, one for all others."""
+    backend = Backend()
+    compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
+    for i, n in enumerate(SIZES):
+        arguments = (*inputs(n), 7.0 + i, 0.8 + i / 10)
+        results = []
+        for call in (function, compiled):
+            hidden, weight = (t.clone().requires_grad_() for t in arguments[:2])
+            values = call(hidden, weight, *arguments[2:])
+            values[0].backward()
+            results.append([*(value.detach() for value in values), hidden.grad, weight.grad])
+        torch.testing.assert_close(results[1], results[0])
+    assert backend.graphs <= 2
+
+
+@pytest.mark.parametrize("function", [policy, scores])
+def test_rows_marked_as_dynamic_are_one_graph(function):
+    backend = Backend()
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    for n in SIZES:
+        hidden, weight, *rows = inputs(n)
+        for tensor in (hidden, *rows):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        compiled(hidden, weight.requires_grad_(), *rows)[0].backward()
+    assert backend.graphs == 1
+
+
+def test_export_with_any_number_of_rows():
+    class Scored(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = FusedLMHead(D, V)
+
+        def forward(self, hidden, target, advantage):
+            return *self.head(hidden, target), self.head(hidden, target, advantage).loss
+
+    def rows(n):
+        return torch.randn(2, n, D), torch.randint(V, (2, n)), torch.randn(2, n)
+
+    model, length = Scored(), torch.export.Dim("length", min=2, max=100)
+    exported = torch.export.export(model, rows(8), dynamic_shapes=[{1: length}] * 3).module()
+    for n in (8, 13):
+        given = rows(n)
+        torch.testing.assert_close(exported(*given), model(*given))
+
+
+def test_a_patched_model_over_ten_lengths_is_two_graphs():
+    model, backend = patch(tiny("qwen2", num_hidden_layers=1)), Backend()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for length in range(6, 16):
+            tokens, target = batch(2, length)
+            options = dict(target=target, advantage=torch.randn(target.shape), temperature=1 + length / 10)
+            loss = compiled(tokens, **options).loss
+    torch.testing.assert_close(loss, model(tokens, **options).loss)
+    assert backend.graphs <= 2
 
 
 def test_the_head_compiles():

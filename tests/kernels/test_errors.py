@@ -51,6 +51,8 @@ CASES = [
     (dict(normalizer=torch.ones(3)), ValueError, r"normalizer must be a number or a 0-d tensor, got shape \[3\]"),
     (dict(config=PolicyLossConfig(kl_coef=0.1)), ValueError, "kl_coef is 0.1 but ref_logp is missing"),
     (dict(config=PolicyLossConfig(tis_cap=2.0)), ValueError, "tis_cap is 2.0 but old_logp is missing"),
+    (dict(config={}), TypeError, r"config must be a PolicyLossConfig, got dict: pass PolicyLossConfig\(...\)"),
+    (dict(config=None), TypeError, "config must be a PolicyLossConfig, got NoneType"),
     (dict(backend="cuda"), ValueError, "'cuda' is not available: use 'auto', 'reference', 'chunked'"),
     (dict(vocab_drop_tol=1.5), ValueError, "vocab_drop_tol must be a probability in \\[0, 1\\) or None, got 1.5"),
 ]
@@ -61,6 +63,33 @@ def test_one_line_that_names_the_mistake(changes, error, message):
     with pytest.raises(error, match=message) as caught:
         call(**changes)
     assert "\n" not in str(caught.value)
+
+
+DERIVATIVES = {
+    "grad": lambda f, h: torch.func.grad(f)(h),
+    "vjp": lambda f, h: torch.func.vjp(f, h)[1](torch.ones(()))[0],
+    "jacrev": lambda f, h: torch.func.jacrev(f)(h),
+    "grad of vmap": lambda f, h: torch.func.grad(lambda h: torch.func.vmap(f)(h[None]).sum())(h),
+    "jvp": lambda f, h: torch.func.jvp(f, (h,), (torch.ones_like(h),))[1],
+    "jacfwd": lambda f, h: torch.func.jacfwd(f)(h),
+}
+
+
+@pytest.mark.parametrize("transform", DERIVATIVES)
+@pytest.mark.parametrize("loss", [True, False])
+def test_derivatives_that_the_operators_do_not_have(transform, loss):
+    """They would be 0, or an error of torch's inside."""
+    hidden, weight, target, advantage = torch.randn(N, D), torch.randn(V, D), torch.randint(V, (N,)), torch.randn(N)
+
+    def value(hidden, backend="auto"):
+        if loss:
+            return linear_policy_loss(hidden, weight, target, advantage, backend=backend).loss
+        return linear_logprob_entropy(hidden, weight, target, backend=backend).logp.sum()
+
+    derivative, mode = DERIVATIVES[transform], "forward-mode" if transform in ("jvp", "jacfwd") else "torch.func.grad"
+    with pytest.raises(RuntimeError, match=f"^linear_.* {mode}.*backend='reference'$"):
+        derivative(value, hidden)
+    assert derivative(lambda hidden: value(hidden, "reference"), hidden).abs().sum() > 0
 
 
 def test_the_suggested_workspace_is_enough():
@@ -75,7 +104,8 @@ def test_the_suggested_workspace_is_enough():
     [
         ("clip_low", -0.1), ("clip_low", 1.5), ("clip_high", math.nan), ("dual_clip", 1.0), ("entropy_alpha", -1.0),
         ("entropy_kappa", 0.0), ("entropy_source", "approximate"), ("kl_coef", -1.0), ("kl_estimator", "k1"),
-        ("entropy_coef", math.inf), ("tis_cap", 0.0),
+        ("entropy_coef", math.inf), ("tis_cap", 0.0), ("log_ratio_cap", 0.0),
+        ("log_ratio_cap", 81.0),
     ],
 )  # fmt: skip
 def test_configuration_is_validated(field, value):

@@ -146,6 +146,39 @@ def test_what_is_forbidden_follows_the_head():
     assert by_hand(hidden).dtype == torch.float32 and by_hand(hidden, target).logp.isfinite().all()
 
 
+def test_what_is_forbidden_survives_to_empty():
+    """A head made on the meta device gets its weights later."""
+    real = FusedLMHead(12, 50)
+    with torch.device("meta"):
+        head = FusedLMHead(12, 50)
+    head.forbid(FORBIDDEN)
+    converted = FusedLMHead.from_linear(copy.deepcopy(head)).to(torch.bfloat16)
+    for late in (head.to_empty(device="cpu"), converted.to_empty(device="cpu").float()):
+        late.load_state_dict(real.state_dict())
+        hidden = torch.randn(3, 12)
+        kept = [column for column in range(50) if column not in FORBIDDEN]
+        assert (late(hidden)[:, FORBIDDEN] == -torch.inf).all()
+        assert torch.equal(late(hidden)[:, kept], real(hidden)[:, kept])
+
+
+def test_from_linear_keeps_hooks():
+    model, calls = Model(), []
+    kept = [
+        model.lm_head.register_forward_hook(lambda module, inputs, output: calls.append("forward")),
+        model.lm_head.register_forward_pre_hook(lambda module, args, kwargs: calls.append("before"), with_kwargs=True),
+        model.lm_head.register_full_backward_hook(lambda module, before, after: calls.append("backward")),
+        model.lm_head.register_state_dict_post_hook(lambda *arguments: calls.append("state")),
+    ]
+    by_conversion(model)
+    model(torch.randint(50, (2, 5))).sum().backward()
+    model.state_dict()
+    assert calls == ["before", "forward", "backward", "state"]
+    for handle in kept:
+        handle.remove()
+    model(torch.randint(50, (2, 5))).sum().backward()
+    assert len(calls) == 4
+
+
 def test_typed_overloads_say_what_forward_takes_and_returns():
     """The options have the types of the functions' arguments; the bias is the head's own."""
     plain, scores, loss = typing.get_overloads(FusedLMHead.forward)
@@ -164,8 +197,11 @@ def test_errors():
         head(torch.randn(3, 12), advantage=torch.randn(3), temperature=2.0)
     with pytest.raises(ValueError, match=r"hidden is \[2, 3, 12\] but target is \[6\]"):
         head(torch.randn(2, 3, 12), torch.zeros(6, dtype=torch.long))
-    with pytest.raises(ValueError, match=r"per-row argument is \[6\] but target is \[2, 3\]"):
-        head(torch.randn(2, 3, 12), torch.zeros(2, 3, dtype=torch.long), torch.zeros(6))
+    hidden, target = torch.randn(2, 3, 12), torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"^advantage is \[2\] but target is \[2, 3\]: expand it to target's shape$"):
+        head(hidden, target, torch.zeros(2))
+    with pytest.raises(ValueError, match=r"^old_logp is \[6\] but target is \[2, 3\]: expand"):
+        head(hidden, target, torch.zeros(2, 3), old_logp=torch.zeros(6))
     with pytest.raises(TypeError, match="needs an nn.Linear, got Embedding"):
         FusedLMHead.from_linear(nn.Embedding(3, 4))
     with pytest.raises(IndexError, match=r"forbid got token 50: outside \[0, 50\)"):

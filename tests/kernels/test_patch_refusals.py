@@ -2,10 +2,19 @@
 
 import pytest
 import torch
-from patched_models import TEXT, WIDTH, batch, expected, tiny
+from patched_models import TEXT, VOCAB, WIDTH, batch, expected, tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    MllamaForCausalLM,
+    MllamaTextConfig,
+    Qwen2ForCausalLM,
+)
 from transformers.modeling_outputs import CausalLMOutput
 
 from mssr_kernels import (
@@ -134,12 +143,44 @@ def test_models_that_cannot_be_patched():
     ):
         patch(model)
     model = get_peft_model(tiny(), LoraConfig(target_modules=["lm_head"]))
-    with pytest.raises(TypeError, match="nn.Linear as output embeddings.*LoRA's target_modules"):
+    with pytest.raises(
+        TypeError, match=r"got peft\.tuners\.lora\.layer\.Linear: .*adapter, leave .*LoRA's target_modules$"
+    ):
         patch(model)
+    with pytest.raises(
+        TypeError, match=r"got Linear: its weight is float8_e4m3fn, leave the head out of quantisation$"
+    ):
+        patch(tiny().to(torch.float8_e4m3fn))
     model = tiny()
     model.forward = lambda *arguments, **keywords: None
     with pytest.raises(TypeError, match="the forward of Qwen2ForCausalLM is wrapped already"):
         patch(model)
+
+
+def transformers_models():
+    """Return models of transformers by what is said about each. The model itself is what is passed."""
+    sizes = dict(TEXT, num_local_experts=2)
+    eye = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    out = dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32)
+    several = {name: size for name, size in TEXT.items() if name != "head_dim"}
+    blip = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    yield (
+        Llama4ForConditionalGeneration(Llama4Config(text_config=sizes, vision_config=eye | out)),
+        "no backbone 'model'",
+    )
+    mllama = MllamaForCausalLM(MllamaTextConfig(**several, cross_attention_layers=[1]))
+    yield mllama, "no backbone 'language_model'"
+    yield BlipForConditionalGeneration(BlipConfig(text_config=blip, vision_config=eye)), "no output embeddings"
+    yield tiny().model, "no output embeddings: pass a language model with its head"
+
+
+def test_a_model_itself_is_not_taken_for_a_wrapper():
+    for model, reason in transformers_models():
+        with pytest.raises(TypeError, match=f"^patch: {type(model).__name__} has {reason}") as caught:
+            patch(model)
+        assert "DDP" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_calls_that_are_refused():
@@ -190,5 +231,7 @@ def test_router_losses_are_not_lost():
 
 def test_lora_on_the_head_of_a_patched_model_is_refused():
     model, (tokens, target) = get_peft_model(patch(tiny()), LoraConfig(target_modules=["lm_head"])), batch()
-    with pytest.raises(TypeError, match="lm_head of Qwen2ForCausalLM is now Linear.*leave the head out of LoRA's"):
+    with pytest.raises(
+        TypeError, match="lm_head of Qwen2ForCausalLM is now peft.*layer.Linear.*leave the head out of LoRA's"
+    ):
         model(input_ids=tokens, target=target)

@@ -98,6 +98,7 @@ def test_whole_row_by_hand(backend):
         ratio_max=1.25,
         tis_weight_sum=1.5,
         shaping_sum=shaping,
+        log_ratio_capped_sum=0,
     )
     assert metrics == pytest.approx(expected, rel=1e-5)
 

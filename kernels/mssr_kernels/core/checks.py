@@ -67,6 +67,8 @@ def check_values(head: HeadInputs):
 
 def check_loss(hidden: Tensor, rows: RowInputs, normalizer, config: PolicyLossConfig, vocab_drop_tol):
     """Check the arguments of the policy loss, and that those which the configuration needs are there."""
+    if not isinstance(config, PolicyLossConfig):
+        raise TypeError(f"config must be a PolicyLossConfig, got {type(config).__name__}: pass PolicyLossConfig(...)")
     for name, value in zip(RowInputs._fields, rows):
         if value is not None or name == "advantage":
             _row_tensor(name, value, hidden)

@@ -11,6 +11,9 @@ For the row's log-probability l and entropy H, with everything else constant:
     kl   = e^d - d - 1,  d = l_ref - l                  dkl/dl = 1 - e^d
     loss = -obj w + kl_coef kl - entropy_coef H
 
+l - l_old and d are first clamped to [-log_ratio_cap, log_ratio_cap], so that r and e^d are finite and an advantage of 0 never
+meets an infinity; dr/dl and dkl/dl are 0 where they are clamped.
+
 so  a = dloss/dl = -r A' w [not flat] + kl_coef (1 - e^d)   and   g = dloss/dH = -entropy_coef.
 
 The sign of A', not of A, decides where the ratio is clipped; this makes kappa < 1 safe. Everything is row-local, so a
@@ -24,6 +27,7 @@ from torch import Tensor
 
 from ..config import PolicyLoss, PolicyLossConfig, PolicyMetrics
 from .inputs import RowInputs
+from .statistics import FLOOR
 
 
 class RowTerms(NamedTuple):
@@ -40,6 +44,7 @@ class RowTerms(NamedTuple):
     tis_weight: Tensor
     policy_loss: Tensor
     kl: Tensor
+    capped: Tensor  # bool
 
 
 def row_loss(logp: Tensor, entropy: Tensor, rows: RowInputs, config: PolicyLossConfig) -> tuple[RowTerms, Tensor]:
@@ -53,7 +58,8 @@ def row_loss(logp: Tensor, entropy: Tensor, rows: RowInputs, config: PolicyLossC
     )
     advantage = rows.advantage + shaping
 
-    ratio = torch.exp(logp - (logp if rows.old_logp is None else rows.old_logp))
+    log_ratio, capped = _cap(logp - (logp if rows.old_logp is None else rows.old_logp), config)
+    ratio = torch.exp(log_ratio)
     low, high = 1 - config.clip_low, 1 + config.clip_high
     objective = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
     clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
@@ -67,17 +73,26 @@ def row_loss(logp: Tensor, entropy: Tensor, rows: RowInputs, config: PolicyLossC
         tis_weight = torch.exp(rows.old_logp - rows.rollout_logp).clamp(max=config.tis_cap)
     policy_loss = -objective * tis_weight
     loss = policy_loss - config.entropy_coef * entropy
-    slope = (-ratio * advantage * tis_weight).masked_fill(clipped | dual_clipped, 0)
+    slope = (-ratio * advantage * tis_weight).masked_fill(clipped | dual_clipped | capped, 0)
 
     kl = torch.zeros_like(logp)
     if rows.ref_logp is not None:
-        d = rows.ref_logp - logp
+        d, kl_capped = _cap(rows.ref_logp - logp, config)
         kl = torch.expm1(d) - d
         if config.kl_coef > 0:
             loss = loss + config.kl_coef * kl
-            slope = slope - config.kl_coef * torch.expm1(d)
-    terms = RowTerms(loss, logp, entropy, advantage, shaping, ratio, clipped, dual_clipped, tis_weight, policy_loss, kl)
+            slope = slope - (config.kl_coef * torch.expm1(d)).masked_fill(kl_capped, 0)
+        capped = capped | kl_capped
+    terms = RowTerms(
+        loss, logp, entropy, advantage, shaping, ratio, clipped, dual_clipped, tis_weight, policy_loss, kl, capped
+    )
     return terms, slope
+
+
+def _cap(log_ratio: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Tensor]:
+    """Return the clamped log-ratio, and where it was clamped. NaN stays NaN."""
+    cap = config.log_ratio_cap
+    return log_ratio.clamp(-cap, cap), log_ratio.abs() > cap
 
 
 def assemble(terms: RowTerms, rows: Tensor, total_rows: int, loss: Tensor) -> PolicyLoss:
@@ -93,6 +108,7 @@ def assemble(terms: RowTerms, rows: Tensor, total_rows: int, loss: Tensor) -> Po
         clipped_sum=terms.clipped.sum(dtype=loss.dtype), dual_clipped_sum=terms.dual_clipped.sum(dtype=loss.dtype),
         ratio_sum=terms.ratio.sum(), ratio_max=terms.ratio.max() if len(rows) else torch.zeros_like(loss.detach()),
         tis_weight_sum=terms.tis_weight.sum(), shaping_sum=terms.shaping.sum(),
+        log_ratio_capped_sum=terms.capped.sum(dtype=loss.dtype),
     )  # fmt: skip
     return PolicyLoss(
         loss, logp=scatter(terms.logp), entropy=scatter(terms.entropy), advantage=scatter(terms.advantage),
@@ -106,4 +122,5 @@ def _shaping_entropy(logp: Tensor, entropy: Tensor, rows: RowInputs, config: Pol
     if config.entropy_source == "exact":
         return entropy
     sampled = next(value for value in (rows.rollout_logp, rows.old_logp, logp) if value is not None)
+    sampled = sampled.clamp(min=FLOOR)  # a probability of 0 would be 0 * -inf
     return -sampled.exp() * sampled

@@ -172,4 +172,4 @@ def _divisor(normalizer: Tensor | float | None, kept_rows: int, head: HeadInputs
 
 def _no_terms(like: Tensor) -> RowTerms:
     terms = RowTerms(*(like.new_empty(0) for _ in RowTerms._fields))
-    return terms._replace(clipped=terms.clipped.bool(), dual_clipped=terms.dual_clipped.bool())
+    return terms._replace(**{name: getattr(terms, name).bool() for name in ("clipped", "dual_clipped", "capped")})

@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 
@@ -28,11 +29,12 @@ ROWS = "Tensor advantage, Tensor? old_logp, Tensor? ref_logp, Tensor? rollout_lo
 LOSS = "float? normalizer_value, float vocab_drop_tol, bool[] wanted"  # wanted: gradients of hidden, weight, bias
 CONFIG = (
     "float clip_low, float clip_high, float? dual_clip, float entropy_alpha, float entropy_kappa, str entropy_source, "
-    "float kl_coef, str kl_estimator, float entropy_coef, float? tis_cap"
+    "float kl_coef, str kl_estimator, float entropy_coef, float? tis_cap, float log_ratio_cap"
 )
 
 
 def call_logprob_entropy(head: HeadInputs, backend: str, group: ProcessGroup | None) -> LogprobEntropy:
+    _refuse_transforms("linear_logprob_entropy", head)
     tensors, options = _spread(head, backend, group)
     logp, entropy, lse, _, _ = logprob_entropy_op(*tensors, **options)
     return LogprobEntropy(logp, entropy, lse)
@@ -42,7 +44,10 @@ def call_policy_loss(
     head: HeadInputs, rows: RowInputs, normalizer: Tensor | float | None, config: PolicyLossConfig, vocab_drop_tol: float,
     backend: str, group: ProcessGroup | None,
 ) -> PolicyLoss:  # fmt: skip
+    _refuse_transforms("linear_policy_loss", head)
     tensors, options = _spread(head, backend, group)
+    if torch.compiler.is_compiling() and normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = _as_tensor(normalizer, head, ())
     is_tensor, grad = isinstance(normalizer, Tensor), torch.is_grad_enabled()
     loss, logp, entropy, advantage, ratio, clipped, metrics, *_ = policy_loss_op(
         *tensors,
@@ -60,14 +65,25 @@ _CONFIG_NAMES = tuple(field.name for field in dataclasses.fields(PolicyLossConfi
 
 def _spread(head: HeadInputs, backend: str, group: ProcessGroup | None) -> tuple[tuple, dict]:
     """The tensors of HEAD and the OPTIONS."""
-    per_row = isinstance(head.temperature, Tensor)
-    row_temperature = head.temperature.detach() if per_row else None
+    temperature = head.temperature
+    if torch.compiler.is_compiling() and not isinstance(temperature, Tensor):
+        temperature = _as_tensor(temperature, head, head.target.shape)
+    per_row = isinstance(temperature, Tensor)
+    row_temperature = temperature.detach() if per_row else None
     return (head.hidden, head.weight, head.bias, head.target, row_temperature), dict(
-        temperature=1.0 if per_row else float(head.temperature),
+        temperature=1.0 if per_row else float(temperature),
         softcap=None if head.softcap is None else float(head.softcap),
         ignore_index=head.ignore_index, workspace_bytes=int(head.workspace_bytes),
         backend=backend, group=None if group is None else group.group_name,
     )  # fmt: skip
+
+
+def _as_tensor(number: float, head: HeadInputs, shape: tuple[int, ...]) -> Tensor:
+    """Return the number as a tensor, for a compiler: every value of a number in an operator's arguments is a new graph.
+
+    A product, and not torch.full, because the compiler keeps numbers symbolic in arithmetic with tensors only.
+    """
+    return head.hidden.new_ones(shape, dtype=head.compute_dtype) * number
 
 
 def _gather(
@@ -143,7 +159,7 @@ policy_loss_op = _operator(policy_loss, f"{HEAD}, Tensor? normalizer, {ROWS}, *,
 
 @logprob_entropy_op.register_fake
 def _(hidden, weight, bias, target, *_, **__):
-    return tuple(hidden.new_empty(len(target), dtype=compute_dtype(hidden)) for _ in range(5))
+    return tuple(hidden.new_empty(target.shape[0], dtype=compute_dtype(hidden)) for _ in range(5))
 
 
 @logprob_entropy_backward_op.register_fake
@@ -157,8 +173,8 @@ def _(d_logp, d_entropy, d_lse, statistics, hidden, weight, bias, *_, wanted, **
 @policy_loss_op.register_fake
 def _(hidden, weight, bias, target, *_, wanted, **__):
     dtype = compute_dtype(hidden)
-    logp, entropy, advantage, ratio = (hidden.new_empty(len(target), dtype=dtype) for _ in range(4))
-    clipped = hidden.new_empty(len(target), dtype=torch.bool)
+    logp, entropy, advantage, ratio = (hidden.new_empty(target.shape[0], dtype=dtype) for _ in range(4))
+    clipped = hidden.new_empty(target.shape[0], dtype=torch.bool)
     metrics = hidden.new_empty(len(PolicyMetrics._fields), dtype=dtype)
     gradients = [
         hidden.new_empty(tensor.shape if want else 0, dtype=dtype)
@@ -215,6 +231,25 @@ def _hand_out(ctx, upstream, *_):
 
 logprob_entropy_op.register_autograd(_recompute, setup_context=_save_for_recomputation)
 policy_loss_op.register_autograd(_hand_out, setup_context=_save_gradients)
+
+
+def _refuse_transforms(name: str, head: HeadInputs):
+    """Raise for what an operator's autograd formula does not know: it would return a tangent of 0, or fail inside torch."""
+    transforms, levels = torch._C._functorch, []
+    if torch._C._are_functorch_transforms_active():  # torch's own autograd.Function asks there, too
+        # A compiler can trace only the look-up of the innermost transform.
+        one = torch.compiler.is_compiling()
+        levels = [transforms.peek_interpreter_stack()] if one else transforms.get_interpreter_stack()
+    if any(level.key() == transforms.TransformType.Grad for level in levels):
+        raise RuntimeError(
+            f"{name} does not support torch.func.grad, vjp and jacrev: use loss.backward() or torch.autograd.grad, or "
+            "backend='reference'"
+        )
+    leaves = (head.hidden, head.weight, head.bias)
+    if any(leaf is not None and forward_ad.unpack_dual(leaf).tangent is not None for leaf in leaves):
+        raise RuntimeError(
+            f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad): use backend='reference'"
+        )
 
 
 def _refuse_double_backward(name: str):

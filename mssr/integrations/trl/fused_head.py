@@ -15,6 +15,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from mssr.errors import UserError
 from mssr_kernels import FusedLMHead, PolicyLossConfig, PolicyMetrics
+from mssr_kernels.logits_path import measure
 
 
 class PolicyRows:
@@ -57,11 +58,12 @@ def fuse_head(model: PreTrainedModel, temperature: float) -> None:
     difference. It is called as a module, because DeepSpeed and FSDP gather its weight only then.
 
     Raises:
-        UserError: the model's head is not a plain nn.Linear, or its logits are multiplied by a number <= 0.
+        UserError: the model's head is not a plain nn.Linear, or is not all between the backbone and the logits.
     """
-    for linear in _linear_layers(model):
+    layers = _linear_layers(model)
+    settings = _softmax_settings(model, temperature)
+    for linear in layers:
         linear.__class__ = FusedLMHead
-    settings = _softmax_settings(model.config.get_text_config(), temperature)
     trl_forward = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against this signature
@@ -121,21 +123,21 @@ def _linear_layers(model: PreTrainedModel) -> list[nn.Linear]:
     return layers
 
 
-def _softmax_settings(config: PretrainedConfig, temperature: float) -> dict[str, float | None]:
-    """Return temperature and softcap of the head, for a model that scales its logits before the softcap.
+def _softmax_settings(model: PreTrainedModel, temperature: float) -> dict[str, float | None]:
+    """Return temperature and softcap of the head, as the model's own forward shows them.
 
-    Models name the scale differently; the names are those that TRL reads. It is folded into the other two exactly:
-    cap * tanh(s x / cap) / T = (cap / s) * tanh(x / (cap / s)) / (T / s).
+    TRL reads them from names in the config, which models use differently.
     """
-    names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    name = next((name for name in names if getattr(config, name, None) is not None), None)
-    scale = 1.0 if name is None else float(getattr(config, name))
-    if scale <= 0:
-        raise UserError(f"model config: {name} is {scale:g}, the fused head needs a number > 0; use TRL's own trainer")
-    if name == "logits_scaling" and config.model_type != "hyperclovax":  # Granite divides by it
-        scale = 1 / scale
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return {"temperature": temperature / scale, "softcap": None if softcap is None else softcap / scale}
+    name, backbone = type(model).__name__, model.base_model
+    if backbone is model:
+        raise UserError(f"{name}: it has no backbone below its head; use a trainer that scores from the model's logits")
+    try:
+        scale, softcap = measure(model, backbone, model.get_output_embeddings())
+    except ValueError as error:
+        raise UserError(
+            f"the fused head {error}, and TRL's own would be wrong: use a trainer that scores from the model's logits"
+        ) from error
+    return {"temperature": temperature / scale, "softcap": softcap}
 
 
 def _load_balancing_loss(config: PretrainedConfig, outputs, kwargs: dict) -> Tensor | None:
