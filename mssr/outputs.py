@@ -72,7 +72,12 @@ def write_new(path: Path, write: Callable[[Path], None]) -> Path:
     """Write a folder where nothing is yet, or an empty folder; it appears only when it is complete. Return it.
 
     write: gets a path beside it, where nothing is yet.
+
+    Raises:
+        UserError: something is there.
     """
+    if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
+        raise UserError(f"{path}: already there; name a new folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path, "partial")
     try:

@@ -40,7 +40,12 @@ def write_material(folder: Path) -> Path:
             "checkpoint_every": 2,
             "optimizer": {"lr": 1e-3},
         },
-        "sft": {"steps": 40, "batch_size": 32, "eval_every": 40, "optimizer": {"lr": 3e-3}},
+        "sft": {
+            "steps": 40,
+            "batch_size": 32,
+            "eval_every": 40,
+            "optimizer": {"lr": 3e-3, "grad_clip": 0.5, "schedule": "constant"},
+        },
         "eval": {"every": 3},
         "log": {"rollouts_every": 1, "rollouts_saved": 16},
     }

@@ -108,11 +108,11 @@ def test_a_new_folder_is_written_whole_where_nothing_is(tmp_path):
         folder_with(a="1")(path)
         raise OSError
 
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="already there"):
         write_new(tmp_path / "new", fail)
     assert not list(tmp_path.iterdir())
     write_new(tmp_path / "new", folder_with(a="1"))
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="already there"):
         write_new(tmp_path / "new", folder_with(a="2"))
     assert contents(tmp_path) == {"new/a": "1"} and len(list(tmp_path.iterdir())) == 1
 

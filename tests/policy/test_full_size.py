@@ -19,7 +19,7 @@ import torch
 from forked import forkserver, take_environment
 from PIL import Image
 from policy_helpers import ALONE, digit_rows, method_loss, plain_distribution, processors, prompts, random_batch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_position_ids
 
 from mssr.config import Config, load_config
@@ -193,7 +193,8 @@ def picture(width: int, height: int) -> bytes:
 
 def encode(config, images: list[bytes]):
     """Return a prompt from the run's encoder, with the real model's image token id; text ids are from a tiny tokenizer."""
-    encoder = PromptEncoder(*processors(), config)
+    published = Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12_845_056)  # the limits of the real models
+    encoder = PromptEncoder(processors()[0], published, config)
     row = digit_rows()[0] | {"images": images, "problem": "How many?" if images else "Two and two?"}
     prompt = encoder.encode(row, 0, "rows")
     ids = prompt.token_ids.masked_fill(prompt.token_ids == encoder.image_token_id, IMAGE)

@@ -127,14 +127,13 @@ def test_saved_after_an_update_loads_in_plain_transformers(world, prompts, tmp_p
     )
 
 
-def test_save_replaces_what_an_earlier_run_left(policy, tmp_path):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    (folder / "stale.safetensors").write_text("old")
-    save_model(policy, processors(), folder, ALONE)
+def test_save_writes_a_whole_folder_and_replaces_none(policy, tmp_path):
+    folder = save_model(policy, processors(), tmp_path / "out", ALONE)
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= names
-    assert "stale.safetensors" not in names
+    with pytest.raises(UserError, match="out: already there; name a new folder"):
+        save_model(policy, processors(), folder, ALONE)
+    assert {path.name for path in folder.iterdir()} == names
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     tokenizer, _ = processors()
     assert load_processors(folder)[0].get_vocab() == tokenizer.get_vocab()

@@ -97,6 +97,7 @@ def test_a_failed_run_is_named_and_repeated_until_it_ends(plan, run):
 def test_what_a_run_cost_is_that_of_all_its_attempts(plan, run):
     base = plan("base")
     base.folder.mkdir(parents=True)
+    (base.folder.parents[2] / ".lock").touch()  # the study ran before
     before = {"code": 143, "wall_seconds": 7200.0, "cpu_seconds": 3600.0}
     (base.folder / "attempts.jsonl").write_text(json.dumps(before) + "\n")
     command = shell("true")
@@ -183,6 +184,7 @@ def test_a_run_that_does_not_end_in_time_is_killed(plan, run, tmp_path, monkeypa
 def test_a_folder_with_another_configuration_is_refused_before_anything_starts(plan, run):
     first, base = plan("first"), plan("base", seed=5)
     base.folder.mkdir(parents=True)
+    (base.folder.parents[2] / ".lock").touch()  # the study ran before
     there = base.config.model_dump(mode="json") | {"seed": 6, "run_dir": "moved/since"}
     (base.folder / "config.yaml").write_text(yaml.safe_dump(there))
     with pytest.raises(UserError, match="arm base, seed 5: seed is 5, the run in .* had 6; remove that folder"):
