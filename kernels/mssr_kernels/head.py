@@ -62,7 +62,7 @@ class FusedLMHead(nn.Linear):
         if linear.bias is not None:
             head.bias = linear.bias
         if _FORBIDDEN in linear._buffers:
-            head.register_buffer(_FORBIDDEN, linear._buffers[_FORBIDDEN], persistent=False)
+            head.register_buffer(_FORBIDDEN, linear._buffers[_FORBIDDEN].clone(), persistent=False)
             head._forbidden_ids = linear._forbidden_ids
         # nn.Module's own dictionaries, and not copies: handles of the hooks refer to them.
         hooks = [name for name in vars(head) if "_hook" in name]

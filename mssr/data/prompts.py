@@ -1,5 +1,6 @@
 """Turns one dataset row into one prompt: text by the chat template, images by the model's own processor."""
 
+import errno
 import hashlib
 import re
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from mssr.errors import BadRow, UserError, shortened
 IMAGE_MARKER = "<image>"  # where the problem's text puts an image (EasyR1 rows)
 # What marks an image, video or sound in other data sets, and would be read as text here: <video>, <image_1>, <|image|>
 OTHER_MARKER = re.compile(r"<\|?(image|img|video|audio|speech)([ _-]?(\d+|placeholder|token|here))?\|?>", re.IGNORECASE)
+STORAGE_FAILURES = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN}
 SURROGATE = re.compile("[\ud800-\udfff]")
 IMAGE_TOKEN = "<|image_pad|>"  # in Qwen tokenizers without an `image_token`
 
@@ -63,7 +65,13 @@ class Unusable(Exception):
 
 
 def why_unusable(error: Exception) -> str:
-    """Return in one line why a row cannot be used; errors that nobody foresaw are bad rows as well."""
+    """Return in one line why a row cannot be used; errors that nobody foresaw are bad rows as well.
+
+    Raises:
+        MemoryError, UserError: it is not the row: memory is exhausted, or storage failed.
+    """
+    if isinstance(error, MemoryError | UserError):
+        raise error
     if isinstance(error, Unusable):
         return str(error)
     return f"cannot be prepared: {type(error).__name__}: {shortened(error, 300)}; fix or remove the row"
@@ -240,6 +248,8 @@ def _load_images(given: list[Any]) -> tuple[tuple[bytes, ...], tuple[Image.Image
             images.append(image_bytes(image))
             pictures.append(decode_image(images[-1]))
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in STORAGE_FAILURES:  # skipping the row would change the data
+                raise UserError(f"{name}: {error.strerror}; it is not the file: try again, with --resume") from None
             why = error.strerror if isinstance(error, OSError) and error.strerror else shortened(error, 300)
             raise Unusable(f"{name} is unreadable: {why}; replace the file or remove the row") from None
     return tuple(images), tuple(pictures)

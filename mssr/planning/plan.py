@@ -94,7 +94,7 @@ def _assumptions(config: Config, longest: Workload, model: PretrainedConfig) -> 
     notes = [
         f"memory: micro-batches of {len(shape.lengths)} sequences, {shape.tokens} tokens, at the limits: prompts of "
         f"{longest.prompt} tokens ({longest.image} of an image), responses of {longest.response}",
-        "host memory: without the rows of data.train and data.val, which are in temporary files (TMPDIR), one per machine",
+        "host memory: without rows of data.train and data.val, in a temporary file per machine (in memory if TMPDIR is)",
         "1.5 GiB per GPU for the CUDA context and libraries; fragmentation of PyTorch's allocator is not included",
     ]
     if config.model.attention != "flash":

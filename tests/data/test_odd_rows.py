@@ -2,6 +2,7 @@
 
 import base64
 import codecs
+import errno
 import json
 import sys
 
@@ -9,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import mssr.data.prompts as prompts_module
 from mssr.data.prompts import PromptEncoder
 from mssr.errors import BadRow, UserError
 
@@ -131,3 +133,16 @@ def test_long_texts_are_cut(make_dataset, png, tmp_path):
     with pytest.raises(UserError) as caught:
         make_dataset("x" * 5000 + ".jsonl")
     assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_storage_or_memory_that_fails_is_no_bad_row(make_dataset, tmp_path, monkeypatch, error):
+    """Skipping such a row would train on other data than the next start."""
+
+    def fail(image):
+        raise error
+
+    monkeypatch.setattr(prompts_module, "image_bytes", fail)
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"images": ["a.png"]}))
+    with pytest.raises((UserError, MemoryError), match="Input/output error; it is not the file|^$"):
+        make_dataset(tmp_path / "a.jsonl", on_bad_row="skip")

@@ -161,6 +161,18 @@ def test_what_is_forbidden_survives_to_empty():
         assert torch.equal(late(hidden)[:, kept], real(hidden)[:, kept])
 
 
+def test_a_head_made_from_another_forbids_for_itself():
+    first = FusedLMHead(12, 50)
+    first.forbid([1])
+    second = FusedLMHead.from_linear(first)
+    second.forbid([2])
+    hidden = torch.randn(3, 12)
+    for _ in range(2):
+        assert (first(hidden) == -torch.inf)[0].nonzero().flatten().tolist() == [1]
+        assert (second(hidden) == -torch.inf)[0].nonzero().flatten().tolist() == [1, 2]
+        first.float()
+
+
 def test_from_linear_keeps_hooks():
     model, calls = Model(), []
     kept = [

@@ -47,7 +47,7 @@ def call_policy_loss(
     _refuse_transforms("linear_policy_loss", head)
     tensors, options = _spread(head, backend, group)
     if torch.compiler.is_compiling() and normalizer is not None and not isinstance(normalizer, Tensor):
-        normalizer = _as_tensor(normalizer, head, ())
+        normalizer = _as_tensor(normalizer, head)
     is_tensor, grad = isinstance(normalizer, Tensor), torch.is_grad_enabled()
     loss, logp, entropy, advantage, ratio, clipped, metrics, *_ = policy_loss_op(
         *tensors,
@@ -67,7 +67,7 @@ def _spread(head: HeadInputs, backend: str, group: ProcessGroup | None) -> tuple
     """The tensors of HEAD and the OPTIONS."""
     temperature = head.temperature
     if torch.compiler.is_compiling() and not isinstance(temperature, Tensor):
-        temperature = _as_tensor(temperature, head, head.target.shape)
+        temperature = _as_tensor(temperature, head)
     per_row = isinstance(temperature, Tensor)
     row_temperature = temperature.detach() if per_row else None
     return (head.hidden, head.weight, head.bias, head.target, row_temperature), dict(
@@ -78,12 +78,12 @@ def _spread(head: HeadInputs, backend: str, group: ProcessGroup | None) -> tuple
     )  # fmt: skip
 
 
-def _as_tensor(number: float, head: HeadInputs, shape: tuple[int, ...]) -> Tensor:
-    """Return the number as a tensor, for a compiler: every value of a number in an operator's arguments is a new graph.
+def _as_tensor(number: float, head: HeadInputs) -> Tensor:
+    """Return the number as a 0-d tensor, for a compiler: every value of a number in an operator's arguments is a new graph.
 
     A product, and not torch.full, because the compiler keeps numbers symbolic in arithmetic with tensors only.
     """
-    return head.hidden.new_ones(shape, dtype=head.compute_dtype) * number
+    return head.hidden.new_ones((), dtype=head.compute_dtype) * number
 
 
 def _gather(
@@ -91,6 +91,10 @@ def _gather(
 ) -> tuple[HeadInputs, Backend]:
     """The inverse of `_spread`."""
     temperature = temperature if row_temperature is None else row_temperature
+    if row_temperature is not None and row_temperature.dim() == 0:  # a number, by `_as_tensor`
+        # On a CPU it is a number again, so that 1 costs no pass over the logits. On a GPU that would be a synchronisation.
+        on_cpu = row_temperature.device.type == "cpu"
+        temperature = row_temperature.item() if on_cpu else row_temperature.expand(target.shape).contiguous()
     shard = None if group is None else Shard.of(weight, _resolve_process_group(group))
     hidden, weight, bias = (None if tensor is None else tensor.detach() for tensor in (hidden, weight, bias))
     head = HeadInputs(hidden, weight, bias, target, temperature=temperature, shard=shard, **options)
