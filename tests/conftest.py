@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 # Read by OpenMP when it loads: with one thread per process, tests that start ranks do not compete for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 # Triton's interpreter multiplies with NumPy. OpenBLAS kernels for Haswell and Zen round a row differently depending on its
 # position in the matrix, which breaks tests of bitwise equality. Those for Sandy Bridge do not, and run on any CPU with AVX.
 os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
+# A shell starts background jobs with Ctrl-C ignored, which the processes that tests start would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
