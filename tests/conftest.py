@@ -12,8 +12,6 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined
 # Triton's interpreter multiplies with NumPy. OpenBLAS kernels for Haswell and Zen round a row differently depending on its
 # position in the matrix, which breaks tests of bitwise equality. Those for Sandy Bridge do not, and run on any CPU with AVX.
 os.environ["OPENBLAS_CORETYPE"] = "Sandybridge"
-# A shell starts background jobs with Ctrl-C ignored, which the processes that tests start would inherit.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
@@ -21,6 +19,11 @@ from failures import pytest_terminal_summary  # noqa: F401
 from families import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401
 from mssr_process import Launcher
 from two_ranks import two_ranks
+
+
+def pytest_configure():
+    """Obey Ctrl-C: a shell's background job ignores it, and the processes that tests start would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():
