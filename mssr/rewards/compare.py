@@ -6,6 +6,11 @@ reaches the library. Where a reading is ambiguous, answers are different: a rewa
 - A unit may be missing on one side (`30°` and `30`); two units must be the same, or convert (`5 m` and `500 cm`).
 - `x=5` equals `5`, but not `y=5`. `\\leq 5` and `\\neq 5` equal only their kind.
 - Bare lists and sets have no order (`1, 2` and `2, 1`); tuples and intervals have one, and their brackets count.
+- "and" and "or" are the same between values (`1 and 2` and `1 or 2`), not between conditions and words.
+- `x_{1}=2, x_{2}=3` are solutions: they have no order, and may be called x. Other names with indices stay apart.
+- A value after ≈ counts if it is the rounded value before it (`4\\pi\\approx 12.57`).
+- An option letter counts with its text, unless the text takes it back or names another option (`A. not B`).
+- `1<x<2` equals `(1,2)`, but a predicted `(1,2)` may be a point.
 - Letters side by side are a word (`left` is not `felt`, `AB` is not `BA`), unless operators or digits are beside them.
 - Case is ignored in words of three letters or more, not in symbols, formulas and names of points.
 """
@@ -32,9 +37,10 @@ from mssr.rewards.structure import (
     related,
     split_lists,
     without_brackets,
+    without_builder,
 )
-from mssr.rewards.units import Quantity, parse_quantity
-from mssr.rewards.vocabulary import is_mathematics, is_product
+from mssr.rewards.units import Quantity, Unit, parse_quantity
+from mssr.rewards.vocabulary import is_constant, is_mathematics, is_product
 
 Library = Callable[[str, str, str], bool]  # (kind, predicted, gold); the kinds are those of worker.py
 
@@ -42,8 +48,19 @@ _OPTION = re.compile(r"[(\[]?([A-J])[)\]]?[.:,)]?|\(([a-j])\)|([a-j])[.)]")
 _OPTION_TEXT = re.compile(
     r"(?:\(([A-J])\)|([A-J])(?:[.:)](?!\S?$)|,(?=[^\sA-J(])))\s*([^\s^_+*/=\\].*|\\[a-z].*|[-+]?\s*\d.*)", re.DOTALL
 )
+# What takes an option back or adds a second one: B. 6; not B; or B; B alone.
+_OTHER_OPTION = re.compile(
+    r"(?<![A-Za-z(])[A-J][.:)](?:\s+\S|\d)|(?<![A-Za-z])\([A-J]\)|^[A-J]$"
+    r"|\b(?:is|or|not|answer|option|choice|choose|but)\s+\(?[A-J]\)?(?![\w'])"
+    r"|\bnot (?:correct|right|true)\b|\b(?:incorrect|wrong)\b"
+)
 _OPTION_WORD = re.compile(r"(?:(?:the )?(?:option|choice)\s*:?|选项?|故选:?)\s*", re.IGNORECASE)
 _LETTERS = re.compile(r"[(\[]?[A-H][)\]]?(?:(?:\s*(?:,|;|&|and|和|与)\s*|\s*)[(\[]?[A-H][)\]]?)+")
+_RATIO = re.compile(r"([1-9]\d{0,8}):([1-9]|[1-9]\d{2,8})", re.ASCII)  # 1:20 may be a time
+_SPELLED = "first second third fourth fifth sixth seventh eighth ninth tenth"
+_ENDINGS = {1: "st", 2: "nd", 3: "rd"}
+_ORDINALS = {word: f"{place}{_ENDINGS.get(place, 'th')}" for place, word in enumerate(_SPELLED.split(), 1)}
+_ROOT = re.compile(r"^x(?:_\{\d\})?=")
 _POINT = re.compile(r"([A-Z])'?(?=\()")
 MAX_PARTS = 12  # of a list without order, compared in every order
 MAX_DEPTH = 4  # of lists in lists
@@ -55,7 +72,18 @@ def same_answer(predicted: str, gold: str, library: Library) -> bool:
     if not predicted or not gold:
         return False
     chosen = _by_option(predicted, gold, library)
-    return _Comparison(library).same(squeeze(predicted), squeeze(gold), MAX_DEPTH) if chosen is None else chosen
+    if chosen is not None:
+        return chosen
+    predicted, gold = squeeze(predicted), squeeze(gold)
+    if _may_be_point(predicted) and related(gold).operators:
+        return False
+    return _Comparison(library).same(predicted, gold, MAX_DEPTH)
+
+
+def _may_be_point(text: str) -> bool:
+    """Whether an open interval may be a point, as (1,2) may."""
+    group = grouped(text) if text else None
+    return group is not None and group.brackets == "()" and len(group.parts.items) == 2 and "\\infty" not in text
 
 
 class _Option(NamedTuple):
@@ -79,6 +107,8 @@ def _option(text: str) -> _Option | None:
 
 def _by_option(predicted: str, gold: str, library: Library) -> bool | None:
     """Compare option letters and texts; None if neither answer is an option."""
+    if predicted == gold:
+        return True
     ours, right = _option(predicted), _option(gold)
     if ours is None and right is None:
         return None
@@ -86,7 +116,7 @@ def _by_option(predicted: str, gold: str, library: Library) -> bool | None:
         if ours.text is not None and right.text is not None and not same_answer(ours.text, right.text, library):
             return False
         if ours.letters == right.letters:
-            return True
+            return not any(text is not None and _OTHER_OPTION.search(text) for text in (ours.text, right.text))
         return (
             len(ours.letters) > 1
             and sorted(ours.letters) == sorted(right.letters)
@@ -116,7 +146,7 @@ class _Comparison:
         ours, right = parse_quantity(predicted, False), parse_quantity(gold, True)
         if ours and right:
             return self._quantities(ours, right)
-        predicted, gold = without_brackets(predicted), without_brackets(gold)
+        predicted, gold = (without_brackets(without_builder(text)) for text in (predicted, gold))
         if predicted == gold:
             return True
         if "\\pm" in predicted or "\\pm" in gold:
@@ -144,6 +174,9 @@ class _Comparison:
             product or is_mathematics(text) for product, text in zip(products, (predicted, gold))
         ):
             return self._library("value", predicted, gold)
+        ratios = [_RATIO.fullmatch(text) for text in (predicted, gold)]
+        if all(ratios):
+            return Fraction(int(ratios[0][1]), int(ratios[0][2])) == Fraction(int(ratios[1][1]), int(ratios[1][2]))
         return _key(predicted) == _key(gold)
 
     def _quantities(self, ours: Quantity, right: Quantity) -> bool:
@@ -151,6 +184,8 @@ class _Comparison:
         if one is None and other is None:
             return self._scaled(ours.head, Fraction(1), right.head, Fraction(1))
         if one is not None and other is not None:
+            if one.dimensions != other.dimensions and (_bare_scale(one) or _bare_scale(other)):  # 5 million, $5 million
+                return self._scaled(ours.head, one.scale, right.head, other.scale)
             if one.dimensions != other.dimensions:
                 return False
             return self._scaled(ours.head, one.scale * one.factor, right.head, other.scale * other.factor)
@@ -167,6 +202,10 @@ class _Comparison:
         ratio = factor / right_factor
         if ours and right:
             return close(Number(ours.value * ratio, ours.digits, ours.places), right)
+        predicted, gold = (
+            f"\\frac{{{number.value.numerator}}}{{{number.value.denominator}}}" if number and " " in text else text
+            for number, text in ((ours, predicted), (right, gold))
+        )
         if ratio != 1:
             predicted = f"\\frac{{{ratio.numerator}}}{{{ratio.denominator}}}\\cdot({predicted})"
         return self._values(predicted, gold)
@@ -175,16 +214,18 @@ class _Comparison:
         ours, theirs = parts.items, right.items
         if len(ours) != len(theirs):
             return False
-        if all(self.same(one, other, depth) for one, other in zip(ours, theirs)):
-            return parts.joined == right.joined or not _wordy(ours + theirs)
-        if (
-            parts.ordered
-            or right.ordered
-            or len(ours) > MAX_PARTS
-            or (_wordy(ours + theirs) and parts.joined != right.joined)
-        ):
-            return False
+        joined = {parts.joined, right.joined}
+        differ = {"and", "or"} <= joined or (joined == {",", "or"} and _wordy(ours + theirs))
+        if ("mixed" in joined or differ) and (_states(ours) or _states(theirs)):
+            return joined == {"mixed"} and ours == theirs
         names, right_names = names_of(ours), names_of(theirs)
+        if _are_roots(names | right_names):
+            ours, theirs = ([_ROOT.sub("", item) for item in items] for items in (ours, theirs))
+            names, right_names = names_of(ours), names_of(theirs)
+        if all(self.same(one, other, depth) for one, other in zip(ours, theirs)):
+            return True
+        if parts.ordered or right.ordered or len(ours) > MAX_PARTS or "mixed" in joined:
+            return False
         if max(len(names), len(right_names)) > 1 and names != right_names:
             return False
         return self._in_any_order(ours, theirs, depth)
@@ -260,12 +301,13 @@ class _Comparison:
         return found and self._consistent(values) and self._consistent(right_values)
 
     def _consistent(self, values: list[list[str]]) -> bool:
-        """Whether values joined by an approximate sign are within 1 % of each other."""
-        first, *others = (group[0] for group in values)
-        return all(
-            is_mathematics(first) and is_mathematics(other) and self._library("roughly", first, other)
-            for other in others
-        )
+        """Whether the value after an approximate sign, of which there may be one, is the rounded value before it."""
+        if len(values) < 2:
+            return True
+        exact, rounded = values[0][0], values[1][0].replace(",", "")
+        if len(values) > 2 or not is_constant(exact) or not re.fullmatch(r"-?\d+(?:\.\d+)?", rounded):
+            return False
+        return self._library("rounded", exact, rounded)
 
     def _as_equations(self, ours: Relation, right: Relation) -> bool:
         if ours.operators != ("=",) or right.operators != ("=",):
@@ -275,6 +317,23 @@ class _Comparison:
         return self._library("equation", "=".join(ours.sides), "=".join(right.sides))
 
 
+def _bare_scale(unit: Unit) -> bool:
+    return not unit.dimensions and unit.scale != 1
+
+
+def _states(items: list[str]) -> bool:
+    """Whether the items are statements, which "and" and "or" tell apart: not values, or values of one variable."""
+    relations = [related(item) for item in items]
+    if any(set(relation.operators) - {"=", "\\approx"} for relation in relations) or len(names_of(items)) > 1:
+        return True
+    return _wordy(items) or all(is_name(item) for item in items)
+
+
+def _are_roots(names: set[str]) -> bool:
+    """Whether the names are x_{1}, x_{2} and so on, or x: solutions of one equation, which have no order."""
+    return any(name != "x" for name in names) and all(_ROOT.fullmatch(name + "=") for name in names)
+
+
 def _wordy(items: list[str]) -> bool:
     return any(re.search(r"(?<![\\A-Za-z])[A-Za-z]{3}", item) and not is_mathematics(item) for item in items)
 
@@ -282,5 +341,6 @@ def _wordy(items: list[str]) -> bool:
 def _key(text: str) -> str:
     r"""What words share. \angle CBA is \angle ABC: the vertex is in the middle."""
     text = words(text).replace(";", ",")
+    text = _ORDINALS.get(text.lower(), text)
     found = re.fullmatch(r"\\angle ?([A-Z])([A-Z])([A-Z])", text)
     return f"\\angle {min(found[1], found[3])}{found[2]}{max(found[1], found[3])}" if found else text

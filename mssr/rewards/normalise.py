@@ -38,9 +38,11 @@ _LAYOUT = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|rm|bf|it|mathop|quad|qquad|hfill|phantom\{\})"
     r"(?![a-zA-Z])|\\[,;:!]"
 )
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|textsf|mbox|hbox|underline)\s*\{([^{}]*)\}")
+_TEXT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|textnormal|textsf|mbox|hbox|underline)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
+)
 _UPRIGHT = re.compile(
-    r"\\(?:math(?:rm|bf|it|sf|tt|normal|ord|rel)|boldsymbol|bm|operatorname|ce|pu|boxed|fbox)\s*\{([^{}]*)\}"
+    r"\\(?:math(?:rm|bf|it|sf|tt|normal|ord|rel)|boldsymbol|bm|operatorname|ce|pu|boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _WRAPPED = [re.compile(pattern, re.DOTALL) for pattern in (
     r"\$\$([^$]+)\$\$", r"\$([^$]+)\$", r"\\\((.+)\\\)", r"\\\[(.+)\\\]", r"\*\*([^*]+)\*\*", r'"([^"]+)"', r"'([^']+)'",
@@ -56,6 +58,9 @@ _SYSTEM = re.compile(
     r"\s*(?:\\right\s*\.)?",
     re.DOTALL,
 )
+# Indices that can be written without braces: H_{2}O and a_{n}, but not y_{1}0, 101_{2} or \\log_{2}8.
+_INDEX = re.compile(r"(?<=[^\W\d_]|[')\]])_\{(\d+(?!\}\d)|\w+(?!\}\w))\}")
+_INDEX_OF_POINT = re.compile(r"(?:(?<=[^a-zA-Z\\][A-Z])|(?<=^[A-Z]))_\{(\d+(?!\}\d))\}")
 _GREEK = "pi|alpha|beta|gamma|theta|lambda|phi|omega"
 
 
@@ -63,6 +68,7 @@ def clean(text: str) -> str:
     """Return the answer with one spelling for each character and command; spaces are single, words stay apart."""
     text = _characters(text)
     text = re.sub(r"(?<!\\)\$([^$]*[^$\s\\])\$(?!\d)", r"\1", text)
+    text = re.sub(r"\{\s*\\rm(?![a-zA-Z])\s*", r"\\mathrm{", text)
     text = _SYSTEM.sub(lambda found: found[1].replace("\\\\", ",").replace("&", ""), text)
     text = re.sub(r"^\s*\*\*([^*]+)\*\*", r"\1", text)
     for _ in range(4):
@@ -82,6 +88,8 @@ def clean(text: str) -> str:
     text = _LAYOUT.sub(" ", text)
     text = re.sub(r"\\([a-zA-Z]+)", _command, text)
     text = re.sub(r"\^\s*(?:\{\s*(?:°|\\circ|o)\s*\}|\\circ(?![a-zA-Z])|°)", "°", text)
+    text = re.sub(r"(?<=[\d}])\^o(?![a-zA-Z])", "°", text)
+    text = re.sub(r"\{(\d+(?:\.\d+)?)\}(?=°)", r"\1", text)
     text = re.sub(r"\{\s*°\s*\}", "°", text.replace("\\circ", "°").replace("{}", ""))
     text = re.sub(r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times ", text)
     text = re.sub(r"\\not ?=", r"\\neq ", text)
@@ -94,6 +102,7 @@ def clean(text: str) -> str:
     )
     text = text.replace("+/-", "\\pm ").replace("~=", "\\approx ")
     text = re.sub(rf"(?<![\\a-zA-Z])({_GREEK}|sqrt|infinity)(?![a-zA-Z])", _spelled, text)
+    text = re.sub(r"(?<=[A-Z]{2}) ?// ?(?=[A-Z]{2})", r"\\parallel ", text)
     text = re.sub(r"\s+", " ", text).strip()
     text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
     return _unwrap(_trailing(text)).strip()
@@ -111,6 +120,7 @@ def squeeze(text: str) -> str:
     text = re.sub(r"(?<=\d) (?=\d{3}(?:\D|$))", _thousands_space, text)
     text = re.sub(r"\^\((-?\w+)\)", r"^{\1}", text)
     text = re.sub(r"([\^_])([+-]?\d+|[a-zA-Z](?![a-zA-Z]*\{)|\\[a-zA-Z]+(?![a-zA-Z{]))", r"\1{\2}", text)
+    text = re.sub("(?<=[①-⑳]) ?[,;和与及]? ?(?=[①-⑳])", ",", text)
     text = _roots(text)
     text = _fractions(text)
     text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
@@ -118,8 +128,13 @@ def squeeze(text: str) -> str:
 
 
 def words(text: str) -> str:
-    """Return the key that answers in words share: `H_{2}O` and `H2O`; `Greater  Than.` and `greater than`."""
-    text = re.sub(r"[_{}]|(?<=[a-zA-Z]{2})-(?=[a-zA-Z]{2})", lambda found: " " if found[0] == "-" else "", text)
+    """Return the key that answers in words share: `H_{2}O` and `H2O`; `Greater  Than.` and `greater than`.
+
+    Braces go only where nothing depends on them: `y_{1}0` is not `y_{10}`.
+    """
+    text = (_INDEX_OF_POINT if "\\" in text else _INDEX).sub(r"\1", text)
+    text = re.sub(r"(?<=[a-zA-Z])\^(?:\{(\d+)\})?([+-])$", r"^{\1\2}", text)  # Fe^3+
+    text = re.sub(r"(?<=[a-zA-Z]{2})-(?=[a-zA-Z]{2})", " ", text)
     text = re.sub(r"(?<=[^\W\d_])[.,;:!?]$|\s+", lambda found: " " if found[0].isspace() else "", text.strip())
     text = re.sub(r"^(?:the|an?) (?=[a-z]{3})", "", text, flags=re.IGNORECASE)
     text = re.sub(r"(?<![a-zA-Z]) | (?![a-zA-Z])", lambda found: " " if _between_digits(found) else "", text)

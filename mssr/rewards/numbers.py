@@ -24,7 +24,9 @@ _SPELLED = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 )
-_WORDS = {word: value for value, word in enumerate(_SPELLED.split())}
+_SPELLED_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_TENS = {word: 10 * tens for tens, word in enumerate(_SPELLED_TENS.split(), 2)}
+NUMBER_WORDS = {word: value for value, word in enumerate(_SPELLED.split())} | _TENS
 
 
 class Number(NamedTuple):
@@ -42,8 +44,8 @@ def parse_number(text: str) -> Number | None:
         sign, text = (-sign if text[0] == "-" else sign), text[1:].lstrip()
         if text[:1] in ("+", "-"):
             return None
-    if text.lower() in _WORDS:
-        return Number(Fraction(sign * _WORDS[text.lower()]))
+    if (spelled := _spelled(text.lower())) is not None:
+        return Number(Fraction(sign * spelled))
     if found := _NUMBER.fullmatch(text):
         return _scientific(found, sign)
     if found := _POWER_OF_TEN.fullmatch(text):
@@ -58,6 +60,15 @@ def parse_number(text: str) -> Number | None:
         )
         return Number(sign * value)
     return None
+
+
+def _spelled(text: str) -> int | None:
+    """Return the value of five, twenty, twenty-five."""
+    tens, _, units = text.replace("-", " ").partition(" ")
+    if not units:
+        return NUMBER_WORDS.get(text)
+    value = NUMBER_WORDS.get(units, 0)
+    return _TENS[tens] + value if tens in _TENS and 1 <= value <= 9 else None
 
 
 def _scientific(found: re.Match, sign: int) -> Number | None:

@@ -8,6 +8,7 @@ from mssr.rewards.numbers import parse_number
 
 _RELATION = re.compile(r"\\(?:leq|geq|neq|approx|in)(?![a-zA-Z])|[<>=]")
 _SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b|[和或及与且]|\\(?:cup|lor|vee|land|wedge)(?![a-zA-Z])")
+_JOINED = {"和": "and", "及": "and", "与": "and", "且": "and", "\\land": "and", "\\wedge": "and", ",": ",", ";": ","}
 _LETTER = r"[A-Za-z]{1,4}|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|phi|omega|Delta)"
 _NAME = re.compile(
     r"\([a-z],[a-z]\)"  # (x, y)
@@ -17,11 +18,12 @@ _NAME = re.compile(
     rf"\{{?(?:{_LETTER}|[a-zA-Z]{{2,}}(?: [a-zA-Z]+){{0,4}}|[\u4e00-\u9fff]{{1,8}})\}}?"
     r"'?(?:_\{\\?[\w ]+\})?'?(?:\(\w{1,3}\))?"  # x_{1}', f(x)
 )
+_BUILDER = re.compile(r"⦃([a-z])(?:\\in [A-Z])?[|:](.+)⦄")
 _MIRRORED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq", "=": "="}
 
 
 class Parts(NamedTuple):
-    """joined: by and, or; "," for commas alone."""
+    """joined: by "and" or "or"; "," for commas alone, "mixed" for both words."""
 
     items: list[str]
     ordered: bool
@@ -35,7 +37,8 @@ def split_list(text: str, *, ordered: bool = False) -> Parts:
         if depth == 0 and (found := _SEPARATOR.match(text, place)):
             if parse_number(text[start:]) is None and not (found[0] == "," and _thousands(text, place)):
                 items.append(text[start:place].strip())
-                joined = found[0] if found[0] not in ",;" else joined
+                word = found[0] if found[0] in ("and", "or") else _JOINED.get(found[0], "or")
+                joined = word if joined in (",", word) else joined if word == "," else "mixed"
                 start = found.end()
             place = found.end()
         else:
@@ -165,6 +168,13 @@ def name_and_values(relation: Relation) -> tuple[str, list[list[str]]]:
         elif len(relation.sides) > 1 and relation.sides[0] and is_name(relation.sides[-1]):
             name = groups[-1].pop()
     return name, [group for group in groups if group]
+
+
+def without_builder(text: str) -> str:
+    """Return the condition of a set: x<1 of {x|x<1}."""
+    found = _BUILDER.fullmatch(text)
+    condition = found and re.sub(r"\\(?:leq|geq|neq)(?![a-zA-Z])", "<", found[2])
+    return found[2] if found and re.search("[<>]", condition) and not re.search("[=⦃|]", condition) else text
 
 
 def names_of(items: list[str]) -> set[str]:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from mssr.rewards.numbers import parse_number
+from mssr.rewards.numbers import NUMBER_WORDS, parse_number
 from mssr.rewards.vocabulary import is_constant
 
 
@@ -65,10 +65,16 @@ _NOT_COUNTED = """
     squared cubed factorial half halves third quarter fourth fifth sixth seventh eighth ninth tenth hundredth thousandth tens
     pair score hundreds thousands millions billions mod modulo times divided by into with without only exactly ratio remainder
     point is are was were be if for at on in up down left right else true false yes per the a an th st nd rd am pm
-    sin cos tan cot sec csc log ln lg exp max min sqrt pi
+    sin cos tan cot sec csc log ln lg exp max min sqrt pi root radical choose add added subtract subtracted double doubled
+    triple tripled halved multiply multiplied multiplying lakh crore gross wrong incorrect unknown first
 """
-_NO_NOUNS = frozenset(_NOT_COUNTED.split())
-_NO_NOUNS_CHINESE = set("万亿千百十半倍点分之成折多少以上下余几约负正不或和与的至到左右第零一二三四五六七八九两")
+_NO_NOUNS = frozenset(_NOT_COUNTED.split()) | NUMBER_WORDS.keys() | _SCALES.keys()
+_NUMBER_PART = re.compile(  # sixteenths, quadrillion
+    r"[a-z]+illions?|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]+teen|[a-z]+tie|hundred|thousand|[a-z]+illion)ths?"
+)
+_NO_NOUNS_CHINESE = set(
+    "万亿千百十半倍点分之成折多少以上下余几约负正不或和与的至到左右第零一二三四五六七八九两根号派角毛立平"
+)
 
 
 def _fraction(number: int | str) -> Fraction:
@@ -91,6 +97,9 @@ def _table() -> dict[str, tuple[str | None, Fraction]]:
 _UNITS = _table()
 _POWERS = (("square ", 2), ("sq ", 2), ("sq.", 2), ("cubic ", 3), ("平方", 2), ("立方", 3))
 _CURRENCY = re.compile(r"([+-]?)(US\$|[$¥€£₹])(?=[\d.])")
+_ABBREVIATIONS = {"k": "thousand", "M": "million", "B": "billion"}
+# 1.2M and $5k. 5k may be a variable, 5M anything.
+_ABBREVIATED = re.compile(r"([+-]?(?:(?:US\$|[$¥€£₹])\d[\d,.]*|\d+\.\d+))([kMB])")
 _DEGREES = re.compile(r"(\d+)°(\d+)'(?:(\d+(?:\.\d+)?)'')?")
 _FACTOR = re.compile(r"(.*?)(?:\^\{?(-?\d)\}?|(?<=[a-zA-Z])(-?[23])| (squared|cubed))?")
 
@@ -150,7 +159,9 @@ def _product(text: str) -> tuple[Fraction, tuple[tuple[str, int], ...]] | None:
 
 def _noun(text: str) -> tuple[Fraction, tuple[tuple[str, int], ...]] | None:
     if re.fullmatch(r"[a-z]{3,}(?: [a-z]{3,}){0,2}", text):
-        if _NO_NOUNS.isdisjoint(text.split()) and _NO_NOUNS.isdisjoint(word.removesuffix("s") for word in text.split()):
+        each = text.split()
+        singular = [word.removesuffix("s") for word in each]
+        if _NO_NOUNS.isdisjoint(each + singular) and not any(map(_NUMBER_PART.fullmatch, each)):
             return Fraction(1), ((text.removesuffix("s"), 1),)
     elif re.fullmatch("[\u4e00-\u9fff]{1,4}", text) and _NO_NOUNS_CHINESE.isdisjoint(text):
         return Fraction(1), ((text, 1),)
@@ -167,6 +178,8 @@ def parse_quantity(text: str, gold: bool) -> Quantity | None:
 
     A letter right behind a number may be a variable: `5m` of a prediction has a unit, `5m` of the right answer has not.
     """
+    if found := _ABBREVIATED.fullmatch(text):
+        text = f"{found[1]} {_ABBREVIATIONS[found[2]]}"
     if found := _DEGREES.fullmatch(text):
         value = Fraction(found[1]) + Fraction(found[2]) / 60 + Fraction(found[3] or 0) / 3600
         return Quantity(f"\\frac{{{value.numerator}}}{{{value.denominator}}}", parse_unit("°"))
@@ -187,7 +200,7 @@ def parse_quantity(text: str, gold: bool) -> Quantity | None:
         head = head.rstrip()
         spaced = text[place - 1] == " "
         glued = not spaced and len(tail) == 1 and tail.isalpha() and tail.isascii()
-        if glued and (gold or tail not in "mghsL" or re.fullmatch(r"\d{1,3}|\d+\.\d+", head) is None):
+        if glued and (gold or tail not in "mghsLNVJW" or re.fullmatch(r"\d{1,3}|\d+\.\d+", head) is None):
             continue
         if (parse_number(head) is None and not is_constant(head)) or (unit := parse_unit(tail)) is None:
             continue

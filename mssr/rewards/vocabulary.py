@@ -1,4 +1,7 @@
-"""Tells mathematics, which the library may read, from words, which it would read as products of letters."""
+"""Tells mathematics, which the library may read, from words, which it would read as products of letters.
+
+What has two readings is not mathematics either: `1 2`, which the library adds, and `1/2x`.
+"""
 
 import re
 
@@ -18,6 +21,12 @@ _CHARACTERS = re.compile(r"[A-Za-z0-9+\-*/^_{}()|!.%°=\\ \[\]]+")
 _FORMULA = re.compile(  # H2O, H_2O, CO_2, Fe^{3+}
     r"[A-Z][a-z]?\d|[A-Z][a-z]?_\{\d+\}[A-Z(]|(?:[A-Z][a-z]?)+_\{\d+\}(?![+*/=^-])(?!$)|(?:[A-Z][a-z]?){2}_\{\d"
     r"|\^\{\d*[+-]\}"
+)
+
+# 4/3\pi is \frac{4}{3}\pi, as worker.py reads it. 1/2x may be \frac{x}{2} or \frac{1}{2x}.
+_SIMPLE_FRACTION = re.compile(r"(?<![\d./])\d+/\d+(?=\\(?:pi|sqrt))")
+_DIVIDED_FURTHER = re.compile(
+    r"/(?:[\d.]+|\\pi|\\sqrt\{[^{}]*\}|\([^()]*\)|[a-zA-Z])(?:\^\{[^{}]*\})? ?(?:[a-zA-Z(]|\d|\\(?!cdot|times|div|end|right))"
 )
 
 
@@ -62,6 +71,10 @@ def _readable(text: str, commands: frozenset[str]) -> bool:
     if re.search(r"\[", re.sub(r"\\sqrt\[\w\]", "", text)) or text.count("|") % 2:
         return False
     if re.search(r"(?<![\d.])0\d|\d/\d+/\d|\d{4}-\d{1,2}-\d", text):  # dates and the like
+        return False
+    if re.search(r"\d\s+[\d.]|\d\{\d|(?<![a-zA-Z}\]^_])\{[^{}]*\}[{\d]", text):  # 1 2 is neither 3 nor 2
+        return False
+    if _DIVIDED_FURTHER.search(_SIMPLE_FRACTION.sub("1", text)):
         return False
     bare = re.sub(r"\\[a-zA-Z]+", " ", text)
     if "\\int" in text or "\\iint" in text:

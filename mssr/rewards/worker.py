@@ -9,7 +9,7 @@ math-verify's LaTeX parser reads the answers; sympy evaluates both to many digit
     -> {"kind": "value", "predicted": "\\frac{1}{2}", "gold": "0.5"}
     <- {"equal": true}
 
-kind: value; equation (the same solutions); roughly (constants within 1 %).
+kind: value; equation (the same solutions); rounded (the second one, a decimal, is the first one, a constant, rounded).
 """
 
 import json
@@ -22,10 +22,12 @@ import sys
 
 MEMORY_LIMIT = 4 << 30  # bytes; towers of powers ask for more, and get a MemoryError
 DIGITS = 40
-EXACT, ROUNDED, ROUGH = 1e-30, 1e-6, 1e-2  # relative differences
+EXACT, ROUNDED = 1e-30, 1e-6  # relative differences
 MIN_DIGITS = 6  # significant digits of a rounded decimal, as in mssr.rewards.numbers
-# What the variables are set to. Negative ones tell |x| from x.
-POINTS = [("1.3", "0.4"), ("-2.7", "0.3"), ("0.21", "0.17"), ("3.9", "-1.1")]
+# What the variables are set to: the first one, and the step to each further one. Negative ones tell |x| from x, different
+# signs |a|+|b| from |a+b|, and large ones, which are too slow for integrals and sums, |x-100| from 100-x.
+POINTS = [("1.3", "0.4"), ("-2.7", "0.3"), ("0.21", "0.17"), ("3.9", "-1.1"), ("-1.7", "2.9"), ("2.3", "-5.1")]
+LARGE = [("1037.3", "-2291.7"), ("-211.9", "347.3")]
 
 
 class Mathematics:
@@ -44,11 +46,21 @@ class Mathematics:
         )
         symbols = ConversionConfig(lowercase_symbols=False)
 
+        def mixed(found: re.Match) -> str:
+            whole, above, below = map(int, found.groups())
+            if above < below:
+                return f"\\frac{{{whole * below + above}}}{{{below}}}"
+            return f"{whole}\\cdot\\frac{{{above}}}{{{below}}}"
+
         def read(text: str):
             text = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|ln|log|lg|exp)(?![a-zA-Z])", r"\\\1 ", text)
             text = re.sub(r"\\lg(?![a-zA-Z])", r"\\log_{10}", text)
             if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
                 text = re.sub(r"(\d+(?:\.\d+)?)°", r"{(\\frac{\1\\pi}{180})}", text)
+            # Two numbers side by side are a product, unless they are a mixed number. The library would add them.
+            text = re.sub(r"(?<![\d./])(\d+)/(\d+)(?=\\(?:pi|sqrt))", r"\\frac{\1}{\2}", text)
+            text = re.sub(r"(?<![\d.])(\d+)\\frac\{(\d+)\}\{(\d+)\}", mixed, text)
+            text = re.sub(r"(?<=[\d)]) ?(?=\()|(?<=\)) ?(?=\d)", r"\\cdot ", text)
             text = text.replace("°", "").replace("*", "\\cdot ").replace("%", "\\cdot\\frac{1}{100}")
             found = latex2sympy(
                 text,
@@ -68,8 +80,13 @@ class Mathematics:
             return one.shape == other.shape and all(self.equal(*pair, EXACT) for pair in zip(one, other))
         return self.equal(one, other, self.tolerance(predicted, gold))
 
-    def roughly(self, predicted: str, gold: str) -> bool:
-        return self.equal(self.read(predicted), self.read(gold), ROUGH)
+    def rounded(self, predicted: str, gold: str) -> bool:
+        exact, decimal = self.read(predicted), self.sympy.Rational(gold)
+        value = exact if exact.is_Rational else self.number(exact)
+        if value is None or not value.is_real or value * decimal < 0:
+            return False
+        power = 10 ** len(gold.partition(".")[2])
+        return self.sympy.floor(abs(value) * power + self.sympy.Rational(1, 2)) == abs(decimal) * power
 
     def equation(self, predicted: str, gold: str) -> bool:
         """Whether left - right of one equation is a constant multiple of the other's."""
@@ -92,19 +109,22 @@ class Mathematics:
         sympy = self.sympy
         if not isinstance(one, sympy.Expr) or not isinstance(other, sympy.Expr):
             return False
+        if one.has(sympy.zoo, sympy.nan) or other.has(sympy.zoo, sympy.nan):
+            return False  # something divided by zero
         if one == other:
             return True
         symbols = sorted(one.free_symbols | other.free_symbols, key=str)
         if not symbols:
             return self.near(one, other, tolerance)
-        for start, step in POINTS:
+        for start, step in POINTS if one.has(*self.iterated) or other.has(*self.iterated) else POINTS + LARGE:
             values = {
                 symbol: sympy.Rational(start) + place * sympy.Rational(step) for place, symbol in enumerate(symbols)
             }
-            left, right = (self.number(each.xreplace(values)) for each in (one, other))
+            exact = [each.xreplace(values) for each in (one, other)]
+            left, right = map(self.number, exact)
             if left is None or right is None:
                 return sympy.simplify(one - other) == 0
-            if not self.near(left, right, EXACT):
+            if not self.agree(left, right, EXACT, exact):
                 return False
         return True
 
@@ -112,15 +132,20 @@ class Mathematics:
         left, right = self.number(one), self.number(other)
         if left is None or right is None:
             return False
-        larger = max(abs(left), abs(right))
-        if larger < EXACT:  # cancelled digits: zero, or a very small number
-            return self.sympy.simplify(one - other) == 0
-        if abs(left - right) > tolerance * larger:
+        if not self.agree(left, right, tolerance, (one, other)):
             return False
         if tolerance > EXACT or (one - other).has(*self.iterated):
             return True
         difference = self.sympy.N(one - other, 10, maxn=700)
         return bool(difference == 0 or difference._prec == 1)  # no digit of it is certain: zero
+
+    def agree(self, left, right, tolerance: float, exact) -> bool:
+        """Whether the values `left` and `right` of the two exact constants are nearly equal."""
+        larger = max(abs(left), abs(right))
+        if abs(left - right) <= tolerance * larger:
+            return True
+        # Very small ones are the cancelled digits of zero, or different numbers.
+        return bool(larger < EXACT and self.sympy.simplify(exact[0] - exact[1]) == 0)
 
     def number(self, expression):
         """Return the value of a constant, or None."""
@@ -142,7 +167,7 @@ def main(alarm_s: int) -> None:
 
     def equal(kind: str, predicted: str, gold: str) -> bool:
         try:
-            return {"value": mathematics.value, "equation": mathematics.equation, "roughly": mathematics.roughly}[kind](
+            return {"value": mathematics.value, "equation": mathematics.equation, "rounded": mathematics.rounded}[kind](
                 predicted, gold
             )
         except Exception:
