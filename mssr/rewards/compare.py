@@ -50,9 +50,9 @@ _OPTION_TEXT = re.compile(
 )
 # What takes an option back or adds a second one: B. 6; not B; or B; B alone.
 _OTHER_OPTION = re.compile(
-    r"(?<![A-Za-z(])[A-J][.:)](?:\s+\S|\d)|(?<![A-Za-z])\([A-J]\)|^[A-J]$"
-    r"|\b(?:is|or|not|answer|option|choice|choose|but)\s+\(?[A-J]\)?(?![\w'])"
-    r"|\bnot (?:correct|right|true)\b|\b(?:incorrect|wrong)\b"
+    r"(?<![A-Za-z(])[A-J](?:[.:)]\s+\S|[.:),]\d)|(?<![A-Za-z])\([A-J]\)|^[A-J]$"
+    r"|\b(?i:is|or|not|answer|option|choice|choose|but)\s+\(?[A-J]\)?(?![\w'])"
+    r"|\b[nN]ot (?:correct|right|true)\b|\b(?:incorrect|wrong)\b"
 )
 _OPTION_WORD = re.compile(r"(?:(?:the )?(?:option|choice)\s*:?|选项?|故选:?)\s*", re.IGNORECASE)
 _LETTERS = re.compile(r"[(\[]?[A-H][)\]]?(?:(?:\s*(?:,|;|&|and|和|与)\s*|\s*)[(\[]?[A-H][)\]]?)+")
