@@ -1,7 +1,10 @@
 """One process per device: start-up and the collectives that the training loop needs."""
 
+import ctypes
 import os
+import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from mssr.errors import UserError
 # Longest wait for other ranks, for example while rank 0 writes a model or one rank samples longer. If a rank dies, its
 # launcher ends the job long before.
 TIMEOUT = timedelta(hours=1)
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ def start_world(device: str = "auto") -> World:
     Raises:
         UserError: device is "cuda" and there is no GPU, or the rendezvous port is in use.
     """
+    end_with_launcher()
     require_device(device)
     use_gpu = device_type(device) == "cuda"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
@@ -96,6 +101,12 @@ def start_world(device: str = "auto") -> World:
         _join(backend="nccl" if use_gpu else "gloo")
     here = torch.device("cuda", local_rank) if use_gpu else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), here)
+
+
+def end_with_launcher() -> None:
+    """Get SIGTERM when the launcher dies: torchrun's ranks are in sessions of their own, so whoever kills it misses them."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _join(backend: str) -> None:

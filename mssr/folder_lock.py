@@ -49,10 +49,12 @@ def locked(folder: Path) -> Iterator[None]:
             if os.getpid() == owner:
                 ended.set()
                 beats.join()
-                if _is_at(descriptor, path):
-                    path.unlink()
+                with suppress(OSError):  # a file system that fails: what the run did counts
+                    if _is_at(descriptor, path):
+                        path.unlink()
                 _held.discard(descriptor)
-                os.close(descriptor)
+                with suppress(OSError):
+                    os.close(descriptor)
     finally:
         with suppress(OSError):  # not empty
             for each in made:
@@ -154,10 +156,12 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _read(descriptor: int) -> dict:
+    """Return what its holder wrote; empty if it is nothing of ours."""
     try:
-        return json.loads(os.pread(descriptor, 4096, 0))
+        holder = json.loads(os.pread(descriptor, 4096, 0))
     except ValueError:
         return {}
+    return holder if isinstance(holder, dict) and {"host", "pid", "since"} <= holder.keys() else {}
 
 
 def _this_process() -> dict:

@@ -1,9 +1,11 @@
 """Processes that do not outlive the one that started them, however it ends: `kill -9` included.
 
 `Guarded` starts this file as a small process in a session of its own, which runs the command and holds the reading end of a
-pipe. When the pipe closes, because its only writer has died, the guard ends the command and all that it started.
+pipe. When the pipe closes, because its only writer has died, the guard ends the command and all that it started. Ranks are
+in sessions of their own, and end with their launcher (mssr.distributed).
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,6 +16,7 @@ import time
 from collections.abc import Sequence
 
 GRACE_S = 60.0  # between SIGTERM and SIGKILL: a training run saves its step
+_FOR_THE_COMMAND = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the guard outlives them
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
@@ -37,20 +40,33 @@ class Guarded(subprocess.Popen):
             os.close(reader)
 
     def finish(self) -> int:
-        """Wait for its end and return the exit status. Ctrl-C is passed on, so that a training run can save."""
+        """Wait for its end and return the exit status. Ctrl-C is passed on, so that a training run can save.
+
+        Any other exception, for example of a signal's handler, passes when the group has ended.
+        """
         while True:
             try:
                 return self.wait()
             except KeyboardInterrupt:
-                os.killpg(self.pid, signal.SIGINT)
+                self._signal(signal.SIGINT)
+            except BaseException:
+                self._signal(signal.SIGTERM)
+                self.wait()
+                raise
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(self.pid, number)
 
 
 def main(lifeline: int, command: list[str]) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # they are for the rest of the group
-        signal.signal(number, lambda *_: None)  # not SIG_IGN, which the command would inherit
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_COMMAND)  # one that comes now must reach the command
     child = os.fork()
     if child == 0:
         _become(command, lifeline)
+    for number in _FOR_THE_COMMAND:
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_COMMAND)
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):  # else who reads the command's output would wait for us too
         os.dup2(null, stream)
@@ -68,6 +84,9 @@ def main(lifeline: int, command: list[str]) -> None:
 
 def _become(command: list[str], lifeline: int) -> None:
     os.close(lifeline)
+    for number in _FOR_THE_COMMAND:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_COMMAND)
     if sys.platform == "linux":  # in case someone kills the guard
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:

@@ -1,12 +1,14 @@
 """What a run may replace in its folder: only what it wrote itself and nobody changed since.
 
 `run_dir/.mssr_outputs.jsonl` has a line per output: its name, and size and modification time of every file in it. An output
-is written beside its place, noted, and renamed, so a kill at any moment leaves the earlier one or the new one. Everything
-else in the folder belongs to somebody, and is never removed or overwritten.
+is written beside its place, noted, and renamed, so a kill at any moment leaves the earlier one or the new one. Between two
+renames an earlier folder has another name (`.replaced_...`); `clear_leftovers` gives it its own name back. Everything else
+in the folder belongs to somebody, and is never removed or overwritten.
 """
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable
@@ -20,6 +22,7 @@ Files = dict[
     str, list[int]
 ]  # path inside the output ("." for an output that is a file) -> size, modification time in ns
 ANYTHING = None  # noted for what is ours, whatever is in it
+_REPLACED = re.compile(r"\.replaced_(.+)_[0-9a-f]{8}")
 
 
 def refuse_foreign(run_dir: Path, names: Iterable[str]) -> None:
@@ -61,7 +64,12 @@ def replace(run_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
         if final.is_dir():  # a folder cannot be renamed over another one
             note(run_dir, str(replaced.relative_to(run_dir)), ANYTHING)
             final.rename(replaced)
-        partial.rename(final)
+        try:
+            partial.rename(final)
+        except BaseException:
+            if replaced.exists() and not final.exists():
+                replaced.rename(final)
+            raise
     finally:
         _remove(partial)
     _remove(replaced)
@@ -100,10 +108,15 @@ def set_aside(path: Path) -> Path | None:
 
 
 def clear_leftovers(run_dir: Path) -> None:
-    """Remove what a killed process of this run was writing."""
-    for name, states in _noted(run_dir).items():
-        if Path(name).name.startswith((".partial_", ".replaced_")) and ANYTHING in states:
-            _remove(run_dir / name)
+    """Remove what a killed process of this run was writing; if it had renamed the earlier output, rename that back."""
+    ours = [run_dir / name for name, states in _noted(run_dir).items() if ANYTHING in states]
+    for path in ours:
+        replaced = _REPLACED.fullmatch(path.name)
+        if replaced and os.path.lexists(path) and not os.path.lexists(final := path.with_name(replaced[1])):
+            path.rename(final)
+    for path in ours:
+        if path.name.startswith((".partial_", ".replaced_")):
+            _remove(path)
 
 
 def note(run_dir: Path, name: str, files: Files | None) -> None:
@@ -126,7 +139,8 @@ def _noted(run_dir: Path) -> dict[str, list[Files | None]]:
             entry = json.loads(line)
         except ValueError:  # torn by a kill: what it would have noted was not renamed
             continue
-        noted.setdefault(entry["path"], []).append(entry["files"])
+        if isinstance(entry, dict) and isinstance(entry.get("path"), str) and "files" in entry:
+            noted.setdefault(entry["path"], []).append(entry["files"])
     return noted
 
 

@@ -91,6 +91,25 @@ def test_another_hosts_lock_is_watched_and_taken_if_nobody_touches_it(tmp_path, 
     assert "left locked by process 123 on gpu7 (since 2026-01-02 03:04:05)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", ["[1]", "7", '{"host": "gpu7"}', "no JSON"])
+def test_a_lock_of_something_else_is_an_unknown_process(tmp_path, short_beats, capsys, content):
+    left_by_another_host(tmp_path / "run").write_text(content)
+    with locked(tmp_path / "run"):
+        pass
+    assert "left locked by an unknown process" in capsys.readouterr().err
+
+
+def test_a_file_system_that_fails_at_the_end_is_no_error_of_the_run(tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise OSError(116, "Stale file handle")
+
+    with locked(tmp_path / "run"):
+        monkeypatch.setattr("pathlib.Path.unlink", fails)
+    monkeypatch.undo()
+    with locked(tmp_path / "run"):  # it is released
+        pass
+
+
 def test_another_hosts_lock_that_is_touched_is_respected(tmp_path, short_beats, monkeypatch):
     lock = left_by_another_host(tmp_path / "run")
     monkeypatch.setattr(folder_lock.time, "sleep", lambda seconds: os.utime(lock))

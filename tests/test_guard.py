@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mssr.errors import Interrupted
 from mssr.guard import Guarded
 
 ROOT = Path(__file__).parents[1]
@@ -125,4 +126,39 @@ def test_ctrl_c_is_passed_on(monkeypatch):
 
         monkeypatch.setattr(guarded, "wait", wait)
         assert guarded.finish() == 7
+        monkeypatch.undo()
+
+
+def test_another_exception_ends_the_command_first(monkeypatch):
+    """As the handler of a study raises."""
+    with Guarded(["sh", "-c", "echo; exec sleep 600"], stdout=subprocess.PIPE) as guarded:
+        guarded.stdout.readline()
+        waits = []
+
+        def wait():
+            waits.append(guarded)
+            if len(waits) == 1:
+                raise Interrupted(signal.SIGTERM, "stopped")
+            return Guarded.wait(guarded)
+
+        monkeypatch.setattr(guarded, "wait", wait)
+        with pytest.raises(Interrupted):
+            guarded.finish()
+        monkeypatch.undo()
+        assert guarded.returncode == -signal.SIGTERM
+
+
+def test_ctrl_c_at_its_very_end(monkeypatch):
+    with Guarded(["true"]) as guarded:
+        code = guarded.wait()
+        waits = []
+
+        def wait():
+            waits.append(guarded)
+            if len(waits) == 1:
+                raise KeyboardInterrupt
+            return code
+
+        monkeypatch.setattr(guarded, "wait", wait)
+        assert guarded.finish() == 0
         monkeypatch.undo()

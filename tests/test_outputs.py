@@ -78,13 +78,13 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("nth", [1, 2])
-def test_a_kill_between_the_renames_leaves_what_the_next_session_may_replace(tmp_path, monkeypatch, nth):
+def test_after_a_kill_between_the_renames_the_earlier_output_is_back(tmp_path, monkeypatch, nth):
     replace(tmp_path, "model", folder_with(weights="first"))
     rename, calls = os.rename, []
 
     def killed(source, target):
         calls.append(target)
-        if len(calls) == nth:
+        if len(calls) >= nth:
             raise Killed
         rename(source, target)
 
@@ -94,13 +94,29 @@ def test_a_kill_between_the_renames_leaves_what_the_next_session_may_replace(tmp
         replace(tmp_path, "model", folder_with(weights="second"))
     monkeypatch.undo()
     with (tmp_path / ".mssr_outputs.jsonl").open("a") as record:
-        record.write('{"path": "mod')  # a line that the kill tore
+        record.write('[1]\n7\n{"path": 1}\n{"path": "mod')  # no lines of ours, and one that the kill tore
     (tmp_path / ".partial_model").mkdir()  # a person's
     clear_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} - {"model"} == {".mssr_outputs.jsonl", ".partial_model"}
+    assert contents(tmp_path) == {"model/weights": "first"}
     replace(tmp_path, "model", folder_with(weights="third"))
     replace(tmp_path, "model", folder_with(weights="fourth"))
     assert contents(tmp_path) == {"model/weights": "fourth"}
+
+
+def test_a_rename_that_fails_leaves_the_earlier_output(tmp_path, monkeypatch):
+    replace(tmp_path, "model", folder_with(weights="first"))
+    rename = os.rename
+
+    def fails(source, target):
+        if ".partial_" in str(source):
+            raise OSError
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", fails)
+    with pytest.raises(OSError):
+        replace(tmp_path, "model", folder_with(weights="second"))
+    assert contents(tmp_path) == {"model/weights": "first"}
 
 
 def test_a_new_folder_is_written_whole_where_nothing_is(tmp_path):

@@ -9,13 +9,14 @@ from mssr.errors import UserError
 
 LOG = "log.txt"
 LINE_OF_AN_ERROR = "mssr: "  # prefix of error messages of mssr.cli
-DIVERGED_CODE = 3  # of mssr.cli
+_OF_THE_LAUNCHER = re.compile(r"mssr: rank \d+ (ended with|was ended by) ")  # the last line, of mssr.launch
+DIVERGED_CODE = 3  # of mssr.cli, when training diverged (mssr.errors.Diverged); mssr.launch passes it on
 GRACE_S = 60.0  # seconds that a run has to save its step after SIGTERM
 
 
 def train_command(config: Path, overrides: list[str], ranks: int) -> list[str]:
     """Return the command of a run. --resume works with an empty folder, one with records only, or a checkpoint."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    launcher = ["-m", "mssr.launch", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return [sys.executable, *launcher, "-m", "mssr", "train", str(config), *overrides, "--resume"]
 
 
@@ -48,23 +49,14 @@ def visible_gpus(ranks: int) -> list[str]:
 
 
 def last_line(log: Path) -> str:
-    """Return why a run ended: its last `mssr: ` line, or else its last line."""
+    """Return why a run ended: its last `mssr: ` line, or else its last line; the launcher's only if there is no other."""
     try:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     except FileNotFoundError:
         lines = []
-    told = [line for line in lines if line.startswith(LINE_OF_AN_ERROR)]
-    return (told or lines or ["no output"])[-1].removeprefix(LINE_OF_AN_ERROR)
-
-
-def diverged(code: int, log: Path) -> bool:
-    """Tell whether `mssr train` stopped because training diverged (mssr.errors.Diverged); torchrun prints the exit code."""
-    if code == DIVERGED_CODE:
-        return True
-    return (
-        code != 0
-        and re.search(rf"^\s*exitcode\s*: {DIVERGED_CODE}\b", log.read_text(errors="replace"), re.M) is not None
-    )
+    others = [line for line in lines if not _OF_THE_LAUNCHER.match(line)]
+    told = [line for line in others if line.startswith(LINE_OF_AN_ERROR)]
+    return (told or others or lines or ["no output"])[-1].removeprefix(LINE_OF_AN_ERROR)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -20,9 +20,9 @@ from bench import machine
 from bench.child import Child, Ended
 from bench.study.grid import PlannedRun
 from bench.study.process import (
+    DIVERGED_CODE,
     GRACE_S,
     LOG,
-    diverged,
     environment,
     last_line,
     train_command,
@@ -119,7 +119,7 @@ def _conclude(run: PlannedRun, ended: Ended, command: list[str]) -> Outcome:
     with (run.folder / ATTEMPTS).open("a") as file:
         file.write(json.dumps(vars(ended)) + "\n")
     line = "" if ended.code == 0 else last_line(run.folder / LOG)
-    if ended.code and not diverged(ended.code, run.folder / LOG):
+    if ended.code not in (0, DIVERGED_CODE):
         return Outcome(run, "failed", line)
     attempts = [json.loads(text) for text in (run.folder / ATTEMPTS).read_text().splitlines()]
     outcome = Outcome(run, "diverged" if ended.code else "budget", line)

@@ -145,7 +145,7 @@ def launch(
         with log.open("w", encoding="utf-8") as file:
             code = Guarded(full, stdout=file, stderr=subprocess.STDOUT).finish()
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        raise Interrupted(code - 128, "stopped; the next demo starts again")
+        raise Interrupted(code - 128, "stopped")
     if code:
         raise UserError(f"mssr {command} failed, see {log or 'above'}")
 

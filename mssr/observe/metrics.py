@@ -58,7 +58,10 @@ class MetricsLog:
     @property
     def position(self) -> int:
         """Bytes on disk so far; synced, since a checkpoint must not point beyond what survives a power cut."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write metrics: {error.strerror}") from error
         return self._file.tell()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mssr.batch import GradedRollouts, UpdateBatch
+from mssr.errors import UserError
 from mssr.observe.metrics import Metric
 from mssr.observe.progress import TrainProgress
 from mssr.observe.rollouts import save_rollouts
@@ -113,12 +114,25 @@ class Bookkeeping(AbstractContextManager):
         if self._why_skipped:
             self._session.checkpoints.settle(wait=True)
             self._skipped.refuse_to_go_on(done, self._gap, self._why_skipped)
-        if done % config.log.rollouts_every == 0 and self._run.world.is_main:
-            save_rollouts(config.run_dir, done, rollouts, baseline, batch.advantage, config.log.rollouts_saved)
+        if done % config.log.rollouts_every == 0:
+            self._save_rollouts(done, rollouts, baseline, batch.advantage)
         accuracy = metrics.get("val/accuracy")
         is_best = config.train.keep_best and accuracy is not None and self._session.checkpoints.is_best(accuracy)
         due = self._session.checkpoints.due(done) or is_best
         self._session.save_and_end_if_asked(done, due=due, best=accuracy if is_best else None, last=self._is_last(done))
+
+    def _save_rollouts(self, done: int, rollouts: GradedRollouts, baseline: Tensor | None, advantage: Tensor) -> None:
+        config, world = self._config, self._run.world
+        with world.together():
+            if not world.is_main:
+                return
+            try:
+                save_rollouts(config.run_dir, done, rollouts, baseline, advantage, config.log.rollouts_saved)
+            except OSError as error:
+                why = error.strerror or error
+                raise UserError(
+                    f"{config.run_dir}: rollouts of step {done} cannot be written: {why}; make room and train with --resume"
+                ) from None
 
     @property
     def _budget_spent(self) -> bool:

@@ -1,7 +1,8 @@
 """Checkpoints: everything a resumed run needs, and never a half-written one.
 
     run_dir/checkpoints/step_000040/    rank_0.pt   this rank's pieces of master weights and moments, its random state
-                                        state.pt    step, shapes, tracker, metrics position, data fingerprint
+                                        state.pt    step, ranks, shapes and updates, metrics position; the loop's parts
+                                                    (tracker, costs, ...); what tells that a run is the same
                         best.json       step and accuracy of the best validation (train.keep_best)
 
 A checkpoint is copied to host memory, written by a background thread under a temporary name, flushed to disk, and renamed
@@ -316,7 +317,8 @@ def _load(file: Path, keys: set[str], *, mmap: bool) -> dict[str, Any]:
         raise Damaged("missing; a checkpoint needs state.pt and the file of every rank") from None
     except OSError as error:
         raise Damaged(f"cannot be read ({error.strerror or error})") from None
-    except (EOFError, RuntimeError, ValueError, UnpicklingError):  # empty, cut, overwritten
+    except (EOFError, RuntimeError, ValueError, UnpicklingError, LookupError, TypeError, AttributeError):
+        # empty, cut, overwritten: a byte changed inside the pickle may raise any of them
         raise Damaged(f"damaged ({file.stat().st_size} bytes)") from None
     if not isinstance(content, dict) or not keys <= content.keys():
         raise Damaged("damaged, it is no part of a checkpoint")

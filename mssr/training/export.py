@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import torch
-import yaml
+from pydantic import ValidationError
 from transformers import AutoConfig
 
+from mssr.config.load import read_keys
+from mssr.config.presets import with_preset
 from mssr.config.schema import DataConfig, ModelConfig
 from mssr.data.processors import processors_to_save, with_pixel_limits
 from mssr.data.prompts import load_processors
@@ -35,8 +37,7 @@ def export(
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir}: no config.yaml in it; expected the run_dir of a training run")
-    values = yaml.safe_load(file.read_text())  # only the sections that are needed: others may name absent files
-    options, data = ModelConfig.model_validate(values["model"]), DataConfig.model_validate(values["data"])
+    options, data = _sections(file)
     if adapter and options.lora is None:
         raise UserError(f"--adapter: {file} has no model.lora; leave it out to export the whole model")
     step, folder = _checkpoint(run_dir, step)
@@ -50,6 +51,19 @@ def export(
         images = images and with_pixel_limits(images, data)
         save_model(policy, processors_to_save(options.path, tokenizer, images), out, alone)
     return step
+
+
+def _sections(file: Path) -> tuple[ModelConfig, DataConfig]:
+    """Read only the sections that are needed: others may name absent files."""
+    values = with_preset(read_keys(file, "config"))
+    try:
+        return ModelConfig.model_validate(values.get("model") or {}), DataConfig.model_validate(
+            values.get("data") or {}
+        )
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join([{"ModelConfig": "model", "DataConfig": "data"}[error.title], *map(str, problem["loc"])])
+        raise UserError(f"{file}: {where}: {problem['msg']}; restore what the run wrote") from None
 
 
 def _checkpoint(run_dir: Path, step: int | None) -> tuple[int, Path]:

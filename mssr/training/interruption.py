@@ -1,6 +1,7 @@
 """Ctrl-C, and SIGTERM and SIGUSR1, which schedulers send some time before they kill a job."""
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -16,23 +17,26 @@ from mssr.errors import Interrupted, UserError
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 REPEATED_S = 10.0
 AFTER_CTRL_C_S = 0.3
+RANKS_END_S = 5.0
 
 
 class Interruptions:
     """Context manager that remembers a signal until the loop asks for it, and says so.
 
     Ctrl-C (SIGINT) waits for the loop only inside `steps`. Before the first step and after the last one there is nothing
-    to save, so it ends the run at once.
+    to save, so it ends the run at once; with several ranks after RANKS_END_S, since one may wait for another for an hour.
 
     A second signal ends the process at once, even one that waits for another rank. Within REPEATED_S it counts as the
     first one: a signal to a whole process group arrives twice if the launcher in the group forwards it. After Ctrl-C that
     time is short, for a person who presses it again; torchrun forwards a second Ctrl-C as SIGTERM.
 
     kept: what a run that Ctrl-C ends at once leaves; part of its message.
+    obeyed: how a run outside of the steps obeys another signal; part of the announcement.
     """
 
     def __init__(self, world: World) -> None:
         self.kept = "ended before the first step; nothing was there to save"
+        self.obeyed = "saves and ends before the first step"
         self._world = world
         self._number = 0
         self._in_steps = self._at_once = False
@@ -51,6 +55,7 @@ class Interruptions:
             yield
         finally:
             self._in_steps = False
+            self.obeyed = "ends when the model is saved"
         if self._number == signal.SIGINT:  # it came after the last time that the loop asked
             self._remember(self._number, None)
 
@@ -88,10 +93,17 @@ class Interruptions:
             raise KeyboardInterrupt
 
     def _watch(self, reader: int) -> None:
-        """Runs in a thread: announce the first signal, and end the process at the second one."""
-        since = None
+        """Runs in a thread: announce the first signal, and end the process at the second one, or if Ctrl-C cannot."""
+        since = deadline = None
         with open(reader, "rb", buffering=0) as arrived:
-            while number := arrived.read(1):
+            while True:
+                left = None if deadline is None else max(deadline - time.monotonic(), 0)
+                if not select.select([arrived], [], [], left)[0]:
+                    deadline = None
+                    end_now(signal.SIGINT, self.kept)
+                    continue
+                if not (number := arrived.read(1)):
+                    return
                 (number,) = number
                 if number not in SIGNALS:
                     continue
@@ -100,18 +112,26 @@ class Interruptions:
                     self._announce(number)
                 elif time.monotonic() - since > repeated_s:
                     end_now(number)
+                if number == signal.SIGINT and not self._in_steps and self._world.size > 1 and deadline is None:
+                    deadline = time.monotonic() + RANKS_END_S
 
     def _announce(self, number: int) -> None:
-        if self._world.is_main and (self._in_steps or number != signal.SIGINT):
-            when = "at the end of this step" if self._in_steps else "before the first step"
-            again = "; a second Ctrl-C ends it at once" if number == signal.SIGINT else ""
-            text = f"mssr: {signal.Signals(number).name}: the run saves and ends {when}{again}"
-            print(text, file=sys.stderr, flush=True)
+        if self._in_steps:
+            how = "saves and ends at the end of this step"
+            how += "; a second Ctrl-C ends it at once" if number == signal.SIGINT else ""
+        elif number != signal.SIGINT:
+            how = self.obeyed
+        elif self._world.size > 1:
+            how = f"ends, within {RANKS_END_S:.0f} s on every rank"
+        else:
+            return  # it has ended before one could read this
+        if self._world.is_main:
+            print(f"mssr: {signal.Signals(number).name}: the run {how}", file=sys.stderr, flush=True)
 
 
-def end_now(number: int) -> None:
+def end_now(number: int, why: str = "second signal, ended at once; go on with --resume") -> None:
     """End this process without clean-up, from any thread. Files are safe: a kill may come at any moment."""
     below_display = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # which hides the cursor
-    text = f"{below_display}mssr: {signal.Signals(number).name}: second signal, ended at once; go on with --resume\n"
+    text = f"{below_display}mssr: {signal.Signals(number).name}: {why}\n"
     os.write(2, text.encode() if os.environ.get("RANK", "0") == "0" else b"")
     os._exit(128 + number)

@@ -1,5 +1,6 @@
 """Set-up that all commands share: processes, data, policy, sampler, reward, metrics."""
 
+import os
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
@@ -127,10 +128,11 @@ class Run(AbstractContextManager):
             except OSError as error:
                 raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
 
-    def refuse_foreign_outputs(self, others: Iterable[str] = ()) -> None:
+    def refuse_foreign_outputs(self, others: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
         """Refuse to start if this run would replace something that it did not write. Collective; after `lock_folder`.
 
         others: outputs besides config, model and adapter, by their names in run_dir.
+        folders: names of folders that the run writes into, and may find there.
 
         Raises:
             UserError: something is there that is not this run's.
@@ -147,6 +149,11 @@ class Run(AbstractContextManager):
                         raise UserError(
                             f"model.path {start}: this run would replace it by its result; set another run_dir"
                         )
+            for path in (run_dir / name for name in folders):
+                if os.path.lexists(path) and not path.is_dir():
+                    raise UserError(
+                        f"{path}: no folder, and this run needs one there; move it away, or set another run_dir"
+                    )
             names = [path.name for path in written] if self._config_is_there() else [CONFIG, *(p.name for p in written)]
             refuse_foreign(run_dir, [*names, *others])
 
@@ -158,32 +165,44 @@ class Run(AbstractContextManager):
             return False
 
     def open_records(self, *, resume_at: int | None = None) -> MetricsLog | None:
-        """Start (or continue) metrics.jsonl and write the configuration beside it; return the log on rank 0.
+        """Start (or continue) metrics.jsonl and write the configuration beside it; return the log on rank 0. Collective.
 
         Raises:
             UserError: the folder holds an earlier run's metrics, or cannot be written.
         """
-        if not self.world.is_main:
-            return None
         run_dir = self.config.run_dir
-        try:
-            self._metrics = MetricsLog(run_dir, tensorboard=self.config.log.tensorboard, resume_at=resume_at)
-            self._open.callback(self._metrics.close)
-            if not self._config_is_there():
-                text = yaml_1_2.dump(self.config.model_dump(mode="json"), sort_keys=False)
-                replace(run_dir, CONFIG, lambda partial: partial.write_text(text))
-        except OSError as error:
-            raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
+        with self.world.together():
+            if not self.world.is_main:
+                return None
+            try:
+                self._metrics = MetricsLog(run_dir, tensorboard=self.config.log.tensorboard, resume_at=resume_at)
+                self._open.callback(self._metrics.close)
+                if not self._config_is_there():
+                    text = yaml_1_2.dump(self.config.model_dump(mode="json"), sort_keys=False)
+                    replace(run_dir, CONFIG, lambda partial: partial.write_text(text))
+            except OSError as error:
+                raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
         return self._metrics
 
     def record(self, step: int, values: dict[str, Metric]) -> None:
-        if self._metrics is not None:
-            self._metrics.write(step, values)
+        """Write a line of metrics. Collective.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with self.world.together():
+            if self._metrics is not None:
+                self._metrics.write(step, values)
 
     @property
     def metrics_position(self) -> int:
-        """Length of metrics.jsonl, on rank 0."""
-        return self._metrics.position if self._metrics is not None else 0
+        """Length of metrics.jsonl, on rank 0. Collective.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with self.world.together():
+            return self._metrics.position if self._metrics is not None else 0
 
     def _say_loading(self) -> None:
         path = self.config.model.path

@@ -37,7 +37,9 @@ class SameRun:
     def __init__(self, command: str, config: Config) -> None:
         self._command, self._config = command, config
         self._settings = flat(config.model_dump(mode="json"))
-        self._model: str | None = None
+        # A folder may change while the run trains; a model of the hub does not, and need not have been loaded yet.
+        folder = Path(config.model.path)
+        self._model = model_fingerprint(str(folder)) if folder.is_dir() else None
 
     def state_dict(self, data: str) -> dict[str, Any]:
         """Return what a checkpoint keeps. data: fingerprint of the training data."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from mssr.data.dataset import ProblemDataset
 from mssr.errors import Interrupted
+from mssr.observe.rollouts import FOLDER as ROLLOUTS
 from mssr.observe.rollouts import rollout_folders
 from mssr.policy.engine import PolicyEngine
 from mssr.training.checkpoint import FOLDER, Checkpoints
@@ -34,12 +35,17 @@ class Session(AbstractContextManager):
             checkpoints = Checkpoints(run.config.run_dir, run.world, run.config.train)
             self.checkpoints = opened.enter_context(closing(checkpoints))
             self.saved = self.checkpoints.newest_state(resume=resume)
+            if command == "sft" or self.saved is not None:  # they do not save before a step
+                self._interruptions.obeyed = "saves and ends after one step"
             if self.saved is not None:
                 self._same.refuse_other_settings(self.saved.get("same_run"))
                 step = self.saved["step"]
                 self._interruptions.kept = f"ended before another step; go on from step {step} with --resume"
-            later = rollout_folders(run.config.run_dir, after=self.saved["step"] if self.saved else -1)
-            run.refuse_foreign_outputs(checkpoints.foreign_outputs() + (later if command == "train" else []))
+            others, folders = checkpoints.foreign_outputs(), [FOLDER]
+            if command == "train":
+                others += rollout_folders(run.config.run_dir, after=self.saved["step"] if self.saved else -1)
+                folders.append(ROLLOUTS)
+            run.refuse_foreign_outputs(others, folders)
             self._open = opened.pop_all()
 
     def start(self, engine: PolicyEngine, problems: ProblemDataset, parts: dict[str, Any]) -> int:
@@ -82,7 +88,7 @@ class Session(AbstractContextManager):
         """Context of the steps, at whose end Ctrl-C is obeyed."""
         with self._interruptions.steps():
             yield
-        self._interruptions.kept = "ended; all steps are saved, and --resume writes the model"
+            self._interruptions.kept = "ended; all steps are saved, and --resume writes the model"
 
     def save_and_end_if_asked(
         self, done: int, *, due: bool = False, best: float | None = None, last: bool = False
@@ -93,11 +99,17 @@ class Session(AbstractContextManager):
             Interrupted: a signal ended the run; the step is saved.
         """
         signal = self._interruptions.asked()
+        if last or signal:
+            self._interruptions.kept = (
+                f"ended while step {done} was saved; --resume goes on from the last whole checkpoint"
+            )
         if due or last or signal:
             state = {name: part.state_dict() for name, part in self._parts.items()}
             state |= {"same_run": self._same.state_dict(self._data), "metrics_position": self._run.metrics_position}
             self.checkpoints.save(done, self._engine, state, best=best)
         self.checkpoints.settle(wait=last or signal > 0)
+        if last or signal:
+            self._interruptions.kept = f"ended; step {done} is saved, go on with --resume"
         if signal:
             raise Interrupted(signal, f"saved step {done}; go on with --resume")
 

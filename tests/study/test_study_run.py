@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bench.study.process import diverged, environment, last_line
+from bench.study.process import environment, last_line
 from bench.study.report import write_report
 from bench.study.results import load_results
 from bench.study.runner import sole_user, start
@@ -122,6 +122,9 @@ def test_a_wrong_key_starts_nothing(write, tmp_path):
     "text, line",
     [
         ("step 1\nmssr: no such file\nE1120 torchrun says more\n", "no such file"),
+        ("mssr: no such file\nmssr: rank 1 ended with exit status 2; its message is above\n", "no such file"),
+        ("ValueError: 3\nmssr: rank 1 ended with exit status 1; its message is above\n", "ValueError: 3"),
+        ("mssr: rank 1 was ended by SIGKILL\n", "rank 1 was ended by SIGKILL"),
         ("Traceback\n  File\nValueError: 3\n\n", "ValueError: 3"),
         ("", "no output"),
     ],
@@ -154,11 +157,3 @@ def test_a_folder_with_other_files_is_no_study(tmp_path):
     with pytest.raises(UserError, match="holds files, but not of a study; name another folder"), sole_user(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
-
-
-def test_divergence_is_known_by_the_exit_code_also_with_torchrun(tmp_path):
-    log = tmp_path / "log.txt"
-    log.write_text("mssr: step 3: diverged\n[1]:\n  exitcode  : -15 (pid: 8)\nRoot Cause:\n  exitcode  : 3 (pid: 9)\n")
-    assert diverged(1, log) and diverged(3, tmp_path / "absent.txt") and not diverged(0, log)
-    log.write_text("mssr: step 3\n  exitcode  : 2 (pid: 9)\n")
-    assert not diverged(1, log)

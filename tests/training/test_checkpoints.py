@@ -2,16 +2,20 @@
 
 import json
 import shutil
+import zipfile
 from contextlib import closing
 
 import pytest
 import torch
+import yaml
 from mssr_process import Moment
 
+from mssr.config import load_config
 from mssr.config.schema import TrainConfig
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.training.checkpoint import Checkpoints
+from mssr.training.same_run import SameRun
 
 
 def test_the_best_validation_is_kept_besides_the_newest(mssr, warm, run):
@@ -112,6 +116,18 @@ def test_a_damaged_file_is_named_with_the_step_to_fall_back_to(tmp_path, name, d
     assert f"step 2 is whole; to go on from there, remove {file.parent}" in line
 
 
+@pytest.mark.parametrize("content", [b"\x80\x02h\x05.", b"\x80\x02)R.", b"\x80\x02K\x01}b.", b"\x80\x02K\x01K\x02s."])
+def test_a_pickle_whose_commands_make_no_sense(tmp_path, content):
+    state = write_step(tmp_path, 2) / "state.pt"
+    with zipfile.ZipFile(state) as whole:
+        records = {name: whole.read(name) for name in whole.namelist()}
+    with zipfile.ZipFile(state, "w") as changed:
+        for name, record in records.items():
+            changed.writestr(name, content if name.endswith("data.pkl") else record)
+    with pytest.raises(UserError, match="state.pt: damaged"):
+        resume(tmp_path)
+
+
 def test_an_empty_step_folder_without_another(tmp_path):
     folder = tmp_path / "checkpoints" / "step_000003"
     folder.mkdir(parents=True)
@@ -139,3 +155,28 @@ def test_the_command_line_says_so_too(mssr, warm, whole, run):
     shutil.rmtree(file.parent)
     mssr("train", warm, run.override, "--resume").check()
     run.assert_same_as(whole)
+
+
+def test_the_initial_model_is_the_one_at_the_start(material, tmp_path):
+    """Its folder may change before the first checkpoint."""
+    shutil.copytree(material / "untrained", tmp_path / "model")
+    config = load_config(material / "config.yaml", [f"model.path={tmp_path / 'model'}"])
+    same, before = SameRun("train", config), SameRun("train", config).state_dict("data")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert same.state_dict("data") == before != SameRun("train", config).state_dict("data")
+
+
+def test_export_reads_the_config_as_train_does(mssr, warm, whole, run):
+    """A configuration that a person wrote may stay in the folder if it says the same."""
+    shutil.copytree(whole.path, run.path)
+    values = yaml.safe_load((run.path / "config.yaml").read_text())
+    path, data = values["model"]["path"], values["data"]["train"]
+    (run.path / "config.yaml").write_text(
+        f"preset: paper\nmodel:\n  path: {path}\n  liger: off\ndata:\n  train: {data}\n"
+    )
+    mssr("export", run.path, "--out", run.path / "exported").check()
+    assert "4194304" in (run.path / "exported" / "preprocessor_config.json").read_text()
+    (run.path / "config.yaml").write_text("model:\n  path: [1]\n")
+    assert mssr("export", run.path, "--out", run.path / "other").line.startswith(
+        f"{run.path / 'config.yaml'}: model.path: "
+    )

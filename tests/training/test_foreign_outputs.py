@@ -49,7 +49,20 @@ def other_checkpoints(folder, _):
     return "checkpoints"
 
 
-@pytest.mark.parametrize("put", [a_model, a_link_to_a_model, a_config, rollouts, other_checkpoints])
+def a_file_of_checkpoints(folder, _):
+    (folder / "checkpoints").write_text("where they are")
+    return "checkpoints"
+
+
+def a_link_to_no_rollouts(folder, _):
+    (folder / "rollouts").symlink_to("nowhere")
+    return "rollouts"
+
+
+@pytest.mark.parametrize(
+    "put",
+    [a_model, a_link_to_a_model, a_config, rollouts, other_checkpoints, a_file_of_checkpoints, a_link_to_no_rollouts],
+)
 def test_train_is_refused_and_everything_kept(mssr, material, run, put):
     run.path.mkdir()
     name = put(run.path, material)
@@ -102,6 +115,13 @@ def test_both_ranks_end_when_the_folder_is_in_use(mssr, material, run):
     with locked(run.path):
         for ended in mssr.ranks(2, "train", material / "config.yaml", run.override):
             assert "in use by process" in ended.line
+
+
+def test_both_ranks_end_when_the_metrics_are_another_runs(mssr, material, run):
+    run.path.mkdir()
+    (run.path / "metrics.jsonl").write_text("{}\n")
+    for ended in mssr.ranks(2, "train", material / "config.yaml", run.override):
+        assert "holds a run's metrics: set another run_dir" in ended.line
 
 
 def test_old_checkpoints_with_other_files_or_behind_a_link_are_not_pruned(tmp_path):

@@ -3,16 +3,21 @@
 import os
 import queue
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
 from mssr_process import Moment
 from run_folder import RunFolder
 
+from mssr.config import load_config
 from mssr.distributed import World
 from mssr.errors import Interrupted
 from mssr.training import interruption
 from mssr.training.interruption import Interruptions
+from mssr.training.run import Run
+from mssr.training.same_run import SameRun
+from mssr.training.session import Session
 
 
 @pytest.mark.parametrize(
@@ -77,6 +82,76 @@ def test_a_second_ctrl_c_ends_the_process_while_the_first_one_waits(ends, monkey
         os.kill(os.getpid(), signal.SIGINT)
         assert ends.get(timeout=60) == signal.SIGINT
     assert capsys.readouterr().err.count("mssr: SIGINT: the run saves and ends at the end of this step") == 1
+
+
+@pytest.fixture
+def session(material, single_process, tmp_path):
+    """Opens a session of a new run, or of one that has saved a step."""
+
+    @contextmanager
+    def open_session(command, saved):
+        config = load_config(material / "config.yaml", [f"run_dir={tmp_path}"])
+        if saved is not None:
+            folder = tmp_path / "checkpoints" / f"step_{saved:06d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            same = SameRun(command, config).state_dict("data")
+            torch.save({"step": saved, "ranks": 1, "engine": {}, "same_run": same}, folder / "state.pt")
+        with Run(config) as run, Session(run, command, resume=saved is not None) as opened:
+            yield opened
+
+    return open_session
+
+
+def test_ctrl_c_ends_a_rank_that_waits_for_another(ends, monkeypatch, capsys):
+    monkeypatch.setattr(interruption, "RANKS_END_S", 0.0)
+    with pytest.raises(Interrupted), Interruptions(World(0, 2, torch.device("cpu"))):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            assert ends.get(timeout=60) == signal.SIGINT
+            raise
+    assert "mssr: SIGINT: the run ends, within 0 s on every rank\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command, saved, how", [
+    ("train", None, "saves and ends before the first step"),
+    ("train", 4, "saves and ends after one step"),
+    ("sft", None, "saves and ends after one step"),
+])  # fmt: skip
+def test_what_a_signal_before_the_steps_and_after_them_does(session, capsys, command, saved, how):
+    with session(command, saved) as opened:
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert capsys.readouterr().err == f"mssr: SIGUSR1: the run {how}\n"
+    with session(command, saved) as opened:
+        with opened.steps():
+            pass
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert capsys.readouterr().err == "mssr: SIGUSR1: the run ends when the model is saved\n"
+
+
+def test_ctrl_c_after_the_loop_asked_for_the_last_time(session):
+    everything_saved = pytest.raises(Interrupted, match="SIGINT: ended; all steps are saved")
+    with everything_saved, session("train", None) as opened, opened.steps():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("during", [True, False])
+def test_ctrl_c_while_step_0_is_saved(session, monkeypatch, during):
+    """The first signal saves it; Ctrl-C then ends the run at once."""
+
+    def ctrl_c(*_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    told = "ended while step 0 was saved" if during else "ended; step 0 is saved, go on with --resume"
+    with pytest.raises(Interrupted, match=f"SIGINT: {told}"), session("train", None) as opened:
+        opened._parts, opened._data, opened._engine = {}, "data", None
+        monkeypatch.setattr(opened.checkpoints, "save", ctrl_c if during else lambda *_, **__: None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            opened.save_and_end_if_asked(0)
+        finally:
+            if not during:
+                ctrl_c()
 
 
 def test_what_ctrl_c_outside_of_the_steps_breaks_is_not_shown(monkeypatch):

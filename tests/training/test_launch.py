@@ -1,16 +1,25 @@
 """`python -m mssr.launch`: how it ends. The ranks are a small script instead of a training run."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
 
 import pytest
+from torch.distributed.launcher import LaunchConfig
+
+import mssr.launch
 
 RANK = """
 import os, signal, sys
 signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-print("started", flush=True)
+if sys.argv[1] == "ends with it":
+    from mssr.distributed import end_with_launcher
+    end_with_launcher()
+print("started" if sys.argv[1] != "ends with it" else os.getpid(), flush=True)
+if sys.argv[1] == "dies":
+    os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[1] == "fails":
     sys.exit(int(os.environ["RANK"]) * 3)
 while True:
@@ -38,6 +47,39 @@ def test_ctrl_c_ends_it_without_a_traceback(launch):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "")
+
+
+def test_ranks_end_with_a_launcher_that_is_killed(launch):
+    process = launch("ends with it")
+    ranks = [os.pidfd_open(int(process.stdout.readline())) for _ in range(2)]
+    process.kill()
+    process.communicate(timeout=60)
+    for rank in ranks:
+        ended = select.select([rank], [], [], 30)[0]
+        if not ended:
+            signal.pidfd_send_signal(rank, signal.SIGKILL)
+        os.close(rank)
+        assert ended
+
+
+def test_a_signal_that_killed_a_rank_is_named(launch):
+    process = launch("dies")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL and err.endswith(" was ended by SIGKILL\n")
+
+
+def test_ctrl_c_before_torchrun_handles_it(monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")  # put back afterwards
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+    monkeypatch.setattr(mssr.launch.run, "main", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        mssr.launch.main()
+    assert ended.value.code == 130
+    waits = getattr(LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=1), "shutdown_timeout", 900)
+    assert waits == int(mssr.launch.SHUTDOWN_TIMEOUT_S)  # torch reads the variable, from 2.12 on
 
 
 def test_a_rank_that_fails_gives_its_status(launch):

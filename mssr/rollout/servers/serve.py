@@ -12,9 +12,9 @@ from mssr.policy.loading import check_model_path
 from mssr.rollout.vllm.adapter import ENVIRONMENT, as_flags, engine_arguments, require_server_vllm, transfer_backend
 from mssr.versions import is_cpu_build, release, vllm_version
 
+_ADDRESS = "MSSR_SERVES_AT"  # environment variable of the server's process, for SayReady
 # Not the `vllm` command: it looks for a distribution of that name, and the CPU build has another. vLLM calls this entry
 # deprecated.
-_ADDRESS = "MSSR_SERVES_AT"  # environment variable of the server's process, for SayReady
 _SERVER = ["-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"]
 
 
