@@ -75,6 +75,8 @@ def same_answer(predicted: str, gold: str, library: Library) -> bool:
     if chosen is not None:
         return chosen
     predicted, gold = squeeze(predicted), squeeze(gold)
+    if predicted.endswith("=") != gold.endswith("="):  # an unfinished equation
+        return False
     if _may_be_point(predicted) and related(gold).operators:
         return False
     return _Comparison(library).same(predicted, gold, MAX_DEPTH)
