@@ -90,6 +90,7 @@ def clean(text: str) -> str:
     text = re.sub(r"\^\s*(?:\{\s*(?:°|\\circ|o)\s*\}|\\circ(?![a-zA-Z])|°)", "°", text)
     text = re.sub(r"(?<=[\d}])\^o(?![a-zA-Z])", "°", text)
     text = re.sub(r"\{(\d+(?:\.\d+)?)\}(?=°)", r"\1", text)
+    text = re.sub(r"\^\s*(?:\{\s*('+)\s*\}|('+))", r"\1\2", text)
     text = re.sub(r"\{\s*°\s*\}", "°", text.replace("\\circ", "°").replace("{}", ""))
     text = re.sub(r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times ", text)
     text = re.sub(r"\\not ?=", r"\\neq ", text)
@@ -102,10 +103,14 @@ def clean(text: str) -> str:
     )
     text = text.replace("+/-", "\\pm ").replace("~=", "\\approx ")
     text = re.sub(rf"(?<![\\a-zA-Z])({_GREEK}|sqrt|infinity)(?![a-zA-Z])", _spelled, text)
-    text = re.sub(r"(?<=[A-Z]{2}) ?// ?(?=[A-Z]{2})", r"\\parallel ", text)
+    text = re.sub(r"(?<=[A-Z]{2}) ?(?://|\\\|) ?(?=[A-Z]{2})", r"\\parallel ", text)
+    text = re.sub(r"(?:(?<![a-zA-Z\\])[tT]riangle|\\Delta) ?(?=[A-Z]{3}(?![a-zA-Z]))", r"\\triangle ", text)
     text = re.sub(r"\s+", " ", text).strip()
     text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
-    return _unwrap(_trailing(text)).strip()
+    text = _unwrap(_trailing(text)).strip()
+    text = re.sub(r"^(?:in )?(?:(?:the )?year:? )?(?=[12]\d{3}$)", "", text, flags=re.IGNORECASE)
+    decided = re.fullmatch(r"(yes|no)[,;:.] (?!.*\b(?:yes|no|maybe|but)\b).*", text, re.IGNORECASE)
+    return decided[1] if decided else text
 
 
 def squeeze(text: str) -> str:
@@ -188,8 +193,9 @@ def _unwrap(text: str) -> str:
 
 def _upright(found: re.Match) -> str:
     """Put a space before an upright unit: 5\\mathrm{m} is 5 m, not 5 times m."""
-    before = found.string[found.start() - 1] if found.start() else ""
-    return f" {found[1].strip()}" if before.isdigit() or before in "})" else found[1].strip()
+    before = found.string[: found.start()]
+    apart = before[-1:].isdigit() or before.endswith(("}", ")")) or re.search(r"\\[a-zA-Z]+$", before)
+    return f" {found[1].strip()}" if apart else found[1].strip()
 
 
 def _command(found: re.Match) -> str:
