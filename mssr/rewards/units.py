@@ -202,6 +202,8 @@ def parse_quantity(text: str, gold: bool) -> Quantity | None:
         glued = not spaced and len(tail) == 1 and tail.isalpha() and tail.isascii()
         if glued and (gold or tail not in "mghsLNVJW" or re.fullmatch(r"\d{1,3}|\d+\.\d+", head) is None):
             continue
+        if not spaced and tail[0].isascii() and _noun(tail) and not _product(tail):  # 11larg: a word that broke off
+            continue
         if (parse_number(head) is None and not is_constant(head)) or (unit := parse_unit(tail)) is None:
             continue
         return Quantity(head, unit)
