@@ -154,7 +154,7 @@ IMPORTS_TORCH = pytest.mark.slow("3 s each, to import torch; the same hook as in
         pytest.param(["examples/plain_loop.py"], f"mssr: transformers {TRAIN}", marks=IMPORTS_TORCH),
         (["examples/trl_grpo.py"], f"mssr: datasets {TRAIN}"),
         pytest.param(["examples/verl_log_probs.py"], f"mssr: transformers {TRAIN}", marks=IMPORTS_TORCH),
-        pytest.param(["-m", "bench.kernels"], f"mssr: rich {TRAIN}", marks=IMPORTS_TORCH),
+        pytest.param(["-m", "bench.kernels"], f"mssr: typer {TRAIN}", marks=IMPORTS_TORCH),
         (["-m", "bench.plots"], f"mssr: matplotlib {TRAIN}"),
         (["-m", "bench.study"], f"mssr: typer {TRAIN}"),
         pytest.param(["-m", "examples.digits.demo"], f"mssr: pydantic {TRAIN}", marks=IMPORTS_TORCH),
