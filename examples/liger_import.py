@@ -3,14 +3,11 @@
 `train_step` is the whole example; the rest builds a batch and measures. The comparison needs `pip install liger-kernel`.
 """
 
-import os
-import resource
-import threading
 import time
-from multiprocessing import get_context, parent_process
 
 import mssr.extras  # noqa: F401  first: it says in one line which library is missing  # isort: skip
 import torch
+from measuring.own_process import in_own_process, peak_mib
 
 from mssr_kernels.liger import LigerFusedLinearGRPOLoss  # was: from liger_kernel.chunked_loss import ...
 
@@ -39,40 +36,13 @@ def make_batch():
     }  # fmt: skip
 
 
-def measure(loss_class, pipe):
-    """Send seconds, peak MiB beyond the inputs, and results of one step."""
-    end_with_the_parent()
+def measure(loss_class):
+    """Return seconds, peak MiB beyond the inputs, and results of one step."""
     hidden, weight, batch = make_batch()
     before, start = peak_mib(), time.perf_counter()
     values = train_step(loss_class, hidden, weight, batch)
     seconds, mib = time.perf_counter() - start, peak_mib() - before
-    pipe.send((seconds, mib, values, hidden.grad.numpy(), weight.grad[::64].numpy()))
-
-
-def peak_mib():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
-
-
-def end_with_the_parent():
-    """End this process when its parent does, even if that is killed."""
-
-    def watch():
-        while os.getppid() == parent_process().pid:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def in_a_process_of_its_own(loss_class):
-    context = get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(loss_class, sender))
-    process.start()
-    sender.close()  # so that recv fails if the process does
-    found = receiver.recv()
-    process.join()
-    return found
+    return seconds, mib, values, hidden.grad.numpy(), weight.grad[::64].numpy()
 
 
 if __name__ == "__main__":
@@ -80,8 +50,8 @@ if __name__ == "__main__":
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss as Liger
     except ImportError:
         raise SystemExit("this comparison needs Liger: pip install 'liger-kernel>=0.8.5,<0.9'") from None
-    results = {"liger_kernel": in_a_process_of_its_own(Liger)}
-    results["mssr_kernels"] = in_a_process_of_its_own(LigerFusedLinearGRPOLoss)
+    results = {"liger_kernel": in_own_process(measure, Liger)}
+    results["mssr_kernels"] = in_own_process(measure, LigerFusedLinearGRPOLoss)
     for name, (seconds, mib, (loss, divergence, clipped), *_) in results.items():
         print(f"{name}: {seconds:.2f} s, {mib:.0f} MiB; loss {loss:.6f}, KL {divergence:.6f}, clipped {clipped:.4f}")
     theirs, ours = ([torch.from_numpy(grad) for grad in found[3:]] for found in results.values())

@@ -5,14 +5,9 @@
 Both run the same four steps, each in its own process, whose peak memory shows the cost of the logits.
 """
 
-import os
-import resource
-import threading
-import time
-from multiprocessing import get_context, parent_process
-
 import mssr.extras  # noqa: F401  first: it says in one line which library is missing  # isort: skip
 import torch
+from measuring.own_process import in_own_process, peak_mib
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from mssr_kernels import PolicyLossConfig, next_token_target, patch
@@ -47,8 +42,8 @@ def fused_loss(model, tokens, target, advantage, old_logp):
     return out.loss, out.logp
 
 
-def train(patched: bool, pipe):
-    end_with_the_parent()
+def train(patched: bool) -> tuple[list[float], float]:
+    """Return the losses, and the MiB that the updates added to the peak."""
     torch.manual_seed(0)
     model = patch(tiny_model()) if patched else tiny_model()
     loss_of = fused_loss if patched else loss_of_logits
@@ -70,37 +65,11 @@ def train(patched: bool, pipe):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    pipe.send((losses, peak_mib() - before))
-
-
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts KiB
-
-
-def end_with_the_parent():
-    """End this process when its parent does, even if that is killed."""
-
-    def watch():
-        while os.getppid() == parent_process().pid:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def in_a_process_of_its_own(patched: bool):
-    context = get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=train, args=(patched, sender))
-    process.start()
-    sender.close()  # so that recv fails if the process does
-    found = receiver.recv()
-    process.join()
-    return found
+    return losses, peak_mib() - before
 
 
 def main() -> None:
-    runs = {"logits": in_a_process_of_its_own(False), "patched": in_a_process_of_its_own(True)}
+    runs = {"logits": in_own_process(train, False), "patched": in_own_process(train, True)}
     for kind, (losses, mib) in runs.items():
         print(f"{kind:8} losses {' '.join(f'{loss:+.4f}' for loss in losses)}   memory of the loss {mib:5.0f} MiB")
     (theirs, logits_mib), (ours, patched_mib) = runs.values()

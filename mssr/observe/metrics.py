@@ -4,10 +4,10 @@ import json
 import math
 import os
 import time
-from itertools import count
 from pathlib import Path
 
 from mssr.errors import UserError
+from mssr.outputs import set_aside
 
 FILE_NAME = "metrics.jsonl"
 
@@ -35,7 +35,8 @@ class MetricsLog:
         if resume_at is None:
             self._refuse_old_metrics()
         elif resume_at == 0:
-            self._set_aside()
+            if self.path.exists() and self.path.stat().st_size:
+                self.set_aside = set_aside(self.path)
         else:
             self._cut(resume_at)
         self._file = self.path.open("ab")
@@ -74,12 +75,6 @@ class MetricsLog:
             raise UserError(
                 f"{self.path} holds a run's metrics: set another run_dir, or continue that run with --resume"
             )
-
-    def _set_aside(self) -> None:
-        if self.path.exists() and self.path.stat().st_size:
-            names = (self.path.with_name(f"metrics_{number}.jsonl") for number in count(1))
-            self.set_aside = next(name for name in names if not name.exists())
-            self.path.rename(self.set_aside)
 
     def _cut(self, size: int) -> None:
         content = self.path.read_bytes() if self.path.exists() else b""

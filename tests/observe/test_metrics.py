@@ -71,8 +71,8 @@ def test_a_run_resumed_at_its_very_start_begins_an_empty_file(tmp_path):
     before = (tmp_path / "metrics.jsonl").read_text()
     for number in (1, 2):
         again = MetricsLog(tmp_path, tensorboard=False, resume_at=0)
-        assert lines(tmp_path) == [] and again.set_aside == tmp_path / f"metrics_{number}.jsonl"
-        assert (tmp_path / "metrics_1.jsonl").read_text() == before  # nothing is cut
+        assert lines(tmp_path) == [] and again.set_aside == tmp_path / f"metrics.jsonl.{number}"
+        assert (tmp_path / "metrics.jsonl.1").read_text() == before  # nothing is cut
         again.write(1, {"train/reward": 0.25})
         again.close()
 

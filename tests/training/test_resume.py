@@ -24,7 +24,7 @@ def test_killed_again_and_again(mssr, warm, run, whole):
     lost = (run.path / "metrics.jsonl").read_bytes()
     kill_at(mssr, warm, run, Moment("open", ".partial_step_000002/rank_0.pt"), IN_TURN)  # a save has just begun
     assert run.checkpoints == [".partial_step_000002"]
-    assert (run.path / "metrics_1.jsonl").read_bytes() == lost
+    assert (run.path / "metrics.jsonl.1").read_bytes() == lost
     kill_at(mssr, warm, run, Moment("os.rename", ".partial_step_000002"), IN_TURN)  # all is written, but not yet valid
     # Killed at the end of an epoch, before its checkpoint; then resumed from the checkpoint at that end.
     kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/.partial_step_000004"), IN_TURN)
