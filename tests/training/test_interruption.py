@@ -181,4 +181,5 @@ def test_one_ranks_signal_ends_all(mssr, warm, run):
 def test_a_rank_that_is_killed_ends_the_other_with_an_error(mssr, warm, run):
     killed, other = mssr.ranks(2, "train", warm, run.override, at=Moment("os.mkdir", "rollouts/.partial_step_000001"))
     assert killed.code == -9
-    assert other.code not in (0, None) and "Connection closed by peer" in other.err
+    # Whether the other rank was reading or writing decides the rest of gloo's message.
+    assert other.code not in (0, None) and "remote worker" in other.err, other.err
