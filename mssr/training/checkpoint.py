@@ -12,7 +12,6 @@ checkpoint intact. Any number of ranks and any ZeRO stage can resume it.
 
 import io
 import json
-import os
 import re
 import shutil
 import time
@@ -20,12 +19,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mssr import torch_file
 from mssr.config.schema import TrainConfig
 from mssr.distributed import World
 from mssr.errors import UserError
@@ -215,7 +214,7 @@ class Checkpoints:
             best = json.dumps({"step": step, "accuracy": self._best_accuracy}) + "\n"
             _write(self._folder, {f".partial_{_BEST}": best.encode()})
             (self._folder / f".partial_{_BEST}").rename(self._folder / _BEST)
-        _flush_folder(self._folder)
+        torch_file.flush_folder(self._folder)
 
     def _prune(self) -> None:
         if not self._world.is_main:
@@ -294,8 +293,8 @@ def _rank_files(folder: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _read(file: Path, keys: set[str], *, mmap: bool = False) -> dict[str, Any]:
     try:
-        return _load(file, keys, mmap=mmap)
-    except Damaged as damaged:
+        return torch_file.read(file, keys, mmap=mmap)
+    except torch_file.Damaged as damaged:
         whole = [step for step in saved_steps(file.parent.parent) if file.parent.name != _name(step)]
         whole = [step for step in whole if _is_whole(file.parent.with_name(_name(step)))]
         back = (
@@ -306,31 +305,12 @@ def _read(file: Path, keys: set[str], *, mmap: bool = False) -> dict[str, Any]:
         raise UserError(f"{file}: {damaged}; {back}") from None
 
 
-class Damaged(Exception):
-    """What is wrong with a checkpoint's file."""
-
-
-def _load(file: Path, keys: set[str], *, mmap: bool) -> dict[str, Any]:
-    try:
-        content = torch.load(file, weights_only=True, mmap=mmap)
-    except FileNotFoundError:
-        raise Damaged("missing; a checkpoint needs state.pt and the file of every rank") from None
-    except OSError as error:
-        raise Damaged(f"cannot be read ({error.strerror or error})") from None
-    except (EOFError, RuntimeError, ValueError, UnpicklingError, LookupError, TypeError, AttributeError):
-        # empty, cut, overwritten: a byte changed inside the pickle may raise any of them
-        raise Damaged(f"damaged ({file.stat().st_size} bytes)") from None
-    if not isinstance(content, dict) or not keys <= content.keys():
-        raise Damaged("damaged, it is no part of a checkpoint")
-    return content
-
-
 def _is_whole(folder: Path) -> bool:
     try:
-        state = _load(folder / "state.pt", {"ranks"}, mmap=False)
+        state = torch_file.read(folder / "state.pt", {"ranks"})
         for rank in range(state["ranks"]):
-            _load(folder / f"rank_{rank}.pt", {"pieces"}, mmap=True)
-    except Damaged:
+            torch_file.read(folder / f"rank_{rank}.pt", {"pieces"}, mmap=True)
+    except torch_file.Damaged:
         return False
     return True
 
@@ -338,16 +318,5 @@ def _is_whole(folder: Path) -> bool:
 def _write(folder: Path, contents: dict[str, Any]) -> None:
     """Write each value to a file of its name, flushed to disk."""
     for name, value in contents.items():
-        with open(folder / name, "wb") as file:
-            file.write(value) if isinstance(value, bytes) else torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        torch_file.write(folder / name, value)
+    torch_file.flush_folder(folder)

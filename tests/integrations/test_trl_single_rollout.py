@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 from torch.nn.functional import log_softmax
+from transformers import Trainer
 from trl import GRPOConfig
 from trl_runs import (
     NO_IMAGES,
@@ -22,10 +23,13 @@ from trl_runs import (
 )
 
 from mssr.algorithms.advantages import batch_normalise
+from mssr.algorithms.value_tracker import ValueTracker
 from mssr.config.resolve import policy_loss
+from mssr.config.schema import TrackerConfig
 from mssr.errors import UserError
 from mssr.integrations.trl.prompt_key import prompt_key
 from mssr.integrations.trl.single_rollout import MSSRConfig, MSSRTrainer
+from mssr.integrations.trl.tracker_file import load_tracker, save_tracker
 
 STEPS = ("loss", "grad_norm", "entropy", "reward")
 
@@ -108,7 +112,7 @@ def test_a_run_learns_and_logs_what_trl_logs(text_model, tmp_path):
     rewards = [step["reward"] for step in steps if "reward" in step]
     assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.1
     assert {"entropy", "kl", "clip_ratio/low_min", "clip_ratio/high_max", "clip_ratio/region_mean"} <= set(steps[1])
-    assert {"shaping/mean", "clip_ratio/dual_mean"} <= set(steps[1])
+    assert {"shaping/mean", "clip_ratio/dual_mean", "clip_ratio/capped_mean"} <= set(steps[1])
     drifts = [step["tracker/drift"] for step in steps if "tracker/drift" in step]
     assert drifts[0] == 0 and min(drifts[1:]) > 0
     for drift, rho in zip(drifts, (step["tracker/rho"] for step in steps if "tracker/rho" in step)):
@@ -181,9 +185,72 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(text_model, tmp_path)
     for theirs, ours in zip(whole.state.log_history[:4], resumed.state.log_history[:4]):
         assert all(ours.get(name) == theirs.get(name) for name in STEPS)
 
-    (tmp_path / "whole" / "checkpoint-2" / "value_tracker.pt").unlink()
-    with pytest.raises(UserError, match=r"value_tracker.pt: no such file; resume from .*$"):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    newest = tmp_path / "whole" / "checkpoint-4"
+    (newest / "value_tracker.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoint-4/value_tracker.pt: damaged \(0 bytes\); .*/checkpoint-2, or"):
+        resumed.train(resume_from_checkpoint=str(newest))
+
+
+def test_a_damaged_tracker_is_one_line_that_names_a_whole_checkpoint(tmp_path):
+    """The checkpoint of step 10 is the newest, 9 has a whole tracker, but TRL did not finish it."""
+    tracker = ValueTracker(TrackerConfig())
+    tracker.update(["a", "b"], torch.tensor([1.0, 0.0]), 0.9)
+    state = {"tracker": tracker.state_dict(), "moved": torch.tensor([1.0, 2.0])}
+    folders = [tmp_path / f"checkpoint-{step}" for step in (2, 8, 9, 10)]
+    for folder in folders:
+        save_tracker(state, folder)
+        assert [path.name for path in folder.iterdir()] == ["value_tracker.pt"]
+    for folder in (folders[0], folders[1], folders[3]):
+        (folder / "trainer_state.json").write_text("{}")
+    newest = folders[-1]
+    assert load_tracker(newest)["tracker"]["keys"] == ["a", "b"]
+
+    file = newest / "value_tracker.pt"
+    whole = file.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], whole[:-1], whole[:100], b"not a file of torch"):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError) as refused:
+            load_tracker(newest)
+        way_out = f"resume from {folders[1]}, or start a new run"
+        assert str(refused.value) == f"{file}: damaged ({len(damaged)} bytes); {way_out}"
+    file.unlink()
+    with pytest.raises(UserError, match="value_tracker.pt: missing; resume from"):
+        load_tracker(newest)
+    for folder in folders[:-1]:
+        (folder / "value_tracker.pt").unlink()
+    with pytest.raises(UserError, match="missing; resume from a checkpoint of MSSRTrainer, or start a new run"):
+        load_tracker(newest)
+
+
+def test_a_tracker_that_cannot_be_written_leaves_the_one_that_was_there(tmp_path, monkeypatch):
+    save_tracker({"tracker": 1, "moved": 2}, tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr("os.fsync", full)
+        save_tracker({"tracker": 3, "moved": 4}, tmp_path)
+    assert load_tracker(tmp_path) == {"tracker": 1, "moved": 2}
+
+
+def test_the_tracker_is_saved_before_older_checkpoints_are_removed(text_model, tmp_path, monkeypatch):
+    """Else a kill in between would leave no checkpoint with a tracker."""
+    own = run(text_model, tmp_path, max_steps=1)
+    seen = []
+    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda *_: seen.extend(tmp_path.rglob("*.pt")))
+    own._save_checkpoint(own.model, None)
+    assert seen == [tmp_path / "checkpoint-0" / "value_tracker.pt"]
+
+
+def test_log_ratios_that_were_capped_are_logged(text_model, tmp_path):
+    own = run(text_model, tmp_path)
+    inputs = micro_batch()
+    inputs["old_per_token_logps"][0, :3] -= 40  # three of 16 tokens, two beyond the response of the second row
+    inputs["old_per_token_logps"][1, 1:3] -= 40
+    gradients(own, inputs)
+    own.log({})
+    assert own.state.log_history[-1]["eval_clip_ratio/capped_mean"] == pytest.approx(3 / 16)
 
 
 @pytest.mark.parametrize(

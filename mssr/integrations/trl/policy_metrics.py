@@ -20,10 +20,10 @@ def policy_metrics(
     low = (ratio < 1 - config.clip_low) & (advantage < 0) & mask
     high = (ratio > 1 + config.clip_high) & (advantage > 0) & mask
     sums = output.metrics
-    clipped = (low.sum(), high.sum(), sums.dual_clipped_sum)
+    clipped = (low.sum(), high.sum(), sums.dual_clipped_sum, sums.log_ratio_capped_sum)
     totals = torch.stack([sums.rows, sums.entropy_sum, *clipped, sums.shaping_sum, sums.kl_sum])
     totals = accelerator.reduce(totals, reduction="sum")
-    entropy, low_mean, high_mean, dual, shaping, kl = (totals[1:] / totals[0].clamp(min=1)).tolist()
+    entropy, low_mean, high_mean, dual, capped, shaping, kl = (totals[1:] / totals[0].clamp(min=1)).tolist()
     tokens = mask.sum(1)
     shares = torch.stack([low.sum(1) / tokens, high.sum(1) / tokens], dim=1)  # NaN for a sequence without tokens
     shares = accelerator.gather(shares)
@@ -36,6 +36,7 @@ def policy_metrics(
         "clip_ratio/low_min": shares[:, 0].min().item() if len(shares) else float("nan"),
         "clip_ratio/high_max": shares[:, 1].max().item() if len(shares) else float("nan"),
         "clip_ratio/dual_mean": dual,
+        "clip_ratio/capped_mean": capped,
         "shaping/mean": shaping,
     }
     return metrics | ({"kl": kl} if config.kl_coef else {})

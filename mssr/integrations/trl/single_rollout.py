@@ -21,11 +21,10 @@ from mssr.integrations.trl.fused_head import PolicyLossOutput, PolicyRows
 from mssr.integrations.trl.policy_metrics import policy_metrics
 from mssr.integrations.trl.prompt_key import prompt_key
 from mssr.integrations.trl.single_rollout_config import MSSRConfig
+from mssr.integrations.trl.tracker_file import load_tracker, save_tracker
 from mssr.integrations.trl.trainers import FusedGRPOTrainer
 
 __all__ = ["MSSRConfig", "MSSRTrainer"]
-
-TRACKER_FILE = "value_tracker.pt"  # beside the optimizer state in a checkpoint
 
 
 class MSSRTrainer(FusedGRPOTrainer):
@@ -40,10 +39,10 @@ class MSSRTrainer(FusedGRPOTrainer):
     reward function scored (None) is not trained on and does not count as a visit.
 
     Metrics are GRPOTrainer's without `frac_reward_zero_std`, which needs a group, and in addition:
-    clip_ratio/dual_mean, shaping/mean, tracker/value_mean, tracker/rho, tracker/drift.
+    clip_ratio/dual_mean, clip_ratio/capped_mean, shaping/mean, tracker/value_mean, tracker/rho, tracker/drift.
 
     Raises:
-        UserError: args is not an MSSRConfig, a reward is not in [0, 1], or a checkpoint has no tracker.
+        UserError: args is not an MSSRConfig, a reward is not in [0, 1], or a checkpoint has no tracker, or a damaged one.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -168,19 +167,16 @@ class MSSRTrainer(FusedGRPOTrainer):
         self._moved += torch.tensor([float(drift.sum()), len(drift)])
 
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
         state = {"tracker": self.tracker.state_dict(), "moved": self._moved_on_all_ranks()}
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            torch.save(state, folder / TRACKER_FILE)
+        if self.args.should_save:  # first: in the end the Trainer removes older checkpoints
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_tracker(state, Path(self._get_output_dir(trial=trial)) / folder)
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / TRACKER_FILE
-        if not path.exists():
-            raise UserError(f"{path}: no such file; resume from a checkpoint of MSSRTrainer, or start a new run")
-        state = torch.load(path, weights_only=True)
+        state = load_tracker(Path(checkpoint))
         self.tracker.load_state_dict(state["tracker"])
         self._moved = state["moved"] if self.accelerator.is_main_process else torch.zeros(2)
