@@ -1,7 +1,9 @@
 """Checks every row of a source before a run starts. The ranks share the work and exchange the results."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from mssr.data.columns import Row
 from mssr.data.prefetch import worker_count
@@ -9,7 +11,13 @@ from mssr.data.prompts import PromptEncoder, why_unusable
 from mssr.distributed import World
 from mssr.errors import BadRow, UserError
 
-Checked = tuple[str, str] | BadRow  # key and answer, or what is wrong
+
+class Contents(NamedTuple):
+    """What a row holds, without images and long texts: its key (of images and problem), answer, sha256 of its solution."""
+
+    key: str
+    answer: str
+    solution: bytes
 
 
 def check_rows(
@@ -18,7 +26,7 @@ def check_rows(
     source: str,
     world: World | None = None,
     advance: Callable[[int, int], None] = lambda by, total: None,
-) -> list[Checked]:
+) -> list[Contents | BadRow]:
     """Return what is in each row, in order; the same list on every rank.
 
     world: the ranks that check `source` together, each every size-th row; None: this process checks all rows.
@@ -28,13 +36,13 @@ def check_rows(
         UserError: the ranks do not see the same number of rows.
     """
 
-    def check(row: int) -> tuple[str, str] | str:
-        """Return key and answer, or the reason why the row cannot be used. Keeps no images."""
+    def check(row: int) -> Contents | str:
+        """Return what is in the row, or the reason why it cannot be used."""
         try:
-            key, answer = encoder.check(rows[row])
+            problem = encoder.check(rows[row])
         except Exception as error:
             return why_unusable(error)
-        return key, answer.strip()
+        return Contents(problem.key, problem.answer.strip(), hashlib.sha256((problem.solution or "").encode()).digest())
 
     rank, size = (world.rank, world.size) if world else (0, 1)
     mine = range(rank, len(rows), size)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from mssr.batch import Prompt
 from mssr.config.schema import DataConfig
 from mssr.data.cache import PromptCache
-from mssr.data.check import Checked, check_rows
+from mssr.data.check import Contents, check_rows
 from mssr.data.columns import unread
 from mssr.data.files import open_rows
 from mssr.data.pixels import pixel_table
@@ -25,6 +25,7 @@ class ProblemDataset:
     keys: [len] content hash of each problem, in the order of the rows; the value tracker's keys.
     bad_rows: rows left out under `data.on_bad_row: skip`.
     fingerprint: sha256 over keys and answers in order; the same for the same problems, wherever they are stored.
+    solutions_fingerprint: the same over the solutions.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class ProblemDataset:
         self._usable: list[int] = []
         if not len(self._rows):
             raise UserError(f"{self.source}: has no rows")
-        self.fingerprint = self._sort_out(check_rows(self._rows, encoder, self.source, world, advance))
+        checked = check_rows(self._rows, encoder, self.source, world, advance)
+        self.fingerprint, self.solutions_fingerprint = self._sort_out(checked)
         if self.bad_rows and config.on_bad_row == "fail":
             raise UserError(self._describe_bad_rows("cannot be used") + "; fix them or set data.on_bad_row: skip")
         if not self._usable:
@@ -89,15 +91,15 @@ class ProblemDataset:
             raise BadRow(row, self.source, why_unusable(error)) from None
         return self._encoder.encode(columns, row, self.source)
 
-    def _sort_out(self, checked: list[Checked]) -> str:
-        """Fill `_usable`, `keys` and `bad_rows`, and return the fingerprint."""
-        fingerprint = hashlib.sha256()
+    def _sort_out(self, checked: list[Contents | BadRow]) -> tuple[str, str]:
+        """Fill `_usable`, `keys` and `bad_rows`, and return both fingerprints."""
+        fingerprint, solutions = hashlib.sha256(), hashlib.sha256()
         seen: dict[str, tuple[int, str]] = {}  # key -> first row that has it, its answer
         for row, found in enumerate(checked):
             if isinstance(found, BadRow):
                 self.bad_rows.append(found)
                 continue
-            key, answer = found
+            key, answer, solution = found
             first, known = seen.setdefault(key, (row, answer))
             if answer != known:
                 theirs, ours = shortened(repr(known)), shortened(repr(answer))
@@ -107,7 +109,8 @@ class ProblemDataset:
             self._usable.append(row)
             self.keys.append(key)
             fingerprint.update(f"{key} {len(answer)} {answer}\n".encode())
-        return fingerprint.hexdigest()
+            solutions.update(solution)
+        return fingerprint.hexdigest(), solutions.hexdigest()
 
     def _describe_bad_rows(self, what: str) -> str:
         shown = "; ".join(f"row {bad.row}: {bad.reason}" for bad in self.bad_rows[:SHOWN])

@@ -117,15 +117,15 @@ class PromptEncoder:
             images=problem.images,
         )
 
-    def check(self, row: dict[str, Any]) -> tuple[str, str]:
-        """Return key and answer. Refuses what `encode` would refuse, without preprocessing the images. Safe in threads.
+    def check(self, row: dict[str, Any]) -> Problem:
+        """Return the row, read. Refuses what `encode` would refuse, without preprocessing the images. Safe in threads.
 
         Raises:
             Unusable: the row cannot be used; says why and what to do.
         """
         problem = self._read(row)
         self._tokenize(problem.text, [self._count_tokens(picture) for picture in problem.pictures])
-        return problem.key, problem.answer
+        return problem
 
     def _read(self, row: dict[str, Any]) -> Problem:
         """Check the columns and decode the images."""

@@ -7,6 +7,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from mssr.config import Config
+from mssr.data.dataset import ProblemDataset
 from mssr.errors import UserError
 
 # Other values would make other prompts, or draw others in a step, so that neither tracker nor metrics would fit.
@@ -41,8 +42,13 @@ class SameRun:
         folder = Path(config.model.path)
         self._model = model_fingerprint(str(folder)) if folder.is_dir() else None
 
+    def trained_on(self, problems: ProblemDataset) -> str:
+        """Return the fingerprint of what the command trains on: `mssr sft` also on the solutions."""
+        solutions = problems.solutions_fingerprint if self._command == "sft" else ""
+        return problems.fingerprint + solutions
+
     def state_dict(self, data: str) -> dict[str, Any]:
-        """Return what a checkpoint keeps. data: fingerprint of the training data."""
+        """Return what a checkpoint keeps. data: of `trained_on`."""
         self._model = self._model or model_fingerprint(self._config.model.path)
         return {"command": self._command, "settings": self._settings, "model": self._model, "data": data}
 

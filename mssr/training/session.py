@@ -54,7 +54,7 @@ class Session(AbstractContextManager):
         problems: the training data.
         parts: everything else to save and restore by name, each with state_dict and load_state_dict.
         """
-        self._engine, self._parts, self._data = engine, parts, problems.fingerprint
+        self._engine, self._parts, self._data = engine, parts, self._same.trained_on(problems)
         saved, self.saved = self.saved, None  # it holds a copy of the value tracker
         if saved is not None:
             self._same.refuse_other_start(saved["same_run"], self._data)

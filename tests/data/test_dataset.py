@@ -157,10 +157,33 @@ def test_fingerprint_follows_content_and_order(make_dataset, rows, tmp_path):
     def fingerprint(changed):
         return make_dataset(write_rows(tmp_path / "a.parquet", changed)).fingerprint
 
-    other_answer = rows()
-    other_answer[0]["answer"] = "1"
+    others = [rows() for _ in range(4)]
+    others[0][0]["answer"] = "1"
+    others[1][0]["problem"] += "?"
+    others[2][0]["images"] = rows()[1]["images"]
+    others[3][0]["images"], others[3][0]["problem"] = [], "Is it 0?"
     assert fingerprint(rows()) == fingerprint(rows())
-    assert len({fingerprint(rows()), fingerprint(rows()[::-1]), fingerprint(rows(4)), fingerprint(other_answer)}) == 4
+    different = [rows(), rows()[::-1], rows(4), *others]
+    assert len({fingerprint(changed) for changed in different}) == len(different)
+
+
+def test_the_fingerprint_of_the_solutions(make_dataset, rows, tmp_path):
+    def fingerprints(*solutions):
+        solved = [row | {"solution": text} for row, text in zip(rows(), solutions, strict=True)]
+        problems = make_dataset(write_rows(tmp_path / "a.parquet", solved), on_bad_row="skip")
+        return problems.fingerprint, problems.solutions_fingerprint
+
+    found = [
+        fingerprints("a", "b", "c", "d", "e"),
+        fingerprints("a", "b", "c", "d", "e "),
+        fingerprints("ab", "", "c", "d", "e"),
+        fingerprints("b", "a", "c", "d", "e"),
+        fingerprints(None, None, None, None, None),
+    ]
+    assert len({problems for problems, _ in found}) == 1
+    assert len({solutions for _, solutions in found}) == len(found)
+    unusable = "<|image_pad|>"  # a special token, so that the row is left out
+    assert fingerprints(unusable, "b", "c", "d", "e")[1] not in {solutions for _, solutions in found}
 
 
 @pytest.fixture

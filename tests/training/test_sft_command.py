@@ -2,6 +2,7 @@
 
 import json
 
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
@@ -91,3 +92,13 @@ def test_a_finished_one_says_so(mssr, warm, uninterrupted):
     assert "the run has ended after step 5: sft.steps is 5; raise it to train on" in ended.out
     assert f"validation accuracy {uninterrupted.metrics[-1]['val/accuracy']:.1%}" in ended.out
     assert "sft.batch_size is 16" in mssr("sft", warm, uninterrupted.override, "sft.batch_size=16", "--resume").line
+
+
+@pytest.mark.parametrize("column", ["solution", "answer"])
+def test_it_resumes_only_on_the_same_rows(mssr, warm, uninterrupted, tmp_path, column):
+    rows = pyarrow.parquet.read_table(warm.parent / "data" / "train.parquet").to_pylist()
+    rows[3][column] += "0"
+    file = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    line = mssr("sft", warm, uninterrupted.override, *SHORT, f"data.train={file}", "--resume").line
+    assert line == f"data.train {file} is not what the checkpoint was trained on; restore it, or set another run_dir"
