@@ -21,11 +21,23 @@ EXACT = {"cpu": 60.0, "cuda": 5.0}  # seconds per objective for accuracy.MOST_FL
 
 def peak_bytes(shape: Shape, settings: Settings) -> int:
     """Return the peak of the process that measures a shape; on CUDA without providers, since those that need more fail."""
-    head, rows = shape.v * shape.d, accuracy.rows_of(shape.n, shape.d, shape.v, settings.device)
-    held = settings.input_sets * inputs_bytes(shape) + (8 * head if rows == shape.n else 0)
+    rows = accuracy.rows_of(shape.n, shape.d, shape.v, settings.device)
+    job = job_bytes(shape) if settings.device == "cpu" else 0
+    return LIBRARIES + settings.input_sets * inputs_bytes(shape) + checked_bytes(shape, rows, job)
+
+
+def tolerance_bytes(shape: Shape) -> int:
+    """Return the peak of `bench.tolerance`, which needs eager, and float64 of all rows."""
+    return LIBRARIES + inputs_bytes(shape) + checked_bytes(shape, shape.n, job_bytes(shape))
+
+
+def checked_bytes(shape: Shape, rows: int, job: int) -> int:
+    """Return the peak besides the inputs of a job that is compared with float64. rows: of float64. job: its own bytes."""
+    head = shape.v * shape.d
+    held = 8 * head if rows == shape.n else 0
     exact = 8 * head + CHUNKS * min(accuracy.CHUNK_BYTES, 8 * rows * shape.v)
     errors = 20 * head if rows == shape.n else 0  # of the weight's gradient: it, and two of its size in float64
-    return LIBRARIES + held + max(exact, errors, job_bytes(shape) if settings.device == "cpu" else 0)
+    return held + max(exact, errors, job)
 
 
 def memory_process_bytes(shape: Shape) -> int:

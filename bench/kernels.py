@@ -34,15 +34,14 @@ from pathlib import Path
 from mssr.cli import run_command
 
 from . import arguments as options
-from . import estimate, inputs, tables
+from . import estimate, inputs, machine, room, tables
 from . import report as report_of
 from .child import Died, OutOfTime, events
 from .jobs import TASKS, Settings
-from .machine import free_bytes
-from .memory import GIB
 from .providers import PROVIDERS
 from .report import EAGER, measured
 from .roofs import share
+from .room import Need, say
 from .shapes import MODELS, Shape
 
 # Seconds without news until a provider counts as hanging: the first run compiles, and some packages try out dozens of
@@ -126,14 +125,6 @@ def shapes_of(arguments: argparse.Namespace) -> list[Shape]:
     return [Shape(model, n, *head, dtype, rows) for n, dtype, rows, (model, head) in cases]
 
 
-def say(line: str):
-    print(line, file=sys.stderr, flush=True)
-
-
-def gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
-
-
 class Run:
     """Fills a report shape by shape; saves it after every case."""
 
@@ -144,22 +135,17 @@ class Run:
 
     def fitting(self, shapes: list[Shape]) -> list[Shape]:
         """Return the shapes that fit into memory; the others are listed as not run. Exits with 2 if none fits."""
-        have, needs = free_bytes(self.settings.device), {}
-        for shape in shapes:
-            if (need := estimate.peak_bytes(shape, self.settings)) <= have:
-                needs[shape] = need
-                continue
-            words = f"N {shape.n:,}, D {shape.d:,}, V {shape.v:,}, {shape.dtype}"
+        needs = {shape: self.need(shape) for shape in shapes}
+        fit, why_not = room.fitting(needs, self.settings.device, "shape")
+        self.report["not_run"] += why_not.values()
+        return fit
+
+    def need(self, shape: Shape) -> Need:
+        def way_out(have: int) -> str:
             n = estimate.most_tokens(shape, self.settings, have)
-            way_out = f"--n {n} would fit" if n else "no number of tokens would fit"
-            line = f"{words}: needs about {gib(need)} of memory, {gib(have)} are free; {way_out}"
-            self.report["not_run"].append(line)
-            say(f"not run: {line}")
-        if not needs:
-            sys.exit(2)
-        shapes = "1 shape" if len(needs) == 1 else f"{len(needs)} shapes"
-        say(f"{shapes}, up to about {gib(max(needs.values()))} of memory; {gib(have)} are free")
-        return list(needs)
+            return f"--n {n} would fit" if n else "no number of tokens would fit"
+
+        return Need(report_of.size(shape._asdict()), estimate.peak_bytes(shape, self.settings), way_out)
 
     def say_how_long(self, shapes: list[Shape], tasks: list[str], names: list[str]):
         """By the roofs, which must be measured."""
@@ -229,7 +215,7 @@ class Run:
                 self.report["not_run"].append(f"memory of {name}, N {shape.n}, V {shape.v}: {error}")
 
         say("memory: a process per provider")
-        fitting = free_bytes("cpu") // estimate.memory_process_bytes(shape)
+        fitting = machine.free_bytes("cpu") // estimate.memory_process_bytes(shape)
         with ThreadPoolExecutor(max(1, min(MEMORY_PROCESSES, fitting))) as pool:
             list(pool.map(of_provider, dict.fromkeys([EAGER, *names])))
 

@@ -94,8 +94,11 @@ def load(path: Path, name: str = KERNELS) -> dict:
 def name(case: dict) -> str:
     """Return one line that no other case of a report has."""
     model = [f"{case['model']} head"] if case.get("model") else []
-    shape = f"N {case['n']:,}, D {case['d']:,}, V {case['v']:,}"
-    return ", ".join([TASKS[case["task"]], *model, shape, case["dtype"], f"{case['rows']} rows"])
+    return ", ".join([TASKS[case["task"]], *model, size(case), f"{case['rows']} rows"])
+
+
+def size(case: dict) -> str:
+    return f"N {case['n']:,}, D {case['d']:,}, V {case['v']:,}, {case['dtype']}"
 
 
 def is_ours(provider: str) -> bool:

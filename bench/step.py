@@ -30,9 +30,10 @@ from mssr.observe.utilisation import peak_tflops
 
 from . import arguments as options
 from . import report as report_of
-from . import roofs, tables
+from . import roofs, room, tables
 from .child import result
 from .report import EAGER
+from .room import Need
 from .step_case import SIZES
 from .step_heads import HEADS
 
@@ -55,9 +56,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="tiny", help="default: tiny")
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS), help="default: all")
     parser.add_argument(
-        "--tokens", type=int, help="per micro-batch, 256 or more (default: 16,384; tiny: 512; 65k: 2,048)"
+        "--tokens", type=options.positive, help="per micro-batch, 256 or more (default: 16,384; tiny: 512; 65k: 2,048)"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timed updates; default: 5")
+    parser.add_argument("--repeats", type=options.positive, default=5, help="timed updates; default: 5")
     options.add_dtype(parser, "float32", "bfloat16")
     options.add_device(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
@@ -73,14 +74,30 @@ def measure(arguments: argparse.Namespace, words: list[str] | None = None, limit
     """Return the report. limit: seconds for each head."""
     settings = {key: getattr(arguments, key) for key in ("size", "tokens", "dtype", "repeats")}
     report = report_of.new("bench.step", words, arguments.device, settings)
+    cases = {head: settings | {"head": head, "device": arguments.device} for head in arguments.heads}
+    why_not = {head: why for head in cases if (why := HEADS[head].provider.why_not(arguments.device))}
+    why_not |= what_does_not_fit([case for head, case in cases.items() if head not in why_not])
     report["roof"] = roof(arguments.device, arguments.dtype)
-    for head in arguments.heads:
-        provider, case = HEADS[head].provider, settings | {"head": head, "device": arguments.device}
-        why = provider.why_not(arguments.device)
+    for head, case in cases.items():
+        why = why_not.get(head)
         found = {"skipped": why} if why else result(head, "bench.step_case", case, limit=limit)
-        report["cases"].append({"head": head, "work": provider.work} | found)
+        report["cases"].append({"head": head, "work": HEADS[head].provider.work} | found)
     compare(report)
     return report
+
+
+def what_does_not_fit(cases: list[dict]) -> dict[str, str]:
+    """Say the memory that the cases will take; return by head why a case does not fit. Exits with 2 if none fits."""
+    if not cases:
+        return {}
+    from .estimate_models import step_bytes  # imports for seconds; mistakes in the options show first
+
+    words = "{head}, --size {size}, {tokens:,} tokens"
+    needs = {
+        case["head"]: Need(words.format(**case), step_bytes(case), lambda _: "lower --tokens, or take a smaller --size")
+        for case in cases
+    }
+    return room.fitting(needs, cases[0]["device"], "head")[1]
 
 
 def roof(device: str, dtype: str) -> dict:

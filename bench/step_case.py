@@ -64,10 +64,8 @@ def main(case: dict):
 def measure(world: World, case: dict) -> dict:
     """case: size, head, tokens, device, dtype, repeats."""
     size = SIZES[case["size"]]
-    config = models.config(size.model, size.text)
-    lora = LoraConfig() if size.lora else None
-    options = ModelConfig(path=size.model, dtype=case["dtype"], gradient_checkpointing=True, lora=lora)
-    engine = make_engine(config, options, case, world)
+    config, options = models.config(size.model, size.text), model_options(case)
+    engine = make_engine(config, options, train_options(case), world)
     sequences = make_sequences(config, case["tokens"])
     noise = torch.randn(sequences.tokens.shape, generator=torch.Generator().manual_seed(1))
     old_logp = engine.score(sequences) + 0.05 * noise  # ratios near 1, as in training
@@ -98,10 +96,19 @@ def measure(world: World, case: dict) -> dict:
     }
 
 
-def make_engine(config: PretrainedConfig, options: ModelConfig, case: dict, world: World) -> PolicyEngine:
-    """Return the trainer's engine with random weights, which are never in a file."""
+def model_options(case: dict) -> ModelConfig:
+    size = SIZES[case["size"]]
+    lora = LoraConfig() if size.lora else None
+    return ModelConfig(path=size.model, dtype=case["dtype"], gradient_checkpointing=True, lora=lora)
+
+
+def train_options(case: dict) -> TrainConfig:
     # On one rank stages differ only in buffers, but float32 master weights of bfloat16 need one.
-    train = TrainConfig(micro_batch_tokens=case["tokens"], zero_stage=int(options.dtype == "bfloat16"))
+    return TrainConfig(micro_batch_tokens=case["tokens"], zero_stage=int(case["dtype"] == "bfloat16"))
+
+
+def make_engine(config: PretrainedConfig, options: ModelConfig, train: TrainConfig, world: World) -> PolicyEngine:
+    """Return the trainer's engine with random weights, which are never in a file."""
     with patch("mssr.policy.engine.load_policy", partial(random_policy, config)):
         return PolicyEngine(options, OptimizerConfig(), train, world, temperature=1.0, total_updates=100)
 

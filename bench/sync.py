@@ -24,9 +24,10 @@ from mssr.cli import run_command
 from mssr.config.resolve import why_no_vllm
 
 from . import arguments as options
-from . import models, tables
+from . import models, room, tables
 from . import report as report_of
 from .child import result
+from .room import Need
 
 MODES = ("zero0", "zero2", "zero3")
 CASE_LIMIT = 1200  # seconds
@@ -48,8 +49,10 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         "--model", nargs="+", choices=sizes, default=["tiny", "20m", "100m"], help="default: %(default)s"
     )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: all")
-    parser.add_argument("--ranks", type=int, help="for zero2 and zero3; default: 2, on CUDA one per device")
-    parser.add_argument("--repeats", type=int, default=5, help="default: 5")
+    parser.add_argument(
+        "--ranks", type=options.positive, help="for zero2 and zero3; default: 2, on CUDA one per device"
+    )
+    parser.add_argument("--repeats", type=options.positive, default=5, help="default: 5")
     options.add_dtype(parser, "float32", "bfloat16")
     options.add_device(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
@@ -63,12 +66,28 @@ def measure(arguments: argparse.Namespace, words: list[str] | None = None, limit
     """Return the report. limit: seconds for each case."""
     settings = {key: getattr(arguments, key) for key in ("dtype", "repeats")}
     report = report_of.new("bench.sync", words, arguments.device, settings)
-    for size, mode in itertools.product(arguments.model, arguments.modes):
-        case = {"size": size, "mode": mode, "ranks": 1 if mode == "zero0" else arguments.ranks}
-        why = why_not(case, arguments.device)
-        found = {"skipped": why} if why else run(case | settings | {"device": arguments.device}, limit)
+    cases = {
+        (size, mode): {"size": size, "mode": mode, "ranks": 1 if mode == "zero0" else arguments.ranks}
+        for size, mode in itertools.product(arguments.model, arguments.modes)
+    }
+    settings |= {"device": arguments.device}
+    skipped = {key: why for key, case in cases.items() if (why := why_not(case, arguments.device))}
+    skipped |= what_does_not_fit({key: case | settings for key, case in cases.items() if key not in skipped})
+    for key, case in cases.items():
+        found = {"skipped": skipped[key]} if key in skipped else run(case | settings, limit)
         report["cases"].append(case | found)
     return report
+
+
+def what_does_not_fit(cases: dict[tuple[str, str], dict]) -> dict[tuple[str, str], str]:
+    """Say the memory that the cases will take; return why a case does not fit. Exits with 2 if none fits."""
+    if not cases:
+        return {}
+    from .estimate_models import sync_bytes  # imports for seconds; mistakes in the options show first
+
+    words, way_out = "{size}, {mode}, ranks {ranks}", "take a smaller --model, or fewer --ranks"
+    needs = {key: Need(words.format(**case), sync_bytes(case), lambda _: way_out) for key, case in cases.items()}
+    return room.fitting(needs, next(iter(cases.values()))["device"], "case")[1]
 
 
 def why_not(case: dict, device: str) -> str | None:

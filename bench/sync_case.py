@@ -16,7 +16,6 @@ from transformers import AutoConfig, PretrainedConfig, Qwen2VLImageProcessorPil
 
 from examples.digits.tiny_model import train_tokenizer
 from mssr.config import Config, validate_config
-from mssr.config.schema import ModelConfig, OptimizerConfig, TrainConfig
 from mssr.distributed import World, free_port, start_world
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.model import Policy
@@ -111,13 +110,9 @@ def make_policy(world: World, case: dict) -> tuple[Policy, PolicyEngine | None]:
     if case["mode"] == "zero0":
         config, dtype = AutoConfig.from_pretrained(case["folder"]), getattr(torch, case["dtype"])
         return models.random_policy(config, dtype, world.device).requires_grad_(False).eval(), None
+    settings = run_config(case)
     engine = PolicyEngine(
-        ModelConfig(path=case["folder"], dtype=case["dtype"]),
-        OptimizerConfig(),
-        TrainConfig(micro_batch_tokens=TOKENS, zero_stage=int(case["mode"].removeprefix("zero"))),
-        world,
-        temperature=1.0,
-        total_updates=1,
+        settings.model, settings.train.optimizer, settings.train, world, temperature=1.0, total_updates=1
     )
     return engine.policy, engine
 
@@ -146,8 +141,9 @@ def model_config(size: str, tokenizer, dtype: str) -> PretrainedConfig:
 
 def run_config(case: dict) -> Config:
     rollout = {"engine": "vllm", "max_response_tokens": TOKENS, "batch_size": 4}
+    train = {"micro_batch_tokens": TOKENS, "zero_stage": int(case["mode"].removeprefix("zero"))}
     return validate_config({
-        "run_dir": case["folder"], "model": {"path": case["folder"], "dtype": case["dtype"]},
+        "run_dir": case["folder"], "model": {"path": case["folder"], "dtype": case["dtype"]}, "train": train,
         "data": {"train": "unused", "max_prompt_tokens": TOKENS}, "rollout": rollout,
     })  # fmt: skip
 

@@ -14,19 +14,21 @@ import torch
 from mssr.cli import run_command
 from mssr_kernels import linear_policy_loss
 
-from . import accuracy, inputs, machine
+from . import accuracy, estimate, inputs, machine, room
 from . import arguments as options
 from . import report as report_of
 from .jobs import CONFIG, POLICY, eager
+from .room import Need
+from .shapes import Shape
 
 POWERS = range(-1, -15, -1)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = options.parser(__doc__)
-    parser.add_argument("--n", type=int, default=1024, help="tokens (default 1024)")
-    parser.add_argument("--d", type=int, default=1024, help="hidden size (default 1024)")
-    parser.add_argument("--v", type=int, default=32768, help="vocabulary (default 32768)")
+    parser.add_argument("--n", type=options.positive, default=1024, help="tokens (default 1024)")
+    parser.add_argument("--d", type=options.positive, default=1024, help="hidden size (default 1024)")
+    parser.add_argument("--v", type=options.positive, default=32768, help="vocabulary (default 32768)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     options.add_device(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
@@ -34,6 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     settings = vars(arguments).copy()
     file = settings.pop("json")
     report_of.refuse_other_file(file)
+    shape = Shape(None, arguments.n, arguments.d, arguments.v, arguments.dtype, "")
+    words = report_of.size(shape._asdict())
+    need = Need(words, estimate.tolerance_bytes(shape), lambda _: "lower --n or --v")
+    room.fitting({shape: need}, arguments.device, "shape")
     report = {"machine": machine.facts(arguments.device), **settings, "rows": {}}
     for kind in ("peaked", "realistic"):
         report["rows"][kind] = errors(arguments, kind)

@@ -2,14 +2,17 @@
 
 import json
 import os
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from bench import models, step, step_case, sync, sync_case, tables, tolerance
+from bench import machine, models, step, step_case, sync, sync_case, tables, tolerance
+from bench.estimate_models import step_bytes
 from bench.jobs import Package
+from bench.report import load
 from examples.digits.tiny_model import train_tokenizer
 from mssr.distributed import start_world
 
@@ -21,6 +24,50 @@ def test_tolerance(tmp_path):
         errors = result["errors"]
         assert max(errors["2^-14"]) <= 2 * max(errors["exact"]) < max(errors["eager"])
         assert result["recommended"] <= -1
+
+
+STEP = ["--size", "65k", "--device", "cpu"]
+SYNC = ["--model", "500m", "--modes", "zero2", "--device", "cpu"]
+TOLERANCE = ["--n", "32768", "--v", "152064", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "command, words, line",
+    [
+        (step, [*STEP, "--heads", "mssr"], "mssr, --size 65k, 2,048 tokens: needs about"),
+        (sync, SYNC, "500m, zero2, ranks 2: needs about"),
+        (tolerance, TOLERANCE, "N 32,768, D 1,024, V 152,064, bfloat16: needs about"),
+    ],
+    ids=["step", "sync", "tolerance"],
+)
+def test_what_does_not_fit_is_refused_before_anything_starts(command, words, line, monkeypatch, capsys):
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(sync, "why_no_vllm", lambda device: None)
+    monkeypatch.setattr("bench.child.events", None)  # starts no process
+    monkeypatch.setattr("bench.inputs.make", None)
+    with pytest.raises(SystemExit) as refused:
+        command.main(words)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert refused.value.code == 2
+    assert said.startswith(f"not run: {line}") and "1.0 GiB are free; " in said
+
+
+def test_a_head_that_does_not_fit_is_skipped(monkeypatch, capsys):
+    """Of the heads, eager alone holds all logits."""
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 3 << 30)
+    monkeypatch.setattr(step, "roof", lambda *_: {"tflops": 1.0})
+    monkeypatch.setattr(step, "result", lambda head, *_, **__: {"head": head})
+    cases = step.measure(step.parse_arguments([*STEP, "--heads", "eager", "mssr"]))["cases"]
+    assert "needs about" in cases[0]["skipped"] and "skipped" not in cases[1]
+    assert "1 head, up to about 2.8 GiB of memory; 3.0 GiB are free" in capsys.readouterr().err
+
+
+def test_estimates_of_an_update_are_those_of_a_recorded_run():
+    (file,) = Path(step.__file__).parent.glob("results/cpu-epyc*/step.json")
+    recorded = load(file)
+    for found in recorded["cases"]:
+        estimated = step_bytes({**recorded["settings"], "head": found["head"], "device": "cpu"}) / 2**30
+        assert found["peak_gib"] < estimated < 1.5 * found["peak_gib"]
 
 
 @pytest.mark.slow("16 s: two ranks that start vLLM")

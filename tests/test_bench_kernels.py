@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from bench import accuracy, cases, child, estimate, inputs, kernels, report, scaling, step, sync, tolerance
+from bench import accuracy, cases, child, estimate, inputs, kernels, machine, report, scaling, step, sync, tolerance
 from bench.jobs import (
     CROSS_ENTROPY,
     OBJECTIVES,
@@ -49,7 +49,7 @@ HEAD_OF_7B = ["--model", "qwen2.5-vl-7b", "--device", "cpu"]
 
 
 def test_what_does_not_fit_is_refused_before_anything_starts(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "free_bytes", lambda device: 20 << 30)
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 20 << 30)
     monkeypatch.setattr(kernels.Run, "part", None)  # starts no process
     with pytest.raises(SystemExit) as refused:
         kernels.main([*HEAD_OF_7B, "--n", "32768"])
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_refused_before_anything_starts(monkeypatch, capsys
     assert len(run.report["not_run"]) == 1
     assert "1 shape, up to about" in capsys.readouterr().err
 
-    monkeypatch.setattr(kernels, "free_bytes", lambda device: 2 << 30)
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 2 << 30)
     with pytest.raises(SystemExit):
         kernels.main(HEAD_OF_7B)
     assert "no number of tokens would fit" in capsys.readouterr().err
