@@ -26,10 +26,15 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def _device(name: str) -> str:
     if name not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{name}: choose cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        why = "sees no GPU" if torch.version.cuda else f"{torch.__version__} is built for the CPU only"
-        raise argparse.ArgumentTypeError(f"cuda, but torch {why}: take --device cpu, or run `mssr doctor`")
+    if name == "cuda" and (why := why_no_gpu()):
+        raise argparse.ArgumentTypeError(f"cuda, but {why}: take --device cpu, or run `mssr doctor`")
     return name
+
+
+def why_no_gpu() -> str | None:
+    if torch.cuda.is_available():
+        return None
+    return "torch sees no GPU" if torch.version.cuda else f"torch {torch.__version__} is built for the CPU only"
 
 
 def add_dtype(parser: argparse.ArgumentParser, *choices: str, **options) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from mssr.cli import run_command
+
 from . import arguments
 from .child import ROOT, Child, environment
 
@@ -40,8 +42,8 @@ def main(words: list[str] | None = None) -> int:
     parser = arguments.parser(__doc__)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder for the reports")
     out = parser.parse_args(words).out
-    if not torch.cuda.is_available():
-        sys.exit("bench.gpu needs a CUDA device, and torch sees none")
+    if why := arguments.why_no_gpu():
+        parser.error(why)
     folder = out or results_folder()
     ended = {name: run(command, folder / f"{name}.json", limit) for name, limit, command in PARTS}
     print(folder, *(f"{name}: {words}" for name, words in ended.items()), sep="\n")
@@ -69,4 +71,4 @@ def run(command: list[str], file: Path, limit: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(lambda: sys.exit(main()))

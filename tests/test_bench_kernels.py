@@ -10,7 +10,21 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from bench import accuracy, cases, child, estimate, inputs, kernels, machine, report, scaling, step, sync, tolerance
+from bench import (
+    accuracy,
+    cases,
+    child,
+    estimate,
+    gpu,
+    inputs,
+    kernels,
+    machine,
+    report,
+    scaling,
+    step,
+    sync,
+    tolerance,
+)
 from bench.jobs import (
     CROSS_ENTROPY,
     OBJECTIVES,
@@ -96,6 +110,10 @@ def test_no_gpu_and_other_mistakes_are_one_line(monkeypatch, capsys):
             command(["--device", "cuda"])
         (line,) = capsys.readouterr().err.splitlines()
         assert ended.value.code == 2 and "--device: cuda, but torch" in line
+    with pytest.raises(SystemExit) as ended:
+        gpu.main([])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and ": torch " in line
     with pytest.raises(SystemExit):
         kernels.main(["--model", "llama-3.1-8b", "--d", "64"])
     assert len(capsys.readouterr().err.splitlines()) == 1

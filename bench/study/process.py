@@ -1,9 +1,11 @@
 """One run of a study as a process: command, environment, and the reason why it ended."""
 
+import json
 import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from mssr.errors import UserError
 
@@ -57,6 +59,42 @@ def last_line(log: Path) -> str:
     others = [line for line in lines if not _OF_THE_LAUNCHER.match(line)]
     told = [line for line in others if line.startswith(LINE_OF_AN_ERROR)]
     return (told or others or lines or ["no output"])[-1].removeprefix(LINE_OF_AN_ERROR)
+
+
+def read_lines(log: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one per line; none if there is no file.
+
+    Raises:
+        UserError: a line is damaged.
+    """
+    try:
+        lines = log.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    return [_parsed(line, f"{log}, line {number}", "remove the line") for number, line in enumerate(lines, start=1)]
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Raises:
+    UserError: the file is damaged.
+    """
+    return _parsed(file.read_bytes(), str(file), "remove the file")
+
+
+def _parsed(text: bytes, where: str, remedy: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: damaged; {remedy}, and run the study again, which goes on from there")
+    return found
+
+
+def append_line(log: Path, value: dict[str, Any]) -> None:
+    """Append an object to a file of `read_lines`."""
+    with log.open("a") as file:
+        file.write(json.dumps(value) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:

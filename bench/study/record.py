@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.study.grid import PlannedRun
-from bench.study.process import write_whole
+from bench.study.process import read_object, write_whole
 from bench.study.results import RESULTS, StudyResults, read_run, write_results
 from bench.study.runner import FINISHED
 from bench.study.spec import StudySpec
@@ -30,7 +30,7 @@ class Record:
         """Write the files and return the results; None if no run is finished yet.
 
         Raises:
-            UserError: a run's metrics have no validation accuracy or costs.
+            UserError: a run's metrics have no validation accuracy or costs, or its files are damaged.
         """
         finished = [run for run in self.planned if (run.folder / FINISHED).is_file()]
         if not finished:
@@ -44,7 +44,7 @@ class Record:
 
     def _collect(self, finished: Sequence[PlannedRun]) -> StudyResults:
         spec = self.spec
-        machines = [json.loads((run.folder / FINISHED).read_text())["machine"] for run in finished]
+        machines = [read_object(run.folder / FINISHED)["machine"] for run in finished]
         return StudyResults(
             name=self.path.stem,
             question=spec.question,

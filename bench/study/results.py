@@ -1,6 +1,5 @@
 """Results of a study's runs as one typed object, results.json."""
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +8,7 @@ from pydantic import Field, ValidationError
 
 from bench.study.claims import Claim, Part
 from bench.study.curves import Curves, read_curves
-from bench.study.process import write_whole
+from bench.study.process import read_object, write_whole
 from bench.study.recorded import ACCURACY, BINS, COSTS, SERIES, Match
 from mssr.errors import UserError
 from mssr.observe.metrics import FILE_NAME, read_metrics
@@ -101,9 +100,9 @@ def read_run(folder: Path, arm: str, seed: int, match: Match, budget: float, thr
     """Read the folder of a finished run: metrics.jsonl and finished.json.
 
     Raises:
-        UserError: its metrics have no validation accuracy, or no costs.
+        UserError: its metrics have no validation accuracy, or no costs, or a file is damaged.
     """
-    finished = json.loads((folder / "finished.json").read_text())
+    finished = read_object(folder / "finished.json")
     diverged = finished["end"] == "diverged"
     records = read_metrics(folder / FILE_NAME)
     validations = [record for record in records if ACCURACY in record]

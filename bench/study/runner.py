@@ -23,8 +23,10 @@ from bench.study.process import (
     DIVERGED_CODE,
     GRACE_S,
     LOG,
+    append_line,
     environment,
     last_line,
+    read_lines,
     train_command,
     visible_gpus,
     write_whole,
@@ -116,12 +118,11 @@ def start(command: list[str], env: dict[str, str], log: Path, lock: int) -> Chil
 
 def _conclude(run: PlannedRun, ended: Ended, command: list[str]) -> Outcome:
     """Record the cost of the attempt; `finished.json`, which marks a run as finished, is written last."""
-    with (run.folder / ATTEMPTS).open("a") as file:
-        file.write(json.dumps(vars(ended)) + "\n")
+    append_line(run.folder / ATTEMPTS, vars(ended))
     line = "" if ended.code == 0 else last_line(run.folder / LOG)
     if ended.code not in (0, DIVERGED_CODE):
         return Outcome(run, "failed", line)
-    attempts = [json.loads(text) for text in (run.folder / ATTEMPTS).read_text().splitlines()]
+    attempts = read_lines(run.folder / ATTEMPTS)
     outcome = Outcome(run, "diverged" if ended.code else "budget", line)
     finished = {
         "end": outcome.end,
@@ -140,10 +141,11 @@ def still_to_run(planned: Sequence[PlannedRun]) -> list[PlannedRun]:
     """Return the runs that are not finished, after checking all, so that nothing starts if one must be removed.
 
     Raises:
-        UserError: a folder holds a run with another configuration.
+        UserError: a folder holds a run with another configuration, or a damaged record of its attempts.
     """
     for run in planned:
         _refuse_other_run(run)
+        read_lines(run.folder / ATTEMPTS)
     return [run for run in planned if not (run.folder / FINISHED).is_file()]
 
 

@@ -1,6 +1,5 @@
 """`python -m bench.study run`: check the file, make the warm starts, run what is not finished, write table and plots."""
 
-import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,12 +11,13 @@ from rich.console import Console
 import mssr.environment  # noqa: F401  first: the runs inherit what it sets
 from bench.study.grid import as_overrides, expand
 from bench.study.plots import plot_arms, plot_curves
-from bench.study.process import LOG
+from bench.study.process import LOG, append_line, read_lines
 from bench.study.record import TABLE, Record
 from bench.study.results import StudyResults
 from bench.study.runner import Outcome, Runner, signals_raise, sole_user, still_to_run
 from bench.study.spec import StudySpec, load_study
 from examples.digits.start import DigitsSettings, digits_start
+from mssr.distributed import require_device
 from mssr.errors import UserError
 
 SESSIONS = "sessions.jsonl"
@@ -34,7 +34,8 @@ def study(path: Path, jobs: int | None = None) -> Path:
         Interrupted: by a signal; the runs have saved, and the same call continues.
     """
     spec = load_study(path) if jobs is None else load_study(path).with_jobs(jobs)
-    expand(spec, path)  # checks all configurations before the warm starts, which take minutes
+    for run in expand(spec, path):  # checks all configurations before the warm starts, which take minutes
+        require_device(run.config.device)
     console = Console(highlight=False, soft_wrap=True)
     with sole_user(spec.out) as lock, signals_raise(), _timed(spec) as elapsed:
         fixed = _with_fixed_config(spec)
@@ -58,13 +59,12 @@ def study(path: Path, jobs: int | None = None) -> Path:
 def _timed(spec: StudySpec):
     """Yield a function that returns the study's total seconds, earlier commands included."""
     log = spec.out / SESSIONS
-    earlier = sum(json.loads(line)["seconds"] for line in log.read_text().splitlines()) if log.is_file() else 0.0
+    earlier = sum(session["seconds"] for session in read_lines(log))
     began = time.monotonic()
     try:
         yield lambda: earlier + time.monotonic() - began
     finally:
-        with log.open("a") as file:
-            file.write(json.dumps({"seconds": round(time.monotonic() - began, 2)}) + "\n")
+        append_line(log, {"seconds": round(time.monotonic() - began, 2)})
 
 
 def _with_fixed_config(spec: StudySpec) -> StudySpec:

@@ -201,11 +201,17 @@ def _read_marker(folder: Path) -> dict[str, Any]:
     """Read the state of the start in `folder`.
 
     Raises:
-        UserError: the folder holds other files.
+        UserError: the folder holds other files, or the marker is damaged.
     """
     marker = folder / MARKER
     if marker.is_file():
-        return json.loads(marker.read_text())
+        try:
+            state = json.loads(marker.read_text())
+        except ValueError:
+            state = None
+        if not isinstance(state, dict) or "finished" not in state:
+            raise UserError(f"{marker}: damaged; remove it and the rest of {folder}, or choose another folder")
+        return state
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not a warm start; choose another folder")
     return {"finished": False}

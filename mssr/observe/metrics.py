@@ -98,12 +98,14 @@ def read_metrics(path: Path) -> list[dict[str, Metric]]:
     """Return the lines of a `metrics.jsonl`, null as NaN, without a last line that a kill cut off.
 
     Raises:
-        UserError: no such file, or a line other than the last is not JSON.
+        UserError: no such file, or a line other than the last is not one of metrics.
     """
     try:
         lines = Path(path).read_bytes().splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such metrics file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -111,9 +113,15 @@ def read_metrics(path: Path) -> list[dict[str, Metric]]:
         except ValueError:
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number}: not JSON") from None
+            raise UserError(f"{path}, line {number}: not JSON; restore the file, or remove the line") from None
+        if not isinstance(record, dict) or not _are_metrics(record):
+            raise UserError(f"{path}, line {number}: no metrics of a step; expected a metrics.jsonl of mssr")
         records.append({key: math.nan if value is None else value for key, value in record.items()})
     return records
+
+
+def _are_metrics(record: dict) -> bool:
+    return "step" in record and all(value is None or isinstance(value, int | float | list) for value in record.values())
 
 
 def finite_or_none(value: float | None) -> float | None:

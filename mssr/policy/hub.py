@@ -7,12 +7,13 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidat
 from huggingface_hub.utils import validate_repo_id
 
 from mssr.errors import UserError
+from mssr.policy.model_folder import require_whole_settings
 
 CONFIG = "config.json"
 
 
 def require_model_folder_or_name(path: str) -> None:
-    """Refuse a folder without a model, a hub name that does not exist, and a hub that cannot be reached.
+    """Refuse a folder without a whole model, a hub name that does not exist, and a hub that cannot be reached.
 
     One request at most, without a retry; none for a folder or a model in the cache.
 
@@ -22,6 +23,7 @@ def require_model_folder_or_name(path: str) -> None:
     if Path(path).exists():
         if not (Path(path) / CONFIG).is_file():
             raise UserError(f"model.path {path}: no config.json in it; expected a Hugging Face model directory")
+        require_whole_settings(Path(path))
         return
     if not _is_hub_name(path):
         hint = "; `make demo` writes the one of configs/tiny.yaml" if path.startswith("runs/") else ""

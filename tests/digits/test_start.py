@@ -80,6 +80,14 @@ def test_a_start_made_otherwise_is_not_taken(started, config_file, seed, overrid
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("text", ["", '{"finished": tr', "[]", "{}"])
+def test_a_damaged_marker_is_named(tmp_path, config_file, text):
+    (tmp_path / MARKER).write_text(text)
+    with pytest.raises(UserError, match=f"^{tmp_path / MARKER}: damaged; remove it and the rest of"):
+        digits_start(tmp_path, config_file, 0, SHORT, SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == [MARKER]
+
+
 def test_nothing_else_is_removed(tmp_path, config_file):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "thesis.txt").write_text("years of work")

@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mssr.errors import UserError
 from mssr.observe.metrics import MetricsLog, read_metrics
+from mssr.observe.plots import plot_curves
 
 
 def lines(run_dir):
@@ -114,6 +115,16 @@ def test_reading_leaves_out_a_torn_last_line_only(tmp_path):
         read_metrics(path)
     with pytest.raises(UserError, match="no such metrics file"):
         read_metrics(tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match=f"{tmp_path}: cannot be read: Is a directory"):
+        read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", "null", '{"a": 1.0}', '{"step": 2, "a": "b"}'])
+def test_a_line_that_is_no_metrics_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "train/reward": 0.5}}\n{line}\n')
+    with pytest.raises(UserError, match="line 2: no metrics of a step; expected a metrics.jsonl"):
+        plot_curves({"run": path}, tmp_path / "curves.png")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")

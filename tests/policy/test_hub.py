@@ -1,5 +1,6 @@
 """A model that is not there is said in one line, after one request at most; a local server stands for the hub."""
 
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -76,3 +77,16 @@ def test_offline():
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(hub, path):
     assert refusal(path).startswith("no such folder, and no hub name")
     assert hub == []
+
+
+SETTINGS = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"]
+
+
+@pytest.mark.parametrize(
+    "name, kept", [*((name, kept) for name in SETTINGS for kept in (0, 1, 7)), ("chat_template.jinja", 0)]
+)
+def test_a_damaged_file_of_settings_is_named(tmp_path, name, kept):
+    """transformers goes on without a cut generation_config.json, in which the end tokens are."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(json.dumps({"eos_token_id": [1, 2]})[:kept])
+    assert refusal(tmp_path) == f"{name} is damaged ({kept} bytes); copy the model again"

@@ -116,6 +116,19 @@ def test_files_that_are_not_results_are_refused_in_one_line(tmp_path):
         read_run(tmp_path / "run", "arm", 0, "updates", 8, [])
 
 
+@pytest.mark.parametrize("kept", [0, 1, 20, -2])
+def test_a_cut_file_is_named(tmp_path, kept):
+    file = write_run(tmp_path / "run", [0.1, 0.2]) / "finished.json"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(UserError, match=f"^{file}: damaged; remove the file, and run the study again"):
+        read_run(tmp_path / "run", "arm", 0, "updates", 8, [])
+    results = study_results(tmp_path, {"a": [[0.1, 0.2]]})
+    write_results(results, tmp_path / "results.json")
+    (tmp_path / "results.json").write_bytes((tmp_path / "results.json").read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"^.*results\.json: not a study's results: .*$"):
+        load_results(tmp_path)
+
+
 def test_a_row_of_the_table_by_hand(tmp_path):
     """Finals .40, .50 and .50, .58: differences 10 and 8 points, mean 9, s = sqrt(2), t(0.975; 1) = 12.7062."""
     arms = {"base": [[0.3, 0.3, 0.4], [0.3, 0.4, 0.5]], "new": [[0.3, 0.4, 0.5], [0.3, 0.75, 0.58]]}

@@ -118,6 +118,22 @@ def test_a_wrong_key_starts_nothing(write, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_gpu_that_is_not_there_starts_nothing(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="^device: cuda, but torch sees no GPU"):
+        study(write({"base": {}, "gpu": {"device": "cuda"}}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cut_record_of_sessions_is_named(write, tmp_path):
+    path = write({"base": {}})
+    with sole_user(tmp_path / "out"):
+        pass
+    (tmp_path / "out" / "sessions.jsonl").write_text('{"seconds": 2.0}\n{"seco')
+    with pytest.raises(UserError, match=r"sessions\.jsonl, line 2: damaged; remove the line"):
+        study(path)
+
+
 @pytest.mark.parametrize(
     "text, line",
     [

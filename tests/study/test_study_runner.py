@@ -109,6 +109,18 @@ def test_what_a_run_cost_is_that_of_all_its_attempts(plan, run):
     assert finished(base)["command"] == command[1:]
 
 
+def test_a_cut_record_of_attempts_is_named_before_anything_starts(plan, run):
+    base, other = plan("base"), plan("other")
+    run([(other, shell("exit 1"))])
+    record = other.folder / "attempts.jsonl"
+    record.write_bytes(record.read_bytes()[:-5])
+    with pytest.raises(UserError, match=f"^{record}, line 1: damaged; remove the line, and run the study again"):
+        run([(base, shell("true")), (other, shell("true"))])
+    assert finished(base) is None
+    record.write_bytes(b"")
+    assert run([(base, shell("true")), (other, shell("true"))])["other"].end == "budget"
+
+
 def test_runs_that_ended_by_budget_or_diverged_are_not_run_again(plan, run):
     base, wild, broken = plan("base"), plan("wild"), plan("broken")
     commands = [
