@@ -74,6 +74,14 @@ def test_a_command_and_all_that_it_started_end_with_the_parent(start, number):
     assert all_end(descendants)
 
 
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
+def test_a_command_of_a_command_ends_too(start, number):
+    """As a measurement of `bench.kernels` in `bench.gpu`: each is in a session of its own."""
+    parent, descendants = start(PARENT, sys.executable, "-c", PARENT, "sh", "-c", TREE)
+    parent.send_signal(number)
+    assert all_end(descendants)
+
+
 def test_a_command_may_save_before_it_ends(start, tmp_path):
     parent, descendants = start(PARENT, "sh", "-c", SAVES)
     parent.kill()

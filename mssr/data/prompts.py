@@ -203,6 +203,8 @@ class PromptEncoder:
             tokenize=False,
             add_generation_prompt=True,
         )
+        if not all(part.strip() in rendered for part in text.split(IMAGE_MARKER)):
+            raise Unusable("the chat template of model.path leaves out `problem`; restore or replace the template")
         ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         pads = ids.count(self.image_token_id)
         if pads != len(image_tokens):

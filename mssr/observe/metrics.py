@@ -113,7 +113,7 @@ def read_metrics(path: Path) -> list[dict[str, Metric]]:
         except ValueError:
             if number == len(lines):
                 break
-            raise UserError(f"{path}, line {number}: not JSON; restore the file, or remove the line") from None
+            raise UserError(f"{path}, line {number}: not JSON; restore the file") from None
         if not isinstance(record, dict) or not _are_metrics(record):
             raise UserError(f"{path}, line {number}: no metrics of a step; expected a metrics.jsonl of mssr")
         records.append({key: math.nan if value is None else value for key, value in record.items()})
