@@ -202,10 +202,8 @@ class _Comparison:
         if len(ours) != len(theirs):
             return False
         joined = {parts.joined, right.joined}
-        if "mixed" in joined:
-            return joined == {"mixed"} and ours == theirs
         ordered = parts.ordered or right.ordered
-        if ordered and "or" in joined:
+        if "mixed" in joined or (ordered and "or" in joined):
             return False
         differ = {"and", "or"} <= joined or (joined == {",", "or"} and wordy(ours + theirs))
         if differ and _states(ours + theirs):
