@@ -7,32 +7,28 @@ import re
 import unicodedata
 from itertools import pairwise
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
-_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
-_CHARACTERS = {
+_CHARACTERS = {  # Greek letters: _character
     "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "•": "\\cdot ", "÷": "\\div ", "−": "-", "–": "-",
-    "—": "-", "‐": "-", "‑": "-", "∶": ":", "⁄": "/", "∕": "/", "√": "\\sqrt ", "π": "\\pi ", "∞": "\\infty ",
+    "—": "-", "‐": "-", "‑": "-", "∶": ":", "⁄": "/", "∕": "/", "√": "\\sqrt ", "∞": "\\infty ",
     "±": "\\pm ", "≤": "\\leq ", "≦": "\\leq ", "⩽": "\\leq ", "≥": "\\geq ", "≧": "\\geq ", "⩾": "\\geq ",
     "≠": "\\neq ", "≈": "\\approx ", "∈": "\\in ", "∪": "\\cup ", "∩": "\\cap ", "∅": "\\emptyset ", "∠": "\\angle ",
-    "△": "\\triangle ", "⊥": "\\perp ", "∥": "\\parallel ", "′": "'", "″": "''", "’": "'", "‘": "'", "“": '"', "”": '"',
-    "、": ",", "。": ".", "【": "[", "】": "]", "〔": "(", "〕": ")", "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ",
-    "θ": "\\theta ", "λ": "\\lambda ", "μ": "\\mu ", "φ": "\\phi ", "ω": "\\omega ", "ρ": "\\rho ", "σ": "\\sigma ",
-    "\u200b": "", "\ufeff": "", "\u2061": "", "\u2062": "",
+    "△": "\\triangle ", "⊙": "\\odot ", "⊥": "\\perp ", "∥": "\\parallel ", "≅": "\\cong ", "≌": "\\cong ",
+    "∽": "\\sim ", "∼": "\\sim ", "→": "\\rightarrow ", "′": "'", "″": "''", "’": "'", "‘": "'", "“": '"', "”": '"',
+    "、": ",", "。": ".", "【": "[", "】": "]", "〔": "(", "〕": ")", "\u200b": "", "\ufeff": "", "\u2061": "", "\u2062": "",
 }  # fmt: skip
 # NFKC would make these characters look like others: x² like x2, º like o, 3½ like 31/2, ① like 1.
-_BEFORE_NFKC = {"º": "°", "˚": "°", "∘": "°", "㎡": "m^{2}", "㎠": "cm^{2}", "㎢": "km^{2}", "㎥": "m^{3}", "㎤": "cm^{3}",
-                "µ": "μ", "Ω": "Ω"}  # fmt: skip
-_COMMANDS = {
-    "dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "leqslant": "leq", "le": "leq", "leqq": "leq", "geqslant": "geq",
-    "ge": "geq", "geqq": "geq", "ne": "neq", "gets": "leftarrow", "ast": "cdot", "bullet": "cdot", "varnothing": "emptyset",
-    "parallelsum": "parallel", "doteq": "approx", "simeq": "approx", "bigtriangleup": "triangle",
-    "varphi": "phi", "to": "rightarrow",
+_BEFORE_NFKC = {
+    "º": "°", "˚": "°", "∘": "°", "㎡": "m^{2}", "㎠": "cm^{2}", "㎢": "km^{2}", "㎥": "m^{3}", "㎤": "cm^{3}",
 }  # fmt: skip
-_SYMBOLS = {
-    "lt": "<", "gt": ">", "degree": "°", "colon": ":", "lbrace": "⦃", "rbrace": "⦄", "lbrack": "[", "rbrack": "]",
-    "vert": "|", "lvert": "|", "rvert": "|", "mid": "|",
-    "prime": "'", "backslash": "\\", "ldots": "...", "cdots": "...", "dots": "...",
-    "yen": "¥", "pounds": "£", "euro": "€",
+_COMMANDS = {
+    "dfrac": "\\frac", "tfrac": "\\frac", "cfrac": "\\frac", "leqslant": "\\leq", "le": "\\leq", "leqq": "\\leq",
+    "geqslant": "\\geq", "ge": "\\geq", "geqq": "\\geq", "ne": "\\neq", "gets": "\\leftarrow", "to": "\\rightarrow",
+    "ast": "\\cdot", "bullet": "\\cdot", "bigcup": "\\cup", "bigcap": "\\cap", "varnothing": "\\emptyset",
+    "parallelsum": "\\parallel", "doteq": "\\approx", "simeq": "\\approx", "bigtriangleup": "\\triangle",
+    "varphi": "\\phi", "varepsilon": "\\epsilon", "lor": " or ", "vee": " or ", "land": " and ", "wedge": " and ",
+    "lt": "<", "gt": ">", "vert": "|", "lvert": "|", "rvert": "|", "mid": "|", "degree": "°", "circ": "°", "prime": "'",
+    "colon": ":", "ldots": "...", "cdots": "...", "dots": "...", "backslash": "\\", "lbrace": "⦃", "rbrace": "⦄",
+    "lbrack": "[", "rbrack": "]", "yen": "¥", "pounds": "£", "euro": "€",
 }  # fmt: skip
 _LAYOUT = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|rm|bf|it|mathop|quad|qquad|hfill|phantom\{\})"
@@ -44,10 +40,7 @@ _TEXT = re.compile(
 _UPRIGHT = re.compile(
     r"\\(?:math(?:rm|bf|it|sf|tt|normal|ord|rel)|boldsymbol|bm|operatorname|ce|pu|boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
-_WRAPPED = [re.compile(pattern, re.DOTALL) for pattern in (
-    r"\$\$([^$]+)\$\$", r"\$([^$]+)\$", r"\\\((.+)\\\)", r"\\\[(.+)\\\]", r"\*\*([^*]+)\*\*", r'"([^"]+)"', r"'([^']+)'",
-    r"`([^`]+)`",
-)]  # fmt: skip
+_WRAPPED = re.compile(r"(\$\$?|\*\*|[\"'`])([^$*\"`]+)\1|\\\((.+)\\\)|\\\[(.+)\\\]", re.DOTALL)
 _PREFIX = re.compile(
     r"(?:(?:the |so |thus |therefore,? )*(?:final |correct )?(?:answer|ans)\b(?: is(?!\w)| would be|\s*[:=])\s*:?"
     r"|答案(?:是|为|:|=)+)\s*",
@@ -61,75 +54,107 @@ _SYSTEM = re.compile(
 # Indices that can be written without braces: H_{2}O and a_{n}, but not y_{1}0, 101_{2} or \\log_{2}8.
 _INDEX = re.compile(r"(?<=[^\W\d_]|[')\]])_\{(\d+(?!\}\d)|\w+(?!\}\w))\}")
 _INDEX_OF_POINT = re.compile(r"(?:(?<=[^a-zA-Z\\][A-Z])|(?<=^[A-Z]))_\{(\d+(?!\}\d))\}")
-_GREEK = "pi|alpha|beta|gamma|theta|lambda|phi|omega"
+_VECTOR = re.compile(r"\\(?:vec|hat|mathbf|boldsymbol|bm)\s*\{(?:\\(?:mathbf|boldsymbol|bm)\s*\{)?([ijk])\}?\}")
+_ARRAY = re.compile(
+    r"(?:\\left\s*)?[(\[]\s*\\begin\{array\}\{[lcr|]*\}(.*?)\\end\{array\}\s*(?:\\right\s*)?[)\]]", re.DOTALL
+)
+_ESCAPED = {
+    "\\{": "⦃", "\\}": "⦄", "\\%": "%", "\\$": "$", "\\_": "_", "\\#": "#", "\\&": "&", "{,}": ",", "~=": "\\approx ",
+    "~": " ",
+}  # fmt: skip
+_ASCII = {"{}": "", "!=": "\\neq ", "<=": "\\leq ", ">=": "\\geq ", "**": "^", "==": "=", "+/-": "\\pm "}
+_MONTH = (
+    "jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sep(?:tember)?|oct(?:ober)?"
+    "|nov(?:ember)?|dec(?:ember)?"
+)
+_TH = "(?:st|nd|rd|th)?"
+_REWRITTEN = [(re.compile(pattern), replacement) for pattern, replacement in (
+    # degrees and primes: 30^{\circ}, 30^o, {30}°, A^{\prime}
+    (r"\^\s*(?:\{\s*(°|'+)\s*\}|(°|'+))", r"\1\2"),
+    (r"(?<=[\d}])\^(?:o(?![a-zA-Z])|\{o\})", "°"),
+    (r"\{(\d+(?:\.\d+)?)\}(?=°)", r"\1"),
+    (r"\{\s*°\s*\}", "°"),
+    # mathematics in plain characters: 3x10^8, pi, sqrt(2), (0,1) U (2,3)
+    (r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times "),
+    (r"\\not ?=", r"\\neq "),
+    (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty "),
+    (r"(?<![\\a-zA-Z])(pi|alpha|beta|gamma|theta|lambda|phi|omega|sqrt)(?![a-zA-Z])", r"\\\1 "),
+    (r"(?<=[)\]]) ?U ?(?=[(\[])", r"\\cup "),
+    # geometry: AB//CD, AB is parallel to CD, triangle ABC, \angle{1}
+    (r"(?<=[A-Z]{2}) ?(?://|\\\|) ?(?=[A-Z]{2})", r"\\parallel "),
+    (r"(?<=[\w}]) (?:is |are )?(parallel|perp)(?:endicular)? to (?=\\|[A-Z]{2}|[a-z]\b|line )", r" \\\1 "),
+    (r"(?:(?<![a-zA-Z\\])[tT]riangle|\\Delta) ?(?=[A-Z]{3}(?![a-zA-Z]))", r"\\triangle "),
+    (r"\\(angle|triangle|odot) ?\{(\w+)\}", r"\\\1 \2"),
+    # times and dates: 3:30 p.m., 02:05, 5 March 2019, March 5th, 2019
+    (r"(?i)(?<=\d) ?([ap])\.?m\b\.?", r" \1m"),
+    (r"(?i)(?<![\d:.])(\d{1,2})(?:(:\d\d)(?: (am|pm))?| ()(am|pm))(?![\w:])", lambda found: _time(found)),
+    (rf"(?i)\b(\d{{1,2}}){_TH} (?:of )?({_MONTH})\.?,? (\d{{4}})\b", r"\2 \1 \3"),
+    (rf"(?i)\b({_MONTH})\.? (\d{{1,2}}){_TH},? (\d{{4}})\b", lambda found: f"{found[1][:3]} {found[2]} {found[3]}"),
+    (r"\s+", " "),
+)]  # fmt: skip
+_SQUEEZED = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"(?<=\d), (?=[\d.+-])", ";"),  # a list: the comma of 1,000 has no space
+    # spaces that mean nothing: not those between letters and digits, which make units and mixed numbers
+    (r"(?<![a-zA-Z0-9}]) | (?![a-zA-Z0-9])|(?<=}) (?=\d)", ""),
+    (r"(?<=\\frac) (?=\d)|(?<=\\sqrt) (?=\d)|(?<=\\times) (?=\d)|(?<=\\cdot) (?=\d)", ""),
+    (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])", lambda found: found[0].replace(" ", "")),
+    (r"(?<=\d) (?=[ie](?![a-zA-Z]))", ""),  # 5\mathrm{i}
+    # braces around every argument: x^2, x^(n+1), \sqrt2, \sqrt(x+1), \frac12, \frac1{2}, \frac{1}2
+    (r"\^\((-?\w+)\)", r"^{\1}"),
+    (r"([\^_])([+-]?\d+|[a-zA-Z](?![a-zA-Z]*\{)|\\[a-zA-Z]+(?![a-zA-Z{]))", r"\1{\2}"),
+    (r"\\sqrt(\[\w\])? ?(\d+(?:\.\d+)?|\\pi|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt\1{\2}"),
+    (r"\\sqrt\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt{\1}"),
+    (r"\\frac ?(\w) ?(\w)", r"\\frac{\1}{\2}"),
+    (r"\\frac ?(\w)(?=\{)", r"\\frac{\1}"),
+    (r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}"),
+    (r"(?<=[①-⑳]) ?[,;和与及]? ?(?=[①-⑳])", ","),
+    (r"(?<![\d.])\.(?=\d)", "0."),
+)]  # fmt: skip
 
 
 def clean(text: str) -> str:
     """Return the answer with one spelling for each character and command; spaces are single, words stay apart."""
-    text = _characters(text)
+    text = _characters(text.strip())
     text = re.sub(r"(?<!\\)\$([^$]*[^$\s\\])\$(?!\d)", r"\1", text)
     text = re.sub(r"\{\s*\\rm(?![a-zA-Z])\s*", r"\\mathrm{", text)
+    text = _ARRAY.sub(r"\\begin{bmatrix}\1\\end{bmatrix}", text)
     text = _SYSTEM.sub(lambda found: found[1].replace("\\\\", ",").replace("&", ""), text)
     text = re.sub(r"^\s*\*\*([^*]+)\*\*", r"\1", text)
-    for _ in range(4):
-        stripped = _unwrap(text.strip())
-        if stripped == text:
-            break
-        text = stripped
-    text = text.replace("\\{", "⦃").replace("\\}", "⦄").replace("\\%", "%").replace("\\$", "$").replace("\\_", "_")
-    text = text.replace("\\#", "#").replace("\\&", "&").replace("~", " ").replace("{,}", ",")
+    text = re.sub(r"~(?= ?\\(?:triangle|Delta))", r"\\sim ", text)
+    for written, meant in _ESCAPED.items():
+        text = text.replace(written, meant)
     text = re.sub(r"(?<!\\)\\(?=\s|$)", " ", text)
-    for _ in range(5):  # nested
-        before = text
-        text = _TEXT.sub(r" \1 ", text)
-        text = _UPRIGHT.sub(_upright, text)
-        if text == before:
-            break
+    text = _VECTOR.sub(r"\\vec{\1}", text)
+    for _ in range(3):  # nested
+        text = _UPRIGHT.sub(_upright, _TEXT.sub(r" \1 ", text))
     text = _LAYOUT.sub(" ", text)
-    text = re.sub(r"\\([a-zA-Z]+)", _command, text)
-    text = re.sub(r"\^\s*(?:\{\s*(?:°|\\circ|o)\s*\}|\\circ(?![a-zA-Z])|°)", "°", text)
-    text = re.sub(r"(?<=[\d}])\^o(?![a-zA-Z])", "°", text)
-    text = re.sub(r"\{(\d+(?:\.\d+)?)\}(?=°)", r"\1", text)
-    text = re.sub(r"\^\s*(?:\{\s*('+)\s*\}|('+))", r"\1\2", text)
-    text = re.sub(r"\{\s*°\s*\}", "°", text.replace("\\circ", "°").replace("{}", ""))
-    text = re.sub(r"(?<=\d) ?[xX] ?(?=10 ?\^)", r"\\times ", text)
-    text = re.sub(r"\\not ?=", r"\\neq ", text)
-    text = (
-        text.replace("!=", "\\neq ")
-        .replace("<=", "\\leq ")
-        .replace(">=", "\\geq ")
-        .replace("**", "^")
-        .replace("==", "=")
-    )
-    text = text.replace("+/-", "\\pm ").replace("~=", "\\approx ")
-    text = re.sub(rf"(?<![\\a-zA-Z])({_GREEK}|sqrt|infinity)(?![a-zA-Z])", _spelled, text)
-    text = re.sub(r"(?<=[A-Z]{2}) ?(?://|\\\|) ?(?=[A-Z]{2})", r"\\parallel ", text)
-    text = re.sub(r"(?:(?<![a-zA-Z\\])[tT]riangle|\\Delta) ?(?=[A-Z]{3}(?![a-zA-Z]))", r"\\triangle ", text)
-    text = re.sub(r"\s+", " ", text).strip()
-    text = _PREFIX.sub("", text, count=1) if _PREFIX.match(text) else text
-    text = _unwrap(_trailing(text)).strip()
+    text = re.sub(r"\\([a-zA-Z]+)", lambda found: _COMMANDS.get(found[1], found[0]), text)
+    for written, meant in _ASCII.items():
+        text = text.replace(written, meant)
+    for pattern, replacement in _REWRITTEN:
+        text = pattern.sub(replacement, text)
+    text = text.strip()
+    text = text[prefix.end() :] if (prefix := _PREFIX.match(text)) else text
+    text = re.sub(r"(?<![.,;:])[.,;:]$", "", text.strip())
+    text = wrapped[wrapped.lastindex].strip() if (wrapped := _WRAPPED.fullmatch(text)) else text
     text = re.sub(r"^(?:in )?(?:(?:the )?year:? )?(?=[12]\d{3}$)", "", text, flags=re.IGNORECASE)
     decided = re.fullmatch(r"(yes|no)[,;:.] (?!.*\b(?:yes|no|maybe|but)\b).*", text, re.IGNORECASE)
-    return decided[1] if decided else text
+    return decided[1] if decided else _unbrace(text)
+
+
+def _time(found: re.Match) -> str:
+    """Write 3:30 PM as 15:30, 5 am as 5:00 am, and 02:05 as 2:05. 3:30 stays apart from 3:30 am, too."""
+    hour, minutes, half = int(found[1]), found[2] or ":00", (found[3] or found[5] or "").lower()
+    if half == "pm" and hour < 12:
+        return f"{hour + 12}{minutes}"
+    return f"{hour}{minutes} {half}".rstrip()
 
 
 def squeeze(text: str) -> str:
     """Return cleaned text without spaces that mean nothing, and with braces around every argument."""
-    text = re.sub(r"(?<=\d), (?=[\d.+-])", ";", text)  # a list: the comma of 1,000 has no space
-    text = re.sub(
-        r"(?<![a-zA-Z0-9}]) | (?![a-zA-Z0-9])|(?<=}) (?=\d)"
-        r"|(?<=\\frac) (?=\d)|(?<=\\sqrt) (?=\d)|(?<=\\times) (?=\d)|(?<=\\cdot) (?=\d)",
-        "",
-        text,
-    )
-    text = re.sub(r"(?<=\d) (?=\d{3}(?:\D|$))", _thousands_space, text)
-    text = re.sub(r"\^\((-?\w+)\)", r"^{\1}", text)
-    text = re.sub(r"([\^_])([+-]?\d+|[a-zA-Z](?![a-zA-Z]*\{)|\\[a-zA-Z]+(?![a-zA-Z{]))", r"\1{\2}", text)
-    text = re.sub("(?<=[①-⑳]) ?[,;和与及]? ?(?=[①-⑳])", ",", text)
-    text = _roots(text)
-    text = _fractions(text)
-    text = re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
-    return _unbrace(text)
+    for pattern, replacement in _SQUEEZED:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def words(text: str) -> str:
@@ -141,33 +166,33 @@ def words(text: str) -> str:
     text = re.sub(r"(?<=[a-zA-Z])\^(?:\{(\d+)\})?([+-])$", r"^{\1\2}", text)  # Fe^3+
     text = re.sub(r"(?<=[a-zA-Z]{2})-(?=[a-zA-Z]{2})", " ", text)
     text = re.sub(r"(?<=[^\W\d_])[.,;:!?]$|\s+", lambda found: " " if found[0].isspace() else "", text.strip())
-    text = re.sub(r"^(?:the|an?) (?=[a-z]{3})", "", text, flags=re.IGNORECASE)
-    text = re.sub(r"(?<![a-zA-Z]) | (?![a-zA-Z])", lambda found: " " if _between_digits(found) else "", text)
+    text = re.sub(r"^(?:the|an?) (?=\w{3})|^point (?=[A-Z]$)", "", text, flags=re.IGNORECASE)
+    text = re.sub("[a-zA-ZÀ-ɏ]{3,}", _without_accents, text)
+    text = re.sub(r"(?<![a-zA-Z\d]) | (?![a-zA-Z\d])|(?<=\d) (?=[a-zA-Z])|(?<=[a-zA-Z]) (?=\d)", "", text)
     return text if "\\" in text else re.sub("[a-zA-Z]+", _folded, text)
 
 
-def _between_digits(found: re.Match) -> bool:
-    around = found.string[max(0, found.start() - 1) : found.end() + 1]
-    return len(around) == 3 and around[0].isdigit() and around[2].isdigit()
+def _without_accents(found: re.Match) -> str:
+    return "".join(each for each in unicodedata.normalize("NFD", found[0]) if not unicodedata.combining(each))
 
 
 def _folded(found: re.Match) -> str:
     """Fold the case of a word, but not of a chemical formula (`Co`, `CO`), a name of points (`ABC`) or a symbol."""
     word = found[0]
     lower = word.lower()
-    if lower in {"yes", "no", "true", "false", "none", "not", "am", "pm"}:
-        return lower
-    if len(word) <= 2:  # CO, Co, AB
-        return word
-    if word[1:].islower():
+    if lower in {"no", "am", "pm"} or (len(word) > 2 and word[1:].islower()):
         return lower
     steps = {ord(b) - ord(a) for a, b in pairwise(word)}
-    return lower if word.isupper() and steps != {1} and any(vowel in word[1:] for vowel in "AEIOU") else word
+    return (
+        lower
+        if len(word) > 2 and word.isupper() and steps != {1} and any(vowel in word[1:] for vowel in "AEIOU")
+        else word
+    )
 
 
 def _characters(text: str) -> str:
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda found: "^{" + found[0].translate(_SUPERSCRIPTS) + "}", text)
-    text = re.sub("[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+", lambda found: "_{" + found[0].translate(_SUBSCRIPTS) + "}", text)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉₊₋ₙ]+", lambda found: f"_{{{unicodedata.normalize('NFKC', found[0])}}}", text)
     return "".join(map(_character, text))
 
 
@@ -178,70 +203,31 @@ def _character(character: str) -> str:
         return character
     name = unicodedata.name(character, "")
     normal = unicodedata.normalize("NFKC", character)
-    if name.startswith("VULGAR FRACTION") and "⁄" in normal:
+    if name.startswith("VULGAR FRACTION"):
         above, _, below = normal.partition("⁄")
         return f"\\frac{{{above}}}{{{below}}}"
-    return "".join(_CHARACTERS.get(each, each) for each in normal)
+    return "".join(map(_symbol, normal))
 
 
-def _unwrap(text: str) -> str:
-    for wrapped in _WRAPPED:
-        if found := wrapped.fullmatch(text):
-            return found[1].strip()
-    return text
+def _symbol(character: str) -> str:
+    if character in _CHARACTERS:
+        return _CHARACTERS[character]
+    greek = re.fullmatch("GREEK (SMALL|CAPITAL) LETTER ([A-Z]+)", unicodedata.name(character, ""))
+    if greek is None:
+        return character
+    name = greek[2].replace("LAMDA", "LAMBDA")
+    return f"\\{name.lower() if greek[1] == 'SMALL' else name.capitalize()} "
 
 
 def _upright(found: re.Match) -> str:
     """Put a space before an upright unit: 5\\mathrm{m} is 5 m, not 5 times m."""
-    before = found.string[: found.start()]
-    apart = before[-1:].isdigit() or before.endswith(("}", ")")) or re.search(r"\\[a-zA-Z]+$", before)
-    return f" {found[1].strip()}" if apart else found[1].strip()
-
-
-def _command(found: re.Match) -> str:
-    name = found[1]
-    return _SYMBOLS[name] if name in _SYMBOLS else f"\\{_COMMANDS.get(name, name)}"
-
-
-def _spelled(found: re.Match) -> str:
-    return "\\infty " if found[1] == "infinity" else f"\\{found[1]} "
-
-
-def _trailing(text: str) -> str:
-    return re.sub(r"(?<![.,;:])[.,;:]$", "", text.strip())
-
-
-def _thousands_space(found: re.Match) -> str:
-    """Drop the space of 12 345, which separates thousands; keep that of 2 345/1000, whose head is not a group of three."""
-    head = re.search(r"(?<![\d.,])(\d{1,3})(?: \d{3})*$", found.string[: found.start()])
-    return "" if head and not found.string[found.end() + 3 :].startswith("/") else " "
-
-
-def _roots(text: str) -> str:
-    r"""\sqrt2, \sqrt(x+1) and \sqrt x become \sqrt{...}."""
-    text = re.sub(r"\\sqrt(\[\w\])?(\d+(?:\.\d+)?|\\pi| ?[a-zA-Z](?![a-zA-Z]))", _root, text)
-    out, rest = "", text
-    while (place := rest.find("\\sqrt(")) >= 0:
-        end = closing(rest, place + 5)
-        if end is None:
-            break
-        out += rest[:place] + "\\sqrt{" + rest[place + 6 : end] + "}"
-        rest = rest[end + 1 :]
-    return out + rest
-
-
-def _root(found: re.Match) -> str:
-    return f"\\sqrt{found[1] or ''}{{{found[2].strip()}}}"
-
-
-def _fractions(text: str) -> str:
-    r"""\frac12, \frac1{2} and \frac{1}2 become \frac{1}{2}."""
-    text = re.sub(r"\\frac ?(\w) ?(\w)", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"\\frac ?(\w)(?=\{)", r"\\frac{\1}", text)
-    return re.sub(r"(\\frac\{[^{}]*\}) ?(\w)", r"\1{\2}", text)
+    apart = re.search(r"(?:[\d)}]|\\[a-zA-Z]+)$", found.string[: found.start()])
+    return f"{' ' if apart else ''}{found[1].strip()}"
 
 
 def _unbrace(text: str) -> str:
+    """Drop braces that TeX does not print, unless the text is a set: {1,2}, {x | x>2}."""
+    text = re.sub(r"^\{([a-z](?: ?\\in [A-Z])? ?[|:].*)\}$", r"⦃\1⦄", text)
     while text.startswith("{") and closing(text, 0) == len(text) - 1 and not re.search("[,;]", text):
         text = text[1:-1]
     return text

@@ -39,11 +39,9 @@ class Number(NamedTuple):
 
 def parse_number(text: str) -> Number | None:
     """Return the number that the squeezed text writes, or None."""
-    sign = 1
-    while text[:1] in ("+", "-") and text[:1]:
-        sign, text = (-sign if text[0] == "-" else sign), text[1:].lstrip()
-        if text[:1] in ("+", "-"):
-            return None
+    sign = -1 if text.startswith("-") else 1
+    if text.startswith(("+", "-")):
+        text = text[1:].lstrip()
     if (spelled := _spelled(text.lower())) is not None:
         return Number(Fraction(sign * spelled))
     if found := _NUMBER.fullmatch(text):
@@ -79,8 +77,8 @@ def _scientific(found: re.Match, sign: int) -> Number | None:
     value = (
         sign * Fraction(mantissa if not mantissa.startswith(".") else "0" + mantissa) * Fraction(10) ** int(exponent)
     )
-    whole, point, decimals = mantissa.partition(".")
-    if not point or not decimals:
+    whole, _, decimals = mantissa.partition(".")
+    if not decimals:
         return Number(value)
     return Number(value, max(1, len((whole + decimals).lstrip("0"))), len(decimals) - int(exponent))
 
@@ -90,8 +88,6 @@ def _fraction(found: re.Match, sign: int) -> Number | None:
     if found["sign"]:
         sign = -sign
     whole = found["whole"]
-    if whole and (found["sign"] or "." in above + below):
-        return None
     if whole and found["c"] and not whole.endswith(" "):  # 11/2 is eleven halves
         above, whole = whole + above, None
     above, below = Fraction(above.replace(",", "")), Fraction(below.replace(",", ""))

@@ -1,25 +1,25 @@
 """The structure of an answer: lists, brackets, equations and inequalities, intervals. All texts are squeezed ones."""
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from mssr.rewards.normalise import CLOSE, OPEN, closing
-from mssr.rewards.numbers import parse_number
+from mssr.rewards.vocabulary import GREEK, is_mathematics
 
-_RELATION = re.compile(r"\\(?:leq|geq|neq|approx|in)(?![a-zA-Z])|[<>=]")
-_SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b|[和或及与且]|\\(?:cup|lor|vee|land|wedge)(?![a-zA-Z])")
-_JOINED = {"和": "and", "及": "and", "与": "and", "且": "and", "\\land": "and", "\\wedge": "and", ",": ",", ";": ","}
-_LETTER = r"[A-Za-z]{1,4}|\\(?:alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|phi|omega|Delta)"
+_RELATION = re.compile(r"\\(?:leq|geq|neq|approx|in|parallel|perp|cong|sim)(?![a-zA-Z])|[<>=]")
+_SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b|[和或及与且]|\\cup(?![a-zA-Z])")
+_JOINED = {",": ",", ";": ",", "or": "or", "或": "or", "\\cup": "or"}
 _NAME = re.compile(
-    r"\([a-z],[a-z]\)"  # (x, y)
-    r"|\\angle ?\d"
+    r"\\angle ?\d"
     r"|\|(?:[A-Z]{1,2}|\\(?:vec|overrightarrow)\{[A-Za-z]{1,2}\})\|"  # |AB|
     r"|(?:m?\\(?:angle|triangle|overline|overrightarrow|vec|sin|cos|tan) ?)?"
-    rf"\{{?(?:{_LETTER}|[a-zA-Z]{{2,}}(?: [a-zA-Z]+){{0,4}}|[\u4e00-\u9fff]{{1,8}})\}}?"
+    rf"\{{?(?:[A-Za-z]{{1,4}}|\\(?:{'|'.join(GREEK)})|[a-zA-Z]{{2,}}(?: [a-zA-Z]+){{0,4}}|[\u4e00-\u9fff]{{1,8}})\}}?"
     r"'?(?:_\{\\?[\w ]+\})?'?(?:\(\w{1,3}\))?"  # x_{1}', f(x)
 )
-_BUILDER = re.compile(r"⦃([a-z])(?:\\in [A-Z])?[|:](.+)⦄")
-_MIRRORED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq", "=": "="}
+_BUILDER = re.compile(r"⦃[a-z](?:\\in [A-Z])?[|:](.*(?:[<>]|\\[lgn]eq).*)⦄")
+_POINT = re.compile(r"([A-Z])'?(\(.*[,;].*\))")
+_MIRRORED = {">": "<", "\\geq": "\\leq"}
 
 
 class Parts(NamedTuple):
@@ -30,35 +30,49 @@ class Parts(NamedTuple):
     joined: str
 
 
-def split_list(text: str, *, ordered: bool = False) -> Parts:
-    items, joined, start, depth, place = [], ",", 0, 0, 0
+def _outside(pattern: re.Pattern, text: str) -> Iterator[re.Match]:
+    """Find the pattern where no bracket is open."""
+    depth = place = 0
     while place < len(text):
         depth += (text[place] in OPEN) - (text[place] in CLOSE)
-        if depth == 0 and (found := _SEPARATOR.match(text, place)):
-            if parse_number(text[start:]) is None and not (found[0] == "," and _thousands(text, place)):
-                items.append(text[start:place].strip())
-                word = found[0] if found[0] in ("and", "or") else _JOINED.get(found[0], "or")
-                joined = word if joined in (",", word) else joined if word == "," else "mixed"
-                start = found.end()
-            place = found.end()
-        else:
-            place += 1
+        found = pattern.match(text, place) if depth == 0 else None
+        if found:
+            yield found
+        place = found.end() if found else place + 1
+
+
+def split_list(text: str, *, ordered: bool = False) -> Parts:
+    items, joined, start = [], ",", 0
+    for found in _outside(_SEPARATOR, text):
+        if found[0] == "," and _thousands(text, found.start()):
+            continue
+        items.append(text[start : found.start()].strip())
+        word = _JOINED.get(found[0], "and")
+        joined = word if joined in (",", word) else joined if word == "," else "mixed"
+        start = found.end()
     items.append(text[start:].strip())
     return Parts([item for item in items if item], ordered, joined)
 
 
 def split_lists(predicted: str, gold: str) -> tuple[Parts, Parts]:
-    """Split both; a list in brackets is opened if the other one is bare: {1,2} and 1,2; (1,2) and 1,2; [1,2,3] and 1,2,3."""
+    """Split both; a list in brackets is opened if the other one is bare: {1,2} and 1,2; [yes,no] and yes,no."""
     parts, right = split_list(predicted), split_list(gold)
-    if len(parts.items) > 1 and (group := grouped(gold)) and (group.brackets in ("⦃⦄", "()") or len(parts.items) > 2):
-        return parts, group.parts
-    if (
-        len(right.items) > 1
-        and (group := grouped(predicted))
-        and (group.brackets in ("⦃⦄", "()") or len(right.items) > 2)
-    ):
-        return group.parts, right
-    return parts, right
+    if len(parts.items) > 1:
+        return parts, _opened(gold) or right
+    return (len(right.items) > 1 and _opened(predicted)) or parts, right
+
+
+def _opened(text: str) -> Parts | None:
+    """Return the parts of a list in brackets, unless it may be an interval: [1,2]."""
+    group = grouped(text)
+    if group and (group.brackets in ("⦃⦄", "()") or len(group.parts.items) > 2 or wordy(group.parts.items)):
+        return group.parts
+    return None
+
+
+def wordy(items: list[str]) -> bool:
+    """Whether there are words among the items."""
+    return any(re.search(r"(?<![\\A-Za-z])[A-Za-z]{3}", item) and not is_mathematics(item) for item in items)
 
 
 def _thousands(text: str, place: int) -> bool:
@@ -73,26 +87,67 @@ class Group(NamedTuple):
 
 
 def grouped(text: str) -> Group | None:
-    if text[0] in OPEN and closing(text, 0) == len(text) - 1:
+    if text and text[0] in OPEN and closing(text, 0) == len(text) - 1:
         brackets = (text[0] + text[-1]).replace("{", "⦃").replace("}", "⦄")
         parts = split_list(text[1:-1], ordered=brackets != "⦃⦄")
-        if len(parts.items) > 1 or (brackets in ("()", "⦃⦄") and parts.items):
-            return Group(brackets, parts)
+        return Group(brackets, parts) if parts.items else None
     return None
 
 
-def without_brackets(text: str) -> str:
-    """Drop parentheses around one value."""
-    while text.startswith("(") and closing(text, 0) == len(text) - 1 and len(split_list(text[1:-1]).items) == 1:
+def plain(text: str) -> str:
+    """Return the text without brackets around one value, and with one spelling for what has several."""
+    for rewrite in (_condition, _without_brackets, _chained, _by_coordinates, _both_signs):
+        text = rewrite(text)
+    return text
+
+
+def _condition(text: str) -> str:
+    """Turn {x|x<1} into x<1."""
+    found = _BUILDER.fullmatch(text)
+    return found[1] if found else text
+
+
+def _without_brackets(text: str) -> str:
+    """Turn (5) and {5} into 5."""
+    while (group := grouped(text)) and group.brackets in ("()", "⦃⦄") and len(group.parts.items) == 1:
+        if group.parts.items == ["\\emptyset"]:
+            break
         text = text[1:-1]
     return text
 
 
-def both_signs(text: str) -> str:
+def _chained(text: str) -> str:
+    """Turn 1<x and x<2 into 1<x<2."""
+    parts = split_list(text)
+    if parts.joined == "and" and len(parts.items) == 2:
+        relations = [increasing(related(item)) for item in parts.items]
+        for one, other in (relations, relations[::-1]):
+            if len(one.sides) == len(other.sides) == 2 and one.sides[1] == other.sides[0]:
+                return f"{one.sides[0]}{one.operators[0]} {one.sides[1]}{other.operators[0]} {other.sides[1]}"
+    return text
+
+
+def _by_coordinates(text: str) -> str:
+    """Turn (x,y)=(1,2) into x=1,y=2."""
+    relation = related(text)
+    groups = [grouped(side) for side in relation.sides]
+    if relation.operators != ("=",) or None in groups or len(groups[0].parts.items) != len(groups[1].parts.items):
+        return text
+    return ",".join(f"{name}={value}" for name, value in zip(*(group.parts.items for group in groups)))
+
+
+def _both_signs(text: str) -> str:
+    """Turn 1\\pm 2 into 1+2,1-2."""
     if "\\pm" not in text:
         return text
     positive = text.replace("\\pm", "+").replace("=+", "=").lstrip("+")
     return positive + "," + text.replace("\\pm", "-")
+
+
+def pointed(text: str) -> tuple[str, str]:
+    """Return the name of a point, "" without one, and its coordinates."""
+    found = _POINT.fullmatch(text)
+    return (found[1], found[2]) if found and grouped(found[2]) else ("", text)
 
 
 class Relation(NamedTuple):
@@ -102,21 +157,17 @@ class Relation(NamedTuple):
 
 
 def related(text: str) -> Relation:
-    sides, operators, start, depth, place = [], [], 0, 0, 0
-    while place < len(text):
-        depth += (text[place] in OPEN) - (text[place] in CLOSE)
-        if depth == 0 and (found := _RELATION.match(text, place)):
-            sides.append(text[start:place].strip())
-            operators.append(found[0])
-            start = place = found.end()
-        else:
-            place += 1
+    sides, operators, start = [], [], 0
+    for found in _outside(_RELATION, text):
+        sides.append(text[start : found.start()].strip())
+        operators.append(found[0])
+        start = found.end()
     return Relation(text, (*sides, text[start:].strip()), tuple(operators))
 
 
 def increasing(relation: Relation) -> Relation:
     r"""Turn x > 3 into 3 < x."""
-    if relation.operators and set(relation.operators) <= {">", "\\geq", "="} and set(relation.operators) != {"="}:
+    if relation.operators and set(relation.operators) <= _MIRRORED.keys():
         return relation._replace(
             sides=relation.sides[::-1], operators=tuple(_MIRRORED[each] for each in relation.operators[::-1])
         )
@@ -134,23 +185,25 @@ def as_interval(relation: Relation) -> Interval | None:
     sides, operators = relation.sides, relation.operators
     if not operators:
         group = grouped(relation.text)
-        if group and len(group.parts.items) == 2 and group.brackets in ("()", "(]", "[)", "[]"):
+        if group and len(group.parts.items) == 2:
             return Interval("", group.brackets, tuple(group.parts.items))
         return None
     if not set(operators) <= {"<", "\\leq"}:
         return None
-    marks = [operator == "<" for operator in operators]
-    if len(sides) == 3 and is_name(sides[1]):
-        return Interval(sides[1], ("(" if marks[0] else "[") + (")" if marks[1] else "]"), (sides[0], sides[2]))
-    if len(sides) == 2 and (is_name(sides[0]) or not sides[0]):
-        return Interval(sides[0], "(" + (")" if marks[0] else "]"), ("-\\infty", sides[1]))
-    if len(sides) == 2 and (is_name(sides[1]) or not sides[1]):
-        return Interval(sides[1], ("(" if marks[0] else "[") + ")", (sides[0], "\\infty"))
+    first, last = "(" if operators[0] == "<" else "[", ")" if operators[-1] == "<" else "]"
+    named = [not side or is_name(side) for side in sides]
+    if len(sides) == 3 and named[1]:
+        return Interval(sides[1], first + last, (sides[0], sides[2]))
+    if len(sides) == 2 and named[0]:
+        return Interval(sides[0], "(" + last, ("-\\infty", sides[1]))
+    if len(sides) == 2 and named[1]:
+        return Interval(sides[1], first + ")", (sides[0], "\\infty"))
     return None
 
 
 def is_name(text: str) -> bool:
-    return _NAME.fullmatch(text) is not None and text not in ("\\pi", "e", "\\infty")
+    """Whether the text is a name, or a ratio of names: AB:CD."""
+    return all(map(_NAME.fullmatch, text.split(":")))
 
 
 def name_and_values(relation: Relation) -> tuple[str, list[list[str]]]:
@@ -165,16 +218,9 @@ def name_and_values(relation: Relation) -> tuple[str, list[list[str]]]:
     if relation.operators:
         if is_name(relation.sides[0]):
             name = groups[0].pop(0)
-        elif len(relation.sides) > 1 and relation.sides[0] and is_name(relation.sides[-1]):
+        elif is_name(relation.sides[-1]):
             name = groups[-1].pop()
     return name, [group for group in groups if group]
-
-
-def without_builder(text: str) -> str:
-    """Return the condition of a set: x<1 of {x|x<1}."""
-    found = _BUILDER.fullmatch(text)
-    condition = found and re.sub(r"\\(?:leq|geq|neq)(?![a-zA-Z])", "<", found[2])
-    return found[2] if found and re.search("[<>]", condition) and not re.search("[=⦃|]", condition) else text
 
 
 def names_of(items: list[str]) -> set[str]:

@@ -6,6 +6,7 @@ A unit is a factor and dimensions: km/h is 5/18 of m^1 s^-1. Nouns (5 apples) an
 import re
 from fractions import Fraction
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from mssr.rewards.numbers import NUMBER_WORDS, parse_number
@@ -22,7 +23,7 @@ class Unit(NamedTuple):
 
 _SI = {
     "m": ("m", 1), "g": ("g", 1), "s": ("s", 1), "N": ("N", 1), "J": ("J", 1), "W": ("W", 1), "V": ("V", 1), "A": ("A", 1),
-    "Hz": ("Hz", 1), "Pa": ("Pa", 1), "L": ("m3", "0.001"), "l": ("m3", "0.001"), "mol": ("mol", 1), "Ω": ("Ω", 1),
+    "Hz": ("Hz", 1), "Pa": ("Pa", 1), "L": ("m3", "0.001"), "l": ("m3", "0.001"), "mol": ("mol", 1), "\\Omega": ("Ω", 1),
     "eV": ("eV", 1), "C": ("C", 1), "T": ("T", 1),
 }  # fmt: skip
 _PREFIXES = {"": 1, "k": 1000, "M": 10**6, "G": 10**9, "c": "0.01", "d": "0.1", "m": "0.001", "\\mu": "0.000001",
@@ -45,7 +46,7 @@ _OTHERS = {
     "gallon": ("gallon", 1, "gal"), "acre": ("acre", 1, ""),
     "newton": ("N", 1, "牛 牛顿"), "joule": ("J", 1, "焦 焦耳"), "watt": ("W", 1, "瓦"), "kWh": ("J", 3_600_000, ""),
     "kilowatt": ("W", 1000, "千瓦"),
-    "volt": ("V", 1, "伏"), "ampere": ("A", 1, "amp 安 安培"), "ohm": ("Ω", 1, "\\Omega 欧 欧姆"), "hertz": ("Hz", 1, "赫兹"),
+    "volt": ("V", 1, "伏"), "ampere": ("A", 1, "amp 安 安培"), "ohm": ("Ω", 1, "欧 欧姆"), "hertz": ("Hz", 1, "赫兹"),
     "pascal": ("Pa", 1, "帕"), "kelvin": ("K", 1, "K"), "°C": ("°C", 1, "℃ celsius 摄氏度"),
     "°F": ("°F", 1, "fahrenheit"),
     "°": ("°", 1, "degree deg degs 度"), "rad": ("rad", 1, "radian 弧度"),
@@ -53,7 +54,7 @@ _OTHERS = {
     "$": ("$", 1, "dollar USD US$ 美元"), "cent": ("$", "0.01", "¢"), "¥": ("¥", 1, "元 yuan RMB CNY 人民币"),
     "€": ("€", 1, "euro EUR 欧元"),
     "£": ("£", 1, "GBP 英镑"), "₹": ("₹", 1, "rupee Rs INR"), "yen": ("yen", 1, "JPY 日元"),
-    "unit": (None, 1, "单位 square-units"),
+    "unit": ("unit", 1, "单位"),
 }  # fmt: skip
 _SCALES = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "dozens": 12,
@@ -77,30 +78,28 @@ _NO_NOUNS_CHINESE = set(
 )
 
 
-def _fraction(number: int | str) -> Fraction:
-    return Fraction(number)
-
-
-def _table() -> dict[str, tuple[str | None, Fraction]]:
+def _table() -> dict[str, tuple[str, Fraction]]:
     table = {}
     for prefix, power in _PREFIXES.items():
         for symbol, (base, factor) in _SI.items():
-            table[prefix + symbol] = (base, _fraction(power) * _fraction(factor))
+            table[prefix + symbol] = (base, Fraction(power) * Fraction(factor))
     for name, (base, factor, spellings) in _OTHERS.items():
         for spelling in (name, *spellings.split()):
-            table[spelling] = (base, _fraction(factor))
+            table[spelling] = (base, Fraction(factor))
             if len(spelling) > 2 and spelling.isascii() and spelling.isalpha():
-                table.setdefault(spelling + "s", (base, _fraction(factor)))
+                table.setdefault(spelling + "s", (base, Fraction(factor)))
     return table
 
 
 _UNITS = _table()
 _POWERS = (("square ", 2), ("sq ", 2), ("sq.", 2), ("cubic ", 3), ("平方", 2), ("立方", 3))
-_CURRENCY = re.compile(r"([+-]?)(US\$|[$¥€£₹])(?=[\d.])")
+_CURRENCY = re.compile(r"([+-]?)(US\$|[$¥€£₹]|(?:USD|EUR|GBP|CNY|RMB|INR|JPY|Rs) ?)(?=[\d.])")
 _ABBREVIATIONS = {"k": "thousand", "M": "million", "B": "billion"}
 # 1.2M and $5k. 5k may be a variable, 5M anything.
 _ABBREVIATED = re.compile(r"([+-]?(?:(?:US\$|[$¥€£₹])\d[\d,.]*|\d+\.\d+))([kMB])")
-_DEGREES = re.compile(r"(\d+)°(\d+)'(?:(\d+(?:\.\d+)?)'')?")
+_PIECE = r"(\d+(?:\.\d+)?) ?([^\d\s.,;+-]+)"
+_COMPOUND = re.compile(rf"{_PIECE}(?:,? ?(?:and )?{_PIECE})+")
+_ARC = {"'": Unit(Fraction(1), Fraction(1, 60), (("°", 1),)), "''": Unit(Fraction(1), Fraction(1, 3600), (("°", 1),))}
 _FACTOR = re.compile(r"(.*?)(?:\^\{?(-?\d)\}?|(?<=[a-zA-Z])(-?[23])| (squared|cubed))?")
 
 
@@ -113,10 +112,8 @@ def parse_unit(text: str) -> Unit | None:
     text = re.sub(r" per (?:a )?|每", "/", text)
     text = re.sub(r"degrees? (?=celsius|fahrenheit)", "", text, flags=re.IGNORECASE)
     text = re.sub(r"/\(([^()]+)\)", lambda found: "/" + re.sub(r"\\cdot ?|\*", "/", found[1]), text)
-    if text == "mph":
-        text = "mile/h"
-    if text in ("kmh", "kph", "kmph"):
-        text = "km/h"
+    text = re.sub(r"^ms(?=\^\{-)", r"m\\cdot s", text.replace("\\mu ", "\\mu"))
+    text = {"mph": "mile/h", "kmh": "km/h", "kph": "km/h", "kmph": "km/h"}.get(text, text)
     scale = Fraction(1)
     first, _, rest = text.partition(" ")
     if first in _SCALES:
@@ -151,9 +148,8 @@ def _product(text: str) -> tuple[Fraction, tuple[tuple[str, int], ...]] | None:
             base, size = known
             power *= sign * exponent
             factor *= size**power
-            if base is not None:
-                base, own = (base[0], int(base[1])) if base in ("m2", "m3") else (base, 1)
-                dimensions[base] = dimensions.get(base, 0) + power * own
+            base, own = (base[0], int(base[1])) if base in ("m2", "m3") else (base, 1)
+            dimensions[base] = dimensions.get(base, 0) + power * own
     return factor, tuple(sorted(item for item in dimensions.items() if item[1]))
 
 
@@ -173,6 +169,17 @@ class Quantity(NamedTuple):
     unit: Unit | None
 
 
+def _compound(pieces: list[tuple[str, str]]) -> Quantity | None:
+    """Add up 1 hour 30 minutes, 36°52'."""
+    first, *others = units = [_ARC.get(name) or parse_unit(name) for _, name in pieces]
+    if None in units or any(unit.dimensions != first.dimensions for unit in others):
+        return None
+    if any(one.factor <= other.factor for one, other in pairwise(units)):
+        return None
+    value = sum(Fraction(number) * unit.factor for (number, _), unit in zip(pieces, units)) / first.factor
+    return Quantity(f"\\frac{{{value.numerator}}}{{{value.denominator}}}", first)
+
+
 def parse_quantity(text: str, gold: bool) -> Quantity | None:
     """Split a constant from its unit; None if the text is not a constant with or without a unit.
 
@@ -180,15 +187,14 @@ def parse_quantity(text: str, gold: bool) -> Quantity | None:
     """
     if found := _ABBREVIATED.fullmatch(text):
         text = f"{found[1]} {_ABBREVIATIONS[found[2]]}"
-    if found := _DEGREES.fullmatch(text):
-        value = Fraction(found[1]) + Fraction(found[2]) / 60 + Fraction(found[3] or 0) / 3600
-        return Quantity(f"\\frac{{{value.numerator}}}{{{value.denominator}}}", parse_unit("°"))
+    if _COMPOUND.fullmatch(text) and (found := _compound(re.findall(_PIECE, text))):
+        return found
     if found := _CURRENCY.match(text):
         inner = parse_quantity(found[1] + text[found.end() :], gold)
         if inner is None or (inner.unit and inner.unit.dimensions):
             return None
         scale = inner.unit.scale if inner.unit else Fraction(1)
-        return Quantity(inner.head, parse_unit(found[2])._replace(scale=scale))
+        return Quantity(inner.head, parse_unit(found[2].strip())._replace(scale=scale))
     if parse_number(text) is not None or is_constant(text):
         return Quantity(text, None)
     for place in range(max(1, len(text) - 40), len(text)):
@@ -204,7 +210,9 @@ def parse_quantity(text: str, gold: bool) -> Quantity | None:
             continue
         if not spaced and tail[0].isascii() and _noun(tail) and not _product(tail):  # 11larg: a word that broke off
             continue
-        if (parse_number(head) is None and not is_constant(head)) or (unit := parse_unit(tail)) is None:
+        if (parse_number(head) is None and (not is_constant(head) or "\\times" in head)) or (
+            unit := parse_unit(tail)
+        ) is None:
             continue
         return Quantity(head, unit)
     return None
