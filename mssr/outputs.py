@@ -71,8 +71,8 @@ def replace(run_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
                 replaced.rename(final)
             raise
     finally:
-        _remove(partial)
-    _remove(replaced)
+        remove(partial)
+    remove(replaced)
     return final
 
 
@@ -92,7 +92,7 @@ def write_new(path: Path, write: Callable[[Path], None]) -> Path:
         write(partial)
         partial.rename(path)
     finally:
-        _remove(partial)
+        remove(partial)
     return path
 
 
@@ -116,7 +116,7 @@ def clear_leftovers(run_dir: Path) -> None:
             path.rename(final)
     for path in ours:
         if path.name.startswith((".partial_", ".replaced_")):
-            _remove(path)
+            remove(path)
 
 
 def note(run_dir: Path, name: str, files: Files | None) -> None:
@@ -165,7 +165,8 @@ def _beside(path: Path, what: str) -> Path:
     return path.with_name(f".{what}_{path.name}_{secrets.token_hex(4)}")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or folder, or as much of a folder as can be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

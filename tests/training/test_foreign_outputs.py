@@ -8,6 +8,7 @@ from contextlib import closing
 import pytest
 import torch
 import yaml
+from run_folder import EmptyEngine
 
 from mssr.config.schema import TrainConfig
 from mssr.distributed import World
@@ -129,7 +130,7 @@ def test_old_checkpoints_with_other_files_or_behind_a_link_are_not_pruned(tmp_pa
     folder = tmp_path / "run" / "checkpoints"
     with closing(Checkpoints(tmp_path / "run", world, settings)) as checkpoints:
         for step in range(1, 6):
-            checkpoints.save(step, Engine(), {})
+            checkpoints.save(step, EmptyEngine(), {})
             if step == 1:
                 (folder / "step_000001" / "notes.txt").write_text("mine")
             if step == 2:
@@ -140,12 +141,3 @@ def test_old_checkpoints_with_other_files_or_behind_a_link_are_not_pruned(tmp_pa
         ".partial_thesis", "step_000001", "step_000002", "step_000005",
     ]  # fmt: skip
     assert (tmp_path / "moved" / "state.pt").is_file()
-
-
-class Engine:
-    """The parts of a policy engine that a checkpoint asks for."""
-
-    class policy:
-        parameters = staticmethod(list)
-
-    own_state = state_dict = dict
