@@ -165,10 +165,10 @@ def _read(descriptor: int) -> dict:
 
 
 def _this_process() -> dict:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "since": time.strftime("%F %T")}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "boot": this_machine(), "since": time.strftime("%F %T")}
 
 
-def _boot() -> str:
+def this_machine() -> str:
     """Return what identifies this run of the kernel, since other machines may have the same host name."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

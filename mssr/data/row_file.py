@@ -5,16 +5,15 @@ Parquet cannot be read by row: a shuffled epoch would decode a row group, often 
 
 import os
 import pickle
-import socket
 import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import IO, Protocol
 
 from mssr.data.columns import Row
 from mssr.distributed import World
 from mssr.errors import UserError
+from mssr.folder_lock import this_machine
 
 TOKEN_BYTES = 16
 
@@ -61,22 +60,28 @@ class RowFile(Sequence[Row]):
             file.write(index + len(index).to_bytes(8, "little") + token)
             file.flush()
         except OSError as error:
+            place, wanted = tempfile.tempdir, os.environ.get("TMPDIR")
+            where = f" in {place}" if place else ""
+            not_there = f" (TMPDIR {wanted} cannot be used)" if wanted and os.path.abspath(wanted) != place else ""
             raise UserError(
-                f"{source}: cannot copy its rows to a temporary file in {tempfile.tempdir}: {error.strerror}; "
+                f"{source}: cannot copy its rows to a temporary file{where}{not_there}: {error.strerror}; "
                 "set the environment variable TMPDIR to a folder with room for a copy of the data"
             ) from None
         return cls(file, offsets, rows.names, token)
 
     @classmethod
     def share(cls, place: Place) -> "RowFile | None":
-        """Open the file of another process; None if it is on another machine, or not visible from here."""
+        """Open the file of another process; None if it is on another machine, or not visible from here.
+
+        In another container, the process id may be that of another process, and the file anything: a pipe, a device.
+        """
         name, token = place
         try:
-            file = open(name, "rb")  # noqa: SIM115  stays open as long as the rows
+            file = open(name, "rb", opener=_without_waiting)  # noqa: SIM115  stays open as long as the rows
+            size = os.fstat(file.fileno()).st_size
+            tail = os.pread(file.fileno(), TOKEN_BYTES + 8, max(0, size - TOKEN_BYTES - 8))
         except OSError:
             return None
-        size = os.fstat(file.fileno()).st_size
-        tail = os.pread(file.fileno(), TOKEN_BYTES + 8, max(0, size - TOKEN_BYTES - 8))
         if tail[8:] != token:
             file.close()
             return None
@@ -107,7 +112,7 @@ def write_once(rows: Source, source: str, world: World | None) -> RowFile:
     """
     if world is None or world.size == 1:
         return RowFile.write(rows, source)
-    keys = world.gather((_machine(), source))
+    keys = world.gather((this_machine(), source))
     first = keys.index(keys[world.rank])
     file = None
     with world.together():
@@ -122,6 +127,5 @@ def write_once(rows: Source, source: str, world: World | None) -> RowFile:
     return file
 
 
-def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text() if boot.exists() else socket.gethostname()
+def _without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK)
