@@ -1,10 +1,8 @@
 """One process per device: start-up and the collectives that the training loop needs."""
 
-import ctypes
 import os
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +15,11 @@ from torch import Tensor
 
 from mssr.config.resolve import device_type
 from mssr.errors import UserError
+from mssr.guard import signal_at_end_of_parent
 
 # Longest wait for other ranks, for example while rank 0 writes a model or one rank samples longer. If a rank dies, its
 # launcher ends the job long before.
 TIMEOUT = timedelta(hours=1)
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,8 @@ def start_world(device: str = "auto") -> World:
 
 def end_with_launcher() -> None:
     """Get SIGTERM when the launcher dies: torchrun's ranks are in sessions of their own, so whoever kills it misses them."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal_at_end_of_parent(signal.SIGTERM)
 
 
 def _join(backend: str) -> None:
