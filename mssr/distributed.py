@@ -3,23 +3,24 @@
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mssr.config.resolve import device_type
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 from mssr.guard import signal_at_end_of_parent
 
 # Longest wait for other ranks, for example while rank 0 writes a model or one rank samples longer. If a rank dies, its
 # launcher ends the job long before.
 TIMEOUT = timedelta(hours=1)
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,21 @@ class World:
         problem = next(filter(None, self.gather(problem)), None)
         if problem:
             raise UserError(problem)
+
+    def on_main(self, work: Callable[[], Result], failure: str, remedy: str = "") -> Result | None:
+        """Return what `work` returns on rank 0, and None on the others. Collective: its errors are raised on all ranks.
+
+        failure, remedy: what the error says before and after the reason if a file cannot be written.
+        """
+        with self.together():
+            if not self.is_main:
+                return None
+            try:
+                return work()
+            except OSError as error:
+                raise UserError(
+                    f"{failure}: {shortened(error.strerror or error, 200)}{remedy and '; '}{remedy}"
+                ) from None
 
 
 def require_device(device: str) -> None:

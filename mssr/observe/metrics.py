@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from mssr.errors import UserError
@@ -66,7 +67,8 @@ class MetricsLog:
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # every line was flushed; one that could not be is tried again here
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

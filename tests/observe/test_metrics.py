@@ -122,6 +122,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
     log = MetricsLog(tmp_path, tensorboard=False)
     with pytest.raises(UserError, match="metrics.jsonl: cannot write metrics: No space left on device"):
         log.write(1, {"train/reward": 0.5})
+    log.close()  # not again
 
 
 def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
