@@ -86,6 +86,9 @@ class World:
                 ) from None
 
 
+ALONE = World(0, 1, torch.device("cpu"))
+
+
 def require_device(device: str) -> None:
     """Refuse `config.device` "cuda" where there is no GPU.
 

@@ -6,7 +6,6 @@ Whatever the source, a row is a dict of the EasyR1 columns `images`, `problem`, 
 import codecs
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pyarrow.parquet
 from mssr.data.columns import Row, empty, renamed, require_columns, to_load
 from mssr.data.images import is_path
 from mssr.data.row_file import RowFile, write_once
-from mssr.distributed import World
+from mssr.distributed import ALONE, World
 from mssr.errors import UserError, shortened
 
 SUFFIXES = (".parquet", ".jsonl", ".json")  # of a directory, files with the first of these that occurs are read
@@ -57,7 +56,7 @@ class FileRows:
                 yield row if isinstance(row, Exception) else _with_folder(renamed(row), file.parent)
 
 
-def open_rows(path: str, world: World | None = None) -> RowFile | HubRows:
+def open_rows(path: str, world: World = ALONE) -> RowFile | HubRows:
     """Return the rows of a file, a directory, or a hub name; `directory:split` or `name:split` selects a split.
 
     world: the ranks that open the same path together; on each machine one of them reads the files.
@@ -65,11 +64,11 @@ def open_rows(path: str, world: World | None = None) -> RowFile | HubRows:
     Raises:
         UserError: nothing is there, it is not readable, or a required column is missing.
     """
-    with world.together() if world else nullcontext():
+    with world.together():
         found = _find(path)
     if not isinstance(found, tuple):
         return write_once(FileRows(found), path, world)
-    with world.together() if world else nullcontext():
+    with world.together():
         return _read_hub(*found, path)
 
 

@@ -105,13 +105,11 @@ class RowFile(Sequence[Row]):
         return row
 
 
-def write_once(rows: Source, source: str, world: World | None) -> RowFile:
+def write_once(rows: Source, source: str, world: World) -> RowFile:
     """Write rows to a file. Of the ranks of `world` on a machine, the first writes the file for all.
 
     Collective. A rank that cannot see the file of the first writes one of its own.
     """
-    if world is None or world.size == 1:
-        return RowFile.write(rows, source)
     keys = world.gather((this_machine(), source))
     first = keys.index(keys[world.rank])
     file = None

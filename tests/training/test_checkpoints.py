@@ -15,7 +15,7 @@ from run_folder import EmptyEngine
 
 from mssr.config import load_config
 from mssr.config.schema import TrainConfig
-from mssr.distributed import World
+from mssr.distributed import ALONE
 from mssr.errors import UserError
 from mssr.training.checkpoint import Checkpoints, read_weights, saved_steps
 from mssr.training.same_run import SameRun
@@ -64,8 +64,7 @@ def test_by_the_age_of_the_last_one(mssr, warm, run):
 def test_minutes_are_minutes(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr("mssr.training.checkpoint.time.monotonic", lambda: now)
-    world = World(0, 1, torch.device("cpu"))
-    with closing(Checkpoints(tmp_path, world, TrainConfig(checkpoint_minutes=10, checkpoint_every=100))) as checkpoints:
+    with closing(Checkpoints(tmp_path, ALONE, TrainConfig(checkpoint_minutes=10, checkpoint_every=100))) as checkpoints:
         now += 599
         assert not checkpoints.due(7)
         now += 1
@@ -77,9 +76,6 @@ def test_written_beside_the_training_or_in_it(mssr, warm, run, whole, asynchrono
     mssr("train", warm, run.override, f"train.async_save={asynchronous}").check()
     assert run.checkpoints == whole.checkpoints
     run.assert_same_as(whole)
-
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def write_step(folder, step, ranks=1):

@@ -11,7 +11,7 @@ from mssr_process import Moment
 from run_folder import RunFolder
 
 from mssr.config import load_config
-from mssr.distributed import World
+from mssr.distributed import ALONE, World
 from mssr.errors import Interrupted
 from mssr.training import interruption
 from mssr.training.interruption import Interruptions
@@ -70,9 +70,6 @@ def ends(monkeypatch):
     numbers = queue.Queue()
     monkeypatch.setattr(interruption, "end_now", numbers.put)
     return numbers
-
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def test_a_second_ctrl_c_ends_the_process_while_the_first_one_waits(ends, monkeypatch, capsys):
