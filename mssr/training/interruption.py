@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -133,5 +133,6 @@ def end_now(number: int, why: str = "second signal, ended at once; go on with --
     """End this process without clean-up, from any thread. Files are safe: a kill may come at any moment."""
     below_display = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # which hides the cursor
     text = f"{below_display}mssr: {signal.Signals(number).name}: {why}\n"
-    os.write(2, text.encode() if os.environ.get("RANK", "0") == "0" else b"")
+    with suppress(OSError):  # nobody reads it any more
+        os.write(2, text.encode() if os.environ.get("RANK", "0") == "0" else b"")
     os._exit(128 + number)

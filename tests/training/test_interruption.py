@@ -34,6 +34,12 @@ def test_a_signal_saves_at_the_steps_end(mssr, warm, run, whole, sent, name, cod
     run.assert_same_as(whole)
 
 
+def test_ctrl_c_that_ends_the_reader_of_the_output_too(mssr, warm, run):
+    """As in `mssr train ... | tee log`."""
+    ended = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/.partial_step_000003", "tee"))
+    assert ended.code == 130 and run.checkpoints == ["step_000002", "step_000003"]
+
+
 def test_a_signal_before_the_first_step_saves_the_trackers_start(mssr, warm, run):
     """The first rollouts, of every prompt, may take longer than any step."""
     settings = ["algorithm.tracker.n_init=1", "train.steps=2"]
@@ -79,6 +85,18 @@ def test_a_second_ctrl_c_ends_the_process_while_the_first_one_waits(ends, monkey
         os.kill(os.getpid(), signal.SIGINT)
         assert ends.get(timeout=60) == signal.SIGINT
     assert capsys.readouterr().err.count("mssr: SIGINT: the run saves and ends at the end of this step") == 1
+
+
+def test_the_process_ends_at_once_even_if_nobody_reads_why(monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    codes = []
+    monkeypatch.setattr(interruption.os, "write", gone)
+    monkeypatch.setattr(interruption.os, "_exit", codes.append)
+    interruption.end_now(signal.SIGINT)
+    monkeypatch.undo()
+    assert codes == [130]
 
 
 @pytest.fixture

@@ -1,0 +1,31 @@
+import os
+import sys
+from contextlib import suppress
+
+import pytest
+
+from mssr.observe.output import outlive_readers
+
+
+def no_reader():
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def full_disk():
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.mark.parametrize("place", [no_reader, full_disk])
+def test_what_cannot_be_written_is_dropped(place, monkeypatch):
+    stream = os.fdopen(place(), "w")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    outlive_readers()
+    for _ in range(3):
+        print("x" * 100_000, flush=True)
+        print("y", file=sys.stderr, flush=True)
+    assert not sys.stdout.isatty()
+    with suppress(OSError):
+        stream.close()
