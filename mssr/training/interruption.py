@@ -1,4 +1,4 @@
-"""Ctrl-C, and SIGTERM and SIGUSR1, which schedulers send some time before they kill a job."""
+"""Ctrl-C; SIGTERM and SIGUSR1, which schedulers send some time before they kill a job; SIGHUP of a closed terminal."""
 
 import os
 import select
@@ -14,7 +14,7 @@ import torch
 from mssr.distributed import World
 from mssr.errors import Interrupted, UserError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 REPEATED_S = 10.0
 AFTER_CTRL_C_S = 0.3
 RANKS_END_S = 5.0
@@ -61,7 +61,9 @@ class Interruptions:
 
     def __enter__(self) -> "Interruptions":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            caught = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
+            self._previous = {number: signal.signal(number, self._remember) for number in caught}
             # Python calls handlers between two of its own instructions, which may never come while the main thread waits
             # for another rank. The pipe gets every signal's number at once.
             reader, self._writer = os.pipe()

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 save and end the run; when resumed, it equals an uninterrupted run."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save and end the run; when resumed, it equals an uninterrupted run."""
 
 import os
 import queue
@@ -85,6 +85,19 @@ def test_a_second_ctrl_c_ends_the_process_while_the_first_one_waits(ends, monkey
         os.kill(os.getpid(), signal.SIGINT)
         assert ends.get(timeout=60) == signal.SIGINT
     assert capsys.readouterr().err.count("mssr: SIGINT: the run saves and ends at the end of this step") == 1
+
+
+def test_a_closed_terminal_is_a_signal_except_after_nohup():
+    with Interruptions(ALONE) as interruptions, interruptions.steps():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interruptions.asked() == signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruptions(ALONE) as interruptions, interruptions.steps():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruptions.asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_process_ends_at_once_even_if_nobody_reads_why(monkeypatch):
