@@ -122,9 +122,8 @@ def clear_leftovers(run_dir: Path) -> None:
 def note(run_dir: Path, name: str, files: Files | None) -> None:
     """Append to the record that `run_dir/name` is this run's own: with these files, or whatever is in it."""
     with (run_dir / RECORD).open("a", encoding="utf-8") as file:
-        if file.tell() and not _ends_a_line(run_dir / RECORD):
-            file.write("\n")
-        file.write(json.dumps({"path": name, "files": files}) + "\n")
+        # After an empty line, so that what a kill tore before ends.
+        file.write("\n" + json.dumps({"path": name, "files": files}) + "\n")
 
 
 def _noted(run_dir: Path) -> dict[str, list[Files | None]]:
@@ -137,17 +136,11 @@ def _noted(run_dir: Path) -> dict[str, list[Files | None]]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:  # torn by a kill: what it would have noted was not renamed
+        except ValueError:  # empty, or torn by a kill: what it would have noted was not renamed
             continue
         if isinstance(entry, dict) and isinstance(entry.get("path"), str) and "files" in entry:
             noted.setdefault(entry["path"], []).append(entry["files"])
     return noted
-
-
-def _ends_a_line(file: Path) -> bool:
-    with file.open("rb") as opened:
-        opened.seek(-1, os.SEEK_END)
-        return opened.read(1) == b"\n"
 
 
 def _files(path: Path) -> Files:

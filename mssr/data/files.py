@@ -40,22 +40,6 @@ class HubRows(Sequence[Row]):
         return renamed(self._dataset[index : index + 1].to_pylist()[0])
 
 
-class FileRows:
-    """The rows of several files, with our column names and absolute image paths. Images are read when rows are used.
-
-    names: of the columns of all files, complete after one iteration.
-    """
-
-    def __init__(self, files: list[Path]) -> None:
-        self.names: list[str] = []
-        self._files = files
-
-    def __iter__(self) -> Iterator[Row | Exception]:
-        for file in self._files:
-            for row in _read_parquet(file, self.names) if file.suffix == ".parquet" else _read_json(file, self.names):
-                yield row if isinstance(row, Exception) else _with_folder(renamed(row), file.parent)
-
-
 def open_rows(path: str, world: World = ALONE) -> RowFile | HubRows:
     """Return the rows of a file, a directory, or a hub name; `directory:split` or `name:split` selects a split.
 
@@ -67,7 +51,8 @@ def open_rows(path: str, world: World = ALONE) -> RowFile | HubRows:
     with world.together():
         found = _find(path)
     if not isinstance(found, tuple):
-        return write_once(FileRows(found), path, world)
+        names: list[str] = []
+        return write_once(_read_files(found, names), names, path, world)
     with world.together():
         return _read_hub(*found, path)
 
@@ -121,6 +106,16 @@ def _is_of(file: Path, folder: Path, split: str) -> bool:
         if part.startswith(SPLITS):
             return False
     return False
+
+
+def _read_files(files: list[Path], names: list[str]) -> Iterator[Row | Exception]:
+    """Yield the rows, with our column names and absolute image paths, and add the columns of all files to `names`.
+
+    Images are read when rows are used.
+    """
+    for file in files:
+        for row in _read_parquet(file, names) if file.suffix == ".parquet" else _read_json(file, names):
+            yield row if isinstance(row, Exception) else _with_folder(renamed(row), file.parent)
 
 
 def _read_parquet(file: Path, names: list[str]) -> Iterator[Row | Exception]:

@@ -7,8 +7,8 @@ import os
 import pickle
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import IO, Protocol
+from collections.abc import Iterable, Sequence
+from typing import IO
 
 from mssr.data.columns import Row
 from mssr.distributed import World
@@ -20,21 +20,11 @@ TOKEN_BYTES = 16
 Place = tuple[str, bytes]  # how other processes open the file, and the bytes that it ends with
 
 
-class Source(Protocol):
-    """What can be read again and again. An exception among the rows is raised by whoever asks for that row.
-
-    names: of all columns, complete after one iteration.
-    """
-
-    names: list[str]
-
-    def __iter__(self) -> Iterator[Row | Exception]: ...
-
-
 class RowFile(Sequence[Row]):
     """Rows, read one at a time from an open file; safe in several threads.
 
     names: of all columns of the source, those included that no row has any more.
+
     The file: pickled rows; their offsets and the names, pickled; the size of these; a random token.
     """
 
@@ -45,8 +35,10 @@ class RowFile(Sequence[Row]):
         self._token = token
 
     @classmethod
-    def write(cls, rows: Source, source: str) -> "RowFile":
-        """Write rows to a new file in TMPDIR.
+    def write(cls, rows: Iterable[Row | Exception], names: list[str], source: str) -> "RowFile":
+        """Write rows to a new file in TMPDIR. An exception among them is raised by whoever asks for that row.
+
+        names: need not be complete before all rows are read.
 
         Raises:
             UserError: the file cannot be written, or `rows` raises it.
@@ -56,7 +48,7 @@ class RowFile(Sequence[Row]):
             file = tempfile.TemporaryFile(prefix="mssr_rows_")  # noqa: SIM115  closed with the RowFile, and gone then
             for row in rows:
                 offsets.append(offsets[-1] + file.write(pickle.dumps(row, pickle.HIGHEST_PROTOCOL)))
-            index = pickle.dumps((offsets, rows.names))
+            index = pickle.dumps((offsets, names))
             file.write(index + len(index).to_bytes(8, "little") + token)
             file.flush()
         except OSError as error:
@@ -67,7 +59,7 @@ class RowFile(Sequence[Row]):
                 f"{source}: cannot copy its rows to a temporary file{where}{not_there}: {error.strerror}; "
                 "set the environment variable TMPDIR to a folder with room for a copy of the data"
             ) from None
-        return cls(file, offsets, rows.names, token)
+        return cls(file, offsets, names, token)
 
     @classmethod
     def share(cls, place: Place) -> "RowFile | None":
@@ -105,23 +97,23 @@ class RowFile(Sequence[Row]):
         return row
 
 
-def write_once(rows: Source, source: str, world: World) -> RowFile:
-    """Write rows to a file. Of the ranks of `world` on a machine, the first writes the file for all.
+def write_once(rows: Iterable[Row | Exception], names: list[str], source: str, world: World) -> RowFile:
+    """Write rows to a file, as `RowFile.write`. Of the ranks of `world` on a machine, the first writes the file for all.
 
-    Collective. A rank that cannot see the file of the first writes one of its own.
+    Collective. A rank that cannot see the file of the first reads the rows itself and writes one of its own.
     """
     keys = world.gather((this_machine(), source))
     first = keys.index(keys[world.rank])
     file = None
     with world.together():
         if first == world.rank:
-            file = RowFile.write(rows, source)
+            file = RowFile.write(rows, names, source)
     places = world.gather(None if file is None else file.place)
     if file is None:
         file = RowFile.share(places[first])
     with world.together():  # the first keeps its file open until all have it
         if file is None:
-            file = RowFile.write(rows, source)
+            file = RowFile.write(rows, names, source)
     return file
 
 
