@@ -11,7 +11,8 @@ from typing import Any
 
 def outlive_readers() -> None:
     """Drop what the standard streams cannot write, until the process ends."""
-    sys.stdout, sys.stderr = _Lossy(sys.stdout), _Lossy(sys.stderr)
+    nowhere = open(os.devnull, "w")  # noqa: SIM115  for a stream that is None: it was closed at the start (`>&-`)
+    sys.stdout, sys.stderr = _Lossy(sys.stdout or nowhere), _Lossy(sys.stderr or nowhere)
 
 
 class _Lossy:

@@ -5,6 +5,7 @@ from contextlib import suppress
 import pytest
 
 from mssr.observe.output import outlive_readers
+from mssr.observe.progress import Activity
 
 
 def no_reader():
@@ -29,3 +30,11 @@ def test_what_cannot_be_written_is_dropped(place, monkeypatch):
     assert not sys.stdout.isatty()
     with suppress(OSError):
         stream.close()
+
+
+def test_a_stream_that_was_closed_at_the_start(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    outlive_readers()
+    Activity().say("loading")
+    print("mssr: SIGTERM", file=sys.stderr, flush=True)
