@@ -20,6 +20,7 @@ import mssr.environment  # noqa: F401  first: torch and transformers read it on 
 from mssr.config import load_config
 from mssr.config.paths import path_for
 from mssr.errors import Diverged, Interrupted, UserError
+from mssr.observe.output import outlive_readers
 
 
 class Commands(TyperGroup):
@@ -55,6 +56,7 @@ Resume = Annotated[bool, typer.Option(help="continue from the newest checkpoint 
 def train(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Train by reinforcement learning. On several GPUs: python -m mssr.launch --nproc-per-node N -m mssr train ..."""
     settings = load_config(config, overrides)
+    outlive_readers()
     _say(f"mssr: training {settings.model.path}; output in {settings.run_dir}")
     from mssr.training.loop import train
 
@@ -69,6 +71,7 @@ def train(config: ConfigFile, overrides: Overrides = None, resume: Resume = Fals
 def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False) -> None:
     """Warm start: supervised training on the `solution` of each row; writes run_dir/model."""
     settings = load_config(config, overrides)
+    outlive_readers()
     _say(f"mssr: warm start of {settings.model.path}; output in {settings.run_dir}")
     from mssr.training.sft import sft
 

@@ -1,27 +1,26 @@
 """One process per device: start-up and the collectives that the training loop needs."""
 
-import ctypes
 import os
 import signal
 import socket
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mssr.config.resolve import device_type
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
+from mssr.guard import signal_at_end_of_parent
 
 # Longest wait for other ranks, for example while rank 0 writes a model or one rank samples longer. If a rank dies, its
 # launcher ends the job long before.
 TIMEOUT = timedelta(hours=1)
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,24 @@ class World:
         if problem:
             raise UserError(problem)
 
+    def on_main(self, work: Callable[[], Result], failure: str, remedy: str = "") -> Result | None:
+        """Return what `work` returns on rank 0, and None on the others. Collective: its errors are raised on all ranks.
+
+        failure, remedy: what the error says before and after the reason if a file cannot be written.
+        """
+        with self.together():
+            if not self.is_main:
+                return None
+            try:
+                return work()
+            except OSError as error:
+                raise UserError(
+                    f"{failure}: {shortened(error.strerror or error, 200)}{remedy and '; '}{remedy}"
+                ) from None
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+
 
 def require_device(device: str) -> None:
     """Refuse `config.device` "cuda" where there is no GPU.
@@ -105,8 +122,8 @@ def start_world(device: str = "auto") -> World:
 
 def end_with_launcher() -> None:
     """Get SIGTERM when the launcher dies: torchrun's ranks are in sessions of their own, so whoever kills it misses them."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal_at_end_of_parent(signal.SIGTERM)
 
 
 def _join(backend: str) -> None:

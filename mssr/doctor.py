@@ -20,29 +20,22 @@ from rich.text import Text
 
 from mssr.config.resolve import dtype_name, engine_name, why_no_vllm
 from mssr.guard import Guarded
-from mssr.versions import TESTED, is_supported, requirement, vllm_version
+from mssr.versions import TESTED, extra_of, is_supported, requirement, vllm_version
 
 INSTALL_VLLM = "python -m mssr.rollout.vllm.install"  # chooses the build, and adds what the CPU build needs
 
 
 @dataclass(frozen=True)
 class Use:
-    """What the trainer needs a package for. extra: the extra of setup.py that installs it; "": the base installation."""
+    """What the trainer needs a package for."""
 
     purpose: str
-    extra: str = "train"
     needed: bool = True
-
-    @property
-    def install(self) -> str:
-        if self.extra == "vllm":
-            return INSTALL_VLLM
-        return f"pip install -e '.[{self.extra}]'" if self.extra else "pip install -e ."
 
 
 PACKAGES = {
-    "torch": Use("everything", extra=""),
-    "triton": Use("GPU kernels", extra=""),
+    "torch": Use("everything"),
+    "triton": Use("GPU kernels"),
     "transformers": Use("models"),
     "deepspeed": Use("training engine"),
     "datasets": Use("data from the hub"),
@@ -53,9 +46,9 @@ PACKAGES = {
     "rich": Use("display"),
     "tensorboard": Use("metrics"),
     "matplotlib": Use("curves"),
-    "vllm": Use("fast rollouts", extra="vllm", needed=False),
-    "flash-attn": Use("attention", extra="flash", needed=False),
-    "liger-kernel": Use("norms, SwiGLU; benchmarks", extra="liger", needed=False),
+    "vllm": Use("fast rollouts", needed=False),
+    "flash-attn": Use("attention", needed=False),
+    "liger-kernel": Use("norms, SwiGLU; benchmarks", needed=False),
 }
 
 # The registry's builds of these are for CUDA: beside a CPU torch they fail on import, and transformers with them.
@@ -112,9 +105,7 @@ def diagnose(gpus: Sequence[str] | None = None, probe: Callable[[str], Probe] | 
     flash = _flash(versions, probe) if gpus and "torch" in versions and not broken else None
     if flash and not flash.ok:
         problem = f"flash-attn cannot be imported: {flash.text}; attention will be SDPA"
-        findings.append(
-            Finding(problem, f"pip uninstall -y flash-attn && {PACKAGES['flash-attn'].install}", blocks=False)
-        )
+        findings.append(Finding(problem, f"pip uninstall -y flash-attn && {_installs('flash-attn')}", blocks=False))
     if "vllm" in versions and (why := why_no_vllm(device)):
         findings.append(Finding(f"{why.partition(';')[0]}; rollouts will be slower", INSTALL_VLLM, blocks=False))
     choices = _choices(device, flash=flash is not None and flash.ok)
@@ -137,7 +128,7 @@ def print_report(report: Report, console: Console | None = None) -> int:
         if version is None:
             state, colour = ("missing", "red") if use.needed else ("optional", "dim")
         supported = requirement(name).removeprefix(name)
-        about = (use.purpose, "dim") if version else use.install
+        about = (use.purpose, "dim") if version else _installs(name)
         line(f"{name:<14}{version or '-':<18}{supported:<18}", (f"{state:<13}", colour), about)
     for finding in report.findings:
         line(("✗ ", "bold red") if finding.blocks else ("! ", "bold yellow"), finding.problem)
@@ -163,12 +154,20 @@ def _choices(device: str, *, flash: bool) -> dict[str, str]:
     }
 
 
+def _installs(package: str) -> str:
+    """Return the command that installs a package, in the checkout."""
+    if package == "vllm":
+        return INSTALL_VLLM
+    extra = extra_of(package)
+    return f"pip install -e '.[{extra}]'" if extra else "pip install -e ."
+
+
 def _missing(versions: dict[str, str]) -> list[Finding]:
     """One finding per command: an extra that was never installed is one line, not ten."""
     missing: dict[str, list[str]] = {}
     for name, use in PACKAGES.items():
         if use.needed and name not in versions:
-            missing.setdefault(use.install, []).append(name)
+            missing.setdefault(_installs(name), []).append(name)
     return [Finding(f"missing: {', '.join(names)}", command) for command, names in missing.items()]
 
 

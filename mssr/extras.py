@@ -2,7 +2,7 @@
 
 import sys
 
-from mssr.versions import EXTRAS
+from mssr.versions import extra_of
 
 _PACKAGES = {
     "PIL": "pillow",
@@ -15,7 +15,7 @@ _previous = sys.excepthook
 def what_to_install(module: str) -> str | None:
     """Return the line for a module of an extra that is not installed; None for another module."""
     package = _PACKAGES.get(module, module.replace("_", "-"))
-    extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+    extra = extra_of(package)
     if extra is None:
         return None
     return f"{package} is not installed; it is in the extra `{extra}`: in the checkout, pip install -e '.[{extra}]'"

@@ -3,6 +3,7 @@
 The holder has an flock on the file, which the kernel drops when the process ends, however it ends. Some shared file systems
 keep flocks to one host. Therefore the holder also touches the file every BEAT_S seconds; a process on another host that
 gets the flock waits until it sees the file touched (then the folder is in use) or has seen it untouched for BEATS beats.
+A holder that was stopped for longer (a suspended job, a server that did not answer) finds another's name, and ends at once.
 """
 
 import errno
@@ -40,8 +41,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         descriptor = _acquire(path)
         _held.add(descriptor)
-        ended = threading.Event()
-        beats = threading.Thread(target=_beat, args=(descriptor, ended), name="folder_lock", daemon=True)
+        ours, ended = _read(descriptor), threading.Event()
+        beats = threading.Thread(target=_beat, args=(descriptor, path, ours, ended), name="folder_lock", daemon=True)
         beats.start()
         try:
             yield
@@ -50,7 +51,7 @@ def locked(folder: Path) -> Iterator[None]:
                 ended.set()
                 beats.join()
                 with suppress(OSError):  # a file system that fails: what the run did counts
-                    if _is_at(descriptor, path):
+                    if _is_at(descriptor, path) and _read(descriptor) == ours:
                         path.unlink()
                 _held.discard(descriptor)
                 with suppress(OSError):
@@ -142,10 +143,19 @@ def _touched(path: Path) -> int | None:
         return None
 
 
-def _beat(descriptor: int, ended: threading.Event) -> None:
+def _beat(descriptor: int, path: Path, ours: dict, ended: threading.Event) -> None:
     while not ended.wait(BEAT_S):
-        with suppress(OSError):  # a file system that fails for a while
-            os.utime(descriptor)
+        try:
+            holder = _read(descriptor)
+            if holder in (ours, {}):
+                os.utime(descriptor)
+                continue
+        except OSError:  # a file system that fails for a while
+            continue
+        text = f"mssr: {path.parent}: {_named(holder)} took it while this process was stopped; ended at once\n"
+        with suppress(OSError):
+            os.write(2, text.encode())
+        os._exit(1)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -165,10 +175,10 @@ def _read(descriptor: int) -> dict:
 
 
 def _this_process() -> dict:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "since": time.strftime("%F %T")}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "boot": this_machine(), "since": time.strftime("%F %T")}
 
 
-def _boot() -> str:
+def this_machine() -> str:
     """Return what identifies this run of the kernel, since other machines may have the same host name."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,8 +1,8 @@
 """Processes that do not outlive the one that started them, however it ends: `kill -9` included.
 
 `Guarded` starts this file as a small process in a session of its own, which runs the command and holds the reading end of a
-pipe. When the pipe closes, because its only writer has died, the guard ends the command and all that it started. Ranks are
-in sessions of their own, and end with their launcher (mssr.distributed).
+pipe. When the pipe closes, because its only writer has died, the guard ends the command and all that it started: on Linux
+also what left its session, such as a daemon.
 """
 
 import contextlib
@@ -14,10 +14,11 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 GRACE_S = 60.0  # between SIGTERM and SIGKILL: a training run saves its step
 _FOR_THE_COMMAND = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the guard outlives them
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of linux/prctl.h
 
 
 class Guarded(subprocess.Popen):
@@ -55,11 +56,22 @@ class Guarded(subprocess.Popen):
                 raise
 
     def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
+        if self.poll() is None:  # else the id may be another process's by now
             os.killpg(self.pid, number)
 
 
+def signal_at_end_of_parent(number: int) -> None:
+    """Let the kernel send this process a signal when its parent ends; on Linux only."""
+    _prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value)
+
+
 def main(lifeline: int, command: list[str]) -> None:
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_COMMAND)  # one that comes now must reach the command
     child = os.fork()
     if child == 0:
@@ -71,10 +83,10 @@ def main(lifeline: int, command: list[str]) -> None:
     for stream in (0, 1, 2):  # else who reads the command's output would wait for us too
         os.dup2(null, stream)
     orphaned = threading.Event()
-    threading.Thread(target=_end_when_orphaned, args=(lifeline, orphaned), daemon=True).start()
+    threading.Thread(target=_end_when_orphaned, args=(lifeline, child, orphaned), daemon=True).start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if orphaned.is_set():
-        os.killpg(0, signal.SIGKILL)  # what the command left behind, and this process
+        _kill_the_rest()
     if code < 0:  # end as the command did
         if -code not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(-code, signal.SIG_DFL)
@@ -87,8 +99,7 @@ def _become(command: list[str], lifeline: int) -> None:
     for number in _FOR_THE_COMMAND:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_THE_COMMAND)
-    if sys.platform == "linux":  # in case someone kills the guard
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal_at_end_of_parent(signal.SIGKILL)  # in case someone kills the guard
     try:
         os.execvp(command[0], command)
     except OSError as error:
@@ -96,11 +107,21 @@ def _become(command: list[str], lifeline: int) -> None:
         os._exit(127)
 
 
-def _end_when_orphaned(lifeline: int, orphaned: threading.Event) -> None:
+def _end_when_orphaned(lifeline: int, child: int, orphaned: threading.Event) -> None:
     os.read(lifeline, 1)
     orphaned.set()
     os.killpg(0, signal.SIGTERM)
     time.sleep(GRACE_S)
+    os.kill(child, signal.SIGKILL)  # if it had ended, so would this process have
+
+
+def _kill_the_rest() -> None:
+    """Kill what the ended command left behind: on Linux it has become a child of this process, its subreaper."""
+    with contextlib.suppress(FileNotFoundError):  # not Linux
+        while children := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)
+            os.wait()
     os.killpg(0, signal.SIGKILL)
 
 

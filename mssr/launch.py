@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 import mssr.environment  # noqa: F401  sets OMP_NUM_THREADS, about which torchrun would warn
 
-DEFAULTS = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 SHUTDOWN_TIMEOUT_S = "900"
 
 
@@ -27,7 +27,9 @@ def main() -> None:
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SHUTDOWN_TIMEOUT_S)  # its flag is newer than torch 2.11
     try:
-        run.main([*DEFAULTS, *sys.argv[1:]])
+        ignored = {"SIGHUP"} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()  # started by nohup
+        handled = [name for name in SIGNALS if name not in ignored]
+        run.main(["--signals-to-handle", ",".join(handled), *sys.argv[1:]])
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
     except KeyboardInterrupt:  # before torchrun handles signals

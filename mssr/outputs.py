@@ -71,8 +71,8 @@ def replace(run_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
                 replaced.rename(final)
             raise
     finally:
-        _remove(partial)
-    _remove(replaced)
+        remove(partial)
+    remove(replaced)
     return final
 
 
@@ -92,7 +92,7 @@ def write_new(path: Path, write: Callable[[Path], None]) -> Path:
         write(partial)
         partial.rename(path)
     finally:
-        _remove(partial)
+        remove(partial)
     return path
 
 
@@ -116,15 +116,14 @@ def clear_leftovers(run_dir: Path) -> None:
             path.rename(final)
     for path in ours:
         if path.name.startswith((".partial_", ".replaced_")):
-            _remove(path)
+            remove(path)
 
 
 def note(run_dir: Path, name: str, files: Files | None) -> None:
     """Append to the record that `run_dir/name` is this run's own: with these files, or whatever is in it."""
     with (run_dir / RECORD).open("a", encoding="utf-8") as file:
-        if file.tell() and not _ends_a_line(run_dir / RECORD):
-            file.write("\n")
-        file.write(json.dumps({"path": name, "files": files}) + "\n")
+        # After an empty line, so that what a kill tore before ends.
+        file.write("\n" + json.dumps({"path": name, "files": files}) + "\n")
 
 
 def _noted(run_dir: Path) -> dict[str, list[Files | None]]:
@@ -137,17 +136,11 @@ def _noted(run_dir: Path) -> dict[str, list[Files | None]]:
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:  # torn by a kill: what it would have noted was not renamed
+        except ValueError:  # empty, or torn by a kill: what it would have noted was not renamed
             continue
         if isinstance(entry, dict) and isinstance(entry.get("path"), str) and "files" in entry:
             noted.setdefault(entry["path"], []).append(entry["files"])
     return noted
-
-
-def _ends_a_line(file: Path) -> bool:
-    with file.open("rb") as opened:
-        opened.seek(-1, os.SEEK_END)
-        return opened.read(1) == b"\n"
 
 
 def _files(path: Path) -> Files:
@@ -165,7 +158,8 @@ def _beside(path: Path, what: str) -> Path:
     return path.with_name(f".{what}_{path.name}_{secrets.token_hex(4)}")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or folder, or as much of a folder as can be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

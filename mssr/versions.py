@@ -60,6 +60,11 @@ def requirement(package: str) -> str:
     return f"{package}>={low}" + (f",<{high}" if high else "")
 
 
+def extra_of(package: str) -> str | None:
+    """Return the first extra that a package is in; None for one of the base installation, or none of ours."""
+    return next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+
+
 def release(version: str) -> tuple[int, ...]:
     """Return (2, 13, 0) for "2.13.0+cpu" or "2.13.0rc1"; (0,) for a text that does not begin with a number."""
     match = re.match(r"\d+(\.\d+)*", version)

@@ -36,7 +36,8 @@ class Moment:
     """The nth audit event of this name ("": any name) whose first argument contains `path`.
 
     then: "kill" is kill -9; with "full" no file can grow beyond 100 kB any more, so that writes fail with an OSError;
-    "term" is a SIGTERM, "usr1" a SIGUSR1, "int" a SIGINT (Ctrl-C), "twice" two SIGTERMs.
+    "term" is a SIGTERM, "usr1" a SIGUSR1, "int" a SIGINT (Ctrl-C), "twice" two SIGTERMs; "tee" is a SIGINT that has ended
+    the reader of the output as well.
     """
 
     event: str
@@ -225,8 +226,14 @@ def reach(moment: Moment) -> None:
         "term": [signal.SIGTERM],
         "usr1": [signal.SIGUSR1],
         "int": [signal.SIGINT],
+        "tee": [signal.SIGINT],
         "twice": [signal.SIGTERM] * 2,
     }
+    if moment.then == "tee":
+        reader, writer = os.pipe()
+        os.close(reader)
+        for descriptor in (1, 2):
+            os.dup2(writer, descriptor)
     if moment.then in signals:
         for number in signals[moment.then]:
             os.kill(os.getpid(), number)

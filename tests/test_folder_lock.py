@@ -118,6 +118,17 @@ def test_another_hosts_lock_that_is_touched_is_respected(tmp_path, short_beats, 
     assert json.loads(lock.read_text())["host"] == "gpu7"
 
 
+def test_a_process_that_was_stopped_until_another_took_the_folder_ends(tmp_path, short_beats, monkeypatch, capfd):
+    ended = threading.Event()
+    monkeypatch.setattr(folder_lock.os, "_exit", lambda code: ended.set())
+    with locked(tmp_path / "run"):
+        lock = tmp_path / "run" / LOCK
+        lock.write_text(json.dumps({"host": "gpu8", "pid": 9, "since": "now"}))
+        assert ended.wait(60)
+    assert "run: process 9 on gpu8 (since now) took it while this process was stopped" in capfd.readouterr().err
+    assert json.loads(lock.read_text())["pid"] == 9
+
+
 def test_of_two_that_take_the_same_lock_the_last_has_it(tmp_path, short_beats, monkeypatch):
     """On a file system where flocks do not reach other hosts."""
     lock, slept = left_by_another_host(tmp_path / "run"), []

@@ -67,6 +67,13 @@ def all_end(descriptors):
     return True
 
 
+@pytest.mark.parametrize("twice", ["%s & wait", "(%s &); sleep 600"])
+def test_what_left_the_session_ends_too(start, twice):
+    parent, descendants = start(PARENT, "sh", "-c", twice % "setsid sh -c 'echo $$; exec sleep 600'")
+    parent.kill()
+    assert all_end(descendants)
+
+
 @pytest.mark.parametrize("number", NUMBERS, ids=lambda number: number.name)
 def test_a_command_and_all_that_it_started_end_with_the_parent(start, number):
     parent, descendants = start(PARENT, "sh", "-c", TREE)

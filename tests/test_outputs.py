@@ -89,7 +89,7 @@ def test_after_a_kill_between_the_renames_the_earlier_output_is_back(tmp_path, m
         rename(source, target)
 
     monkeypatch.setattr("os.rename", killed)
-    monkeypatch.setattr("mssr.outputs._remove", lambda path: None)
+    monkeypatch.setattr("mssr.outputs.remove", lambda path: None)
     with pytest.raises(Killed):
         replace(tmp_path, "model", folder_with(weights="second"))
     monkeypatch.undo()

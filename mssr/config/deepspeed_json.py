@@ -70,18 +70,15 @@ def with_stage_of_json(values: dict[str, Any]) -> dict[str, Any]:
     path = train.get("deepspeed") if isinstance(train, dict) else None
     if not isinstance(path, str):
         return values
-    stage = read_deepspeed_json(_expanded(path))[ZERO]["stage"]
+    try:
+        file = expanded(path)
+    except ValueError:  # an empty path, of which the validation says more
+        return values
+    stage = read_deepspeed_json(file)[ZERO]["stage"]
     given = train.get("zero_stage", stage)
     if given != stage:
         raise UserError(f"train.zero_stage {given}, but {path} has stage {stage}; leave train.zero_stage out")
     return values | {"train": train | {"zero_stage": stage}}
-
-
-def _expanded(path: str) -> str:
-    try:
-        return expanded(path)
-    except ValueError as error:
-        raise UserError(f"train.deepspeed: {error}") from None
 
 
 def offloads_optimizer(path: str) -> bool:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from mssr.data.columns import Row
 from mssr.data.prefetch import worker_count
 from mssr.data.prompts import PromptEncoder, why_unusable
-from mssr.distributed import World
+from mssr.distributed import ALONE, World
 from mssr.errors import BadRow, UserError
 
 
@@ -24,12 +24,12 @@ def check_rows(
     rows: Sequence[Row],
     encoder: PromptEncoder,
     source: str,
-    world: World | None = None,
+    world: World = ALONE,
     advance: Callable[[int, int], None] = lambda by, total: None,
 ) -> list[Contents | BadRow]:
     """Return what is in each row, in order; the same list on every rank.
 
-    world: the ranks that check `source` together, each every size-th row; None: this process checks all rows.
+    world: the ranks that check `source` together, each every size-th row.
     advance: called with the rows checked since its last call, over all ranks, and the number of rows.
 
     Raises:
@@ -44,18 +44,17 @@ def check_rows(
             return why_unusable(error)
         return Contents(problem.key, problem.answer.strip(), hashlib.sha256((problem.solution or "").encode()).digest())
 
-    rank, size = (world.rank, world.size) if world else (0, 1)
-    mine = range(rank, len(rows), size)
+    mine = range(world.rank, len(rows), world.size)
     found = [check(row) for row in mine[:1]]  # alone: on its first call a tokenizer changes its state
     with ThreadPoolExecutor(worker_count()) as threads:
         for row in threads.map(check, mine[1:]):
             found.append(row)
-            advance(size, len(rows))
-    shares = world.gather((len(rows), found)) if world else [(len(rows), found)]
+            advance(world.size, len(rows))
+    shares = world.gather((len(rows), found))
     for other, (count, _) in enumerate(shares):
         if count != shares[0][0]:
             raise UserError(
                 f"{source}: {count} rows on rank {other}, {shares[0][0]} on rank 0; give every node the same files"
             )
-    checked = [shares[row % size][1][row // size] for row in range(len(rows))]
+    checked = [shares[row % world.size][1][row // world.size] for row in range(len(rows))]
     return [BadRow(row, source, item) if isinstance(item, str) else item for row, item in enumerate(checked)]

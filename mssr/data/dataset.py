@@ -13,7 +13,7 @@ from mssr.data.files import open_rows
 from mssr.data.pixels import pixel_table
 from mssr.data.prefetch import PromptLoader
 from mssr.data.prompts import PromptEncoder, why_unusable
-from mssr.distributed import World
+from mssr.distributed import ALONE, World
 from mssr.errors import BadRow, UserError, shortened
 
 SHOWN = 5  # bad rows named in an error
@@ -33,10 +33,10 @@ class ProblemDataset:
         path: str,
         encoder: PromptEncoder,
         config: DataConfig,
-        world: World | None = None,
+        world: World = ALONE,
         advance: Callable[[int, int], None] = lambda by, total: None,
     ) -> None:
-        """world: the ranks that open this source together and share the checking; None: this process alone.
+        """world: the ranks that open this source together and share the checking.
 
         advance: told how far the checking is, see `check_rows`.
         """
@@ -54,7 +54,7 @@ class ProblemDataset:
             raise UserError(self._describe_bad_rows("cannot be used") + "; fix them or set data.on_bad_row: skip")
         if not self._usable:
             raise UserError(self._describe_bad_rows("cannot be used") + "; no usable row is left")
-        if world is None or world.is_main:
+        if world.is_main:
             if others := unread(self._rows.names):
                 _say(f"{self.source}: columns that are not read: {shortened(', '.join(others), 300)}")
             if self.bad_rows:

@@ -6,7 +6,6 @@ Whatever the source, a row is a dict of the EasyR1 columns `images`, `problem`, 
 import codecs
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import pyarrow.parquet
 from mssr.data.columns import Row, empty, renamed, require_columns, to_load
 from mssr.data.images import is_path
 from mssr.data.row_file import RowFile, write_once
-from mssr.distributed import World
+from mssr.distributed import ALONE, World
 from mssr.errors import UserError, shortened
 
 SUFFIXES = (".parquet", ".jsonl", ".json")  # of a directory, files with the first of these that occurs are read
@@ -41,23 +40,7 @@ class HubRows(Sequence[Row]):
         return renamed(self._dataset[index : index + 1].to_pylist()[0])
 
 
-class FileRows:
-    """The rows of several files, with our column names and absolute image paths. Images are read when rows are used.
-
-    names: of the columns of all files, complete after one iteration.
-    """
-
-    def __init__(self, files: list[Path]) -> None:
-        self.names: list[str] = []
-        self._files = files
-
-    def __iter__(self) -> Iterator[Row | Exception]:
-        for file in self._files:
-            for row in _read_parquet(file, self.names) if file.suffix == ".parquet" else _read_json(file, self.names):
-                yield row if isinstance(row, Exception) else _with_folder(renamed(row), file.parent)
-
-
-def open_rows(path: str, world: World | None = None) -> RowFile | HubRows:
+def open_rows(path: str, world: World = ALONE) -> RowFile | HubRows:
     """Return the rows of a file, a directory, or a hub name; `directory:split` or `name:split` selects a split.
 
     world: the ranks that open the same path together; on each machine one of them reads the files.
@@ -65,11 +48,12 @@ def open_rows(path: str, world: World | None = None) -> RowFile | HubRows:
     Raises:
         UserError: nothing is there, it is not readable, or a required column is missing.
     """
-    with world.together() if world else nullcontext():
+    with world.together():
         found = _find(path)
     if not isinstance(found, tuple):
-        return write_once(FileRows(found), path, world)
-    with world.together() if world else nullcontext():
+        names: list[str] = []
+        return write_once(_read_files(found, names), names, path, world)
+    with world.together():
         return _read_hub(*found, path)
 
 
@@ -122,6 +106,16 @@ def _is_of(file: Path, folder: Path, split: str) -> bool:
         if part.startswith(SPLITS):
             return False
     return False
+
+
+def _read_files(files: list[Path], names: list[str]) -> Iterator[Row | Exception]:
+    """Yield the rows, with our column names and absolute image paths, and add the columns of all files to `names`.
+
+    Images are read when rows are used.
+    """
+    for file in files:
+        for row in _read_parquet(file, names) if file.suffix == ".parquet" else _read_json(file, names):
+            yield row if isinstance(row, Exception) else _with_folder(renamed(row), file.parent)
 
 
 def _read_parquet(file: Path, names: list[str]) -> Iterator[Row | Exception]:

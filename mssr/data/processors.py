@@ -56,28 +56,23 @@ def with_pixel_limits(processor: BaseImageProcessor, data: DataConfig) -> BaseIm
 
 
 @dataclass(frozen=True)
-class ImageSettings:
-    """An image processor, saved with its limits by every name: transformers and vLLM read `size`, Qwen's own files and older
-    versions have min_pixels and max_pixels, which win where they are there."""
+class VisionSettings:
+    """What is saved of a model's processors for images and videos.
 
-    processor: BaseImageProcessor
+    images: saved with its limits by every name: transformers and vLLM read `size`; Qwen's own files and older versions have
+        min_pixels and max_pixels, which win where they are there.
+    videos: the settings as they came; without a file of their own, videos would be read with the images' limits.
+    """
 
-    def save_pretrained(self, folder: Path) -> None:
-        self.processor.save_pretrained(folder)
-        low, high = own_pixel_limits(self.processor)
-        file = Path(folder) / IMAGES
-        _write_json(file, json.loads(file.read_text()) | {"min_pixels": low, "max_pixels": high})
-
-
-@dataclass(frozen=True)
-class VideoSettings:
-    """The settings of a model's video processor. They are saved as they came: without a file of their own, videos would be
-    read with the images' limits."""
-
-    values: dict[str, Any]
+    images: BaseImageProcessor
+    videos: dict[str, Any]
 
     def save_pretrained(self, folder: Path) -> None:
-        _write_json(Path(folder) / VIDEOS, self.values)
+        self.images.save_pretrained(folder)
+        low, high = own_pixel_limits(self.images)
+        images = json.loads((Path(folder) / IMAGES).read_text()) | {"min_pixels": low, "max_pixels": high}
+        for name, values in ((IMAGES, images), (VIDEOS, self.videos)):
+            (Path(folder) / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def processors_to_save(
@@ -89,21 +84,17 @@ def processors_to_save(
     """
     if image_processor is None:
         return (tokenizer,)
-    return tokenizer, ImageSettings(image_processor), _video_settings(path)
+    return tokenizer, VisionSettings(image_processor, _video_settings(path))
 
 
-def _video_settings(path: str | Path) -> VideoSettings:
+def _video_settings(path: str | Path) -> dict[str, Any]:
     """Return what transformers would read for the video processor of `path`; without a file of its own, the images'."""
     both = _file(path, BOTH)
     nested = json.loads(Path(both).read_text()) if both else {}
     if "video_processor" in nested:
-        return VideoSettings(nested["video_processor"])
+        return nested["video_processor"]
     found = _file(path, VIDEOS) or _file(path, IMAGES)
-    return VideoSettings(json.loads(Path(found).read_text()) if found else nested.get("image_processor", {}))
-
-
-def _write_json(file: Path, values: dict[str, Any]) -> None:
-    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    return json.loads(Path(found).read_text()) if found else nested.get("image_processor", {})
 
 
 def _file(path: str | Path, name: str) -> str | None:

@@ -35,13 +35,10 @@ def load_processors(path: str | Path) -> tuple[PreTrainedTokenizerBase, BaseImag
     Raises:
         UserError: no tokenizer can be loaded.
     """
-    if str(path).startswith(("/", ".")) and not Path(path).exists():
-        raise UserError(f"model.path {path}: no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        raise UserError(f"model.path {path}: no tokenizer can be loaded from it: {first}") from None
+        raise UserError(f"model.path {path}: no tokenizer can be loaded from it: {shortened(error, 300)}") from None
     return tokenizer, load_image_processor(path)
 
 

@@ -5,37 +5,26 @@ Parquet cannot be read by row: a shuffled epoch would decode a row group, often 
 
 import os
 import pickle
-import socket
 import tempfile
 from array import array
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import IO, Protocol
+from collections.abc import Iterable, Sequence
+from typing import IO
 
 from mssr.data.columns import Row
 from mssr.distributed import World
 from mssr.errors import UserError
+from mssr.folder_lock import this_machine
 
 TOKEN_BYTES = 16
 
 Place = tuple[str, bytes]  # how other processes open the file, and the bytes that it ends with
 
 
-class Source(Protocol):
-    """What can be read again and again. An exception among the rows is raised by whoever asks for that row.
-
-    names: of all columns, complete after one iteration.
-    """
-
-    names: list[str]
-
-    def __iter__(self) -> Iterator[Row | Exception]: ...
-
-
 class RowFile(Sequence[Row]):
     """Rows, read one at a time from an open file; safe in several threads.
 
     names: of all columns of the source, those included that no row has any more.
+
     The file: pickled rows; their offsets and the names, pickled; the size of these; a random token.
     """
 
@@ -46,8 +35,10 @@ class RowFile(Sequence[Row]):
         self._token = token
 
     @classmethod
-    def write(cls, rows: Source, source: str) -> "RowFile":
-        """Write rows to a new file in TMPDIR.
+    def write(cls, rows: Iterable[Row | Exception], names: list[str], source: str) -> "RowFile":
+        """Write rows to a new file in TMPDIR. An exception among them is raised by whoever asks for that row.
+
+        names: need not be complete before all rows are read.
 
         Raises:
             UserError: the file cannot be written, or `rows` raises it.
@@ -57,26 +48,32 @@ class RowFile(Sequence[Row]):
             file = tempfile.TemporaryFile(prefix="mssr_rows_")  # noqa: SIM115  closed with the RowFile, and gone then
             for row in rows:
                 offsets.append(offsets[-1] + file.write(pickle.dumps(row, pickle.HIGHEST_PROTOCOL)))
-            index = pickle.dumps((offsets, rows.names))
+            index = pickle.dumps((offsets, names))
             file.write(index + len(index).to_bytes(8, "little") + token)
             file.flush()
         except OSError as error:
+            place, wanted = tempfile.tempdir, os.environ.get("TMPDIR")
+            where = f" in {place}" if place else ""
+            not_there = f" (TMPDIR {wanted} cannot be used)" if wanted and os.path.abspath(wanted) != place else ""
             raise UserError(
-                f"{source}: cannot copy its rows to a temporary file in {tempfile.tempdir}: {error.strerror}; "
+                f"{source}: cannot copy its rows to a temporary file{where}{not_there}: {error.strerror}; "
                 "set the environment variable TMPDIR to a folder with room for a copy of the data"
             ) from None
-        return cls(file, offsets, rows.names, token)
+        return cls(file, offsets, names, token)
 
     @classmethod
     def share(cls, place: Place) -> "RowFile | None":
-        """Open the file of another process; None if it is on another machine, or not visible from here."""
+        """Open the file of another process; None if it is on another machine, or not visible from here.
+
+        In another container, the process id may be that of another process, and the file anything: a pipe, a device.
+        """
         name, token = place
         try:
-            file = open(name, "rb")  # noqa: SIM115  stays open as long as the rows
+            file = open(name, "rb", opener=_without_waiting)  # noqa: SIM115  stays open as long as the rows
+            size = os.fstat(file.fileno()).st_size
+            tail = os.pread(file.fileno(), TOKEN_BYTES + 8, max(0, size - TOKEN_BYTES - 8))
         except OSError:
             return None
-        size = os.fstat(file.fileno()).st_size
-        tail = os.pread(file.fileno(), TOKEN_BYTES + 8, max(0, size - TOKEN_BYTES - 8))
         if tail[8:] != token:
             file.close()
             return None
@@ -100,28 +97,25 @@ class RowFile(Sequence[Row]):
         return row
 
 
-def write_once(rows: Source, source: str, world: World | None) -> RowFile:
-    """Write rows to a file. Of the ranks of `world` on a machine, the first writes the file for all.
+def write_once(rows: Iterable[Row | Exception], names: list[str], source: str, world: World) -> RowFile:
+    """Write rows to a file, as `RowFile.write`. Of the ranks of `world` on a machine, the first writes the file for all.
 
-    Collective. A rank that cannot see the file of the first writes one of its own.
+    Collective. A rank that cannot see the file of the first reads the rows itself and writes one of its own.
     """
-    if world is None or world.size == 1:
-        return RowFile.write(rows, source)
-    keys = world.gather((_machine(), source))
+    keys = world.gather((this_machine(), source))
     first = keys.index(keys[world.rank])
     file = None
     with world.together():
         if first == world.rank:
-            file = RowFile.write(rows, source)
+            file = RowFile.write(rows, names, source)
     places = world.gather(None if file is None else file.place)
     if file is None:
         file = RowFile.share(places[first])
     with world.together():  # the first keeps its file open until all have it
         if file is None:
-            file = RowFile.write(rows, source)
+            file = RowFile.write(rows, names, source)
     return file
 
 
-def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return boot.read_text() if boot.exists() else socket.gethostname()
+def _without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from mssr.errors import UserError
@@ -50,11 +51,11 @@ class MetricsLog:
         try:
             self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
             self._file.flush()
+            if self._board is not None:
+                for key, value in scalars.items():
+                    self._board.add_scalar(key, value, step)
         except OSError as error:
             raise UserError(f"{self.path}: cannot write metrics: {error.strerror}") from error
-        if self._board is not None:
-            for key, value in scalars.items():
-                self._board.add_scalar(key, value, step)
 
     @property
     def position(self) -> int:
@@ -66,9 +67,9 @@ class MetricsLog:
         return self._file.tell()
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for file in filter(None, (self._file, self._board)):
+            with suppress(OSError):  # every line was flushed; one that could not be is tried again here
+                file.close()
 
     def _refuse_old_metrics(self) -> None:
         if self.path.exists() and self.path.stat().st_size:

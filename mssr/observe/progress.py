@@ -231,49 +231,49 @@ class Activity:
             self.say(what)
         with ExitStack() as opened:
             if not self._console.is_interactive:
-                yield self._in_lines(what)
+                show = self._in_lines(what)
             elif self._display is None:
-                yield self._in_a_bar(opened)
+                show = self._in_a_bar(opened)
             else:
-                yield self._in_the_panel(self._display, what, opened)
+                show = self._in_the_panel(self._display, what, opened)
+            done = 0
 
-    def _in_lines(self, what: str) -> Advance:
-        done, started = 0, self._clock()
-        last = started
+            def advance(by: int, total: int) -> None:
+                nonlocal done
+                done = min(done + by, total)
+                show(done, total)
 
-        def advance(by: int, total: int) -> None:
-            nonlocal done, last
-            done, now = min(done + by, total), self._clock()
+            yield advance
+
+    def _in_lines(self, what: str) -> Callable[[int, int], None]:
+        last = started = self._clock()
+
+        def show(done: int, total: int) -> None:
+            nonlocal last
+            now = self._clock()
             if now - last >= LINE_EVERY_S and done:
                 last = now
                 left = _duration((now - started) / done * (total - done))
                 self.say(f"{what}: {done}/{total}, {left} left")
 
-        return advance
+        return show
 
-    def _in_a_bar(self, opened: ExitStack) -> Advance:
+    def _in_a_bar(self, opened: ExitStack) -> Callable[[int, int], None]:
         columns = (TextColumn("     "), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("left"))
         bar = Progress(*columns, console=self._console, transient=True)
         task = bar.add_task("", total=None)
 
-        def advance(by: int, total: int) -> None:
-            bar.update(task, completed=min(bar.tasks[0].completed + by, total), total=total)
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
             if not bar.live.is_started:
                 opened.enter_context(bar)
 
-        return advance
+        return show
 
-    def _in_the_panel(self, display: TrainProgress, what: str, opened: ExitStack) -> Advance:
-        done = 0
+    def _in_the_panel(self, display: TrainProgress, what: str, opened: ExitStack) -> Callable[[int, int], None]:
         opened.callback(setattr, display, "doing", "")
         display.doing = what
-
-        def advance(by: int, total: int) -> None:
-            nonlocal done
-            done = min(done + by, total)
-            display.doing = f"{what} {done}/{total}"
-
-        return advance
+        return lambda done, total: setattr(display, "doing", f"{what} {done}/{total}")
 
 
 def _stdout_console() -> Console:

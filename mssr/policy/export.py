@@ -8,7 +8,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mssr.distributed import World
-from mssr.errors import UserError
 from mssr.outputs import replace, write_new
 from mssr.policy.lora import adapted_layers, own_name, write_adapter
 from mssr.policy.model import Policy
@@ -56,19 +55,18 @@ def save_adapter(policy: Policy, folder: Path, world: World, run_dir: Path | Non
 
 def _write_folder(folder: Path, write: Callable[[Path], None], world: World, run_dir: Path | None) -> None:
     """Call `write` on rank 0 with a temporary folder, which is renamed to `folder` when it is complete."""
-    with world.together():
-        if not world.is_main:
-            return
+
+    def write_or_replace() -> None:
         try:
             if run_dir is None:
                 write_new(folder, write)
             else:
-                replace(run_dir, str(folder.relative_to(run_dir)), write)
-        except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{folder}: could not be saved: {reason}; make room and run again (train: with --resume)"
-            ) from None
+                replace(run_dir, folder.name, write)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from None
+
+    remedy = "make room and run again (train: with --resume)"
+    world.on_main(write_or_replace, f"{folder}: could not be saved", remedy)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from mssr.batch import GradedRollouts, UpdateBatch
-from mssr.errors import UserError
 from mssr.observe.metrics import Metric
 from mssr.observe.progress import TrainProgress
 from mssr.observe.rollouts import save_rollouts
@@ -122,17 +121,12 @@ class Bookkeeping(AbstractContextManager):
         self._session.save_and_end_if_asked(done, due=due, best=accuracy if is_best else None, last=self._is_last(done))
 
     def _save_rollouts(self, done: int, rollouts: GradedRollouts, baseline: Tensor | None, advantage: Tensor) -> None:
-        config, world = self._config, self._run.world
-        with world.together():
-            if not world.is_main:
-                return
-            try:
-                save_rollouts(config.run_dir, done, rollouts, baseline, advantage, config.log.rollouts_saved)
-            except OSError as error:
-                why = error.strerror or error
-                raise UserError(
-                    f"{config.run_dir}: rollouts of step {done} cannot be written: {why}; make room and train with --resume"
-                ) from None
+        config = self._config
+        self._run.world.on_main(
+            lambda: save_rollouts(config.run_dir, done, rollouts, baseline, advantage, config.log.rollouts_saved),
+            f"{config.run_dir}: rollouts of step {done} cannot be written",
+            remedy="make room and train with --resume",
+        )
 
     @property
     def _budget_spent(self) -> bool:

@@ -2,8 +2,8 @@
 
     run_dir/checkpoints/step_000040/    rank_0.pt   this rank's pieces of master weights and moments, its random state
                                         state.pt    step, ranks, shapes and updates, metrics position; the loop's parts
-                                                    (tracker, costs, ...); what tells that a run is the same
-                        best.json       step and accuracy of the best validation (train.keep_best)
+                                                    (tracker, costs, ...); what tells that a run is the same; the best
+                        best.json       step and accuracy of the best validation (train.keep_best), for people
 
 A checkpoint is copied to host memory, written by a background thread under a temporary name, flushed to disk, and renamed
 when every rank is done; then old ones are removed. So kill -9 or a full disk at any moment leaves the last complete
@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from torch import Tensor
 from mssr import torch_file
 from mssr.config.schema import TrainConfig
 from mssr.distributed import World
-from mssr.errors import UserError
-from mssr.outputs import ANYTHING, note
+from mssr.errors import UserError, shortened
+from mssr.outputs import ANYTHING, note, remove
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.pieces import VALUES, SavedPieces
 from mssr.policy.weights import whole_shape
@@ -50,8 +50,7 @@ class Checkpoints:
         self._saved_at = time.monotonic()
         self._pending: tuple[int, Future] | None = None  # step and writer of an unfinished checkpoint
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        with world.together():
-            self._best_step, self._best_accuracy = self._read_best()
+        self._best: dict[str, Any] | None = None  # step and accuracy, one still being written included
 
     def newest_state(self, *, resume: bool) -> dict[str, Any] | None:
         """Return the loop's state in the newest checkpoint, or None without checkpoints.
@@ -67,7 +66,9 @@ class Checkpoints:
         if not resume:
             raise UserError(f"{self._folder} holds step {newest[0]}; continue with --resume, or set another run_dir")
         with self._world.together():
-            return read_state(self._path(newest[0]))
+            state = read_state(self._path(newest[0]))
+        self._best = state.get("best")
+        return state
 
     def foreign_outputs(self) -> list[str]:
         """Return the checkpoints' folder for `Run.refuse_foreign_outputs` if it has files but no checkpoint of this run."""
@@ -99,8 +100,8 @@ class Checkpoints:
         return bool(self._world.max(torch.tensor(int(old))))
 
     def is_best(self, accuracy: float) -> bool:
-        """Return whether `accuracy` beats the best checkpoint so far, one still being written included."""
-        return self._best_accuracy is None or accuracy > self._best_accuracy
+        """Return whether `accuracy` beats the best checkpoint so far."""
+        return self._best is None or accuracy > self._best["accuracy"]
 
     def save(self, step: int, engine: PolicyEngine, state: dict[str, Any], *, best: float | None = None) -> None:
         """Start to save after `step` steps; an unfinished earlier save ends first. With async_save `settle` ends this one.
@@ -111,14 +112,14 @@ class Checkpoints:
             UserError: this or the earlier one could not be written (disk full, permission); complete ones are intact.
         """
         self.settle(wait=True)
+        if best is not None:
+            self._best = {"step": step, "accuracy": best}
         partial = self._partial(step)
         with self._together(step):
             self._make_room(partial, engine)
         with self._together(step):
             contents = self._contents(step, engine, state)
         self._pending = step, self._thread.submit(_write, partial, contents)
-        if best is not None:
-            self._best_step, self._best_accuracy = step, best
         self._saved_at = time.monotonic()
         self.settle(wait=not self._config.async_save)
 
@@ -138,8 +139,7 @@ class Checkpoints:
             writing.result()
         with self._together(step):
             self._commit(step)
-        with self._together(step, "is saved, but older ones could not be removed"):
-            self._prune()
+        self._prune()
 
     def close(self) -> None:
         """Complete an unfinished checkpoint on a single rank; other ranks may be gone."""
@@ -152,7 +152,7 @@ class Checkpoints:
     def _contents(self, step: int, engine: PolicyEngine, state: dict[str, Any]) -> dict[str, Any]:
         """Return this rank's file contents by file name; copies, because training continues."""
         contents = {f"rank_{self._world.rank}.pt": {"pieces": engine.own_state(), "random": self._random_state()}}
-        whole = {"step": step, "ranks": self._world.size, "engine": engine.state_dict(), **state}
+        whole = {"step": step, "ranks": self._world.size, "engine": engine.state_dict(), "best": self._best, **state}
         if self._world.is_main:
             buffer = io.BytesIO()
             torch.save(whole, buffer)
@@ -160,7 +160,7 @@ class Checkpoints:
         return contents
 
     @contextmanager
-    def _together(self, step: int, failure: str = "could not be saved") -> Iterator[None]:
+    def _together(self, step: int) -> Iterator[None]:
         """Context that ends alike on all ranks, with the same error if writing fails on one."""
         try:
             with self._world.together():
@@ -171,12 +171,12 @@ class Checkpoints:
                     kept = saved_steps(self._folder)
                     last = f"checkpoint of step {kept[-1]} is intact" if kept else "there is no earlier checkpoint"
                     raise UserError(
-                        f"{self._path(step)}: {failure}: {' '.join(str(cause).split())[:200]}; {last}; make room and "
-                        "train with --resume"
+                        f"{self._path(step)}: could not be saved: {shortened(cause, 200)}; {last}; make room and train "
+                        "with --resume"
                     ) from None
         except UserError:
             if self._world.is_main:
-                shutil.rmtree(self._partial(step), ignore_errors=True)
+                remove(self._partial(step))
             raise
 
     def _make_room(self, partial: Path, engine: PolicyEngine) -> None:
@@ -189,7 +189,7 @@ class Checkpoints:
             note(self._folder.parent, FOLDER, ANYTHING)
             self._folder.mkdir(exist_ok=True)
         for path in filter(lambda path: _UNFINISHED.fullmatch(path.name), self._folder.iterdir()):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove(path)
         if steps:
             needed = sum(path.stat().st_size for path in self._path(steps[-1]).rglob("*"))
         else:
@@ -210,40 +210,28 @@ class Checkpoints:
         if not self._world.is_main:
             return
         self._partial(step).rename(self._path(step))
-        if step == self._best_step:
-            best = json.dumps({"step": step, "accuracy": self._best_accuracy}) + "\n"
-            _write(self._folder, {f".partial_{_BEST}": best.encode()})
+        if self._best is not None:
+            _write(self._folder, {f".partial_{_BEST}": json.dumps(self._best).encode() + b"\n"})
             (self._folder / f".partial_{_BEST}").rename(self._folder / _BEST)
         torch_file.flush_folder(self._folder)
 
     def _prune(self) -> None:
+        """Remove old checkpoints. What fails, such as one that another host still reads, is tried again at the next save."""
         if not self._world.is_main:
             return
-        for step in saved_steps(self._folder)[: -self._config.keep_checkpoints]:
-            old = self._path(step)
-            if step != self._best_step and _has_only_ours(old):
-                doomed = self._folder / f".partial_{old.name}"
-                old.rename(doomed)  # an interrupted removal must not look like a checkpoint
-                shutil.rmtree(doomed)
-
-    def _read_best(self) -> tuple[int | None, float | None]:
-        file = self._folder / _BEST
-        if not file.is_file():
-            return None, None
-        try:
-            best = json.loads(file.read_text())
-            return int(best["step"]), float(best["accuracy"])
-        except (ValueError, KeyError, TypeError):
-            newest = max(saved_steps(self._folder), default=0)
-            raise UserError(
-                f"{file}: damaged; remove it, and --resume goes on from step {newest}, without the best accuracy so far"
-            ) from None
+        best = self._best and self._best["step"]
+        with suppress(OSError):
+            for step in saved_steps(self._folder)[: -self._config.keep_checkpoints]:
+                if step != best and _has_only_ours(self._path(step)):
+                    # An interrupted removal must not look like a checkpoint.
+                    self._path(step).rename(self._partial(step))
+                    remove(self._partial(step))
 
     def _path(self, step: int) -> Path:
         return self._folder / _name(step)
 
     def _partial(self, step: int) -> Path:
-        return self._folder / f".partial_step_{step:06d}"
+        return self._folder / f".partial_{_name(step)}"
 
 
 def _name(step: int) -> str:
@@ -254,7 +242,7 @@ def saved_steps(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a run's checkpoints folder, ascending."""
     if not folder.is_dir():
         return []
-    matches = (_NAME.fullmatch(path.name) for path in folder.iterdir())
+    matches = (_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
     return sorted(int(match[1]) for match in matches if match)
 
 
@@ -295,11 +283,16 @@ def _read(file: Path, keys: set[str], *, mmap: bool = False) -> dict[str, Any]:
     try:
         return torch_file.read(file, keys, mmap=mmap)
     except torch_file.Damaged as damaged:
-        whole = [step for step in saved_steps(file.parent.parent) if file.parent.name != _name(step)]
-        whole = [step for step in whole if _is_whole(file.parent.with_name(_name(step)))]
+        folder = file.parent
+        if not folder.exists():
+            raise UserError(
+                f"{folder}: removed while it was read: a run keeps the newest train.keep_checkpoints; take a newer one"
+            ) from None
+        others = (step for step in reversed(saved_steps(folder.parent)) if _name(step) != folder.name)
+        whole = next((step for step in others if _is_whole(folder.with_name(_name(step)))), None)
         back = (
-            f"step {whole[-1]} is whole; to go on from there, remove {file.parent}"
-            if whole
+            f"step {whole} is whole; to go on from there, remove {folder}"
+            if whole is not None
             else "no other checkpoint is whole; set another run_dir to start again"
         )
         raise UserError(f"{file}: {damaged}; {back}") from None

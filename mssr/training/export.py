@@ -11,7 +11,7 @@ from mssr.config.presets import with_preset
 from mssr.config.schema import DataConfig, ModelConfig
 from mssr.data.processors import processors_to_save, with_pixel_limits
 from mssr.data.prompts import load_processors
-from mssr.distributed import World
+from mssr.distributed import ALONE
 from mssr.errors import UserError
 from mssr.policy.export import save_adapter, save_model
 from mssr.policy.loading import load_policy
@@ -43,13 +43,12 @@ def export(
     step, folder = _checkpoint(run_dir, step)
     policy = _trained_policy(options, folder, dtype or options.dtype)
 
-    alone = World(rank=0, size=1, device=torch.device("cpu"))
     if adapter:
-        save_adapter(policy, out, alone)
+        save_adapter(policy, out, ALONE)
     else:
         tokenizer, images = load_processors(options.path)
         images = images and with_pixel_limits(images, data)
-        save_model(policy, processors_to_save(options.path, tokenizer, images), out, alone)
+        save_model(policy, processors_to_save(options.path, tokenizer, images), out, ALONE)
     return step
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, and SIGTERM and SIGUSR1, which schedulers send some time before they kill a job."""
+"""Ctrl-C; SIGTERM and SIGUSR1, which schedulers send some time before they kill a job; SIGHUP of a closed terminal."""
 
 import os
 import select
@@ -7,14 +7,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
 from mssr.distributed import World
 from mssr.errors import Interrupted, UserError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 REPEATED_S = 10.0
 AFTER_CTRL_C_S = 0.3
 RANKS_END_S = 5.0
@@ -61,7 +61,9 @@ class Interruptions:
 
     def __enter__(self) -> "Interruptions":
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            caught = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
+            self._previous = {number: signal.signal(number, self._remember) for number in caught}
             # Python calls handlers between two of its own instructions, which may never come while the main thread waits
             # for another rank. The pipe gets every signal's number at once.
             reader, self._writer = os.pipe()
@@ -133,5 +135,6 @@ def end_now(number: int, why: str = "second signal, ended at once; go on with --
     """End this process without clean-up, from any thread. Files are safe: a kill may come at any moment."""
     below_display = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # which hides the cursor
     text = f"{below_display}mssr: {signal.Signals(number).name}: {why}\n"
-    os.write(2, text.encode() if os.environ.get("RANK", "0") == "0" else b"")
+    with suppress(OSError):  # nobody reads it any more
+        os.write(2, text.encode() if os.environ.get("RANK", "0") == "0" else b"")
     os._exit(128 + number)

@@ -119,14 +119,12 @@ class Run(AbstractContextManager):
             UserError: another process uses run_dir, or it cannot be written.
         """
         run_dir = self.config.run_dir
-        with self.world.together():
-            if not self.world.is_main:
-                return
-            try:
-                self._open.enter_context(locked(run_dir))
-                clear_leftovers(run_dir)
-            except OSError as error:
-                raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
+
+        def lock() -> None:
+            self._open.enter_context(locked(run_dir))
+            clear_leftovers(run_dir)
+
+        self.world.on_main(lock, f"run_dir {run_dir}: cannot be written")
 
     def refuse_foreign_outputs(self, others: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
         """Refuse to start if this run would replace something that it did not write. Collective; after `lock_folder`.
@@ -138,24 +136,21 @@ class Run(AbstractContextManager):
             UserError: something is there that is not this run's.
         """
         config, run_dir = self.config, self.config.run_dir
-        with self.world.together():
-            if not self.world.is_main:
-                return
-            written = [run_dir / "model", run_dir / "adapter"] if config.model.lora else [run_dir / "model"]
+        written = ["model", "adapter"] if config.model.lora else ["model"]
+
+        def refuse() -> None:
             if Path(config.model.path).exists():
                 start = Path(config.model.path).resolve()
-                for path in written:
-                    if start.is_relative_to(path.resolve()):
-                        raise UserError(
-                            f"model.path {start}: this run would replace it by its result; set another run_dir"
-                        )
+                if any(start.is_relative_to((run_dir / name).resolve()) for name in written):
+                    raise UserError(f"model.path {start}: this run would replace it by its result; set another run_dir")
             for path in (run_dir / name for name in folders):
                 if os.path.lexists(path) and not path.is_dir():
                     raise UserError(
                         f"{path}: no folder, and this run needs one there; move it away, or set another run_dir"
                     )
-            names = [path.name for path in written] if self._config_is_there() else [CONFIG, *(p.name for p in written)]
-            refuse_foreign(run_dir, [*names, *others])
+            refuse_foreign(run_dir, [*written, *others, *([] if self._config_is_there() else [CONFIG])])
+
+        self.world.on_main(refuse, f"run_dir {run_dir}: cannot be read")
 
     def _config_is_there(self) -> bool:
         """Return whether run_dir has a config.yaml that says the same, perhaps a person's own."""
@@ -171,17 +166,16 @@ class Run(AbstractContextManager):
             UserError: the folder holds an earlier run's metrics, or cannot be written.
         """
         run_dir = self.config.run_dir
-        with self.world.together():
-            if not self.world.is_main:
-                return None
-            try:
-                self._metrics = MetricsLog(run_dir, tensorboard=self.config.log.tensorboard, resume_at=resume_at)
-                self._open.callback(self._metrics.close)
-                if not self._config_is_there():
-                    text = yaml_1_2.dump(self.config.model_dump(mode="json"), sort_keys=False)
-                    replace(run_dir, CONFIG, lambda partial: partial.write_text(text))
-            except OSError as error:
-                raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
+
+        def open_them() -> MetricsLog:
+            log = MetricsLog(run_dir, tensorboard=self.config.log.tensorboard, resume_at=resume_at)
+            self._open.callback(log.close)
+            if not self._config_is_there():
+                text = yaml_1_2.dump(self.config.model_dump(mode="json"), sort_keys=False)
+                replace(run_dir, CONFIG, lambda partial: partial.write_text(text))
+            return log
+
+        self._metrics = self.world.on_main(open_them, f"run_dir {run_dir}: cannot be written")
         return self._metrics
 
     def record(self, step: int, values: dict[str, Metric]) -> None:

@@ -87,6 +87,11 @@ def test_a_transparent_colour_is_white(mode):
     assert (decoded[3, 3] == np.asarray(picture.convert("RGB"))[3, 3]).all() and decoded[3, 3, 1] < 255
 
 
+@pytest.mark.parametrize("picture, colour", [(IN_16_BITS, 0), (Image.new("RGB", (8, 8)), (300, 0, 0))])
+def test_a_transparent_colour_of_16_bits_is_refused(picture, colour):
+    assert "transparent colour has 16 bits" in refusal(saved(picture, transparency=colour))
+
+
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
 def test_frames_and_pages_are_not_dropped(format):
     frames = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]

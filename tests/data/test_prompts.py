@@ -220,7 +220,6 @@ def test_processors_of_a_saved_model(tokenizer, image_processor, tmp_path, png):
 
 
 def test_no_model_there(tmp_path):
-    with pytest.raises(UserError, match=r"^model.path .*/gone: no such directory$"):
-        load_processors(tmp_path / "gone")
-    with pytest.raises(UserError, match=f"^model.path {tmp_path}: no tokenizer can be loaded from it: "):
-        load_processors(tmp_path)
+    for folder in (tmp_path, tmp_path / "gone"):
+        with pytest.raises(UserError, match=f"^model.path {folder}: no tokenizer can be loaded from it: .*$"):
+            load_processors(folder)

@@ -75,6 +75,19 @@ def test_ranks_of_a_machine_share_the_file(ranks, tmp_path, blind):
     assert (first[0] == second[0]) is not blind
 
 
+def test_a_file_of_another_process_that_has_no_rows_is_left_alone(tmp_path):
+    """In another container the process id, and the number of the open file, may be anything."""
+    reader, writer = os.pipe()
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "short").write_bytes(b"1")
+    names = [f"/proc/{os.getpid()}/fd/{reader}", tmp_path / "fifo", tmp_path / "short", tmp_path, tmp_path / "none"]
+    try:
+        assert [row_file.RowFile.share((str(name), bytes(16))) for name in names] == [None] * 5
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
 def opened(world, path: str) -> str:
     with pytest.raises(UserError) as caught:
         open_rows(path.replace("RANK", str(world.rank)), world)
@@ -93,6 +106,7 @@ def test_no_rank_waits_for_one_that_has_no_file(ranks, tmp_path):
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
     file = write(tmp_path / "a.parquet", 10)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", f"{tmp_path}/")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 * IMAGE, limits[1]))
     try:
@@ -105,3 +119,15 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         "set the environment variable TMPDIR to a folder with room for a copy of the data"
     )
     assert os.listdir(tmp_path) == ["a.parquet"]
+
+
+def test_a_temporary_folder_that_is_not_there_is_said(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.parquet", 1)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "scratch")])
+    with pytest.raises(UserError) as caught:
+        open_rows(str(file))
+    assert str(caught.value).startswith(
+        f"{file}: cannot copy its rows to a temporary file (TMPDIR {tmp_path / 'scratch'} cannot be used): No usable"
+    )

@@ -133,6 +133,27 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
     log = MetricsLog(tmp_path, tensorboard=False)
     with pytest.raises(UserError, match="metrics.jsonl: cannot write metrics: No space left on device"):
         log.write(1, {"train/reward": 0.5})
+    log.close()  # not again
+
+
+class FullDisk:
+    """TensorBoard's writer where its thread has met a full disk."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def fails(self, *_):
+        raise OSError(28, "No space left on device")
+
+    add_scalar = close = fails
+
+
+def test_a_full_disk_of_tensorboard_is_said_in_the_same_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", FullDisk)
+    log = MetricsLog(tmp_path, tensorboard=True)
+    with pytest.raises(UserError, match="cannot write metrics: No space left on device"):
+        log.write(1, {"train/reward": 0.5})
+    log.close()
 
 
 def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):

@@ -8,12 +8,10 @@ import torch
 
 from mssr.algorithms.advantages import Outcomes
 from mssr.batch import GradedRollouts, Prompt
-from mssr.distributed import World
+from mssr.distributed import ALONE
 from mssr.observe.step import SlowGrading, outcome_metrics, sampled_token_entropy, step_metrics
 from mssr.policy.engine import UpdateStats
 from mssr.rollout.gap import LogpGap
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def prompt(tokens):

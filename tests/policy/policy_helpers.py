@@ -25,13 +25,12 @@ from mssr.config.deepspeed_json import with_stage_of_json
 from mssr.config.schema import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mssr.data.files import open_rows
 from mssr.data.prompts import PromptEncoder, load_processors
-from mssr.distributed import World
+from mssr.distributed import ALONE, World
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.weights import named_weights
 from mssr.training.checkpoint import Checkpoints
 
 WORKSPACE = "MSSR_TEST_POLICY_WORKSPACE"  # environment variable
-ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 PICTURE_SIZES = [[(112, 56)], [(56, 56)], [], [(140, 84)], [(56, 28), (84, 56)], [(28, 84)]]  # per prompt and image
 LOWEST = -1e4  # as a logit: p is 0 in float64, and p log p is 0 instead of NaN
 DATA = DataConfig(train="unused", min_pixels=784, max_pixels=50_176, instruction="Box it.")

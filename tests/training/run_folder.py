@@ -1,4 +1,4 @@
-"""Read the files that a run leaves."""
+"""Read the files that a run leaves, and save checkpoints without a model."""
 
 import json
 from pathlib import Path
@@ -52,3 +52,12 @@ class RunFolder:
         assert self.weights.keys() == other.weights.keys()
         for name, weight in other.weights.items():
             assert torch.equal(self.weights[name], weight), name
+
+
+class EmptyEngine:
+    """The parts of a policy engine that a checkpoint asks for."""
+
+    class policy:
+        parameters = staticmethod(list)
+
+    own_state = state_dict = dict

@@ -1,20 +1,23 @@
 """When a run saves checkpoints, and which it keeps."""
 
 import json
+import os
 import shutil
 import zipfile
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from mssr_process import Moment
+from run_folder import EmptyEngine
 
 from mssr.config import load_config
 from mssr.config.schema import TrainConfig
-from mssr.distributed import World
+from mssr.distributed import ALONE
 from mssr.errors import UserError
-from mssr.training.checkpoint import Checkpoints
+from mssr.training.checkpoint import Checkpoints, read_weights, saved_steps
 from mssr.training.same_run import SameRun
 
 
@@ -61,8 +64,7 @@ def test_by_the_age_of_the_last_one(mssr, warm, run):
 def test_minutes_are_minutes(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr("mssr.training.checkpoint.time.monotonic", lambda: now)
-    world = World(0, 1, torch.device("cpu"))
-    with closing(Checkpoints(tmp_path, world, TrainConfig(checkpoint_minutes=10, checkpoint_every=100))) as checkpoints:
+    with closing(Checkpoints(tmp_path, ALONE, TrainConfig(checkpoint_minutes=10, checkpoint_every=100))) as checkpoints:
         now += 599
         assert not checkpoints.due(7)
         now += 1
@@ -74,9 +76,6 @@ def test_written_beside_the_training_or_in_it(mssr, warm, run, whole, asynchrono
     mssr("train", warm, run.override, f"train.async_save={asynchronous}").check()
     assert run.checkpoints == whole.checkpoints
     run.assert_same_as(whole)
-
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def write_step(folder, step, ranks=1):
@@ -135,14 +134,64 @@ def test_an_empty_step_folder_without_another(tmp_path):
         resume(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", '{"step": 4, "accu', "[4, 0.5]", '{"step": null, "accuracy": 0.5}'])
-def test_a_damaged_note_of_the_best(tmp_path, text):
+SETTINGS = TrainConfig(keep_checkpoints=1, async_save=False)
+
+
+class Killed(BaseException):
+    """Ends the process in a test as kill -9 would, except that `finally` runs."""
+
+
+def test_the_best_survives_a_kill_before_it_is_noted(tmp_path, monkeypatch):
+    """And a damaged note, which is for people."""
+    rename, note = os.rename, tmp_path / "checkpoints" / "best.json"
+
+    def killed(source, target):
+        if Path(target) == note:
+            raise Killed
+        rename(source, target)
+
+    with closing(Checkpoints(tmp_path, ALONE, SETTINGS)) as checkpoints:
+        checkpoints.save(1, EmptyEngine(), {}, best=0.25)
+        monkeypatch.setattr("os.rename", killed)
+        with pytest.raises(Killed):
+            checkpoints.save(2, EmptyEngine(), {}, best=0.5)
+        monkeypatch.undo()
+    note.write_text('{"step": 4, "accu')
+    with closing(Checkpoints(tmp_path, ALONE, SETTINGS)) as checkpoints:
+        checkpoints.newest_state(resume=True)
+        assert not checkpoints.is_best(0.5) and checkpoints.is_best(0.75)
+        for step in (3, 4):
+            checkpoints.save(step, EmptyEngine(), {})
+    assert sorted(path.name for path in note.parent.iterdir()) == ["best.json", "step_000002", "step_000004"]
+    assert json.loads(note.read_text()) == {"step": 2, "accuracy": 0.5}
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_yet_does_not_end_the_run(tmp_path, monkeypatch):
+    """On NFS a file that another host still reads stays as .nfs0001 until it is closed."""
+    rmdir = os.rmdir
+
+    def busy(path, **options):
+        if ".partial_step" in str(path):
+            raise OSError(39, "Directory not empty")
+        rmdir(path, **options)
+
+    monkeypatch.setattr("os.rmdir", busy)
+    with closing(Checkpoints(tmp_path, ALONE, SETTINGS)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, EmptyEngine(), {})
+        assert saved_steps(tmp_path / "checkpoints") == [3]
+        monkeypatch.undo()
+        checkpoints.save(4, EmptyEngine(), {})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000004"]
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read(tmp_path):
+    folder = write_step(tmp_path, 2)
     write_step(tmp_path, 4)
-    note = tmp_path / "checkpoints" / "best.json"
-    note.write_text(text)
-    with pytest.raises(UserError) as refused:
-        resume(tmp_path)
-    assert str(refused.value).startswith(f"{note}: damaged; remove it, and --resume goes on from step 4")
+    weights = read_weights(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=f"^{folder}: removed while it was read: .*; take a newer one$"):
+        next(weights)
 
 
 def test_the_command_line_says_so_too(mssr, warm, whole, run):

@@ -6,11 +6,11 @@ import socket
 from contextlib import closing
 
 import pytest
-import torch
 import yaml
+from run_folder import EmptyEngine
 
 from mssr.config.schema import TrainConfig
-from mssr.distributed import World
+from mssr.distributed import ALONE
 from mssr.folder_lock import locked
 from mssr.training.checkpoint import Checkpoints
 
@@ -125,11 +125,11 @@ def test_both_ranks_end_when_the_metrics_are_another_runs(mssr, material, run):
 
 
 def test_old_checkpoints_with_other_files_or_behind_a_link_are_not_pruned(tmp_path):
-    world, settings = World(0, 1, torch.device("cpu")), TrainConfig(keep_checkpoints=1, async_save=False)
+    settings = TrainConfig(keep_checkpoints=1, async_save=False)
     folder = tmp_path / "run" / "checkpoints"
-    with closing(Checkpoints(tmp_path / "run", world, settings)) as checkpoints:
+    with closing(Checkpoints(tmp_path / "run", ALONE, settings)) as checkpoints:
         for step in range(1, 6):
-            checkpoints.save(step, Engine(), {})
+            checkpoints.save(step, EmptyEngine(), {})
             if step == 1:
                 (folder / "step_000001" / "notes.txt").write_text("mine")
             if step == 2:
@@ -140,12 +140,3 @@ def test_old_checkpoints_with_other_files_or_behind_a_link_are_not_pruned(tmp_pa
         ".partial_thesis", "step_000001", "step_000002", "step_000005",
     ]  # fmt: skip
     assert (tmp_path / "moved" / "state.pt").is_file()
-
-
-class Engine:
-    """The parts of a policy engine that a checkpoint asks for."""
-
-    class policy:
-        parameters = staticmethod(list)
-
-    own_state = state_dict = dict

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 save and end the run; when resumed, it equals an uninterrupted run."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP save and end the run; when resumed, it equals an uninterrupted run."""
 
 import os
 import queue
@@ -11,7 +11,7 @@ from mssr_process import Moment
 from run_folder import RunFolder
 
 from mssr.config import load_config
-from mssr.distributed import World
+from mssr.distributed import ALONE, World
 from mssr.errors import Interrupted
 from mssr.training import interruption
 from mssr.training.interruption import Interruptions
@@ -32,6 +32,12 @@ def test_a_signal_saves_at_the_steps_end(mssr, warm, run, whole, sent, name, cod
     assert run.checkpoints == ["step_000002", "step_000003"]
     mssr("train", warm, run.override, "--resume").check()
     run.assert_same_as(whole)
+
+
+def test_ctrl_c_that_ends_the_reader_of_the_output_too(mssr, warm, run):
+    """As in `mssr train ... | tee log`."""
+    ended = mssr("train", warm, run.override, at=Moment("os.mkdir", "rollouts/.partial_step_000003", "tee"))
+    assert ended.code == 130 and run.checkpoints == ["step_000002", "step_000003"]
 
 
 def test_a_signal_before_the_first_step_saves_the_trackers_start(mssr, warm, run):
@@ -72,9 +78,6 @@ def ends(monkeypatch):
     return numbers
 
 
-ALONE = World(0, 1, torch.device("cpu"))
-
-
 def test_a_second_ctrl_c_ends_the_process_while_the_first_one_waits(ends, monkeypatch, capsys):
     monkeypatch.setattr(interruption, "AFTER_CTRL_C_S", 0.0)
     with pytest.raises(Interrupted), Interruptions(ALONE) as interruptions, interruptions.steps():
@@ -82,6 +85,31 @@ def test_a_second_ctrl_c_ends_the_process_while_the_first_one_waits(ends, monkey
         os.kill(os.getpid(), signal.SIGINT)
         assert ends.get(timeout=60) == signal.SIGINT
     assert capsys.readouterr().err.count("mssr: SIGINT: the run saves and ends at the end of this step") == 1
+
+
+def test_a_closed_terminal_is_a_signal_except_after_nohup():
+    with Interruptions(ALONE) as interruptions, interruptions.steps():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interruptions.asked() == signal.SIGHUP
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruptions(ALONE) as interruptions, interruptions.steps():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interruptions.asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_process_ends_at_once_even_if_nobody_reads_why(monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    codes = []
+    monkeypatch.setattr(interruption.os, "write", gone)
+    monkeypatch.setattr(interruption.os, "_exit", codes.append)
+    interruption.end_now(signal.SIGINT)
+    monkeypatch.undo()
+    assert codes == [130]
 
 
 @pytest.fixture

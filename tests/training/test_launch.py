@@ -82,6 +82,19 @@ def test_ctrl_c_before_torchrun_handles_it(monkeypatch):
     assert waits == int(mssr.launch.SHUTDOWN_TIMEOUT_S)  # torch reads the variable, from 2.12 on
 
 
+def test_nohup_is_respected(monkeypatch):
+    handled = []
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "900")
+    monkeypatch.setattr(mssr.launch.run, "main", lambda arguments: handled.append(arguments[1].split(",")))
+    mssr.launch.main()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        mssr.launch.main()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert set(handled[0]) - set(handled[1]) == {"SIGHUP"}
+
+
 def test_a_rank_that_fails_gives_its_status(launch):
     process = launch("fails")
     _, err = process.communicate(timeout=60)

@@ -15,7 +15,7 @@ from mssr.data.dataset import ProblemDataset
 from mssr.data.files import open_rows
 from mssr.data.prompts import PromptEncoder
 from mssr.data.sampler import PromptSampler
-from mssr.distributed import World
+from mssr.distributed import ALONE
 from mssr.errors import BadRow, UserError
 from mssr.rollout.base import Response, collect, noise_streams
 from mssr.stopwatch import Stopwatch
@@ -23,8 +23,6 @@ from mssr.training.rollout_phase import RolloutPhase, refuse_other_weights
 from mssr.training.run import Run
 from mssr.training.shares import Shares
 from mssr.training.tracking import initialise_tracker
-
-ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def test_responses_of_the_right_weights_pass():
