@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 
 from mssr.config.schema import RewardConfig
 from mssr.data.files import open_rows
+from mssr.observe.metrics import read_metrics
 from mssr.rewards.reward import RewardFunction
 
 UPDATES, STEPS = 2, 6
@@ -64,6 +65,16 @@ def test_rollout_and_trainer_agree_on_log_probs(whole):
 def test_grading_is_timed(whole):
     lines = [json.loads(line) for line in (whole.path / "metrics.jsonl").read_text().splitlines()[1:]]
     assert all(line["perf/grading_seconds"] > 0 and line["perf/grading_timeouts"] == 0 for line in lines)
+
+
+def test_answer_checks_that_ran_out_of_time_are_said(mssr, warm, run, tmp_path):
+    """Roots, whose comparison needs the library, in a step without time for it."""
+    rows = [row | {"answer": rf"\sqrt{{{row['answer']}}}"} for row in open_rows(str(warm.parent / "data" / "train.parquet"))]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "roots.parquet")
+    settings = [f"data.train={tmp_path / 'roots.parquet'}", "data.val=null", "train.steps=1", "reward.step_timeout_s=1e-9"]
+    shown = mssr("train", warm, run.override, *settings).check().out
+    timeouts = read_metrics(run.path / "metrics.jsonl")[-1]["perf/grading_timeouts"]
+    assert timeouts > 0 and f"step 1: {timeouts:.0f} answer checks ran out of time and count as wrong: " in shown
 
 
 def test_progress_is_shown(whole):
