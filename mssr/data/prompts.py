@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -159,10 +160,13 @@ class PromptEncoder:
         value = row.get(column)
         if missing(value):
             raise Unusable(f"`{column}` is missing or empty; fill it in or remove the row")
-        if not isinstance(value, str | int | float):
+        if not isinstance(value, str | int | float | Decimal):
             raise Unusable(f"`{column}` is a {type(value).__name__}; it must be text or a number")
+        if not isinstance(value, str) and math.isinf(value):
+            raise Unusable(f"`{column}` is not a finite number; write \\infty as text, or remove the row")
         # A float is 0.00001, as a person writes it, not 1e-05.
-        text = format(Decimal(repr(float(value))), "f") if isinstance(value, float) else str(value)
+        number = Decimal(repr(float(value))) if isinstance(value, float) else value
+        text = format(number, "f") if isinstance(number, Decimal) else str(number)
         if half := SURROGATE.search(text):
             raise Unusable(
                 f"`{column}` contains half of a surrogate pair, \\u{ord(half[0]):04x}, at character {half.start()}, "

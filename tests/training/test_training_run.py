@@ -69,9 +69,16 @@ def test_grading_is_timed(whole):
 
 def test_answer_checks_that_ran_out_of_time_are_said(mssr, warm, run, tmp_path):
     """Roots, whose comparison needs the library, in a step without time for it."""
-    rows = [row | {"answer": rf"\sqrt{{{row['answer']}}}"} for row in open_rows(str(warm.parent / "data" / "train.parquet"))]
+    rows = [
+        row | {"answer": rf"\sqrt{{{row['answer']}}}"} for row in open_rows(str(warm.parent / "data" / "train.parquet"))
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "roots.parquet")
-    settings = [f"data.train={tmp_path / 'roots.parquet'}", "data.val=null", "train.steps=1", "reward.step_timeout_s=1e-9"]
+    settings = [
+        f"data.train={tmp_path / 'roots.parquet'}",
+        "data.val=null",
+        "train.steps=1",
+        "reward.step_timeout_s=1e-9",
+    ]
     shown = mssr("train", warm, run.override, *settings).check().out
     timeouts = read_metrics(run.path / "metrics.jsonl")[-1]["perf/grading_timeouts"]
     assert timeouts > 0 and f"step 1: {timeouts:.0f} answer checks ran out of time and count as wrong: " in shown
