@@ -10,6 +10,7 @@ from mssr.errors import UserError
 from mssr.outputs import set_aside
 
 FILE_NAME = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 
 
 Metric = float | list  # lists (tables, histograms) go into the file only
@@ -91,7 +92,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter  # imports for a second; readers of metrics do not need it
 
         kept = read_metrics(self.path)
-        return SummaryWriter(run_dir / "tensorboard", purge_step=kept[-1]["step"] + 1 if kept else 0)
+        return SummaryWriter(run_dir / TENSORBOARD, purge_step=kept[-1]["step"] + 1 if kept else 0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Metric]]:

@@ -125,6 +125,10 @@ class Run(AbstractContextManager):
             try:
                 self._open.enter_context(locked(run_dir))
                 clear_leftovers(run_dir)
+            except FileExistsError:
+                raise UserError(
+                    f"run_dir {run_dir}: a file, or a symlink to nothing, is there; name a folder"
+                ) from None
             except OSError as error:
                 raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror or error}") from None
 
