@@ -34,16 +34,26 @@ def load_processors(path: str | Path) -> tuple[PreTrainedTokenizerBase, BaseImag
     """Return tokenizer and image processor of a model directory or hub name; no image processor for a text-only model.
 
     Raises:
-        UserError: no tokenizer can be loaded.
+        UserError: no tokenizer or image processor can be loaded, or the tokenizer has no chat template.
     """
     if str(path).startswith(("/", ".")) and not Path(path).exists():
         raise UserError(f"model.path {path}: no such directory")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        raise UserError(f"model.path {path}: no tokenizer can be loaded from it: {first}") from None
-    return tokenizer, load_image_processor(path)
+        reason = shortened(" ".join(str(error).split()), 300)
+        raise UserError(f"model.path {path}: no tokenizer can be loaded from it: {reason}") from None
+    image_processor = load_image_processor(path)
+    try:  # else it would be said of every row
+        content = "?" if image_processor is None else [{"type": "text", "text": "?"}]
+        tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except Exception as error:
+        reason = " ".join(str(error).split()) if tokenizer.chat_template else "its tokenizer has none"
+        raise UserError(
+            f"model.path {path}: no usable chat template: {shortened(reason, 300)}; "
+            "give a model that was trained to chat, or add chat_template.jinja"
+        ) from None
+    return tokenizer, image_processor
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +162,10 @@ class PromptEncoder:
                 "make them equal, or drop the markers to put all images first"
             )
         if given and self.image_processor is None:
-            raise Unusable("has images, but model.path is a text-only model; use a vision-language model")
+            raise Unusable(
+                "has images, but model.path is a text-only model: it has no preprocessor_config.json; "
+                "use a vision-language model"
+            )
         images, pictures = _load_images(given)
         return Problem(_content_key(images, text), text, answer, solution, images, pictures)
 

@@ -99,7 +99,7 @@ def read_metrics(path: Path) -> list[dict[str, Metric]]:
     """Return the lines of a `metrics.jsonl`, null as NaN, without a last line that a kill cut off.
 
     Raises:
-        UserError: no such file, or a line other than the last is not JSON.
+        UserError: no such file, or a line other than the last is not JSON, or no object of numbers.
     """
     try:
         lines = Path(path).read_bytes().splitlines()
@@ -113,6 +113,10 @@ def read_metrics(path: Path) -> list[dict[str, Metric]]:
             if number == len(lines):
                 break
             raise UserError(f"{path}, line {number}: not JSON") from None
+        if not isinstance(record, dict) or not all(
+            isinstance(value, float | int | list | None) for value in record.values()
+        ):
+            raise UserError(f"{path}, line {number}: no metrics of a step; expected an object of numbers")
         records.append({key: math.nan if value is None else value for key, value in record.items()})
     return records
 

@@ -140,3 +140,10 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
 def test_without_tensorboard_there_is_no_such_folder(tmp_path):
     MetricsLog(tmp_path / "run", tensorboard=False).close()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("line", ["[1]", "7", '{"step": 1, "train/reward": "high"}', '{"step": {}}'])
+def test_lines_of_something_else_are_refused(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0, "a/b": null, "c/d": [1, 2]}}\n{line}\n')
+    with pytest.raises(UserError, match="metrics.jsonl, line 2: no metrics of a step"):
+        read_metrics(tmp_path / "metrics.jsonl")
