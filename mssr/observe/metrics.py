@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -54,8 +55,12 @@ class MetricsLog:
         except OSError as error:
             raise UserError(f"{self.path}: cannot write metrics: {error.strerror}") from error
         if self._board is not None:
-            for key, value in scalars.items():
-                self._board.add_scalar(key, value, step)
+            try:
+                for key, value in scalars.items():
+                    self._board.add_scalar(key, value, step)
+            except OSError as error:  # also of earlier steps: a thread writes them
+                self._board = None
+                raise UserError(f"{self.path.parent / TENSORBOARD}: cannot be written: {error.strerror}") from error
 
     @property
     def position(self) -> int:
@@ -69,7 +74,13 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            try:
+                self._board.close()
+            except OSError as error:  # no reason to hide what ended the run, and metrics.jsonl has all
+                folder = self.path.parent / TENSORBOARD
+                print(
+                    f"mssr: {folder}: its last lines cannot be written: {error.strerror}", file=sys.stderr, flush=True
+                )
 
     def _refuse_old_metrics(self) -> None:
         if self.path.exists() and self.path.stat().st_size:

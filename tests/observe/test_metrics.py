@@ -4,6 +4,7 @@ import os
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from mssr.errors import UserError
 from mssr.observe.metrics import MetricsLog, read_metrics
@@ -147,3 +148,20 @@ def test_lines_of_something_else_are_refused(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0, "a/b": null, "c/d": [1, 2]}}\n{line}\n')
     with pytest.raises(UserError, match="metrics.jsonl, line 2: no metrics of a step"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_tensorboard_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    """Its thread fails some time after a step; the next call, or `close`, tells."""
+
+    def gone(*_):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    written, ended = (MetricsLog(tmp_path / name, tensorboard=True) for name in ("written", "ended"))
+    monkeypatch.setattr(SummaryWriter, "add_scalar", gone)
+    monkeypatch.setattr(SummaryWriter, "close", gone)
+    with pytest.raises(UserError, match="^.*/written/tensorboard: cannot be written: No such file or directory$"):
+        written.write(1, {"train/reward": 0.5})
+    written.close()
+    assert capsys.readouterr().err == ""
+    ended.close()
+    assert "ended/tensorboard: its last lines cannot be written: No such file" in capsys.readouterr().err
