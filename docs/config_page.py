@@ -25,7 +25,7 @@ Values are YAML 1.2, in the file and on the command line alike: `1e3` is a numbe
 is true or false takes `on` and `no` too). A section without keys has its defaults; `model.lora` without keys is `null`, off.
 """
 NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
-BOUNDS = (("gt", "> {:g}"), ("ge", "≥ {:g}"), ("lt", "< {:g}"), ("le", "≤ {:g}"), ("min_length", "at least {}"))
+BOUNDS = (("gt", "> {}"), ("ge", "≥ {}"), ("lt", "< {}"), ("le", "≤ {}"), ("min_length", "at least {}"))
 
 
 def page() -> str:

@@ -82,7 +82,7 @@ def _open(path: Path) -> tuple[int | None, bool]:
     with suppress(FileExistsError):
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
     with suppress(FileNotFoundError):
-        return os.open(path, os.O_RDWR), False
+        return os.open(path, os.O_RDWR | os.O_NOFOLLOW), False
     return None, False
 
 

@@ -121,7 +121,7 @@ def clear_leftovers(run_dir: Path) -> None:
 
 def note(run_dir: Path, name: str, files: Files | None) -> None:
     """Append to the record that `run_dir/name` is this run's own: with these files, or whatever is in it."""
-    with (run_dir / RECORD).open("a", encoding="utf-8") as file:
+    with open(run_dir / RECORD, "a", encoding="utf-8", opener=_no_symlink) as file:
         # After an empty line, so that what a kill tore before ends.
         file.write("\n" + json.dumps({"path": name, "files": files}) + "\n")
 
@@ -141,6 +141,11 @@ def _noted(run_dir: Path) -> dict[str, list[Files | None]]:
         if isinstance(entry, dict) and isinstance(entry.get("path"), str) and "files" in entry:
             noted.setdefault(entry["path"], []).append(entry["files"])
     return noted
+
+
+def _no_symlink(path: str, flags: int) -> int:
+    """Open a file, but not what a symlink names, which is somebody's."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _files(path: Path) -> Files:

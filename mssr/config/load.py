@@ -5,6 +5,7 @@
 An unknown key is refused with the nearest known one.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,11 @@ def _first_problem(error: ValidationError) -> str:
         while isinstance(given, dict) and given:  # an unknown section, as in worker.rollout.n: its first key says more
             part, given = next(iter(given.items()))
             key = f"{key}.{part}"
-        return f"unknown key {key}; did you mean {nearest_key(key)}?"
+        nearest = nearest_key(key)
+        if nearest == key:  # `train.steps: 3`
+            nested = key.replace(".", ": {") + ": ..." + "}" * key.count(".")
+            return f"{key}: in a file a section is not written with a dot; write {nested}"
+        return f"unknown key {key}; did you mean {nearest}?"
     said = "" if first["type"] in ("missing", "value_error") else f", got {given!r}"
     if first["type"] in ("string_type", "path_type") and isinstance(given, bool | int | float):
         said += f'; write it in quotes, {key}: "...", on the command line {key}=\'"..."\''
@@ -78,10 +83,18 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise UserError(f"override {override!r}: {section} holds a value, not a section")
     try:
-        values[last] = yaml_1_2.load(text) if text else ""
+        values[last] = _value(text)
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or error
         raise UserError(f"override {override!r}: the value is not valid YAML: {reason}; quote it") from None
+
+
+def _value(text: str) -> Any:
+    """Return the value of an override, in which ` #` is text: a shell has no comments there."""
+    value = yaml_1_2.load(text) if text else ""
+    if (value is None or isinstance(value, str)) and re.search(r"(^|\s)#", text) and text.lstrip()[0] not in "'\"":
+        return text.strip()
+    return value
 
 
 def read_keys(path: Path, what: str) -> dict[str, Any]:

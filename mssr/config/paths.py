@@ -13,13 +13,16 @@ def expanded(path: Any) -> Any:
     """Return the path or hub name with `~` expanded; what is not text is left to the validation.
 
     Raises:
-        ValueError: it is empty, as if a shell variable is not set; or names a user that does not exist.
+        ValueError: it is empty, as if a shell variable is not set; has a line break in it; or names a user that does not
+            exist.
     """
     if not isinstance(path, str | PurePath):
         return path
     text = str(path)
     if not text.strip():
         raise ValueError("is empty; is a shell variable not set?")
+    if re.search(r"[\x00-\x1f\x7f]", text):
+        raise ValueError(f"{text!r} has a line break or another control character in it; remove it")
     text = os.path.expanduser(text)
     if text.startswith("~"):
         raise ValueError(f"{text}: there is no such home folder; write ./{text} for a folder of that name")

@@ -7,7 +7,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mssr.algorithms.advantages import ALGORITHMS
 from mssr.config.paths import expanded, without_variables
@@ -40,6 +49,16 @@ class Section(BaseModel):
                 defaults = {} if field.is_required() else field.default.model_dump(exclude_unset=True)
                 complete[name] = defaults | given
         return complete
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true, which pydantic would read as 1: one step, a learning rate of 1."""
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = {kind if isinstance(kind, type) else type(kind) for kind in get_args(annotation) or (annotation,)}
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError(f"Input should be a number, got {value}")
+        return value
 
 
 def is_section(annotation: Any) -> bool:
@@ -335,7 +354,7 @@ class Config(Section):
         "default",
         description="values for keys that are not set; paper: the authors' choices, docs/CONFIG.md lists them",
     )
-    seed: int = Field(0, description="seed of prompt order and sampling noise")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of prompt order and sampling noise")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if torch sees one")
     model: ModelConfig
     data: DataConfig

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
 from mssr.batch import Prompt
@@ -72,7 +73,7 @@ class ProblemDataset:
         """Return `[dataset[i] for i in indices]`, prepared in parallel.
 
         Raises:
-            BadRow: a row was usable when the run started and no longer is.
+            BadRow: a row was usable when the run started and no longer is, or its images are others now.
         """
         return self._loader.load([self._usable[index] for index in indices])
 
@@ -89,7 +90,10 @@ class ProblemDataset:
             columns = self._rows[row]
         except Exception as error:
             raise BadRow(row, self.source, why_unusable(error)) from None
-        return self._encoder.encode(columns, row, self.source)
+        prompt = self._encoder.encode(columns, row, self.source)
+        if prompt.key != self.keys[bisect_left(self._usable, row)]:
+            raise BadRow(row, self.source, "its images have changed since they were checked; restore the files")
+        return prompt
 
     def _sort_out(self, checked: list[Contents | BadRow]) -> tuple[str, str]:
         """Fill `_usable`, `keys` and `bad_rows`, and return both fingerprints."""

@@ -37,7 +37,7 @@ class HubRows(Sequence[Row]):
 
     def __getitem__(self, index: int) -> Row:
         index = range(len(self))[index]
-        return renamed(self._dataset[index : index + 1].to_pylist()[0])
+        return renamed(_short_floats(self._dataset[index : index + 1]).to_pylist()[0])
 
 
 def open_rows(path: str, world: World = ALONE) -> RowFile | HubRows:
@@ -125,6 +125,9 @@ def _read_parquet(file: Path, names: list[str]) -> Iterator[Row | Exception]:
             _add(names, opened.schema_arrow.names)
             require_columns(opened.schema_arrow.names, str(file))
             columns = to_load(opened.schema_arrow.names)
+            for column in columns:
+                if columns.count(column) > 1:
+                    raise UserError(f"{file}: column `{column}` is there twice; remove one")
             for batch in opened.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False):
                 yield from _to_rows(batch.select(columns))
     except (pyarrow.ArrowException, OSError) as error:
@@ -135,11 +138,21 @@ def _read_parquet(file: Path, names: list[str]) -> Iterator[Row | Exception]:
 def _to_rows(batch: pyarrow.RecordBatch) -> list[Row | Exception]:
     """Return the rows of a batch; in place of a row that does not convert, such as text that is not UTF-8, its error."""
     try:
-        return batch.to_pylist()
+        return _short_floats(batch).to_pylist()
     except Exception as error:
         if batch.num_rows == 1:
             return [ValueError(f"cannot be read: {_first_line(error)}")]
         return [row for index in range(batch.num_rows) for row in _to_rows(batch.slice(index, 1))]
+
+
+def _short_floats(rows: pyarrow.RecordBatch | pyarrow.Table) -> pyarrow.RecordBatch | pyarrow.Table:
+    """Return the rows with a 0.1 of 32 bits as the 0.1 of 64 bits, not as 0.10000000149011612."""
+    for place, column in enumerate(rows.columns):
+        if column.type == pyarrow.float32():
+            rows = rows.set_column(
+                place, rows.schema.names[place], column.cast(pyarrow.string()).cast(pyarrow.float64())
+            )
+    return rows
 
 
 def _read_json(file: Path, names: list[str]) -> Iterator[Row]:
@@ -179,12 +192,21 @@ def _decode(data: bytes) -> str:
 
 def _parse(file: Path, line: int, text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         place = f"line {line - 1 + error.lineno}, column {error.colno}"
         raise UserError(f"{file}, {place}: not valid JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+    except (ValueError, RecursionError) as error:  # a key twice, a number of thousands of digits, lists in lists
         raise UserError(f"{file}, line {line}: not usable JSON: {_first_line(error)}") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    """Return an object of JSON, whose parser would silently take the last value of a key that is there twice."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return row
 
 
 def _add(names: list[str], others: Iterable[str]) -> None:

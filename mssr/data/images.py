@@ -16,7 +16,8 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 LONGEST_PATH = 4096  # of Linux; a longer text is an image, not a path
 NO_PATH = re.compile(r"data:|[A-Za-z][A-Za-z0-9+.-]*://")  # how a data URI or URL begins
 ONE_PICTURE = ("MPO", "PSD")  # formats whose further frames are previews or layers of the first
-DARKEST_MAXIMUM = 1 / 16  # of the range: below it, nothing would be left to see of a 16-bit image in 8 bits
+DARKEST_MAXIMUM = 1 / 16  # of the range of 16 bits
+ROUNDING = 1e-3  # of the range of floats: less than half a step in 8 bits
 
 
 def image_bytes(image: Any) -> bytes:
@@ -86,9 +87,12 @@ def decode_image(data: bytes) -> Image.Image:
                 f"it has {image.n_frames} frames or pages, of which one would be used; save each as an image"
             )
         top, inverted = _grey_range(image)
+        colours_of_16_bits = any(";16" in str(tile) for tile in image.tile)
         image = ImageOps.exif_transpose(image)
         if top is not None:
             image = _in_8_bits(image, top, inverted)
+        elif colours_of_16_bits:
+            _refuse_nearly_black(max(high for _, high in image.convert("RGB").getextrema()), 255)
         if not image.has_transparency_data:
             return image if image.mode == "RGB" else image.convert("RGB")
         if image.mode == "RGB" and max(image.info["transparency"]) > 255:
@@ -125,13 +129,19 @@ def _in_8_bits(image: Image.Image, top: float, inverted: bool) -> Image.Image:
         raise ValueError("its transparent colour has 16 bits; save it with 8 bits or an alpha channel")
     values = np.asarray(image)
     low, high = values.min(), values.max()
-    if not (low >= 0 and high <= top):  # so that NaN is refused, too
+    if not (low >= -ROUNDING * top and high <= (1 + ROUNDING) * top):  # so that NaN is refused, too
         raise ValueError(
             f"its values are {low:g} to {high:g}; a float image has 0 to 1: scale it, or save it with 8 bits"
         )
-    if 0 < high < top * DARKEST_MAXIMUM and image.mode != "F":
+    if image.mode != "F":
+        _refuse_nearly_black(high, top)
+    scaled = np.rint(values * (255 / top)).astype(np.uint8)
+    return Image.fromarray(255 - scaled if inverted else scaled)
+
+
+def _refuse_nearly_black(high: int, top: int) -> None:
+    """Refuse 16-bit values of which nothing would be left to see in 8 bits, such as those of a 12-bit camera."""
+    if 0 < high < top * DARKEST_MAXIMUM:
         raise ValueError(
             f"its values of 16 bits end at {high} of {top}: nearly black; scale them, or save it with 8 bits"
         )
-    scaled = np.rint(values * (255 / top)).astype(np.uint8)
-    return Image.fromarray(255 - scaled if inverted else scaled)

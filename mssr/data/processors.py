@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 
 from mssr.config.resolve import pixel_limits
 from mssr.config.schema import DataConfig
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 
 IMAGES, VIDEOS, BOTH = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
 
@@ -21,10 +21,17 @@ def load_image_processor(path: str | Path) -> BaseImageProcessor | None:
     """Return the image processor of a model directory or hub name; None for a text-only model.
 
     It is the PIL one, which needs no torchvision and gives the same pixels on every machine.
+
+    Raises:
+        UserError: its file cannot be read.
     """
     if not any(_file(path, name) for name in (IMAGES, BOTH)):
         return None
-    return AutoImageProcessor.from_pretrained(path, backend="pil")
+    try:
+        return AutoImageProcessor.from_pretrained(path, backend="pil")
+    except Exception as error:  # a damaged file, or a class that transformers does not have
+        reason = shortened(" ".join(str(error).split()), 300)
+        raise UserError(f"model.path {path}: no image processor can be loaded from it: {reason}") from None
 
 
 def own_pixel_limits(processor: BaseImageProcessor) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -33,13 +34,23 @@ def load_processors(path: str | Path) -> tuple[PreTrainedTokenizerBase, BaseImag
     """Return tokenizer and image processor of a model directory or hub name; no image processor for a text-only model.
 
     Raises:
-        UserError: no tokenizer can be loaded.
+        UserError: no tokenizer or image processor can be loaded, or the tokenizer has no chat template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise UserError(f"model.path {path}: no tokenizer can be loaded from it: {shortened(error, 300)}") from None
-    return tokenizer, load_image_processor(path)
+    image_processor = load_image_processor(path)
+    try:  # else it would be said of every row
+        content = "?" if image_processor is None else [{"type": "text", "text": "?"}]
+        tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    except Exception as error:
+        reason = shortened(error, 300) if tokenizer.chat_template else "its tokenizer has none"
+        raise UserError(
+            f"model.path {path}: no usable chat template: {reason}; "
+            "give a model that was trained to chat, or add chat_template.jinja"
+        ) from None
+    return tokenizer, image_processor
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +159,10 @@ class PromptEncoder:
                 "make them equal, or drop the markers to put all images first"
             )
         if given and self.image_processor is None:
-            raise Unusable("has images, but model.path is a text-only model; use a vision-language model")
+            raise Unusable(
+                "has images, but model.path is a text-only model: it has no preprocessor_config.json; "
+                "use a vision-language model"
+            )
         images, pictures = _load_images(given)
         return Problem(_content_key(images, text), text, answer, solution, images, pictures)
 
@@ -156,10 +170,13 @@ class PromptEncoder:
         value = row.get(column)
         if missing(value):
             raise Unusable(f"`{column}` is missing or empty; fill it in or remove the row")
-        if not isinstance(value, str | int | float):
+        if not isinstance(value, str | int | float | Decimal):
             raise Unusable(f"`{column}` is a {type(value).__name__}; it must be text or a number")
+        if not isinstance(value, str) and math.isinf(value):
+            raise Unusable(f"`{column}` is not a finite number; write \\infty as text, or remove the row")
         # A float is 0.00001, as a person writes it, not 1e-05.
-        text = format(Decimal(repr(float(value))), "f") if isinstance(value, float) else str(value)
+        number = Decimal(repr(float(value))) if isinstance(value, float) else value
+        text = format(number, "f") if isinstance(number, Decimal) else str(number)
         if half := SURROGATE.search(text):
             raise Unusable(
                 f"`{column}` contains half of a surrogate pair, \\u{ord(half[0]):04x}, at character {half.start()}, "

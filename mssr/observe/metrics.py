@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from mssr.errors import UserError
 from mssr.outputs import set_aside
 
 FILE_NAME = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
 
 
 Metric = float | list  # lists (tables, histograms) go into the file only
@@ -51,11 +53,15 @@ class MetricsLog:
         try:
             self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
             self._file.flush()
-            if self._board is not None:
-                for key, value in scalars.items():
-                    self._board.add_scalar(key, value, step)
         except OSError as error:
             raise UserError(f"{self.path}: cannot write metrics: {error.strerror}") from error
+        if self._board is not None:
+            try:
+                for key, value in scalars.items():
+                    self._board.add_scalar(key, value, step)
+            except OSError as error:  # also of earlier steps: a thread writes them
+                self._board = None
+                raise UserError(f"{self.path.parent / TENSORBOARD}: cannot be written: {error.strerror}") from error
 
     @property
     def position(self) -> int:
@@ -67,9 +73,16 @@ class MetricsLog:
         return self._file.tell()
 
     def close(self) -> None:
-        for file in filter(None, (self._file, self._board)):
-            with suppress(OSError):  # every line was flushed; one that could not be is tried again here
-                file.close()
+        with suppress(OSError):  # every line was flushed; one that could not be is tried again here
+            self._file.close()
+        if self._board is not None:
+            try:
+                self._board.close()
+            except OSError as error:  # no reason to hide what ended the run, and metrics.jsonl has all
+                folder = self.path.parent / TENSORBOARD
+                print(
+                    f"mssr: {folder}: its last lines cannot be written: {error.strerror}", file=sys.stderr, flush=True
+                )
 
     def _refuse_old_metrics(self) -> None:
         if self.path.exists() and self.path.stat().st_size:
@@ -92,7 +105,7 @@ class MetricsLog:
         from torch.utils.tensorboard import SummaryWriter  # imports for a second; readers of metrics do not need it
 
         kept = read_metrics(self.path)
-        return SummaryWriter(run_dir / "tensorboard", purge_step=kept[-1]["step"] + 1 if kept else 0)
+        return SummaryWriter(run_dir / TENSORBOARD, purge_step=kept[-1]["step"] + 1 if kept else 0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Metric]]:

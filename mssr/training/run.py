@@ -121,8 +121,13 @@ class Run(AbstractContextManager):
         run_dir = self.config.run_dir
 
         def lock() -> None:
-            self._open.enter_context(locked(run_dir))
-            clear_leftovers(run_dir)
+            try:
+                self._open.enter_context(locked(run_dir))
+                clear_leftovers(run_dir)
+            except FileExistsError:
+                raise UserError(
+                    f"run_dir {run_dir}: a file, or a symlink to nothing, is there; name a folder"
+                ) from None
 
         self.world.on_main(lock, f"run_dir {run_dir}: cannot be written")
 

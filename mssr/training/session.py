@@ -6,6 +6,7 @@ from typing import Any
 
 from mssr.data.dataset import ProblemDataset
 from mssr.errors import Interrupted
+from mssr.observe.metrics import TENSORBOARD
 from mssr.observe.rollouts import FOLDER as ROLLOUTS
 from mssr.observe.rollouts import rollout_folders
 from mssr.policy.engine import PolicyEngine
@@ -42,6 +43,8 @@ class Session(AbstractContextManager):
                 step = self.saved["step"]
                 self._interruptions.kept = f"ended before another step; go on from step {step} with --resume"
             others, folders = checkpoints.foreign_outputs(), [FOLDER]
+            if run.config.log.tensorboard:
+                folders.append(TENSORBOARD)
             if command == "train":
                 others += rollout_folders(run.config.run_dir, after=self.saved["step"] if self.saved else -1)
                 folders.append(ROLLOUTS)

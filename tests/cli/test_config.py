@@ -94,8 +94,28 @@ def test_overrides_win_and_make_sections(load):
     assert config.train.optimizer.betas == (0.8, 0.9)
 
 
-def test_an_override_keeps_its_equals_signs(load):
-    assert load("data.instruction=x = y").data.instruction == "x = y"
+@pytest.mark.parametrize("text", ["x = y", "Box it. # not a comment", "# Task", "it's #1"])
+def test_an_override_keeps_its_equals_signs_and_hashes(load, text):
+    assert load(f"data.instruction={text}").data.instruction == text
+    assert load(f'data.instruction="{text}" # a comment').data.instruction == text
+    assert load("train.optimizer.betas=[0.8, 0.9] # a comment").train.optimizer.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    "key", ["seed", "train.steps", "train.optimizer.lr", "train.zero_stage", "sft.stop_at_accuracy"]
+)
+@pytest.mark.parametrize("value", ["true", "False"])
+def test_a_truth_value_is_no_number(refused, key, value):
+    assert refused(f"{key}={value}").endswith(f"{key}: Input should be a number, got {value.capitalize()}")
+
+
+def test_a_key_with_dots_in_the_file(refused):
+    said = "{key}: in a file a section is not written with a dot; write {nested}"
+    for text, key, nested in (
+        ("train.steps: 3\n", "train.steps", "train: {steps: ...}"),
+        ("train: {optimizer.lr: 1}\n", "train.optimizer.lr", "train: {optimizer: {lr: ...}}"),
+    ):
+        assert refused(text=MINIMAL + text).endswith(said.format(key=key, nested=nested))
 
 
 def test_a_missing_key_is_named(refused):
@@ -166,6 +186,8 @@ def test_an_unknown_key_of_the_file_is_named_too(refused):
     "override, words",
     [
         ("train.steps=many", "train.steps: Input should be a valid integer"),
+        ("seed=-1", "seed: Input should be greater than or equal to 0, got -1"),
+        ("seed=4294967296", "seed: Input should be less than 4294967296"),
         ("train.steps=0", "train.steps: Input should be greater than 0, got 0"),
         ("train.steps=1.5", "train.steps"),
         ("train=3", "train: Input should be a valid dictionary"),

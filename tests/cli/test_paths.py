@@ -48,6 +48,14 @@ def test_an_empty_path_is_refused_for_every_key(config, key, typed):
         load_config(config, [f"{key}={typed}"])
 
 
+@pytest.mark.parametrize("key", KEYS)
+def test_a_line_break_in_a_path_is_refused_for_every_key(config, key):
+    for typed in (r'"a\nb"', r'"a\0b"'):
+        with pytest.raises(UserError, match=f"{key}: 'a.*b' has a line break or another control character") as caught:
+            load_config(config, [f"{key}={typed}"])
+        assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize(
     "typed, words",
     [

@@ -261,3 +261,14 @@ def test_hub_names_that_do_not_load(make_dataset, monkeypatch):
     assert error(make_dataset, "some/where:train") == (
         "some/where:train: neither a local file nor a hub dataset: Dataset 'some/where' doesn't exist on the Hub."
     )
+
+
+def test_a_picture_that_was_replaced_since_it_was_checked(make_dataset, rows, png, tmp_path):
+    """Its row would be trained on another picture, with the answer to the one before."""
+    dataset = make_dataset(
+        write_rows(tmp_path / "rows.jsonl", [{"problem": "", "answer": ""}, *rows()]), on_bad_row="skip"
+    )
+    (tmp_path / "pictures" / "2_0.png").write_bytes(png(seed=99))
+    assert dataset[0].row == 1
+    with pytest.raises(BadRow, match="rows.jsonl, row 2: its images have changed since they were checked; restore"):
+        dataset[1]

@@ -2,6 +2,8 @@
 
 import base64
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -53,6 +55,34 @@ def test_values_without_a_known_range_are_refused():
     assert "values are nan" in refusal(saved(np.full((4, 4), np.nan, np.float32), "TIFF"))
     assert "16 bits end at 4095 of 65535: nearly black" in refusal(saved(IN_16_BITS >> 4))
     assert np.asarray(decode_image(saved(np.zeros((4, 4), np.uint16)))).max() == 0  # black, and meant to be
+
+
+def png_of_16_bits(values: np.ndarray) -> bytes:
+    """Encode values of [height, width, channels], which Pillow cannot write: 2 channels are grey and alpha, 3 are RGB."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    lines = zlib.compress(b"".join(b"\0" + line.astype(">u2").tobytes() for line in values))
+    parts = [(b"IHDR", header), (b"IDAT", lines), (b"IEND", b"")]
+    sums = [struct.pack(">I", zlib.crc32(name + part)) for name, part in parts]
+    chunks = [struct.pack(">I", len(part)) + name + part + end for (name, part), end in zip(parts, sums)]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits_that_end_far_below_the_range(channels):
+    """As those of a 12-bit camera, of which 8 bits would keep 4."""
+    values = np.repeat(IN_16_BITS[..., None], channels, axis=2)
+    if channels != 3:
+        values[..., -1] = 65535  # opaque
+    decoded = np.asarray(decode_image(png_of_16_bits(values))).astype(int)
+    assert np.abs(decoded - IN_8_BITS[..., None]).max() <= 1
+    values[..., : 3 if channels > 2 else 1] >>= 4
+    assert "16 bits end at 15 of 255: nearly black" in refusal(png_of_16_bits(values))
+
+
+def test_floats_that_rounding_put_beyond_the_range():
+    decoded = np.asarray(decode_image(saved((RAMP * 1.0005 - 0.0002).astype(np.float32), "TIFF"))).astype(int)
+    assert np.abs(decoded - IN_8_BITS[..., None]).max() <= 1 and (decoded.min(), decoded.max()) == (0, 255)
 
 
 GREY = Image.fromarray(IN_8_BITS)

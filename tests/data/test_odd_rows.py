@@ -5,7 +5,9 @@ import codecs
 import errno
 import json
 import sys
+from decimal import Decimal
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -71,6 +73,39 @@ def test_numbers_and_nesting_that_json_cannot_read(make_dataset, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"problem": ' + "[" * 200_000)
     with pytest.raises(UserError, match="a.jsonl, line 1: not usable JSON: maximum recursion depth"):
         make_dataset(tmp_path / "a.jsonl")
+
+
+def test_a_key_or_column_twice(make_dataset, tmp_path):
+    """The last value would win without a word."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD) + '\n{"problem": "a", "answer": "1", "answer": "2"}\n')
+    with pytest.raises(UserError, match="a.jsonl, line 2: not usable JSON: 'answer' is there twice"):
+        make_dataset(tmp_path / "a.jsonl")
+    columns = [pyarrow.array([text]) for text in ("2 + 3?", "5", "6")]
+    pyarrow.parquet.write_table(pyarrow.table(columns, ["problem", "answer", "answer"]), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a.parquet: column `answer` is there twice; remove one"):
+        make_dataset(tmp_path / "a.parquet")
+
+
+def test_numbers_of_any_type_are_written_as_a_person_writes_them(make_dataset, tmp_path, monkeypatch):
+    answers = [
+        pyarrow.array([0.1, None], pyarrow.float32()),
+        pyarrow.array([Decimal("0.10"), Decimal("1E-7")], pyarrow.decimal128(9, 7)),
+        pyarrow.array([2**62, 3], pyarrow.int64()),
+    ]
+    for column, texts in zip(answers, (["0.1"], ["0.1000000", "0.0000001"], [str(2**62), "3"]), strict=True):
+        table = pyarrow.table({"problem": ["a", "b"], "answer": column})
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        monkeypatch.setattr(datasets, "load_dataset", lambda name, split, table=table: datasets.Dataset(table))
+        for source in (tmp_path / "a.parquet", "someone/numbers"):
+            assert [prompt.answer for prompt in make_dataset(source, on_bad_row="skip")] == texts
+
+
+def test_numbers_without_an_end(make_dataset, tmp_path):
+    """JSON has none, but Python's parser reads them, and 1e400."""
+    rows = [f'{{"problem": "{text}", "answer": {text}}}' for text in ("Infinity", "-Infinity", "1e400")]
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(GOOD), *rows]))
+    reasons = skipped(make_dataset, tmp_path / "a.jsonl")
+    assert reasons == ["`answer` is not a finite number; write \\infty as text, or remove the row"] * 3
 
 
 @pytest.mark.parametrize("text", [json.dumps(GOOD), json.dumps([GOOD])])

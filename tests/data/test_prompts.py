@@ -1,5 +1,6 @@
 """Encoding rows as prompts: the model's inputs, and the one-line error for each kind of bad row."""
 
+import copy
 import io
 
 import numpy as np
@@ -188,7 +189,7 @@ def test_text_only_model(text_tokenizer, png):
     encoder = PromptEncoder(text_tokenizer, None, DataConfig(train="unused", instruction="Box it."))
     text = text_tokenizer.decode(encoder.encode(row(), 0, "s").token_ids)
     assert text == "<|im_start|>user\nHow many?\nBox it.<|im_end|>\n<|im_start|>assistant\n"
-    assert "model.path is a text-only model" in refusal(encoder, row(png()))
+    assert "model.path is a text-only model: it has no preprocessor_config.json" in refusal(encoder, row(png()))
 
 
 def test_template_without_images(tokenizer, image_processor, png, monkeypatch):
@@ -217,6 +218,31 @@ def test_processors_of_a_saved_model(tokenizer, image_processor, tmp_path, png):
     given = PromptEncoder(tokenizer, image_processor, DataConfig(train="unused"))
     ours, theirs = (encoder.encode(row(png()), 0, "s") for encoder in (loaded, given))
     assert torch.equal(ours.token_ids, theirs.token_ids) and torch.equal(ours.pixel_values, theirs.pixel_values)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"), [(None, "its tokenizer has none"), ("{% if %}", "Expected an expression, got 'end of")]
+)
+def test_a_model_without_a_usable_chat_template_is_said_once(tokenizer, tmp_path, template, reason):
+    """And not of every row."""
+    without = copy.deepcopy(tokenizer)
+    without.chat_template = template
+    without.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=f"^model.path {tmp_path}: no usable chat template: {reason}.*; give a model that"
+    ):
+        load_processors(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"size": ', '{"image_processor_type": "NoSuchProcessor"}'])
+def test_a_damaged_image_processor(tokenizer, tmp_path, text):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(text)
+    with pytest.raises(
+        UserError, match=f"^model.path {tmp_path}: no image processor can be loaded from it: "
+    ) as caught:
+        load_processors(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_no_model_there(tmp_path):

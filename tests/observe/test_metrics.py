@@ -4,6 +4,7 @@ import os
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from mssr.errors import UserError
 from mssr.observe.metrics import MetricsLog, read_metrics
@@ -136,26 +137,6 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
     log.close()  # not again
 
 
-class FullDisk:
-    """TensorBoard's writer where its thread has met a full disk."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def fails(self, *_):
-        raise OSError(28, "No space left on device")
-
-    add_scalar = close = fails
-
-
-def test_a_full_disk_of_tensorboard_is_said_in_the_same_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", FullDisk)
-    log = MetricsLog(tmp_path, tensorboard=True)
-    with pytest.raises(UserError, match="cannot write metrics: No space left on device"):
-        log.write(1, {"train/reward": 0.5})
-    log.close()
-
-
 def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
     log = MetricsLog(tmp_path, tensorboard=True)
     log.write(1, {"train/reward": 0.1})
@@ -172,3 +153,20 @@ def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
 def test_without_tensorboard_there_is_no_such_folder(tmp_path):
     MetricsLog(tmp_path / "run", tensorboard=False).close()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_tensorboard_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    """Its thread fails some time after a step; the next call, or `close`, tells."""
+
+    def gone(*_):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    written, ended = (MetricsLog(tmp_path / name, tensorboard=True) for name in ("written", "ended"))
+    monkeypatch.setattr(SummaryWriter, "add_scalar", gone)
+    monkeypatch.setattr(SummaryWriter, "close", gone)
+    with pytest.raises(UserError, match="^.*/written/tensorboard: cannot be written: No such file or directory$"):
+        written.write(1, {"train/reward": 0.5})
+    written.close()
+    assert capsys.readouterr().err == ""
+    ended.close()
+    assert "ended/tensorboard: its last lines cannot be written: No such file" in capsys.readouterr().err

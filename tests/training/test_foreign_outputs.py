@@ -11,7 +11,8 @@ from run_folder import EmptyEngine
 
 from mssr.config.schema import TrainConfig
 from mssr.distributed import ALONE
-from mssr.folder_lock import locked
+from mssr.folder_lock import LOCK, locked
+from mssr.outputs import RECORD
 from mssr.training.checkpoint import Checkpoints
 
 
@@ -59,9 +60,23 @@ def a_link_to_no_rollouts(folder, _):
     return "rollouts"
 
 
+def a_file_of_tensorboard(folder, _):
+    (folder / "tensorboard").write_text("how to start it")
+    return "tensorboard"
+
+
 @pytest.mark.parametrize(
     "put",
-    [a_model, a_link_to_a_model, a_config, rollouts, other_checkpoints, a_file_of_checkpoints, a_link_to_no_rollouts],
+    [
+        a_model,
+        a_link_to_a_model,
+        a_config,
+        rollouts,
+        other_checkpoints,
+        a_file_of_checkpoints,
+        a_link_to_no_rollouts,
+        a_file_of_tensorboard,
+    ],
 )
 def test_train_is_refused_and_everything_kept(mssr, material, run, put):
     run.path.mkdir()
@@ -70,6 +85,23 @@ def test_train_is_refused_and_everything_kept(mssr, material, run, put):
     line = mssr("train", material / "config.yaml", run.override, "train.steps=1").line
     assert line.startswith(f"{run.path / name}: ") and "set another run_dir" in line
     assert snapshot(run.path) == before
+
+
+@pytest.mark.parametrize("name", [LOCK, RECORD])
+def test_a_symlink_in_place_of_our_own_file_is_not_followed(mssr, material, run, tmp_path, name):
+    run.path.mkdir()
+    (tmp_path / "mine.txt").write_text("years of work")
+    (run.path / name).symlink_to(tmp_path / "mine.txt")
+    line = mssr("train", material / "config.yaml", run.override, "train.steps=1").line
+    assert line.startswith(f"run_dir {run.path}: cannot be written: ")
+    assert (tmp_path / "mine.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("there", ["a file", "a link to nothing"])
+def test_a_run_dir_that_is_no_folder(mssr, material, run, there):
+    run.path.write_text("mine") if there == "a file" else run.path.symlink_to("nowhere")
+    line = mssr("train", material / "config.yaml", run.override).line
+    assert line == f"run_dir {run.path}: a file, or a symlink to nothing, is there; name a folder"
 
 
 @pytest.mark.parametrize("command", ["train", "sft"])

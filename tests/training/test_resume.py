@@ -16,20 +16,23 @@ FILE_OPERATIONS = 100  # a run makes at least so many in its folder
 def kill_at(mssr, config, run, moment, *overrides):
     ended = mssr("train", config, run.override, *overrides, "--resume", at=moment)
     assert ended.code == KILLED, f"{moment} did not happen: {ended.err}"
+    return ended.out
 
 
 def test_killed_again_and_again(mssr, warm, run, whole):
     first = mssr("train", warm, run.override, IN_TURN, at=Moment("os.mkdir", "rollouts/.partial_step_000001"))
     assert first.code == KILLED and len(run.metrics) == 2  # before the first checkpoint: the run starts over
     lost = (run.path / "metrics.jsonl").read_bytes()
-    kill_at(mssr, warm, run, Moment("open", ".partial_step_000002/rank_0.pt"), IN_TURN)  # a save has just begun
+    said = kill_at(mssr, warm, run, Moment("open", ".partial_step_000002/rank_0.pt"), IN_TURN)  # a save has just begun
+    assert f"starts at step 1; metrics of the earlier attempt are now in {run.path}/metrics.jsonl.1\n" in said
     assert run.checkpoints == [".partial_step_000002"]
     assert (run.path / "metrics.jsonl.1").read_bytes() == lost
     kill_at(mssr, warm, run, Moment("os.rename", ".partial_step_000002"), IN_TURN)  # all is written, but not yet valid
     # Killed at the end of an epoch, before its checkpoint; then resumed from the checkpoint at that end.
     kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/.partial_step_000004"), IN_TURN)
     assert run.checkpoints == ["step_000002"]
-    kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/.partial_step_000005"), IN_TURN)
+    said = kill_at(mssr, warm, run, Moment("os.mkdir", "rollouts/.partial_step_000005"), IN_TURN)
+    assert "goes on after step 2; 2 later lines of metrics.jsonl are dropped, their steps come again\n" in said
     assert run.checkpoints == ["step_000002", "step_000004"]
     kill_at(mssr, warm, run, Moment("os.remove", "state.pt"), IN_TURN)  # an old checkpoint half removed
     assert run.checkpoints == [".partial_step_000002", "step_000004", "step_000006"]

@@ -1,6 +1,7 @@
 """A step's batch: from the right weights, or the run stops. Prompts and responses are prepared during the step before."""
 
 import threading
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -83,11 +84,18 @@ def test_first_rollouts_are_drawn_apart_and_judged_like_others(material, single_
         def judged(rollouts):
             return replace(judge(rollouts), reward=torch.ones(len(rollouts)))
 
+        @contextmanager
+        def activity(what):
+            yield lambda by, total: told.append((what, by, total))
+
+        told = []
         monkeypatch.setattr(run, "judge", judged)
+        monkeypatch.setattr(run, "activity", activity)
         assert initialise_tracker(tracker, run, rollout) == (128, 128)
         keys = [prompt.key for prompt in run.problems.load(range(64))]
     assert len({stream for streams in recorded.streams for stream in streams}) == 128
     assert tracker.values(keys).tolist() == pytest.approx([1 / 6] * 64)
+    assert told[-129][0] != told[-128][0] and set(told[-128:]) == {("first rollouts of the value tracker", 1, 128)}
 
 
 def test_the_responses_of_a_group_answer_one_prompt(material, single_process):

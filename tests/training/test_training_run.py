@@ -1,17 +1,26 @@
 """A run from start to end, through the command line."""
 
+import io
 import json
 import math
 import re
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from material import INSTRUCTION
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+
+from mssr.config.schema import RewardConfig
+from mssr.data.files import open_rows
+from mssr.observe.metrics import read_metrics
+from mssr.rewards.reward import RewardFunction
 
 UPDATES, STEPS = 2, 6
 
@@ -22,7 +31,7 @@ def test_metrics_have_a_line_for_each_step_and_one_from_before(whole):
     costs = {"cost/updates", "cost/rollouts", "cost/response_tokens"}
     assert set(lines[0]) == {"step", "val/accuracy", "val/response_tokens", "val/truncated", *costs}
     groups = {"train/reward", "train/grad_norm", "train/lr", "rollout/logp_gap_mean", "rollout/response_tokens"}
-    groups |= {"policy/entropy", "policy/clip_fraction", "policy/kl", "policy/shaping"}
+    groups |= {"policy/entropy", "policy/clip_fraction", "policy/kl", "policy/shaping", "policy/log_ratio_capped"}
     groups |= {
         *costs,
         "tracker/brier",
@@ -36,6 +45,7 @@ def test_metrics_have_a_line_for_each_step_and_one_from_before(whole):
         assert groups <= set(line)
         assert all(np.isfinite(value).all() for value in line.values())
     assert [line["step"] for line in lines if "val/accuracy" in line] == [0, 3, 6]
+    assert {line["policy/log_ratio_capped"] for line in lines[1:]} == {0}
 
 
 def test_the_run_learns_from_rewards(whole):
@@ -55,6 +65,23 @@ def test_rollout_and_trainer_agree_on_log_probs(whole):
 def test_grading_is_timed(whole):
     lines = [json.loads(line) for line in (whole.path / "metrics.jsonl").read_text().splitlines()[1:]]
     assert all(line["perf/grading_seconds"] > 0 and line["perf/grading_timeouts"] == 0 for line in lines)
+
+
+def test_answer_checks_that_ran_out_of_time_are_said(mssr, warm, run, tmp_path):
+    """Roots, whose comparison needs the library, in a step without time for it."""
+    rows = [
+        row | {"answer": rf"\sqrt{{{row['answer']}}}"} for row in open_rows(str(warm.parent / "data" / "train.parquet"))
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "roots.parquet")
+    settings = [
+        f"data.train={tmp_path / 'roots.parquet'}",
+        "data.val=null",
+        "train.steps=1",
+        "reward.step_timeout_s=1e-9",
+    ]
+    shown = mssr("train", warm, run.override, *settings).check().out
+    timeouts = read_metrics(run.path / "metrics.jsonl")[-1]["perf/grading_timeouts"]
+    assert timeouts > 0 and f"step 1: {timeouts:.0f} answer checks ran out of time and count as wrong: " in shown
 
 
 def test_progress_is_shown(whole):
@@ -123,6 +150,40 @@ def test_plain_transformers_loads_the_model(whole, warm):
     assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (3136, 12_544)  # the run's limits
 
 
+@pytest.mark.slow("8 s: a run of its own, whose images its limit makes smaller")
+def test_plain_transformers_gives_the_runs_answers_through_the_folders_own_processor(mssr, warm, run, tmp_path):
+    """The images have 16 times the pixels of the run's limit."""
+    rows = list(open_rows(str(warm.parent / "data" / "val.parquet")))
+    for row in rows:
+        picture = Image.open(io.BytesIO(row["images"][0]["bytes"]))
+        assert picture.width * picture.height == 6272
+        row["images"] = [picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST)]
+    large = [row | {"images": [{"bytes": as_png(row["images"][0])}]} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(large), tmp_path / "large.parquet")
+    settings = [f"data.val={tmp_path / 'large.parquet'}", "data.max_pixels=6272", "train.steps=1"]
+    mssr("train", warm, run.override, *settings).check()
+    processor = AutoProcessor.from_pretrained(run.path / "model")
+    model = AutoModelForImageTextToText.from_pretrained(run.path / "model").eval()
+    right = tokens = 0
+    with closing(RewardFunction(RewardConfig())) as reward:
+        for row in rows:
+            question = f"{row['problem'].removeprefix('<image>')}\n{INSTRUCTION}"
+            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+            text = processor.apply_chat_template(chat, add_generation_prompt=True)
+            inputs = processor(text=[text], images=row["images"], return_tensors="pt")
+            answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+            tokens += len(answer)
+            right += reward(processor.decode(answer, skip_special_tokens=True), row["answer"]).correct
+    last = run.metrics[-1]
+    assert (right / len(rows), tokens / len(rows)) == (last["val/accuracy"], last["val/response_tokens"])
+
+
+def as_png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return file.getvalue()
+
+
 def test_eval_of_the_saved_model_is_the_last_validation(whole, mssr, warm):
     shown = mssr("eval", warm, f"model.path={whole.path / 'model'}").check().out
     assert shown.startswith(f"mssr: evaluating {whole.path / 'model'}\nmssr: loading ")
@@ -152,7 +213,8 @@ def test_a_step_that_is_left_out_changes_nothing(mssr, warm, run):
         "algorithm.tracker.n_init=1",
         "train.optimizer.schedule=cosine",
     ]
-    mssr("train", warm, run.override, *settings).check()
+    out = mssr("train", warm, run.override, *settings).check().out
+    assert "mssr: first rollouts of the value tracker\n" in out
     state = torch.load(run.path / "checkpoints" / "step_000002" / "state.pt", weights_only=True)
     assert state["engine"]["updates"] == 0
     assert set(state["tracker"]["beta"].sum(1).tolist()) == {8.0}  # N0: nothing was learned or forgotten
