@@ -30,7 +30,7 @@ def load_image_processor(path: str | Path) -> BaseImageProcessor | None:
     try:
         return AutoImageProcessor.from_pretrained(path, backend="pil")
     except Exception as error:  # a damaged file, or a class that transformers does not have
-        reason = shortened(" ".join(str(error).split()), 300)
+        reason = shortened(error, 300)
         raise UserError(f"model.path {path}: no image processor can be loaded from it: {reason}") from None
 
 
