@@ -140,15 +140,14 @@ _REWRITTEN = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\s+", " "),
 )]  # fmt: skip
 _NAMES = {  # of whole answers
-    "\\emptyset": "emptyset; empty set; 空集",
-    "\\mathbb{R}": "all real numbers; real numbers; all reals; set of all real numbers; 全体实数"
-    "; (-\\infty,\\infty); (-\\infty,+\\infty)",
+    "\\emptyset": "empty set; 空集",
+    "\\mathbb{R}": "all real numbers; all reals; 全体实数; (-\\infty,\\infty); (-\\infty,+\\infty)",
     "yes": "是", "no": "否; 不是", "true": "正确; 对", "false": "错误; 错", "center": "centre",
     "united states": "US; usa; U.S; u.s", "united kingdom": "UK; U.K",
-    "first quadrant": "quadrant I; I quadrant; 1st quadrant; quadrant1; 第一象限",
-    "second quadrant": "quadrant II; II quadrant; 2nd quadrant; quadrant2; 第二象限",
-    "third quadrant": "quadrant iii; iii quadrant; 3rd quadrant; quadrant3; 第三象限",
-    "fourth quadrant": "quadrant IV; IV quadrant; 4th quadrant; quadrant4; 第四象限",
+    "first quadrant": "quadrant I; 1st quadrant; quadrant1; 第一象限",
+    "second quadrant": "quadrant II; 2nd quadrant; quadrant2; 第二象限",
+    "third quadrant": "quadrant iii; 3rd quadrant; quadrant3; 第三象限",
+    "fourth quadrant": "quadrant IV; 4th quadrant; quadrant4; 第四象限",
 }  # fmt: skip
 _SYNONYMS = {name: meant for meant, names in _NAMES.items() for name in names.split("; ")}
 _SQUEEZED = [(re.compile(pattern), replacement) for pattern, replacement in (
@@ -157,10 +156,8 @@ _SQUEEZED = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<![a-zA-Z0-9}]) | (?![a-zA-Z0-9])|(?<=}) (?=\d)", ""),
     (r"(?<=\\frac) (?=\d)|(?<=\\sqrt) (?=\d)|(?<=\\times) (?=\d)|(?<=\\cdot) (?=\d)", ""),
     (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d/])", lambda found: found[0].replace(" ", "")),
-    (r"(?<=\d) (?=[ie](?![a-zA-Z]))", ""),  # 5\mathrm{i}
     (r"\\(hat|vec|bar) ?([a-zA-Z])(?![a-zA-Z])", r"\\\1{\2}"),
-    # braces around every argument: x^2, x^(n+1), \sqrt2, \sqrt(x+1), \frac12, \frac1{2}, \frac{1}2
-    (r"\^\((-?\w+)\)", r"^{\1}"),
+    # braces around every argument: x^2, \sqrt2, \sqrt(x+1), \frac12, \frac1{2}, \frac{1}2
     (r"([\^_])([+-]?\d+|[a-zA-Z](?![a-zA-Z]*\{)|\\[a-zA-Z]+(?![a-zA-Z{]))", r"\1{\2}"),
     (r"\\sqrt(\[\w\])? ?(\d+(?:\.\d+)?|\\pi|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt\1{\2}"),
     (r"\\sqrt(\[\w\])?\(((?:[^()]|\([^()]*\))*)\)", r"\\sqrt\1{\2}"),
@@ -172,7 +169,6 @@ _SQUEEZED = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<![\w}])C_\{(\d+)\}\^\{(\d+)\}", r"\\binom{\1}{\2}"),
     (r"(?<![\w}])A_\{(\d+)\}\^\{(\d+)\}", r"\\binom{\1}{\2}\\cdot \2!"),
     (r"(?<=[①-⑳]) ?[,;和与及]? ?(?=[①-⑳])", ","),
-    (r"(?<![\d.])\.(?=\d)", "0."),
 )]  # fmt: skip
 
 
