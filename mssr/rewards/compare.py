@@ -13,7 +13,9 @@ for a wrong answer is worse than none.
 - An option letter counts with its text, unless the text takes it back or names another option (`A. not B`).
 - `1<x<2` equals `1<x and x<2` and `(1,2)`, but a predicted `(1,2)` may be a point.
 - A tuple is no list of alternatives: `(2,3)` is not `x=2 or x=3`. `[1,2]` may be an interval, `[yes,no]` may not.
-- `3 to 5` equals `3:5` and `3-5`; `2:4` equals `1:2`. What may be a time (`1:20`) is not reduced, `18-29` not computed.
+- A column is a tuple, but no interval; `[[1,2],[3,4]]` is a matrix. Vectors are added, but not multiplied.
+- Radians and degrees convert if both are written. `100k` is a number, `300K` is not, and `4 percentage points` are not `4%`.
+- `3 to 5` equals `3:5`, `\\frac{3}{5}` and `3-5`; `2:4` equals `1:2`. A time (`1:20`) is not reduced, `18-29` not computed.
 - Parallel, perpendicular, congruent and similar have no direction, nor have segments, lines and angles.
 - Letters side by side are a word (`left` is not `felt`, `AB` is not `BA`), unless operators or digits are beside them.
 - Case is ignored in words of three letters or more, not in symbols, formulas and names of points.
@@ -34,6 +36,7 @@ from mssr.rewards.structure import (
     grouped,
     increasing,
     is_name,
+    matrices,
     name_and_values,
     names_of,
     plain,
@@ -42,12 +45,15 @@ from mssr.rewards.structure import (
     split_lists,
     wordy,
 )
-from mssr.rewards.units import Quantity, Unit, parse_quantity
-from mssr.rewards.vocabulary import is_constant, is_mathematics, is_product
+from mssr.rewards.units import DEGREE, RADIAN, Quantity, Unit, parse_quantity
+from mssr.rewards.vocabulary import combinations, is_constant, is_mathematics, is_product
 
 Library = Callable[[str, str, str], bool]  # (kind, predicted, gold); the kinds are those of worker.py
 
-_OPTION = re.compile(r"[(\[]?([A-J])[)\]]?[.:,)]?|\(([a-j])\)|([a-j])[.)]")
+_OPTION = re.compile(
+    r"[(\[]?([A-J])[)\]]?[.:,)]?(?: is (?:the )?(?:correct|right)(?: (?:answer|option|choice))?)?"
+    r"|\(([a-j])\)|([a-j])[.)]"
+)
 _OPTION_TEXT = re.compile(
     r"(?:\(([A-J])\)|([A-J])(?:[.:)](?!$)|,(?=[^\sA-J(])))\s*([^\s^_+*/=\\].*|\\[a-z].*)", re.DOTALL
 )
@@ -56,8 +62,9 @@ _OTHER_OPTION = re.compile(
     r"(?<![A-Za-z(])[A-J](?:[.:)]\s+\S|[.:),]\d)|(?<![A-Za-z])\([A-J]\)|^[A-J]$"
     r"|\b(?i:is|or|not|but|answer|option|choice|choose)\s+[A-J](?![\w'])|\b(?:not correct|incorrect|wrong)\b"
 )
-_OPTION_WORD = re.compile(r"(?:(?:option|choice)\s*:?|选项?|故选)\s*", re.IGNORECASE)
+_OPTION_WORD = re.compile(r"(?:(?:option|choice)\s*:?|(?:选项|故?应?选)[为:]?)\s*", re.IGNORECASE)
 _LETTERS = re.compile(r"[(\[]?[A-H][)\]]?(?:(?:\s*(?:,|;|&|and|和|与)\s*|\s*)[(\[]?[A-H][)\]]?)+")
+_QUOTIENT = re.compile(r"^\\frac\{([^{}]+)\}\{([^{}]+)\}$")
 _TO = re.compile(r" ?\bto\b ?|:")
 _TIME = re.compile(r"\d{1,2}(?::\d{2})+", re.ASCII)
 _SYMMETRIC = {"\\neq", "\\parallel", "\\perp", "\\cong", "\\sim"}
@@ -142,18 +149,19 @@ class _Comparison:
         ours, right = parse_quantity(predicted, False), parse_quantity(gold, True)
         if ours and right:
             return self._quantities(ours, right)
-        (point, predicted), (right_point, gold) = pointed(plain(predicted)), pointed(plain(gold))
+        (point, predicted), (right_point, gold) = map(pointed, matrices(plain(predicted), plain(gold)))
         if point != right_point and point and right_point:
             return False
         parts, right_parts = split_lists(predicted, gold)
         if len(parts.items) > 1 or len(right_parts.items) > 1:
-            return self._lists(parts, right_parts, depth - 1)
+            return not (ours or right) and self._lists(parts, right_parts, depth - 1)
         sides, right_sides = related(predicted), related(gold)
         if sides.operators or right_sides.operators:
             return self._relations(sides, right_sides, depth - 1)
         group, right_group = grouped(predicted), grouped(gold)
         if group and right_group:
-            return group.brackets == right_group.brackets and self._lists(group.parts, right_group.parts, depth - 1)
+            alike = group.brackets == right_group.brackets or {group.brackets, right_group.brackets} == {"()", "⟨⟩"}
+            return alike and self._lists(group.parts, right_group.parts, depth - 1)
         return self._values(predicted, gold)
 
     def _values(self, predicted: str, gold: str) -> bool:
@@ -162,16 +170,22 @@ class _Comparison:
             product or is_mathematics(text) for product, text in zip(products, (predicted, gold))
         ):
             return self._library("value", predicted, gold)
-        return _key(predicted) == _key(gold) or (":" in predicted + gold and self._ratios(predicted, gold))
+        if _key(predicted) == _key(gold) or (":" in predicted + gold and self._ratios(predicted, gold)):
+            return True
+        named = combinations(predicted, gold)
+        return named is not None and all(map(is_mathematics, named)) and self._library("value", *named)
 
     def _ratios(self, predicted: str, gold: str) -> bool:
-        """Compare 3:5 with 3 to 5, and 2:4 with 1:2. 1:20 may be a time, which equals only 1 to 20."""
+        """Compare 3:5 with 3 to 5 and \\frac{3}{5}, 2:4 with 1:2. 1:20 may be a time, which equals only 1 to 20."""
+        timed = _TIME.fullmatch(predicted) or _TIME.fullmatch(gold)
+        if not timed:
+            predicted, gold = (_QUOTIENT.sub(r"\1:\2", text) for text in (predicted, gold))
         ours, right = _TO.split(predicted), _TO.split(gold)
         if len(ours) != len(right) or not all(map(is_constant, ours + right)):
             return False
         if ours == right:
             return True
-        if "0" in ours + right or _TIME.fullmatch(predicted) or _TIME.fullmatch(gold):
+        if timed or "0" in ours + right:
             return False
         products = [(f"({one})\\cdot({right[0]})", f"({other})\\cdot({ours[0]})") for one, other in zip(ours, right)]
         return all(self._library("value", *pair) for pair in products[1:])
@@ -182,7 +196,11 @@ class _Comparison:
         if one.dimensions == other.dimensions:
             return self._scaled(ours.head, one.scale * one.factor, right.head, other.scale * other.factor)
         if one.dimensions and other.dimensions:
-            return False
+            angles = [
+                f"\\frac{{180}}{{\\pi}}({each.head})" if unit == RADIAN else each.head
+                for each, unit in ((ours, one), (right, other))
+            ]
+            return {one, other} == {DEGREE, RADIAN} and self._values(*angles)
         percents = [Fraction(1, 100) if unit.dimensions == (("%", 1),) else Fraction(1) for unit in (one, other)]
         return self._scaled(ours.head, one.scale, right.head, other.scale) or (
             percents[0] != percents[1] and self._scaled(ours.head, percents[0], right.head, percents[1])

@@ -28,6 +28,40 @@ _SPELLED_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _TENS = {word: 10 * tens for tens, word in enumerate(_SPELLED_TENS.split(), 2)}
 NUMBER_WORDS = {word: value for value, word in enumerate(_SPELLED.split())} | _TENS
 
+_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+CHINESE_DIGITS = "零一二三四五六七八九十百两"
+
+
+def _in_words() -> dict[str, Fraction]:
+    """Return one hundred and twenty five, two thirds, two and a half, 二十五, 一百零五, 三分之二 and their like."""
+    spelled, units = dict(NUMBER_WORDS), _SPELLED.split()[1:10]
+    for many, unit in enumerate(units, 1):
+        spelled |= {f"{word} {unit}": tens + many for word, tens in _TENS.items()}
+    parts = {"half": Fraction(1, 2)} | {f"a {part}": Fraction(1, size) for part, size in _PARTS.items()}
+    for part, size in _PARTS.items():
+        parts |= {
+            f"{unit} {part}{'s' * (many > 1)}": Fraction(many, size) for many, unit in enumerate(units[: size - 1], 1)
+        }
+    mixed = {f"{word} and {part}": value + parts[part] for word, value in spelled.items() for part in parts if value}
+    hundreds = {
+        f"{unit} hundred{link}{word}": 100 * many + value
+        for many, unit in enumerate(units, 1) for link in (" ", " and ") for word, value in spelled.items() if value
+    }  # fmt: skip
+    chinese = {"零": 0}
+    for value in range(1, 1000):
+        hundred, ten, unit = value // 100, value // 10 % 10, value % 10
+        text = f"{CHINESE_DIGITS[hundred]}百" * (hundred > 0) + f"{CHINESE_DIGITS[ten]}十" * (ten > 0)
+        text += "零" * (ten == 0 < hundred and unit > 0) + CHINESE_DIGITS[unit] * (unit > 0)
+        chinese[text.removeprefix("一") if 10 <= value < 20 else text] = value
+    divided = {
+        f"{below}分之{above}": Fraction(value, size)
+        for below, size in chinese.items() for above, value in chinese.items() if 0 < value < size <= 10
+    }  # fmt: skip
+    return spelled | parts | mixed | hundreds | chinese | divided
+
+
+_IN_WORDS = _in_words()
+
 
 class Number(NamedTuple):
     """digits: significant digits that were written, places: those after the point. None: an exact value."""
@@ -42,7 +76,7 @@ def parse_number(text: str) -> Number | None:
     sign = -1 if text.startswith("-") else 1
     if text.startswith(("+", "-")):
         text = text[1:].lstrip()
-    if (spelled := _spelled(text.lower())) is not None:
+    if (spelled := _IN_WORDS.get(text.lower().replace("-", " ").replace("两", "二"))) is not None:
         return Number(Fraction(sign * spelled))
     if found := _NUMBER.fullmatch(text):
         return _scientific(found, sign)
@@ -58,15 +92,6 @@ def parse_number(text: str) -> Number | None:
         )
         return Number(sign * value)
     return None
-
-
-def _spelled(text: str) -> int | None:
-    """Return the value of five, twenty, twenty-five."""
-    tens, _, units = text.replace("-", " ").partition(" ")
-    if not units:
-        return NUMBER_WORDS.get(text)
-    value = NUMBER_WORDS.get(units, 0)
-    return _TENS[tens] + value if tens in _TENS and 1 <= value <= 9 else None
 
 
 def _scientific(found: re.Match, sign: int) -> Number | None:

@@ -7,19 +7,20 @@ from typing import NamedTuple
 from mssr.rewards.normalise import CLOSE, OPEN, closing
 from mssr.rewards.vocabulary import GREEK, is_mathematics
 
-_RELATION = re.compile(r"\\(?:leq|geq|neq|approx|in|parallel|perp|cong|sim)(?![a-zA-Z])|[<>=]")
+_RELATION = re.compile(r"\\(?:leq|geq|neq|approx|in|parallel|perp|cong|sim|su[bp]set(?:eq|neq)?)(?![a-zA-Z])|[<>=]")
 _SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b|[和或及与且]|\\cup(?![a-zA-Z])")
 _JOINED = {",": ",", ";": ",", "or": "or", "或": "or", "\\cup": "or"}
 _NAME = re.compile(
     r"\\angle ?\d"
     r"|\|(?:[A-Z]{1,2}|\\(?:vec|overrightarrow)\{[A-Za-z]{1,2}\})\|"  # |AB|
-    r"|(?:m?\\(?:angle|triangle|overline|overrightarrow|vec|sin|cos|tan) ?)?"
+    r"|(?:\\(?:angle|triangle|overline|overrightarrow|vec|hat|bar|sin|cos|tan) ?)?"
     rf"\{{?(?:[A-Za-z]{{1,4}}|\\(?:{'|'.join(GREEK)})|[a-zA-Z]{{2,}}(?: [a-zA-Z]+){{0,4}}|[\u4e00-\u9fff]{{1,8}})\}}?"
-    r"'?(?:_\{\\?[\w ]+\})?'?(?:\(\w{1,3}\))?"  # x_{1}', f(x)
+    r"'?(?:_\{\\?[\w ]+\}|\^\{-1\}(?=\())?'?(?:\(\w{1,3}\))?"  # x_{1}', f(x)
 )
-_BUILDER = re.compile(r"⦃[a-z](?:\\in [A-Z])?[|:](.*(?:[<>]|\\[lgn]eq).*)⦄")
+_MATRIX = re.compile(r"\\begin\{[pb]?matrix\}((?:(?!\\begin).)*)\\end\{[pb]?matrix\}")
+_BUILDER = re.compile(r"⦃[a-z](?:\\in ?(?:R|\\mathbb\{R\}))?[|:](.*(?:[<>]|\\[lgn]eq).*)⦄")
 _POINT = re.compile(r"([A-Z])'?(\(.*[,;].*\))")
-_MIRRORED = {">": "<", "\\geq": "\\leq"}
+_MIRRORED = {">": "<", "\\geq": "\\leq", "\\supset": "\\subset", "\\supseteq": "\\subseteq"}
 
 
 class Parts(NamedTuple):
@@ -116,13 +117,35 @@ def _without_brackets(text: str) -> str:
     return text
 
 
+def matrices(*texts: str) -> tuple[str, ...]:
+    """Write both matrices as lists, unless one is calculated with."""
+    written = tuple(map(_rows, texts))
+    return texts if any("\\begin" in text for text in written) else written
+
+
+def _rows(text: str) -> str:
+    """Write a matrix as [[1,2],[3,4]], and a column as ⟨1,2⟩."""
+    if found := _MATRIX.fullmatch(text):
+        rows = [row.split("&") for row in re.split(r"\\\\(?!$)", found[1].removesuffix("\\\\"))]
+    else:
+        group = grouped(text)
+        inner = [grouped(item) for item in group.parts.items] if group and group.brackets == "[]" else [None]
+        if any(row is None or row.brackets != "[]" for row in inner):
+            return text
+        rows = [row.parts.items for row in inner]
+    if len(rows) > 1 and all(len(row) == 1 for row in rows):
+        return f"⟨{';'.join(row[0] for row in rows)}⟩"
+    return f"[{';'.join('[' + ';'.join(row) + ']' for row in rows)}]"
+
+
 def _chained(text: str) -> str:
     """Turn 1<x and x<2 into 1<x<2."""
     parts = split_list(text)
     if parts.joined == "and" and len(parts.items) == 2:
         relations = [increasing(related(item)) for item in parts.items]
         for one, other in (relations, relations[::-1]):
-            if len(one.sides) == len(other.sides) == 2 and one.sides[1] == other.sides[0]:
+            bounds = set(one.operators + other.operators) <= {"<", "\\leq"}
+            if bounds and len(one.sides) == len(other.sides) == 2 and one.sides[1] == other.sides[0]:
                 return f"{one.sides[0]}{one.operators[0]} {one.sides[1]}{other.operators[0]} {other.sides[1]}"
     return text
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from mssr.rewards.numbers import NUMBER_WORDS, parse_number
+from mssr.rewards.numbers import CHINESE_DIGITS, NUMBER_WORDS, parse_number
 from mssr.rewards.vocabulary import is_constant
 
 
@@ -54,11 +54,11 @@ _OTHERS = {
     "$": ("$", 1, "dollar USD US$ 美元"), "cent": ("$", "0.01", "¢"), "¥": ("¥", 1, "元 yuan RMB CNY 人民币"),
     "€": ("€", 1, "euro EUR 欧元"),
     "£": ("£", 1, "GBP 英镑"), "₹": ("₹", 1, "rupee Rs INR"), "yen": ("yen", 1, "JPY 日元"),
-    "unit": ("unit", 1, "单位"),
+    "pp": ("pp", 1, ""), "unit": ("unit", 1, "单位"),
 }  # fmt: skip
 _SCALES = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12, "dozens": 12,
-    "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
+    "mil": 10**6, "mn": 10**6, "bn": 10**9, "百": 100, "千": 1000, "万": 10**4, "百万": 10**6, "千万": 10**7, "亿": 10**8,
 }  # fmt: skip
 # Lower-case words after a number that change what it says.
 _NOT_COUNTED = """
@@ -92,11 +92,17 @@ def _table() -> dict[str, tuple[str, Fraction]]:
 
 
 _UNITS = _table()
+_SPELLINGS = {
+    "mph": "mile/h", "mpg": "mile/gallon", "kmh": "km/h", "kph": "km/h", "kmph": "km/h", "per cent": "%",
+    "percentage points": "pp", "percentage point": "pp", "百分点": "pp", "个百分点": "pp",
+}  # fmt: skip
 _POWERS = (("square ", 2), ("sq ", 2), ("sq.", 2), ("cubic ", 3), ("平方", 2), ("立方", 3))
 _CURRENCY = re.compile(r"([+-]?)(US\$|[$¥€£₹]|(?:USD|EUR|GBP|CNY|RMB|INR|JPY|Rs) ?)(?=[\d.])")
-_ABBREVIATIONS = {"k": "thousand", "M": "million", "B": "billion"}
-# 1.2M and $5k. 5k may be a variable, 5M anything.
-_ABBREVIATED = re.compile(r"([+-]?(?:(?:US\$|[$¥€£₹])\d[\d,.]*|\d+\.\d+))([kMB])")
+_ABBREVIATIONS = {"k": "thousand", "m": "million", "b": "billion", "bn": "billion"}
+# 100k, 1.2M, $5m. 5M may be anything, 300K a temperature.
+_ABBREVIATED = re.compile(
+    r"([+-]?(?:(?:US\$|[$¥€£₹])\d[\d,.]*(?=[kKmMbB])|\d[\d,]*(?=k|bn)|\d+\.\d+(?=[kMB]|bn))) ?([kKmMbB]|bn)"
+)
 _PIECE = r"(\d+(?:\.\d+)?) ?([^\d\s.,;+-]+)"
 _COMPOUND = re.compile(rf"{_PIECE}(?:,? ?(?:and )?{_PIECE})+")
 _ARC = {"'": Unit(Fraction(1), Fraction(1, 60), (("°", 1),)), "''": Unit(Fraction(1), Fraction(1, 3600), (("°", 1),))}
@@ -110,10 +116,11 @@ def parse_unit(text: str) -> Unit | None:
     if not text or len(text) > 40:
         return None
     text = re.sub(r" per (?:a )?|每", "/", text)
+    text = re.sub(r"\b(?:US|U\.S\.|American) ?(?=dollars?$)", "", text)
     text = re.sub(r"degrees? (?=celsius|fahrenheit)", "", text, flags=re.IGNORECASE)
     text = re.sub(r"/\(([^()]+)\)", lambda found: "/" + re.sub(r"\\cdot ?|\*", "/", found[1]), text)
     text = re.sub(r"^ms(?=\^\{-)", r"m\\cdot s", text.replace("\\mu ", "\\mu"))
-    text = {"mph": "mile/h", "kmh": "km/h", "kph": "km/h", "kmph": "km/h"}.get(text, text)
+    text = _SPELLINGS.get(text, text)
     scale = Fraction(1)
     first, _, rest = text.partition(" ")
     if first in _SCALES:
@@ -164,6 +171,9 @@ def _noun(text: str) -> tuple[Fraction, tuple[tuple[str, int], ...]] | None:
     return None
 
 
+DEGREE, RADIAN = parse_unit("°"), parse_unit("rad")
+
+
 class Quantity(NamedTuple):
     head: str
     unit: Unit | None
@@ -186,7 +196,7 @@ def parse_quantity(text: str, gold: bool) -> Quantity | None:
     A letter right behind a number may be a variable: `5m` of a prediction has a unit, `5m` of the right answer has not.
     """
     if found := _ABBREVIATED.fullmatch(text):
-        text = f"{found[1]} {_ABBREVIATIONS[found[2]]}"
+        text = f"{found[1]} {_ABBREVIATIONS[found[2].lower()]}"
     if _COMPOUND.fullmatch(text) and (found := _compound(re.findall(_PIECE, text))):
         return found
     if found := _CURRENCY.match(text):
@@ -204,6 +214,8 @@ def parse_quantity(text: str, gold: bool) -> Quantity | None:
         if head[-1].isalpha() and head[-1].isascii() and tail[0].isalpha() and tail[0].isascii():
             continue
         head = head.rstrip()
+        if head[-1] in CHINESE_DIGITS and tail != "个" and not _product(tail):  # 四边形
+            continue
         spaced = text[place - 1] == " "
         glued = not spaced and len(tail) == 1 and tail.isalpha() and tail.isascii()
         if glued and (gold or tail not in "mghsLNVJW" or re.fullmatch(r"\d{1,3}|\d+\.\d+", head) is None):

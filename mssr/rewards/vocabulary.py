@@ -17,6 +17,9 @@ FUNCTIONS = frozenset(_FUNCTIONS.split())
 _CONSTANT_COMMANDS = FUNCTIONS | {"frac", "sqrt", "pi", "cdot", "times", "div", "infty", "binom"}
 _COMMANDS = _CONSTANT_COMMANDS | frozenset(GREEK) | frozenset(_OPERATORS.split())
 _SHORT_WORDS = frozenset(_SHORT.split())
+_CALL = re.compile(rf"\b(?:{'|'.join(sorted(FUNCTIONS))})\(")
+_VECTOR = re.compile(r"\\(?:vec|overrightarrow)\{\w+'?\}")
+_MULTIPLIED = re.compile(r"\\cdot|\\times|[|^]|\\xi_\{\d+\} ?[(\\\w]|\) ?(?:\(|\\xi)")
 _MATRIX = re.compile(r"\\(?:begin|end)\{[pbvBV]?matrix\}")
 _CHARACTERS = re.compile(r"[A-Za-z0-9+\-*/^_{}()|!.%°=\\ \[\]]+")
 _FORMULA = re.compile(  # H2O, H_2O, CO_2, Fe^{3+}
@@ -53,6 +56,14 @@ def is_product(text: str) -> bool:
     return re.fullmatch("[a-z]{2}", text) is not None and text not in _SHORT_WORDS
 
 
+def combinations(*texts: str) -> list[str] | None:
+    r"""Return the texts with letters for the vectors, if they are sums of vectors: products follow other rules."""
+    vectors = sorted(set(_VECTOR.findall(" ".join(texts))))
+    named = [_VECTOR.sub(lambda found: f"\\xi_{{{vectors.index(found[0])}}}", text) for text in texts]
+    apart = not any(map(_MULTIPLIED.search, named)) and not any("\\xi" in text for text in texts)
+    return named if apart and all(map(_VECTOR.search, texts)) else None
+
+
 def _readable(text: str, commands: frozenset[str]) -> bool:
     if not _CHARACTERS.fullmatch(text) or _FORMULA.search(text) or set(re.findall(r"\\([a-zA-Z]+)", text)) - commands:
         return False
@@ -77,7 +88,7 @@ def _readable(text: str, commands: frozenset[str]) -> bool:
     runs = [run for run in re.findall(r"[a-zA-Z]+", bare) if run not in FUNCTIONS]
     if any(len(run) > 2 or run.lower() in _SHORT_WORDS for run in runs):
         return False
-    operators = re.search(r"[\d+\-*/^_!|]|\\", text) is not None
+    operators = re.search(r"[\d+\-*/^_!|]|\\", text) or _CALL.search(text)
     if not operators and sum(map(len, runs)) > 1:  # words, also l e f t
         return False
     return re.search(r"(?<![\\a-zA-Z])[a-zA-Z]\d", bare) is None

@@ -52,7 +52,7 @@ class Mathematics:
                 return f"\\frac{{{whole * below + above}}}{{{below}}}"
             return f"{whole}\\cdot\\frac{{{above}}}{{{below}}}"
 
-        def read(text: str):
+        def read(text: str, imaginary: bool = False):
             text = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|ln|log|lg|exp)(?![a-zA-Z])", r"\\\1 ", text)
             text = re.sub(r"\\lg(?![a-zA-Z])", r"\\log_{10}", text)
             if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
@@ -64,10 +64,12 @@ class Mathematics:
             text = text.replace("°", "").replace("*", "\\cdot ").replace("%", "\\cdot\\frac{1}{100}")
             found = latex2sympy(
                 text,
-                is_real=not should_treat_as_complex(text),
+                is_real=not imaginary and not should_treat_as_complex(text),
                 normalization_config=spelling,
                 conversion_config=symbols,
             )
+            if imaginary:
+                found = found.subs({symbol: sympy.I for symbol in found.free_symbols})
             floats = found.atoms(sympy.Float) if hasattr(found, "atoms") else ()
             return found.xreplace({number: sympy.Rational(str(number)) for number in floats})
 
@@ -78,6 +80,8 @@ class Mathematics:
         one, other = self.read(predicted), self.read(gold)
         if isinstance(one, self.sympy.MatrixBase) or isinstance(other, self.sympy.MatrixBase):
             return one.shape == other.shape and all(self.equal(*pair, EXACT) for pair in zip(one, other))
+        if {str(symbol) for symbol in one.free_symbols | other.free_symbols} == {"i"}:  # complex numbers
+            one, other = self.read(predicted, imaginary=True), self.read(gold, imaginary=True)
         return self.equal(one, other, self.tolerance(predicted, gold))
 
     def rounded(self, predicted: str, gold: str) -> bool:
@@ -137,7 +141,8 @@ class Mathematics:
         if tolerance > EXACT or (one - other).has(*self.iterated):
             return True
         difference = self.sympy.N(one - other, 10, maxn=700)
-        return bool(difference == 0 or difference._prec == 1)  # no digit of it is certain: zero
+        parts = difference.as_real_imag()
+        return all(part == 0 or part._prec == 1 for part in parts)  # no digit of it is certain: zero
 
     def agree(self, left, right, tolerance: float, exact) -> bool:
         """Whether the values `left` and `right` of the two exact constants are nearly equal."""
