@@ -10,7 +10,8 @@ for a wrong answer is worse than none.
 - "and" and "or" are the same between values (`1 and 2` and `1 or 2`), not between conditions and words.
 - `x_{1}=2, x_{2}=3` are solutions: they have no order, and may be called x. Other names with indices stay apart.
 - A value after ≈ counts if it is the rounded value before it (`4\\pi\\approx 12.57`).
-- An option letter counts with its text, unless the text takes it back or names another option (`A. not B`).
+- An option letter counts with its text, unless the text takes it back or names another option (`A. not B`). `b` counts
+  for `B`, not `B` for `b`, which may be a symbol.
 - `1<x<2` equals `1<x and x<2` and `(1,2)`, but a predicted `(1,2)` may be a point.
 - A tuple is no list of alternatives: `(2,3)` is not `x=2 or x=3`. `[1,2]` may be an interval, `[yes,no]` may not.
 - A column is a tuple, but no interval; `[[1,2],[3,4]]` is a matrix. Vectors are added, but not multiplied.
@@ -84,6 +85,8 @@ def same_answer(predicted: str, gold: str, library: Library) -> bool:
     if not predicted or not gold:
         return False
     if predicted == gold:
+        return True
+    if re.fullmatch("[A-D]", gold) and predicted == gold.lower():  # the choices of a question, more likely than symbols
         return True
     ours, right = _option(predicted), _option(gold)
     if ours and right:

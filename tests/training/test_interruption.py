@@ -87,15 +87,13 @@ def test_a_second_ctrl_c_ends_the_process_while_the_first_one_waits(ends, monkey
     assert capsys.readouterr().err.count("mssr: SIGINT: the run saves and ends at the end of this step") == 1
 
 
-def test_a_closed_terminal_is_a_signal_except_after_nohup():
-    with Interruptions(ALONE) as interruptions, interruptions.steps():
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert interruptions.asked() == signal.SIGHUP
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize(("handler", "asked"), [(signal.SIG_DFL, signal.SIGHUP), (signal.SIG_IGN, 0)])
+def test_a_closed_terminal_is_a_signal_except_after_nohup(handler, asked):
+    before = signal.signal(signal.SIGHUP, handler)
     try:
         with Interruptions(ALONE) as interruptions, interruptions.steps():
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not interruptions.asked()
+            assert interruptions.asked() == asked
     finally:
         signal.signal(signal.SIGHUP, before)
 

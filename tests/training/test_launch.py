@@ -86,9 +86,10 @@ def test_nohup_is_respected(monkeypatch):
     handled = []
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "900")
     monkeypatch.setattr(mssr.launch.run, "main", lambda arguments: handled.append(arguments[1].split(",")))
-    mssr.launch.main()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
+        mssr.launch.main()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         mssr.launch.main()
     finally:
         signal.signal(signal.SIGHUP, before)
