@@ -1,10 +1,8 @@
 """A run from start to end, through the command line."""
 
-import io
 import json
 import math
 import re
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +10,12 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from material import INSTRUCTION
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from mssr.config.schema import RewardConfig
 from mssr.data.files import open_rows
 from mssr.observe.metrics import read_metrics
-from mssr.rewards.reward import RewardFunction
 
 UPDATES, STEPS = 2, 6
 
@@ -148,40 +143,6 @@ def test_plain_transformers_loads_the_model(whole, warm):
     processor = AutoImageProcessor.from_pretrained(whole.path / "model", backend="pil")
     assert processor.merge_size == 2
     assert (processor.size["shortest_edge"], processor.size["longest_edge"]) == (3136, 12_544)  # the run's limits
-
-
-@pytest.mark.slow("8 s: a run of its own, whose images its limit makes smaller")
-def test_plain_transformers_gives_the_runs_answers_through_the_folders_own_processor(mssr, warm, run, tmp_path):
-    """The images have 16 times the pixels of the run's limit."""
-    rows = list(open_rows(str(warm.parent / "data" / "val.parquet")))
-    for row in rows:
-        picture = Image.open(io.BytesIO(row["images"][0]["bytes"]))
-        assert picture.width * picture.height == 6272
-        row["images"] = [picture.resize((4 * picture.width, 4 * picture.height), Image.Resampling.NEAREST)]
-    large = [row | {"images": [{"bytes": as_png(row["images"][0])}]} for row in rows]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(large), tmp_path / "large.parquet")
-    settings = [f"data.val={tmp_path / 'large.parquet'}", "data.max_pixels=6272", "train.steps=1"]
-    mssr("train", warm, run.override, *settings).check()
-    processor = AutoProcessor.from_pretrained(run.path / "model")
-    model = AutoModelForImageTextToText.from_pretrained(run.path / "model").eval()
-    right = tokens = 0
-    with closing(RewardFunction(RewardConfig())) as reward:
-        for row in rows:
-            question = f"{row['problem'].removeprefix('<image>')}\n{INSTRUCTION}"
-            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-            text = processor.apply_chat_template(chat, add_generation_prompt=True)
-            inputs = processor(text=[text], images=row["images"], return_tensors="pt")
-            answer = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-            tokens += len(answer)
-            right += reward(processor.decode(answer, skip_special_tokens=True), row["answer"]).correct
-    last = run.metrics[-1]
-    assert (right / len(rows), tokens / len(rows)) == (last["val/accuracy"], last["val/response_tokens"])
-
-
-def as_png(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, format="PNG")
-    return file.getvalue()
 
 
 def test_eval_of_the_saved_model_is_the_last_validation(whole, mssr, warm):
