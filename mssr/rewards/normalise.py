@@ -95,7 +95,7 @@ _REWRITTEN = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<![\\a-zA-Z])cbrt(?=\()", r"\\sqrt[3]"),
     (r"(?<![\\a-zA-Z])log(2|10)(?=\()", r"\\log_{\1}"),
     (r"(?:[tT]he )?(?<![a-zA-Z] )(?:[sS]quare )?\b[rR]oot(?: of)? (\d+)", r"\\sqrt{\1}"),
-    (r"(\d+\.\d*?)(\d{1,3}?)\2{2,} ?\.\.\.", r"\1\\overline{\2}"),
+    (r"(?<!\d)(\d+\.\d*?)(\d{1,3}?)\2{2,}+ ?\.\.\.", r"\1\\overline{\2}"),
     (r"^(\d+) (?:out of|in) (\d+)$", r"\\frac{\1}{\2}"),
     (r"\bhalf an? ", "half "),
     (r"^百分之(.+)$", r"\1%"),
