@@ -198,8 +198,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<![.,;:])[.,;:]$", "", text.strip())
     text = wrapped[wrapped.lastindex].strip() if (wrapped := _WRAPPED.fullmatch(text)) else text
     text = re.sub(r"^(?:in )?(?:(?:the )?year:? )?(?=[12]\d{3}$)", "", text, flags=re.IGNORECASE)
-    decided = re.fullmatch(r"(yes|no)[,;:.] (?!.*\b(?:yes|no|maybe|but)\b).*", text, re.IGNORECASE)
-    return decided[1] if decided else _unbrace(text)
+    return _unbrace(text)
 
 
 def _time(found: re.Match) -> str:
