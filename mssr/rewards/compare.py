@@ -19,6 +19,7 @@ for a wrong answer is worse than none.
 - `3 to 5` equals `3:5`, `\\frac{3}{5}` and `3-5`; `2:4` equals `1:2`. A time (`1:20`) is not reduced, `18-29` not computed.
 - Parallel, perpendicular, congruent and similar have no direction, nor have segments, lines and angles.
 - Letters side by side are a word (`left` is not `felt`, `AB` is not `BA`), unless operators or digits are beside them.
+- `Yes, because 3<5` equals `Yes`; of two explanations, each must say the same.
 - Case is ignored in words of three letters or more, not in symbols, formulas and names of points.
 """
 
