@@ -45,7 +45,8 @@ def test_every_answer_equals_itself(checker):
 
 
 @pytest.mark.parametrize(
-    "piece", ["1aand ", "1" * 500 + "." + "1" * 520, "A.", "(A) ", "$1,", "\\frac{", "1\\pm ", "A(1,"]
+    "piece",
+    ["1aand ", "1" * 500 + "." + "1" * 520, "1" * 980 + "'" * 40, "A.", "(A) ", "$1,", "\\frac{", "1\\pm ", "A(1,"],
 )
 @pytest.mark.timeout(30)
 def test_a_long_answer_that_repeats_itself_takes_no_longer_than_others(piece):
