@@ -75,8 +75,10 @@ def read_lines(log: Path) -> list[dict[str, Any]]:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """Raises:
-    UserError: the file is damaged.
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: the file is damaged.
     """
     return _parsed(file.read_bytes(), str(file), "remove the file")
 

@@ -217,8 +217,11 @@ class PromptEncoder:
             tokenize=False,
             add_generation_prompt=True,
         )
-        if not all(part.strip() in rendered for part in text.split(IMAGE_MARKER)):
-            raise Unusable("the chat template of model.path leaves out `problem`; restore or replace the template")
+        without_spaces = "".join(rendered.split())  # which a template may trim or change
+        if not all("".join(part.split()) in without_spaces for part in text.split(IMAGE_MARKER)):
+            raise Unusable(
+                "the chat template of model.path leaves out or changes `problem`; restore or replace the template"
+            )
         ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         pads = ids.count(self.image_token_id)
         if pads != len(image_tokens):

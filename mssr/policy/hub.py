@@ -6,7 +6,7 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 from mssr.policy.model_folder import require_whole_settings
 
 CONFIG = "config.json"
@@ -43,7 +43,7 @@ def require_model_folder_or_name(path: str) -> None:
     except EntryNotFoundError:
         reason = "has no config.json on the hub; expected a Hugging Face model"
     except Exception as error:  # network: the library passes on what its HTTP client raises
-        said = " ".join(str(error).split())[:200] or type(error).__name__
+        said = shortened(error, 200) or type(error).__name__
         reason = f"no such folder, and the hub cannot be reached ({said}); give a folder, or check the connection"
     else:
         return

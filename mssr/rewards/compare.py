@@ -19,6 +19,7 @@ for a wrong answer is worse than none.
 - `3 to 5` equals `3:5`, `\\frac{3}{5}` and `3-5`; `2:4` equals `1:2`. A time (`1:20`) is not reduced, `18-29` not computed.
 - Parallel, perpendicular, congruent and similar have no direction, nor have segments, lines and angles.
 - Letters side by side are a word (`left` is not `felt`, `AB` is not `BA`), unless operators or digits are beside them.
+- `Yes, because 3<5` equals `Yes`; of two explanations, each must say the same.
 - Case is ignored in words of three letters or more, not in symbols, formulas and names of points.
 """
 
@@ -65,6 +66,7 @@ _OTHER_OPTION = re.compile(
 )
 _OPTION_WORD = re.compile(r"(?:(?:option|choice)\s*:?|(?:选项|故?应?选)[为:]?)\s*", re.IGNORECASE)
 _LETTERS = re.compile(r"[(\[]?[A-H][)\]]?(?:(?:\s*(?:,|;|&|and|和|与)\s*|\s*)[(\[]?[A-H][)\]]?)+")
+_EXPLAINED = re.compile(r"(?!no\. ?\d)(yes|no)[,;:.] (?!.*\b(?:yes|no|maybe|but)\b).*", re.IGNORECASE)  # not No. 5
 _QUOTIENT = re.compile(r"^\\frac\{([^{}]+)\}\{([^{}]+)\}$")
 _TO = re.compile(r" ?\bto\b ?|:")
 _TIME = re.compile(r"\d{1,2}(?::\d{2})+", re.ASCII)
@@ -88,16 +90,26 @@ def same_answer(predicted: str, gold: str, library: Library) -> bool:
         return True
     if re.fullmatch("[A-D]", gold) and predicted == gold.lower():  # the choices of a question, more likely than symbols
         return True
+    if _explains(predicted, gold) or _explains(gold, predicted):
+        return True
     ours, right = _option(predicted), _option(gold)
     if ours and right:
         return _same_option(ours, right, library)
     if ours or right:  # A. 12 cm and 12 cm
         texts = (ours.text, gold) if ours else (predicted, right.text)
-        return None not in texts and same_answer(*texts, library)
+        if None in texts or _option((ours or right).text):  # (A) B. 12 names two options
+            return False
+        return same_answer(*texts, library)
     predicted, gold = squeeze(predicted), squeeze(gold)
     if _may_be_point(predicted) and related(gold).operators:
         return False
     return _Comparison(library).same(predicted, gold, MAX_DEPTH)
+
+
+def _explains(text: str, decision: str) -> bool:
+    """Whether the text is the decision, yes or no, with an explanation."""
+    found = _EXPLAINED.fullmatch(text)
+    return found is not None and found[1].lower() == words(decision)
 
 
 def _may_be_point(text: str) -> bool:
@@ -279,7 +291,7 @@ class _Comparison:
         return all(self.same(one, other, depth) for one, other in list(zip(ours, right))[unnamed:])
 
     def _members(self, ours: Relation, right: Relation, depth: int) -> bool:
-        names = {each.sides[0] for each in (ours, right) if each.operators == ("\\in",)}
+        names = {_name_of_values(each) for each in (ours, right) if each.operators}
         if len(names) != 1:
             return False
         one, other = (each.sides[-1] if each.operators == ("\\in",) else each.text for each in (ours, right))
@@ -313,6 +325,14 @@ class _Comparison:
         if not all(is_mathematics(side) for side in (*ours.sides, *right.sides)):
             return False
         return self._library("equation", "=".join(ours.sides), "=".join(right.sides))
+
+
+def _name_of_values(relation: Relation) -> str:
+    """Return x for x \\in (1,2), 1<x<2 and x=1."""
+    if relation.operators == ("\\in",):
+        return relation.sides[0]
+    interval = as_interval(relation)
+    return interval.name if interval else name_and_values(relation)[0]
 
 
 def _states(items: list[str]) -> bool:

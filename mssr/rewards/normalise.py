@@ -95,7 +95,7 @@ _REWRITTEN = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<![\\a-zA-Z])cbrt(?=\()", r"\\sqrt[3]"),
     (r"(?<![\\a-zA-Z])log(2|10)(?=\()", r"\\log_{\1}"),
     (r"(?:[tT]he )?(?<![a-zA-Z] )(?:[sS]quare )?\b[rR]oot(?: of)? (\d+)", r"\\sqrt{\1}"),
-    (r"(\d+\.\d*?)(\d{1,3}?)\2{2,} ?\.\.\.", r"\1\\overline{\2}"),
+    (r"(?<!\d)(\d+\.\d*?)(\d{1,3}?)\2{2,}+ ?\.\.\.", r"\1\\overline{\2}"),
     (r"^(\d+) (?:out of|in) (\d+)$", r"\\frac{\1}{\2}"),
     (r"\bhalf an? ", "half "),
     (r"^百分之(.+)$", r"\1%"),
@@ -198,8 +198,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<![.,;:])[.,;:]$", "", text.strip())
     text = wrapped[wrapped.lastindex].strip() if (wrapped := _WRAPPED.fullmatch(text)) else text
     text = re.sub(r"^(?:in )?(?:(?:the )?year:? )?(?=[12]\d{3}$)", "", text, flags=re.IGNORECASE)
-    decided = re.fullmatch(r"(yes|no)[,;:.] (?!.*\b(?:yes|no|maybe|but)\b).*", text, re.IGNORECASE)
-    return decided[1] if decided else _unbrace(text)
+    return _unbrace(text)
 
 
 def _time(found: re.Match) -> str:

@@ -15,7 +15,7 @@ _NUMBER = re.compile(
 )
 _POWER_OF_TEN = re.compile(r"10\^\{(?P<ten>[+-]?\d+)\}", re.ASCII)
 _FRACTION = re.compile(
-    rf"(?P<whole>\d+ ?)?"
+    r"(?P<whole>\d++(?: |(?=\\)))?"  # 11/2 is eleven halves
     rf"(?:\\frac\{{(?P<sign>-?)(?P<a>{_DECIMAL})\}}\{{(?P<b>{_DECIMAL})\}}|(?P<c>{_DECIMAL})/(?P<d>{_DECIMAL}))",
     re.ASCII,
 )
@@ -112,11 +112,8 @@ def _fraction(found: re.Match, sign: int) -> Number | None:
     above, below = found["a"] or found["c"], found["b"] or found["d"]
     if found["sign"]:
         sign = -sign
-    whole = found["whole"]
-    if whole and found["c"] and not whole.endswith(" "):  # 11/2 is eleven halves
-        above, whole = whole + above, None
     above, below = Fraction(above.replace(",", "")), Fraction(below.replace(",", ""))
-    return Number(sign * ((int(whole) if whole else 0) + above / below)) if below else None
+    return Number(sign * (int(found["whole"] or 0) + above / below)) if below else None
 
 
 def close(left: Number, right: Number) -> bool:

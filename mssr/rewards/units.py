@@ -103,7 +103,7 @@ _ABBREVIATIONS = {"k": "thousand", "m": "million", "b": "billion", "bn": "billio
 _ABBREVIATED = re.compile(
     r"([+-]?(?:(?:US\$|[$¥€£₹])\d[\d,.]*(?=[kKmMbB])|\d[\d,]*(?=k|bn)|\d+\.\d+(?=[kMB]|bn))) ?([kKmMbB]|bn)"
 )
-_PIECE = r"(\d+(?:\.\d+)?) ?([^\d\s.,;+-]+)"
+_PIECE = r"(\d+(?:\.\d+)?) ?([^\d\s.,;+-]++)"
 _COMPOUND = re.compile(rf"{_PIECE}(?:,? ?(?:and )?{_PIECE})+")
 _ARC = {"'": Unit(Fraction(1), Fraction(1, 60), (("°", 1),)), "''": Unit(Fraction(1), Fraction(1, 3600), (("°", 1),))}
 _FACTOR = re.compile(r"(.*?)(?:\^\{?(-?\d)\}?|(?<=[a-zA-Z])(-?[23])| (squared|cubed))?")

@@ -200,14 +200,14 @@ def test_template_without_images(tokenizer, image_processor, png, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("template", ["", "{", "{{ messages[0].content[:4] }}"])
-def test_a_template_that_leaves_out_the_problem(text_tokenizer, monkeypatch, template):
+@pytest.mark.parametrize("template", ["", "{", "{{ messages[0].content[:4] }}", "{{ messages[0].content | upper }}"])
+def test_a_template_that_leaves_out_or_changes_the_problem(text_tokenizer, monkeypatch, template):
     """As one does that was cut when its file was copied."""
     encoder = PromptEncoder(text_tokenizer, None, DataConfig(train="unused"))
-    monkeypatch.setattr(text_tokenizer, "chat_template", "{{ messages[0].content | trim }}")
-    encoder.encode(row() | {"problem": " How many? "}, 0, "s")
+    monkeypatch.setattr(text_tokenizer, "chat_template", "{{ messages[0].content.split() | join(' ') }}")
+    encoder.encode(row() | {"problem": " How many?\r\n1 or  2? "}, 0, "s")
     monkeypatch.setattr(text_tokenizer, "chat_template", template)
-    assert "the chat template of model.path leaves out `problem`" in refusal(encoder, row())
+    assert "the chat template of model.path leaves out or changes `problem`" in refusal(encoder, row())
 
 
 def test_processors_of_a_saved_model(tokenizer, image_processor, tmp_path, png):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mssr.distributed import World, address_towards, free_port
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 from mssr.policy.model import Policy
 from mssr.policy.weights import named_weights, weight_shapes
 from mssr.rollout.servers.client import ServerLost, call_all
@@ -108,8 +108,7 @@ class WeightTransfer:
             except (RuntimeError, ValueError, TimeoutError, OSError) as error:
                 if not self._world.is_main:
                     raise
-                reason = " ".join(str(error).split())[:300]
-                raise UserError(f"rollout.servers: weight transfer: {reason}") from None
+                raise UserError(f"rollout.servers: weight transfer: {shortened(error, 300)}") from None
 
 
 class FanOut:
