@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig, Qwen2_5_VLConfig
 
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 from mssr.policy.hub import require_model_folder_or_name
 
 # Qwen2.5-VL as published, where it differs from the defaults of its transformers classes.
@@ -56,7 +56,7 @@ def model_config(path: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path {path}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"model.path {path}: {shortened(error, 300)}") from None
 
 
 def _published(name: str) -> Qwen2_5_VLConfig:

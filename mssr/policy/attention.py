@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 
 # A name with "flash" in it would make transformers look for its own kernel.
 SDPA, FLASH = "mssr_packed_sdpa", "mssr_packed_varlen"
@@ -90,7 +90,7 @@ def _flash_obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
     try:
         from flash_attn import flash_attn_varlen_func  # noqa: F401
     except ImportError as error:
-        return f"flash-attn cannot be imported ({' '.join(str(error).split())[:200]})"
+        return f"flash-attn cannot be imported ({shortened(error, 200)})"
     return None
 
 

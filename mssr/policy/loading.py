@@ -5,7 +5,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 
 from mssr.config.schema import ModelConfig
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 from mssr.policy import attention
 from mssr.policy.families import family_of, require_family, require_full_attention, require_original_weights
 from mssr.policy.hub import require_model_folder_or_name
@@ -37,7 +37,7 @@ def load_policy(
             ignore_mismatched_sizes=True,  # refused below, in one line
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"model.path {path}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"model.path {path}: {shortened(error, 300)}") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading.get(problem):
             name = sorted(map(str, loading[problem]))[0]
@@ -91,6 +91,6 @@ def check_model_path(path: str) -> PretrainedConfig:
         require_original_weights(path, values)
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path {path}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"model.path {path}: {shortened(error, 300)}") from None
     require_full_attention(path, config)
     return config

@@ -56,7 +56,8 @@ class Checkpoints:
         """Return the loop's state in the newest checkpoint, or None without checkpoints.
 
         Raises:
-            UserError: there is a checkpoint, and the run is not resumed; it is damaged; or ranks see different folders.
+            UserError: there is a checkpoint, and the run is not resumed; it is damaged, or an earlier version's; or ranks
+                see different folders.
         """
         newest = self._world.gather(max(saved_steps(self._folder), default=None))
         if newest[0] is None:
@@ -67,7 +68,11 @@ class Checkpoints:
             raise UserError(f"{self._folder} holds step {newest[0]}; continue with --resume, or set another run_dir")
         with self._world.together():
             state = read_state(self._path(newest[0]))
-        self._best = state.get("best")
+        if "best" not in state:
+            raise UserError(
+                "the checkpoint was saved by an earlier version of mssr; resume with that, or set another run_dir"
+            )
+        self._best = state["best"]
         return state
 
     def foreign_outputs(self) -> list[str]:

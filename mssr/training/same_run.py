@@ -52,7 +52,7 @@ class SameRun:
         self._model = self._model or model_fingerprint(self._config.model.path)
         return {"command": self._command, "settings": self._settings, "model": self._model, "data": data}
 
-    def refuse_other_settings(self, saved: dict[str, Any] | None) -> None:
+    def refuse_other_settings(self, saved: dict[str, Any]) -> None:
         """Refuse a checkpoint of another run, before model and data are loaded.
 
         saved: `state_dict` in the checkpoint.
@@ -60,10 +60,6 @@ class SameRun:
         Raises:
             UserError: the command or a fixed setting differs.
         """
-        if saved is None:
-            raise UserError(
-                "the checkpoint was saved by an earlier version of mssr; resume with that, or set another run_dir"
-            )
         if saved["command"] != self._command:
             raise UserError(
                 f"run_dir {self._config.run_dir} holds a run of `mssr {saved['command']}`; resume with that command, or "

@@ -39,7 +39,7 @@ class Session(AbstractContextManager):
             if command == "sft" or self.saved is not None:  # they do not save before a step
                 self._interruptions.obeyed = "saves and ends after one step"
             if self.saved is not None:
-                self._same.refuse_other_settings(self.saved.get("same_run"))
+                self._same.refuse_other_settings(self.saved["same_run"])
                 step = self.saved["step"]
                 self._interruptions.kept = f"ended before another step; go on from step {step} with --resume"
             others, folders = checkpoints.foreign_outputs(), [FOLDER]

@@ -81,7 +81,7 @@ def test_written_beside_the_training_or_in_it(mssr, warm, run, whole, asynchrono
 def write_step(folder, step, ranks=1):
     place = folder / "checkpoints" / f"step_{step:06d}"
     place.mkdir(parents=True)
-    torch.save({"step": step, "ranks": ranks, "engine": {}}, place / "state.pt")
+    torch.save({"step": step, "ranks": ranks, "engine": {}, "best": None}, place / "state.pt")
     for rank in range(ranks):
         torch.save(
             {"pieces": {"head": {"start": 0, "master": torch.ones(99)}}, "random": {}}, place / f"rank_{rank}.pt"

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import aiohttp  # a requirement of vLLM and of datasets
 
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 
 
 @dataclass(eq=False)
@@ -75,19 +75,19 @@ async def call(
         async with session.request(method, server + path, json=body, timeout=timeout) as answer:
             text = await answer.text()
             if answer.status >= 500:
-                raise ServerLost(server, f"{path} failed with {answer.status}: {_line(text)}")
+                raise ServerLost(server, f"{path} failed with {answer.status}: {shortened(text, 300)}")
             if missing_ok and answer.status in (404, 405):
                 return None
             if answer.status != 200:
                 raise UserError(
-                    f"rollout.servers {server}: {path} was refused with {answer.status}: {_line(text)}; "
+                    f"rollout.servers {server}: {path} was refused with {answer.status}: {shortened(text, 300)}; "
                     "is it a server that this trainer's `mssr serve` started with this config?"
                 )
             return await answer.json(content_type=None) if text else None
     except TimeoutError:
         raise ServerLost(server, f"no answer to {path} within {timeout_s:g} s") from None
     except (aiohttp.ClientError, OSError) as error:
-        raise ServerLost(server, _line(str(error)) or type(error).__name__) from None
+        raise ServerLost(server, shortened(error, 300) or type(error).__name__) from None
     except ValueError:  # neither JSON nor text
         raise UserError(f"rollout.servers {server}: {path} does not answer as vLLM does") from None
 
@@ -117,7 +117,3 @@ def call_all(
         if isinstance(answer, BaseException) and not isinstance(answer, ServerLost):
             raise answer
     return answers
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split())[:300]

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from mssr.batch import Prompt
 from mssr.config import Config
 from mssr.distributed import World
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 from mssr.policy.model import Policy
 from mssr.rollout.base import OnResponse, Request, Response, RolloutEngine, merged_stream
 from mssr.rollout.vllm.adapter import engine_arguments, require_vllm
@@ -127,7 +127,7 @@ def _start(config: Config, dtype: torch.dtype, world: World):
         )
     except (ValueError, NotImplementedError) as error:  # pydantic's and vLLM's: an unsupported setting
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        said = " ".join(said.removeprefix("Value error, ").split())[:300]
+        said = shortened(said.removeprefix("Value error, "), 300)
         raise UserError(f"rollout.engine vllm: {said}; change that setting, or set rollout.engine=hf") from None
 
 
