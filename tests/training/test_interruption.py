@@ -121,7 +121,7 @@ def session(material, single_process, tmp_path):
             folder = tmp_path / "checkpoints" / f"step_{saved:06d}"
             folder.mkdir(parents=True, exist_ok=True)
             same = SameRun(command, config).state_dict("data")
-            torch.save({"step": saved, "ranks": 1, "engine": {}, "same_run": same}, folder / "state.pt")
+            torch.save({"step": saved, "ranks": 1, "engine": {}, "best": None, "same_run": same}, folder / "state.pt")
         with Run(config) as run, Session(run, command, resume=saved is not None) as opened:
             yield opened
 
