@@ -11,7 +11,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from mssr.config.presets import PAPER
-from mssr.config.schema import Config, section_of
+from mssr.config.schema import Config
+from mssr.config.section import section_of
 
 INTRO = """# Configuration
 

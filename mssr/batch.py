@@ -4,8 +4,8 @@ Prompt -> Rollouts (sampled) -> GradedRollouts (with rewards) -> UpdateBatch (wh
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Self
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Prompt:
     pixel_values: [patches, channels * temporal * patch * patch] float32, or None without images.
     image_grid_thw: [images, 3] int64, or None.
     images: bytes of the image files, for the rollout viewer and for engines that preprocess themselves.
+    columns: the row's other columns, for the reward. rendered: the prompt as text, one image token per image.
     """
 
     key: str
@@ -33,6 +34,8 @@ class Prompt:
     pixel_values: Tensor | None
     image_grid_thw: Tensor | None
     images: tuple[bytes, ...]
+    columns: dict[str, Any] = field(default_factory=dict)
+    rendered: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +77,7 @@ class Sequences:
 
     def rows(self, start: int, end: int) -> Self:
         """Return rows start..end-1."""
-        values = (getattr(self, field.name) for field in fields(self))
+        values = (getattr(self, each.name) for each in fields(self))
         return type(self)(*(None if value is None else value[start:end] for value in values))
 
 
@@ -115,14 +118,14 @@ class GradedRollouts(Rollouts):
         """Return a copy in which row rows[i] is row i of `others`."""
         longest = max(self.tokens.shape[1], others.tokens.shape[1])
         values = {}
-        for field in fields(self):
-            own, new = getattr(self, field.name), getattr(others, field.name)
+        for each in fields(self):
+            own, new = getattr(self, each.name), getattr(others, each.name)
             if isinstance(own, tuple):
                 merged = dict(enumerate(own)) | dict(zip(rows, new, strict=True))
-                values[field.name] = tuple(merged.values())
+                values[each.name] = tuple(merged.values())
             else:
                 index = torch.tensor(rows, dtype=torch.int64)
-                values[field.name] = _widened(own, longest).index_copy(0, index, _widened(new, longest))
+                values[each.name] = _widened(own, longest).index_copy(0, index, _widened(new, longest))
         return GradedRollouts(**values)
 
 

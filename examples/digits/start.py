@@ -19,7 +19,7 @@ from pydantic import Field
 
 from examples.digits.problems import MOST_DIGITS, write_digits
 from mssr.config import Config, load_config
-from mssr.config.schema import Section
+from mssr.config.section import Section
 from mssr.data.files import open_rows
 from mssr.errors import Interrupted, UserError
 from mssr.guard import Guarded

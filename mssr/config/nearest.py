@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from difflib import SequenceMatcher
 
-from mssr.config.schema import Config, Section, section_of
+from mssr.config.schema import Config
+from mssr.config.section import Section, section_of
 
 # Our key: the last parts of its names in EasyR1, verl and TRL. They count differently in places: see the description.
 _THEIRS = {

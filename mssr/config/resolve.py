@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mssr.algorithms.advantages import ALGORITHMS
-from mssr.config.schema import AlgorithmConfig, DataConfig
+from mssr.config.algorithm_keys import AlgorithmConfig
+from mssr.config.data_keys import DataConfig
 from mssr.errors import UserError
 from mssr.versions import SUPPORTED, TESTED, is_cpu_build, is_supported, vllm_version
 

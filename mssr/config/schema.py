@@ -1,73 +1,20 @@
 """Every key of a run's configuration: type, range, default and meaning. Validation opens no file.
 
-docs/CONFIG.md is generated from here, by docs/config_page.py.
+The sections `data`, `reward` and `algorithm` have files of their own. docs/CONFIG.md is generated from here, by
+docs/config_page.py.
 """
 
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator
 
-from mssr.algorithms.advantages import ALGORITHMS
-from mssr.config.paths import expanded, without_variables
-
-DEFAULT_INSTRUCTION = "Think step by step inside <think></think> tags, then give the final answer in \\boxed{}."
-
+from mssr.config.algorithm_keys import AlgorithmConfig
+from mssr.config.data_keys import DataConfig
+from mssr.config.reward_keys import RewardConfig
+from mssr.config.section import NewFolder, OptionalPlace, Place, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Place = Annotated[str, BeforeValidator(expanded)]  # a path, or a name on the Hugging Face hub
-OptionalPlace = Annotated[str | None, BeforeValidator(expanded)]
-NewFolder = Annotated[Path, AfterValidator(without_variables), BeforeValidator(expanded)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _complete_sections(cls, values: Any) -> Any:
-        """Complete sections by the defaults of their place, which differ from the section's own in sft.optimizer.
-
-        A section without keys, which YAML reads as null, gets all of them.
-        """
-        if not isinstance(values, dict):
-            return values
-        complete = dict(values)
-        for name, field in cls.model_fields.items():
-            given = {} if values.get(name) is None else values[name]
-            if name in values and is_section(field.annotation) and isinstance(given, dict):
-                defaults = {} if field.is_required() else field.default.model_dump(exclude_unset=True)
-                complete[name] = defaults | given
-        return complete
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true, which pydantic would read as 1: one step, a learning rate of 1."""
-        annotation = cls.model_fields[info.field_name].annotation
-        kinds = {kind if isinstance(kind, type) else type(kind) for kind in get_args(annotation) or (annotation,)}
-        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
-            raise ValueError(f"Input should be a number, got {value}")
-        return value
-
-
-def is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
-
-
-def section_of(annotation: Any) -> type[Section] | None:
-    """Return the section in the annotation of a key: `LoraConfig` of `LoraConfig | None`; None for a value."""
-    return next(filter(is_section, (annotation, *get_args(annotation))), None)
 
 
 class LoraConfig(Section):
@@ -102,124 +49,6 @@ class ModelConfig(Section):
         description="where the KL term's reference model is kept: a copy per rank, sharded over the ranks, or on the CPU "
         "between its passes; with lora it is the policy without its adapters and uses no memory",
     )
-
-
-class DataConfig(Section):
-    train: Place = Field(
-        description="training problems: parquet or JSON lines file, directory, or hub name (name:split)"
-    )
-    val: OptionalPlace = Field(None, description="validation problems, same format; null: no validation")
-    instruction: str = Field(DEFAULT_INSTRUCTION, description="text appended to the problem in every prompt")
-    max_prompt_tokens: int = Field(2048, gt=0, description="maximum prompt length, image tokens included")
-    min_pixels: int | None = Field(
-        None,
-        gt=0,
-        description="smaller images are scaled up to this many pixels; null: the limit of the model's processor",
-    )
-    max_pixels: int | None = Field(
-        None,
-        gt=0,
-        description="larger images are scaled down to this many pixels; null: the limit of the model's processor",
-    )
-    on_bad_row: Literal["fail", "skip"] = Field(
-        "fail", description="unusable rows: fail stops the run, skip counts and ignores them"
-    )
-    cache_gib: float = Field(1.0, ge=0, description="host memory per rank for preprocessed prompts")
-
-    @model_validator(mode="after")
-    def _pixels_ordered(self):
-        if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}")
-        return self
-
-
-class RewardConfig(Section):
-    format_weight: float = Field(0.0, ge=0, le=1, description="w in: reward = (1 - w) * correct + w * well-formed")
-    timeout_s: float = Field(
-        5.0, gt=0, description="time limit of one symbolic answer check; a check that is killed counts as wrong"
-    )
-    step_timeout_s: float = Field(
-        300.0,
-        gt=0,
-        description="time limit of all symbolic answer checks of a step, per rank (validation: of 512 responses); "
-        "later ones count as wrong",
-    )
-
-
-class TrackerConfig(Section):
-    """Settings of the per-prompt baseline, see `mssr.algorithms.value_tracker`."""
-
-    preset: Literal["default", "reference"] = Field(
-        "default", description="default: smoothed start, forgetting by drift; reference: the rules of the authors' code"
-    )
-    n_init: int = Field(
-        1, ge=0, description="rollouts per prompt before training starts; 0: every prompt starts at v = 0.5"
-    )
-    rho_min: float = Field(0.875, gt=0, lt=1, description="strongest forgetting; initial weight N0 = 1 / (1 - rho_min)")
-    rho_max: float = Field(0.96, gt=0, lt=1, description="weakest forgetting")
-    half_life: float = Field(0.06, gt=0, description="drift, in nats per token, that halves the memory")
-    drift: Literal["prompt", "batch"] = Field(
-        "prompt",
-        description="prompt: rescore the previous response of each prompt; batch: mean of the last step, no extra pass",
-    )
-
-    @model_validator(mode="after")
-    def _rho_ordered(self):
-        if self.rho_min > self.rho_max:
-            raise ValueError(f"rho_min {self.rho_min} is larger than rho_max {self.rho_max}")
-        return self
-
-
-class AlgorithmConfig(Section):
-    name: Literal[tuple(ALGORITHMS)] = Field(
-        "mssr",
-        description="baseline from the value tracker (mssr, mvsr, spo), from the group (grpo, rloo) or none (reinforce_pp)",
-    )
-    tracker: TrackerConfig = TrackerConfig()
-    prompt_sampling: Literal["uniform", "prioritised"] = Field(
-        "uniform", description="prioritised: prompts of uncertain value are drawn more often (default of spo)"
-    )
-    dynamic_sampling: int = Field(
-        0,
-        ge=0,
-        description="DAPO: rounds in which groups whose responses all get the same reward are replaced; 0: off",
-    )
-    entropy_alpha: float = Field(0.4, ge=0, description="strength of the entropy shaping (arXiv 2506.14758)")
-    entropy_kappa: float = Field(2.0, gt=0, description="the shaping term is at most |A| / kappa")
-    entropy_source: Literal["exact", "sampled_token"] = Field(
-        "exact", description="exact: full-vocabulary entropy; sampled_token: the authors' -p log p proxy"
-    )
-    clip_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped to [1 - clip_low, 1 + clip_high]")
-    clip_high: float = Field(0.3, gt=0, description="see clip_low")
-    dual_clip: float | None = Field(
-        3.0, gt=1, description="where A' < 0 the objective is at least dual_clip * A'; null: off"
-    )
-    kl_coef: float = Field(0.01, ge=0, description="weight of the KL term; 0: no reference model is loaded")
-    kl_to: Literal["reference", "text_only"] = Field(
-        "reference",
-        description="reference policy: the frozen initial policy, or the policy at the start of the step with blank images",
-    )
-    entropy_coef: float = Field(0.0, ge=0, description="weight of an entropy bonus in the loss")
-    old_logp: Literal["rollout", "recompute"] = Field(
-        "rollout",
-        description="rollout: the sampler's log-probs, no extra pass; recompute: one trainer pass, corrected by tis_cap",
-    )
-    tis_cap: float | None = Field(
-        2.0, gt=0, description="with old_logp recompute: cap of the truncated importance weight; null: no correction"
-    )
-
-    @property
-    def rescores_responses(self) -> bool:
-        """Whether a prompt's drift is measured by a pass over its previous response."""
-        return ALGORITHMS[self.name].tracked and self.tracker.preset == "default" and self.tracker.drift == "prompt"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _spo_prioritises(cls, values: Any) -> Any:
-        name = values.get("name") if isinstance(values, dict) else None
-        if isinstance(name, str) and name in ALGORITHMS and ALGORITHMS[name].prioritised:
-            return {"prompt_sampling": "prioritised"} | values
-        return values
 
 
 class RolloutConfig(Section):

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
 from mssr.batch import Prompt
-from mssr.config.schema import DataConfig
+from mssr.config.data_keys import DataConfig
 from mssr.data.cache import PromptCache
 from mssr.data.check import Contents, check_rows
 from mssr.data.columns import unread

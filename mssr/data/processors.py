@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from mssr.config.data_keys import DataConfig
 from mssr.config.resolve import pixel_limits
-from mssr.config.schema import DataConfig
 from mssr.errors import UserError, shortened
 
 IMAGES, VIDEOS, BOTH = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerBase
 
 from mssr.batch import Prompt
-from mssr.config.schema import DataConfig
+from mssr.config.data_keys import DataConfig
 from mssr.data.columns import ignored_media, missing
 from mssr.data.images import decode_image, image_bytes
 from mssr.data.processors import load_image_processor, with_pixel_limits

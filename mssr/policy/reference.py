@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mssr.batch import Prompt, Sequences
-from mssr.config.schema import AlgorithmConfig, ModelConfig
+from mssr.config.algorithm_keys import AlgorithmConfig
+from mssr.config.schema import ModelConfig
 from mssr.distributed import World
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.loading import load_frozen_policy, load_policy, without_training

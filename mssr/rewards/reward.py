@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from mssr.config.schema import RewardConfig
+from mssr.config.reward_keys import RewardConfig
 from mssr.rewards.extract import last_boxed, well_formed
 from mssr.rewards.symbolic import SymbolicChecker
 

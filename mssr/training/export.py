@@ -6,9 +6,10 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoConfig
 
+from mssr.config.data_keys import DataConfig
 from mssr.config.load import read_keys
 from mssr.config.presets import with_preset
-from mssr.config.schema import DataConfig, ModelConfig
+from mssr.config.schema import ModelConfig
 from mssr.data.processors import processors_to_save, with_pixel_limits
 from mssr.data.prompts import load_processors
 from mssr.distributed import ALONE

@@ -9,7 +9,7 @@ from torch import Tensor
 from mssr.algorithms.advantages import ALGORITHMS
 from mssr.algorithms.value_tracker import PreviousResponse, ValueTracker, reference_kl, response_drift
 from mssr.batch import GradedRollouts, Prompt, Rollouts, Sequences, UpdateBatch, pad_rows
-from mssr.config.schema import AlgorithmConfig
+from mssr.config.algorithm_keys import AlgorithmConfig
 from mssr.errors import UserError
 from mssr.observe.progress import Advance
 from mssr.policy.engine import PolicyEngine, UpdateStats

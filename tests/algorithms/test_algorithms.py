@@ -3,8 +3,8 @@ import torch
 from shaping_oracle import shape
 
 from mssr.algorithms.advantages import ALGORITHMS, Outcomes, zero_variance
+from mssr.config.algorithm_keys import AlgorithmConfig
 from mssr.config.resolve import policy_loss
-from mssr.config.schema import AlgorithmConfig
 from mssr.observe.step import sampled_token_entropy
 from mssr_kernels import PolicyLossConfig, linear_policy_loss
 

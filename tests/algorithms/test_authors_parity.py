@@ -29,8 +29,8 @@ from shaping_oracle import shape
 from mssr.algorithms.advantages import ALGORITHMS, Outcomes
 from mssr.algorithms.value_tracker import ValueTracker, reference_kl
 from mssr.batch import pad_rows
+from mssr.config.algorithm_keys import AlgorithmConfig, TrackerConfig
 from mssr.config.resolve import policy_loss
-from mssr.config.schema import AlgorithmConfig, TrackerConfig
 from mssr.observe.step import sampled_token_entropy
 from mssr_kernels import reference
 

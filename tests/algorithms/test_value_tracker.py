@@ -13,7 +13,7 @@ from mssr.algorithms.value_tracker import (
     rho_from_drift,
     smoothed_start,
 )
-from mssr.config.schema import TrackerConfig
+from mssr.config.algorithm_keys import TrackerConfig
 from mssr.errors import UserError
 
 NAN = float("nan")

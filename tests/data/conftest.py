@@ -8,7 +8,7 @@ from data_encoders import SMALL, TEXT_TEMPLATE, VISION_TEMPLATE, build_tokenizer
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mssr.config.schema import DataConfig
+from mssr.config.data_keys import DataConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.data.prompts import PromptEncoder
 

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mssr.config.schema import DataConfig
+from mssr.config.data_keys import DataConfig
 from mssr.data.prompts import PromptEncoder
 
 SPECIAL_TOKENS = [

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoImageProcessor, AutoVideoProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from mssr.config.schema import DataConfig
+from mssr.config.data_keys import DataConfig
 from mssr.data.processors import load_image_processor, own_pixel_limits, processors_to_save, with_pixel_limits
 from mssr.errors import UserError
 

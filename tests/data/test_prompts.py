@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mssr.config.schema import DataConfig
+from mssr.config.data_keys import DataConfig
 from mssr.data.images import decode_image
 from mssr.data.prompts import PromptEncoder, Unusable, load_processors
 from mssr.errors import BadRow, UserError

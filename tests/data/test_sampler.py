@@ -10,7 +10,7 @@ from scipy.stats import chisquare
 
 from mssr.algorithms.prompt_sampling import PrioritisedSampler
 from mssr.algorithms.value_tracker import ValueTracker
-from mssr.config.schema import TrackerConfig
+from mssr.config.algorithm_keys import TrackerConfig
 from mssr.data.sampler import PromptSampler
 
 

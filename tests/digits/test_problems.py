@@ -12,7 +12,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 from examples.digits.problems import main, split_scans, write_digits
 from examples.digits.tiny_model import train_tokenizer
-from mssr.config.schema import DataConfig
+from mssr.config.data_keys import DataConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.data.prompts import PromptEncoder
 from mssr.errors import UserError

@@ -24,8 +24,8 @@ from trl_runs import (
 
 from mssr.algorithms.advantages import batch_normalise
 from mssr.algorithms.value_tracker import ValueTracker
+from mssr.config.algorithm_keys import TrackerConfig
 from mssr.config.resolve import policy_loss
-from mssr.config.schema import TrackerConfig
 from mssr.errors import UserError
 from mssr.integrations.trl.prompt_key import prompt_key
 from mssr.integrations.trl.single_rollout import MSSRConfig, MSSRTrainer

@@ -21,8 +21,9 @@ from examples.digits.problems import write_digits
 from examples.digits.tiny_model import write_tiny_model
 from mssr.batch import Prompt, Sequences, UpdateBatch, pad_rows
 from mssr.config import Config, validate_config
+from mssr.config.data_keys import DataConfig
 from mssr.config.deepspeed_json import with_stage_of_json
-from mssr.config.schema import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mssr.config.schema import ModelConfig, OptimizerConfig, TrainConfig
 from mssr.data.files import open_rows
 from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.distributed import ALONE, World

@@ -8,7 +8,7 @@ from family_helpers import family_dir
 from PIL import Image
 from policy_helpers import ALONE
 
-from mssr.config.schema import DataConfig
+from mssr.config.data_keys import DataConfig
 from mssr.data.processors import processors_to_save
 from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.policy.export import save_model

@@ -7,7 +7,7 @@ import torch
 from option_helpers import LORA, disturb, make_engine_with, options
 from policy_helpers import assert_same_weights, model_dir, plain_logp, random_batch, whole_weights
 
-from mssr.config.schema import AlgorithmConfig
+from mssr.config.algorithm_keys import AlgorithmConfig
 from mssr.policy.loss import CrossEntropy
 from mssr.policy.reference import frozen_start, make_reference
 

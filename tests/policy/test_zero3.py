@@ -27,7 +27,8 @@ from test_engine_ranks import CONFIG, global_batches, train
 
 from mssr.algorithms.value_tracker import ValueTracker
 from mssr.batch import Sequences
-from mssr.config.schema import RolloutConfig, TrackerConfig, TrainConfig
+from mssr.config.algorithm_keys import TrackerConfig
+from mssr.config.schema import RolloutConfig, TrainConfig
 from mssr.errors import UserError
 from mssr.policy.export import save_model
 from mssr.policy.loading import load_frozen_policy

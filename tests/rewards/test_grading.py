@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mssr.batch import GradedRollouts, Prompt
-from mssr.config.schema import RewardConfig
+from mssr.config.reward_keys import RewardConfig
 from mssr.rewards.grading import Grader, settle_truncated
 from mssr.rewards.reward import RewardFunction
 from mssr.rollout.base import Response, collect

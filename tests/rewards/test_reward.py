@@ -4,7 +4,7 @@ from contextlib import closing
 
 import pytest
 
-from mssr.config.schema import RewardConfig
+from mssr.config.reward_keys import RewardConfig
 from mssr.rewards.reward import RewardFunction
 
 RESPONSES = [

@@ -144,7 +144,7 @@ def test_a_worker_that_does_not_start_is_an_error(tmp_path, monkeypatch):
 
 TRAINER = r"""
 import os, sys
-from mssr.config.schema import RewardConfig
+from mssr.config.reward_keys import RewardConfig
 from mssr.rewards.reward import RewardFunction
 rewards = RewardFunction(RewardConfig(timeout_s=1000.0))
 assert rewards(r"\boxed{\sqrt4}", "2").correct == 1.0

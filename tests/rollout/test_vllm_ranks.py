@@ -9,8 +9,8 @@ from rollout_engines import vllm
 from two_ranks import Ranks
 
 from mssr.batch import UpdateBatch
+from mssr.config.algorithm_keys import AlgorithmConfig
 from mssr.config.resolve import policy_loss
-from mssr.config.schema import AlgorithmConfig
 from mssr.policy.loss import PolicyGradient
 from mssr.rollout.base import noise_streams
 from mssr.rollout.gap import measure_gap

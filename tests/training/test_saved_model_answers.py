@@ -13,7 +13,7 @@ from material import INSTRUCTION
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mssr.config.schema import RewardConfig
+from mssr.config.reward_keys import RewardConfig
 from mssr.data.files import open_rows
 from mssr.rewards.reward import RewardFunction
 

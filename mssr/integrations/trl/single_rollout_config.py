@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pydantic import ValidationError
 from trl import GRPOConfig
 
-from mssr.config.schema import AlgorithmConfig, TrackerConfig
+from mssr.config.algorithm_keys import AlgorithmConfig, TrackerConfig
 from mssr.errors import UserError
 
 # Options of GRPOConfig that this objective does not have: the required value, and the reason or the alternative.
