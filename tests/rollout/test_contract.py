@@ -134,17 +134,19 @@ SAID = "xß–oxed{!abcd"  # 12 tokens: "oxed{" is one, each byte of "ß" and of
         ([], 12, True),
     ],
 )
-def test_a_response_ends_with_a_stop_text(world, name, own_policy, prompts, stop, kept, truncated):
+def test_a_response_ends_with_a_stop_text(world, name, own_policy, prompts, monkeypatch, stop, kept, truncated):
     """The tokens up to it are kept as they were sampled, the one in which it ends whole; no end token follows."""
     tokenizer, _ = processors()
     said = tokenizer.encode(SAID)
     assert len(set(said)) == LIMIT
     say(own_policy, int(prompts[2].token_ids[-1]), said)
     engine = engine_of(name, own_policy, stop=stop)
-    told = []
+    told, made, whole = [], [], engine._response
+    monkeypatch.setattr(engine, "_response", lambda tokens, logp: made.append(len(tokens)) or whole(tokens, logp))
     batch = engine.generate(list(prompts[:3]), [0] * 3, 0.0, on_response=lambda row, found: told.append(found))
     assert responses(batch) == [said[:kept]] * 3 == [found.tokens.tolist() for found in told]
     assert batch.truncated.tolist() == [truncated] * 3
+    assert made == [kept] * 3  # no tokens are generated for nothing
 
 
 def test_end_tokens_and_stop_texts_whichever_comes_first(world, name, policy, prompts):
