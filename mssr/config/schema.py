@@ -69,7 +69,7 @@ class RolloutConfig(Section):
         description="draw training rollouts from the k most probable tokens, before top_p; null or 0: from all; "
         "otherwise it needs algorithm.old_logp recompute",
     )
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+    stop: list[str] = Field(
         [], description="texts that end a response, also in validation; the response keeps the token in which one ends"
     )
     truncated: Literal["graded", "masked", "failed"] = Field(
@@ -103,6 +103,13 @@ class RolloutConfig(Section):
         600.0, gt=0, description="time without an answer after which a server counts as lost"
     )
     one_step_off: bool = Field(False, description="servers generate the next batch while the current one trains")
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_texts_are_not_empty(cls, stop: list[str]) -> list[str]:
+        if "" in stop:
+            raise ValueError("expected texts with at least one character, got an empty one")
+        return stop
 
     @property
     def cuts_distribution(self) -> bool:

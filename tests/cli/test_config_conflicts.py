@@ -73,7 +73,7 @@ SERVERS = ("rollout.engine=servers", "rollout.servers=[http://a:8000]")
         ((*CORRECTED, "rollout.top_k=50", "algorithm.tis_cap=null"), "algorithm.tis_cap, which correct for it"),
         (("rollout.top_p=0",), "rollout.top_p: Input should be greater than 0"),
         (("rollout.top_k=-1",), "rollout.top_k: Input should be greater than or equal to 0"),
-        (("rollout.stop=['']",), "rollout.stop"),
+        (("rollout.stop=['']",), "rollout.stop: expected texts with at least one character"),
         (("eval.samples=4",), "eval.samples 4 needs random samples, and eval.temperature 0 is greedy: set"),
         (("eval.top_p=0.9",), "eval.top_p 0.9 needs random samples"),
         (("eval.top_k=20",), "eval.top_k 20 needs random samples"),
