@@ -99,8 +99,9 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
         rollout.update_weights(policy, 0)
         result = run.evaluate(rollout)
     _say(
-        f"accuracy {result.accuracy:.1%} on {result.problems} problems of {settings.data.val} "
-        f"({result.response_tokens:.1f} tokens per response, {result.truncated:.1%} truncated)"
+        f"accuracy {result.accuracy:.1%} on {result.problems} problems of {settings.data.val} ("
+        f"{f'mean over {result.samples} responses each, ' if result.samples > 1 else ''}"
+        f"{result.response_tokens:.1f} tokens per response, {result.truncated:.1%} truncated)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Measures accuracy on held-out problems."""
+"""Measures accuracy on held-out problems: one response each, or the mean over several."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,15 +12,17 @@ from mssr.distributed import World
 from mssr.rollout.base import RolloutEngine, noise_streams
 
 Judge = Callable[[Rollouts], GradedRollouts]
-_ROWS_AT_ONCE = 512  # problems whose images are in memory together
+_ROWS_AT_ONCE = 512  # responses whose images are in memory together
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """accuracy: correct / problems, one response each. response_tokens: mean. truncated: fraction cut by the token limit."""
+    """accuracy: correct / responses, `samples` for each problem. response_tokens: mean. truncated: fraction cut by the token
+    limit."""
 
     accuracy: float
     problems: int
+    samples: int
     response_tokens: float
     truncated: float
 
@@ -35,21 +37,26 @@ def evaluate(
     seed: int,
     advance: Callable[[int, int], None] = lambda by, total: None,
 ) -> Evaluation:
-    """Answer every problem once at `config.temperature`; each rank answers a part.
+    """Answer every problem `config.samples` times; each rank answers a part.
 
-    advance: called with the responses completed since its last call, over all ranks, and the number of problems.
+    advance: called with the responses completed since its last call, over all ranks, and the number of all.
     """
     count = min(len(problems), config.max_problems or len(problems))
-    mine = range(world.rank, count, world.size)
+    total = count * config.samples
+    visits = [divmod(visit, config.samples) for visit in range(world.rank, total, world.size)]  # problem, its sample
     totals = torch.zeros(3, dtype=torch.float64)
     # The same number of calls on every rank: ranks that share a sampler call it together.
-    for start in range(0, -(-count // world.size), _ROWS_AT_ONCE):
-        rows = list(mine[start : start + _ROWS_AT_ONCE])
-        streams = noise_streams(seed, "eval", 0, rows)
+    for start in range(0, -(-total // world.size), _ROWS_AT_ONCE):
+        chosen = visits[start : start + _ROWS_AT_ONCE]
         answered = rollout.generate(
-            problems.load(rows), streams, config.temperature, on_response=lambda *_: advance(world.size, count)
+            problems.load([row for row, _ in chosen]),
+            [noise_streams(seed, "eval", sample, [row])[0] for row, sample in chosen],
+            config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            on_response=lambda *_: advance(world.size, total),
         )
         graded = judge(answered)
         totals += torch.stack([graded.correct.sum(), graded.mask.sum(), graded.truncated.sum()]).double()
     correct, tokens, truncated = world.sum(totals).tolist()
-    return Evaluation(correct / count, count, tokens / count, truncated / count)
+    return Evaluation(correct / total, count, config.samples, tokens / total, truncated / total)
