@@ -55,7 +55,7 @@ def read_conversation(messages: list[Any]) -> Conversation:
     Raises:
         Unusable: a message has a role or content that no prompt can have; names the turn.
     """
-    turns = [_read_turn(message, number) for number, message in enumerate(messages, start=1)]
+    turns = [_read_turn(message, number, "problem") for number, message in enumerate(messages, start=1)]
     for number, turn in enumerate(turns, start=1):
         if turn.role == "system" and number > 1:
             raise Unusable(f"message {number} is a system turn; only the first can be one: move it there")
@@ -71,7 +71,7 @@ def read_completion(value: list[Any]) -> str:
     Raises:
         Unusable: it is anything but one turn of the assistant.
     """
-    turns = [_read_turn(message, number) for number, message in enumerate(value, start=1)]
+    turns = [_read_turn(message, number, "solution") for number, message in enumerate(value, start=1)]
     if [turn.role for turn in turns] != ["assistant"]:
         raise Unusable("`solution` is a list; it must be text, or one message of the assistant")
     return turns[0].text
@@ -81,10 +81,10 @@ def is_sharegpt(messages: list[Any]) -> bool:
     return bool(messages) and isinstance(messages[0], Mapping) and "from" in messages[0]
 
 
-def _read_turn(message: Any, number: int) -> Turn:
+def _read_turn(message: Any, number: int, column: str) -> Turn:
     if not isinstance(message, Mapping) or not ("role" in message or "from" in message):
         raise Unusable(
-            f"`problem` is a list whose item {number} is no message; it must be text, a number or a list of messages, "
+            f"`{column}` is a list whose item {number} is no message; it must be text, a number or a list of messages, "
             "each with a role and content"
         )
     given = message.get("role") or message.get("from")
