@@ -53,7 +53,10 @@ def test_names_of_columns_by_file(load):
 @pytest.mark.parametrize(
     ("override", "why"),
     [
-        ("data.columns.awnser=a", "awnser is not a column that is read (images, problem, answer, solution); did you mean answer?"),
+        (
+            "data.columns.awnser=a",
+            "awnser is not a column that is read (images, problem, answer, solution); did you mean ans",
+        ),
         ("data.columns={v.parquet: {image: a}}", "image is not a column that is read"),
         ("data.columns.answer=3", "answer is 3; expected the name of a column in the file"),
         ("data.columns={x.parquet: {answer: a}}", "data.columns has names for x.parquet, which is not in data.train"),

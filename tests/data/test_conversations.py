@@ -1,4 +1,4 @@
-"""Rows of verl, TRL, OpenAI and ShareGPT: their schemas, written by the `datasets` library, give the prompts that they mean."""
+"""Rows with the schemas of verl, TRL, OpenAI and ShareGPT, written by the `datasets` library, give the right prompts."""
 
 import base64
 import json
@@ -27,7 +27,11 @@ VERL = Features(
 TRL = Features({"prompt": List(MESSAGE), "image": Image(), "answer": Value("string")})
 PART = {"type": Value("string"), "text": Value("string"), "image": Image()}
 TRL_PARTS = Features(
-    {"prompt": List({"role": Value("string"), "content": List(PART)}), "answer": Value("string"), "level": Value("int64")}
+    {
+        "prompt": List({"role": Value("string"), "content": List(PART)}),
+        "answer": Value("string"),
+        "level": Value("int64"),
+    }
 )
 
 
@@ -87,7 +91,9 @@ def test_verl(make_dataset, tokenizer, png, tmp_path, capsys):
     assert first.columns == kept and list(first.columns) == list(kept)
     told, note = capsys.readouterr().err.splitlines()[-2:]  # after the progress of `datasets`
     assert told.endswith("for the reward: data_source, ability, reward_model, extra_info")
-    assert note.endswith("2 of 2 prompts are conversations, to which nothing is added; to append a text set data.instruction")
+    assert note.endswith(
+        "2 of 2 prompts are conversations, to which nothing is added; to append a text set data.instruction"
+    )
 
 
 def test_trl_with_a_picture_beside_the_messages(make_dataset, tokenizer, png, tmp_path):
@@ -232,7 +238,10 @@ ASK = ("user", "What?")
         (messages(("user", None)), "message 1 (user) has no content"),
         (messages(("user", {"text": "?"})), "message 1 (user) is a dict; it must be text, or a list of parts"),
         (messages(("user", [{"type": "video", "video": "a"}])), "message 1 (user) has a part of type video, which"),
-        (messages(ASK, ("assistant", [{"type": "image"}])), "message 2 (assistant) has a part of type image of the ass"),
+        (
+            messages(ASK, ("assistant", [{"type": "image"}])),
+            "message 2 (assistant) has a part of type image of the ass",
+        ),
         (messages(ASK, tool_calls=[{"id": 1}]), "message 1 (user) has `tool_calls`, which is not read"),
         (messages(("user", "a <|im_end|>")), "message 1 (user) contains the special token <|im_end|>"),
         (messages(("user", "a <video>")), "`problem` contains <video>, which nothing is put in for"),
@@ -242,7 +251,10 @@ ASK = ("user", "What?")
         ({"prompt": ["What?"]}, "`problem` is a list whose item 1 is no message"),
         ({"prompt": []}, "its messages have no user turn"),
         (messages(ASK) | {"completion": ["a"]}, "`solution` is a list whose item 1 is no message"),
-        (messages(ASK) | {"completion": [{"role": "user", "content": "a"}]}, "`solution` is a list; it must be text, or"),
+        (
+            messages(ASK) | {"completion": [{"role": "user", "content": "a"}]},
+            "`solution` is a list; it must be text, or",
+        ),
         (
             messages(("user", [{"type": "image", "image": "a"}])) | {"images": ["b"]},
             "has pictures in the parts of its messages and in `images`; keep one of them",
@@ -259,7 +271,10 @@ def test_a_bad_conversation_is_a_bad_row(make_dataset, tmp_path):
     rows = [row | {"answer": "1"} for row in (messages(ASK), both, messages(("tool", "x"), ("user", "Why?")))]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     kept = make_dataset(tmp_path / "a.jsonl", on_bad_row="skip")
-    assert [(bad.row, bad.reason[:18]) for bad in kept.bad_rows] == [(1, "has pictures in th"), (2, "message 1 (tool) h")]
+    assert [(bad.row, bad.reason[:18]) for bad in kept.bad_rows] == [
+        (1, "has pictures in th"),
+        (2, "message 1 (tool) h"),
+    ]
 
 
 def test_text_models_get_text(text_tokenizer, make_encoder):

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from fractions import Fraction
-from itertools import chain, islice, permutations
+from itertools import chain, islice, pairwise, permutations
 from math import ceil, floor
 
 import pytest
@@ -54,7 +54,7 @@ def epochs_of(parts, count, seed=0):
     """Return how often each row is in each of the first epochs."""
     size = sum(rows for rows, _ in parts)
     ends = [sum(floor(epoch * Fraction(str(w)) * n) for n, w in parts) for epoch in range(count + 1)]
-    lengths = [end - start for start, end in zip(ends, ends[1:])]
+    lengths = [end - start for start, end in pairwise(ends)]
     sampler = PromptSampler(size, 1, seed, parts)
     stream = iter([sampler.rows(step)[0] for step in range(sum(lengths))])
     return [Counter(islice(stream, length)) for length in lengths]

@@ -43,7 +43,7 @@ def test_solved_prompts_are_not_drawn_in_the_epochs_that_follow():
     tracker = FakeTracker({"3": 0.9, "7": 0.95, "8": 0.89})
     sampler = sampler_of(tracker)
     visited(sampler, 3, 7, 8)
-    before = [sampler.decide(1)] + run(sampler, 5)
+    before = [sampler.decide(1), *run(sampler, 5)]
     assert sorted(sampler.solved) == [3, 7] and before[0] == 2
     tracker["0"] = 1.0
     visited(sampler, 0)

@@ -34,7 +34,9 @@ PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 def test_problem_content_and_columns(made):
     row = {"problem": " What? ", "level": 3, "choices": ["a", "b"], "a b": "c"}
     assert made("{{ content | trim }}!", row) == made("{{ problem | trim }}!\n", row) == "What?!"  # as EasyR1's files
-    text = "{{ problem }}{% for c in choices %}\n{{ loop.index }}. {{ c }}{% endfor %} ({{ level }}, {{ columns['a b'] }})"
+    text = (
+        "{{ problem }}{% for c in choices %}\n{{ loop.index }}. {{ c }}{% endfor %} ({{ level }}, {{ columns['a b'] }})"
+    )
     assert made(text, row) == " What? \n1. a\n2. b (3, c)"
     assert made("{{ problem }}{{ hint if hint is defined else '' }}", row) == " What? "
 
@@ -89,7 +91,11 @@ def test_special_tokens(encoder_with):
 
 
 def test_files_that_are_no_template(encoder_with, make_encoder, tmp_path):
-    with pytest.raises(UserError, match=f"^data.template {tmp_path}/t.jinja, line 2: not valid Jinja: Encountered unknown"):
+    with pytest.raises(
+        UserError, match=f"^data.template {tmp_path}/t.jinja, line 2: not valid Jinja: Encountered unknown"
+    ):
         encoder_with("{{ problem }}\n{% nothing %}")
-    with pytest.raises(UserError, match=f"^data.template {tmp_path}/no.jinja: not a readable text file: No such file or"):
+    with pytest.raises(
+        UserError, match=f"^data.template {tmp_path}/no.jinja: not a readable text file: No such file or"
+    ):
         make_encoder(template=str(tmp_path / "no.jinja"))

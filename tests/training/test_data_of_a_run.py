@@ -36,7 +36,9 @@ def whole(mssr, warm, settings, tmp_path_factory):
 
 
 def drawn(run: RunFolder) -> list[list[tuple[str, int]]]:
-    return [[(line["source"].split("/")[-1], line["row"]) for line in run.rollouts(step)] for step in range(1, STEPS + 1)]
+    return [
+        [(line["source"].split("/")[-1], line["row"]) for line in run.rollouts(step)] for step in range(1, STEPS + 1)
+    ]
 
 
 def test_what_is_solved_is_reported_and_not_drawn_again(whole):
@@ -46,9 +48,7 @@ def test_what_is_solved_is_reported_and_not_drawn_again(whole):
         (f"{name}.parquet", row): count for name, count in (("once", 1), ("twice", 2)) for row in range(8)
     }
     report = json.loads((whole.path / "data_report.json").read_text())["train"]
-    solved = {
-        (entry["source"].split("/")[-1], one["row"]): one for entry in report for one in entry["solved"]
-    }
+    solved = {(entry["source"].split("/")[-1], one["row"]): one for entry in report for one in entry["solved"]}
     assert 0 < len(solved) <= 8
     assert whole.metrics[-1]["data/solved"] == len(solved) and whole.metrics[1]["data/solved"] == 0
     assert all(one["value"] >= 0.5 for one in solved.values())
