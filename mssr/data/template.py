@@ -24,6 +24,7 @@ class PromptTemplate:
         """
         self._path = path
         environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+        del environment.filters["random"], environment.globals["lipsum"]  # a row must make the same prompt each time
         try:
             self._template = environment.from_string(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:

@@ -95,6 +95,8 @@ def test_files_that_are_no_template(encoder_with, make_encoder, tmp_path):
         UserError, match=f"^data.template {tmp_path}/t.jinja, line 2: not valid Jinja: Encountered unknown"
     ):
         encoder_with("{{ problem }}\n{% nothing %}")
+    with pytest.raises(UserError, match="t.jinja, line 1: not valid Jinja: No filter named 'random'"):
+        encoder_with("{{ choices | random }}")
     with pytest.raises(
         UserError, match=f"^data.template {tmp_path}/no.jinja: not a readable text file: No such file or"
     ):
