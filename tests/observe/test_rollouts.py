@@ -16,7 +16,9 @@ def encoded(format):
 
 
 def prompt(row, problem="What is 3 + 7?", images=()):
-    return Prompt(f"key{row}", row, problem, "10", None, torch.tensor([1, 2]), None, None, tuple(images), source="a.jsonl")
+    return Prompt(
+        f"key{row}", row, problem, "10", None, torch.tensor([1, 2]), None, None, tuple(images), source="a.jsonl"
+    )
 
 
 def save(folder, step, prompts, texts, count, *, baseline=None, advantage=None):
