@@ -153,7 +153,7 @@ def launch(
 def corpus(train_file: Path, config: Config) -> list[str]:
     """Return texts for training the tokenizer: the training problems and the fixed text around them."""
     rows = open_rows(str(train_file))
-    fixed = ["user\n", "assistant\n", "\n" + config.data.instruction]
+    fixed = ["user\n", "assistant\n", "\n" + config.data.appended(conversation=False)]
     texts = []
     for index in range(min(CORPUS_ROWS, len(rows))):
         row = rows[index]

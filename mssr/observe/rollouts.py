@@ -50,6 +50,7 @@ def _record(rollouts: GradedRollouts, row: int, baseline: Tensor | None, advanta
         names.append(f"{row:03d}_{index}.{_extension(image)}")
         (folder / names[-1]).write_bytes(image)
     return {
+        "source": prompt.source,
         "row": prompt.row,
         "problem": prompt.problem,
         "response": rollouts.texts[row],

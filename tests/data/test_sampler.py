@@ -1,8 +1,9 @@
 """Rows of each step: endless shuffled epochs without state, or draws weighted by the value tracker."""
 
 from collections import Counter
-from itertools import chain, permutations
-from math import ceil
+from fractions import Fraction
+from itertools import chain, islice, pairwise, permutations
+from math import ceil, floor
 
 import pytest
 import torch
@@ -46,6 +47,50 @@ def test_the_stream_is_the_one_that_runs_were_made_with():
     assert [sampler.rows(step) for step in range(3)] == [[1, 0, 2, 4], [9, 3, 8, 6], [7, 5, 1, 4]]
 
 
+# Weights
+
+
+def epochs_of(parts, count, seed=0):
+    """Return how often each row is in each of the first epochs."""
+    size = sum(rows for rows, _ in parts)
+    ends = [sum(floor(epoch * Fraction(str(w)) * n) for n, w in parts) for epoch in range(count + 1)]
+    lengths = [end - start for start, end in pairwise(ends)]
+    sampler = PromptSampler(size, 1, seed, parts)
+    stream = iter([sampler.rows(step)[0] for step in range(sum(lengths))])
+    return [Counter(islice(stream, length)) for length in lengths]
+
+
+def test_weights_of_one_change_nothing():
+    plain, parts = PromptSampler(30, 7, 4), PromptSampler(30, 7, 4, [(10, 1.0), (20, 1.0)])
+    assert [plain.rows(step) for step in range(30)] == [parts.rows(step) for step in range(30)]
+
+
+def test_a_weight_is_a_share_of_the_epochs():
+    epochs = epochs_of([(6, 2.0), (4, 0.5), (5, 1.0)], 6)
+    for first, second in zip(epochs[::2], epochs[1::2]):
+        for epoch in (first, second):
+            assert [epoch[row] for row in range(6)] == [2] * 6 and [epoch[row] for row in range(10, 15)] == [1] * 5
+        halves = [{row for row in range(6, 10) if epoch[row]} for epoch in (first, second)]
+        assert [len(half) for half in halves] == [2, 2] and halves[0] | halves[1] == set(range(6, 10))
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.3, 0.7, 1.5, 2.25, 1e-3])
+def test_every_row_of_a_source_is_drawn_equally_often(weight):
+    drawn = Counter()
+    for epoch in epochs_of([(7, weight), (3, 1.0)], 400):
+        drawn += epoch
+    assert [drawn[row] for row in (7, 8, 9)] == [400] * 3
+    assert all(abs(drawn[row] - 400 * weight) <= 1 for row in range(7))
+
+
+def test_weighted_rows_depend_on_seed_and_step_only():
+    parts = [(11, 0.3), (9, 1.7)]
+    wanted = [PromptSampler(20, 6, 1, parts).rows(step) for step in range(40)]
+    again = PromptSampler(20, 6, 1, parts)
+    assert [again.rows(step) for step in (39, 0, 17)] == [wanted[step] for step in (39, 0, 17)]
+    assert [PromptSampler(20, 6, 2, parts).rows(step) for step in range(40)] != wanted
+
+
 # Prioritised sampling
 
 
@@ -82,6 +127,16 @@ def test_rows_are_drawn_by_the_uncertainty_of_their_value():
     assert set(seen) <= set(chances)
     pairs = list(chances)
     assert chisquare([seen[pair] for pair in pairs], [steps * chances[pair] for pair in pairs]).pvalue > 0.01
+
+
+def test_a_sources_weight_multiplies_the_rows_own():
+    keys = [str(row) for row in range(5)]
+    steps = 4000
+    sampler = PrioritisedSampler(keys, tracker_of(VALUES), 1, 0, [(2, 1.0), (3, 2.0)])
+    drawn = Counter(sampler.rows(step)[0] for step in range(steps))
+    weights = [weight * (1 + (row > 1)) for row, weight in enumerate(WEIGHTS)]
+    expected = [steps * weight / sum(weights) for weight in weights]
+    assert chisquare([drawn[row] for row in range(5)], expected).pvalue > 0.01
 
 
 def test_the_order_within_a_step_says_nothing_about_weight():

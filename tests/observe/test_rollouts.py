@@ -16,7 +16,9 @@ def encoded(format):
 
 
 def prompt(row, problem="What is 3 + 7?", images=()):
-    return Prompt(f"key{row}", row, problem, "10", None, torch.tensor([1, 2]), None, None, tuple(images))
+    return Prompt(
+        f"key{row}", row, problem, "10", None, torch.tensor([1, 2]), None, None, tuple(images), source="a.jsonl"
+    )
 
 
 def save(folder, step, prompts, texts, count, *, baseline=None, advantage=None):
@@ -66,6 +68,7 @@ def test_the_records_say_what_was_asked_answered_and_given(tmp_path):
     assert folder == tmp_path / "rollouts" / "step_000040"
     assert records(folder) == [
         {
+            "source": "a.jsonl",
             "row": 7,
             "problem": "What is 3 + 7?",
             "response": "<think>3 7</think>\\boxed{10}",
@@ -79,6 +82,7 @@ def test_the_records_say_what_was_asked_answered_and_given(tmp_path):
             "images": ["000_0.png", "000_1.jpeg"],
         },
         {
+            "source": "a.jsonl",
             "row": 9,
             "problem": "What is 3 + 7?",
             "response": "数",
