@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mssr.observe.metrics import FILE_NAME, TENSORBOARD, read_metrics
+from mssr.observe.metrics import FILE_NAME, read_metrics
 
 
 def accuracy_gained(run_dir: Path) -> list[str]:
@@ -17,7 +17,7 @@ def accuracy_gained(run_dir: Path) -> list[str]:
 def places(run_dir: Path) -> list[str]:
     """Return one line for each output that is there: curves, the newest saved rollouts, model."""
     pages = sorted(run_dir.glob("rollouts/step_*/index.html"))
-    curves, board = f"`mssr plot {run_dir}` draws {run_dir / 'curves.png'}", run_dir / TENSORBOARD
+    curves, board = f"`mssr plot {run_dir}` draws {run_dir / 'curves.png'}", run_dir / "tensorboard"
     lines = [f"curves     {board}; {curves}" if board.is_dir() else f"curves     {curves}"]
     if pages:
         lines.append(f"rollouts   {pages[-1]}   (open it in a browser)")

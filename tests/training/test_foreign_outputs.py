@@ -87,6 +87,15 @@ def test_train_is_refused_and_everything_kept(mssr, material, run, put):
     assert snapshot(run.path) == before
 
 
+@pytest.mark.parametrize("name", ["trackers.json", "trackio"])
+def test_what_is_where_a_tracker_would_write(mssr, material, run, name):
+    run.path.mkdir()
+    (run.path / name).write_text("mine")
+    line = mssr("train", material / "config.yaml", run.override, "log.trackers=[trackio]").line
+    assert line.startswith(f"{run.path / name}: ") and "set another run_dir" in line
+    assert (run.path / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize("name", [LOCK, RECORD])
 def test_a_symlink_in_place_of_our_own_file_is_not_followed(mssr, material, run, tmp_path, name):
     run.path.mkdir()
