@@ -3,8 +3,8 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -67,8 +67,10 @@ def type_name(annotation: Any) -> str:
     parts = get_args(annotation)
     if get_origin(annotation) is Literal:
         return ", ".join(map(shown, parts))
-    if NoneType in parts:
-        return f"{type_name(parts[0])} or `null`"
+    if get_origin(annotation) is dict:
+        return "mapping"
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join("`null`" if part is NoneType else type_name(part) for part in parts)
     name = NAMES.get(parts[0] if parts else annotation, "section")
     return "list of numbers" if get_origin(annotation) is tuple else f"list of {name}" if parts else name
 

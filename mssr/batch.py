@@ -16,13 +16,14 @@ class Prompt:
     """One problem: tokens and preprocessed images. Rollout, scoring and update share the tensors.
 
     key: content hash of image bytes and text; the value tracker's key.
-    row: row number in the dataset.
+    row: row number in its source.
     problem, answer, solution: text as in the row (solution: a worked response for `mssr sft`, or None).
     token_ids: [P] int64, each image's pad token repeated once per image token.
     pixel_values: [patches, channels * temporal * patch * patch] float32, or None without images.
     image_grid_thw: [images, 3] int64, or None.
     images: bytes of the image files, for the rollout viewer and for engines that preprocess themselves.
     columns: the row's other columns, for the reward. rendered: the prompt as text, one image token per image.
+    source: the file or data set, in which `row` counts.
     """
 
     key: str
@@ -36,6 +37,7 @@ class Prompt:
     images: tuple[bytes, ...]
     columns: dict[str, Any] = field(default_factory=dict)
     rendered: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The command line: mssr train | sft | eval | serve | plot | export | plan | doctor.
+"""The command line: mssr train | sft | eval | data | serve | plot | export | plan | doctor.
 
 Each command imports heavy libraries only when it runs.
 """
@@ -102,6 +102,28 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
         f"accuracy {result.accuracy:.1%} on {result.problems} problems of {settings.data.val} "
         f"({result.response_tokens:.1f} tokens per response, {result.truncated:.1%} truncated)"
     )
+
+
+data = typer.Typer(cls=Commands, help="Look at training data.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@data.command()
+def show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="rows of each file")] = 3,
+    row: Annotated[int | None, typer.Option(min=0, help="show this row alone, counted from 0")] = None,
+) -> None:
+    """Print rows as the model will get them: prompt, tokens, pictures, answer. Exit code 1: one of them cannot be used."""
+    settings = load_config(config, overrides)
+    from mssr.data.show import show
+
+    bad = 0
+    for number, text in enumerate(show(settings, rows, row)):
+        print(f"\n{text}" if number else text, flush=True)
+        bad += text.startswith("mssr: ")
+    raise typer.Exit(1 if bad else 0)
 
 
 @app.command()

@@ -36,4 +36,5 @@ class BadRow(UserError):
     def __init__(self, row: int, source: str, reason: str) -> None:
         super().__init__(f"{source}, row {row}: {reason}")
         self.row = row
+        self.source = source
         self.reason = reason

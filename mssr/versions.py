@@ -21,6 +21,7 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "tensorboard": ("2.19", None),
     "matplotlib": ("3.10", None),
     "pyyaml": ("6", None),
+    "jinja2": ("3.1", None),
     "packaging": ("24", None),
     "pillow": ("11", None),
     "psutil": ("6", None),
@@ -39,7 +40,7 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": (
         "transformers", "deepspeed", "datasets", "math-verify", "peft", "pydantic", "typer", "rich", "tensorboard",
-        "matplotlib", "pyyaml", "packaging", "pillow", "psutil", "scipy", "numpy",
+        "matplotlib", "pyyaml", "jinja2", "packaging", "pillow", "psutil", "scipy", "numpy",
     ),
     "vllm": ("vllm",),
     "flash": ("flash-attn",),

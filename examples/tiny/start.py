@@ -45,7 +45,8 @@ def warm_start_overrides(folder: Path, overrides: Sequence[str]) -> list[str]:
 
 def corpus(examples: Iterable[tuple[str, str]], config: DataConfig) -> list[str]:
     """Return texts for training the tokenizer: problems, solutions, and the fixed text around them."""
-    fixed = ["user\n", "assistant\n", "\n" + config.instruction]
+    fixed = ["user\n", "assistant\n", "\n" + config.appended(conversation=False)]
+    fixed += [f"system\n{config.system_prompt}"] if config.system_prompt else []
     return [text for problem, solution in examples for text in (problem.removeprefix("<image>"), solution, *fixed)]
 
 

@@ -1,6 +1,7 @@
 """Settings that exclude each other. Each error names the keys and what to set instead."""
 
 from mssr.algorithms.advantages import ALGORITHMS
+from mssr.config.data_keys import weights_of
 from mssr.config.deepspeed_json import offloads_optimizer
 from mssr.config.resolve import device_type, dtype_name
 from mssr.config.schema import Config
@@ -18,6 +19,7 @@ def refuse_conflicts(config: Config, device: str | None = None) -> None:
     _check_rollout(config)
     _check_off_policy_samples(config, device)
     _check_algorithm(config)
+    _check_data(config)
     if config.train.keep_best and config.data.val is None:
         raise ValueError("train.keep_best needs held-out problems: set data.val")
     if config.sft.stop_at_accuracy is not None and config.data.val is None:
@@ -108,4 +110,24 @@ def _check_algorithm(config: Config) -> None:
         raise ValueError(
             "algorithm.tracker.preset reference needs the KL to the reference: set algorithm.kl_coef > 0 and "
             "algorithm.kl_to=reference"
+        )
+
+
+def _check_data(config: Config) -> None:
+    data, name = config.data, config.algorithm.name
+    sources = [*weights_of(data.train), *weights_of(config.sft.data or []), data.val]
+    for source, columns in data.columns.items():
+        if isinstance(columns, dict) and source not in sources:
+            raise ValueError(
+                f"data.columns has names for {source}, which is not in data.train, data.val or sft.data; write the path "
+                "as it is there"
+            )
+    if data.drop_solved is not None and not ALGORITHMS[name].tracked:
+        raise ValueError(
+            f"data.drop_solved needs the value tracker, which {name} has not: set algorithm.name=mssr or mvsr"
+        )
+    if data.drop_solved is not None and config.algorithm.prompt_sampling == "prioritised":
+        raise ValueError(
+            "data.drop_solved is for epochs; algorithm.prompt_sampling prioritised has none and draws solved prompts "
+            "rarely: leave one of them out"
         )

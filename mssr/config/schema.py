@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from mssr.config.algorithm_keys import AlgorithmConfig
-from mssr.config.data_keys import DataConfig
+from mssr.config.data_keys import DataConfig, OptionalSources
 from mssr.config.reward_keys import RewardConfig
 from mssr.config.section import NewFolder, OptionalPlace, Place, Section
 
@@ -152,7 +152,9 @@ class TrainConfig(Section):
 
 
 class SftConfig(Section):
-    data: OptionalPlace = Field(None, description="rows with a `solution` column to imitate; null: data.train")
+    data: OptionalSources = Field(
+        None, description="rows with a `solution` to imitate, as data.train; null: data.train"
+    )
     steps: int = Field(200, gt=0, description="maximum number of optimizer updates")
     eval_every: int = Field(50, gt=0, description="updates between validations")
     stop_at_accuracy: float | None = Field(

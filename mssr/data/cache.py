@@ -1,5 +1,6 @@
 """Prepared prompts in host memory, their pixels packed."""
 
+import pickle
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -82,4 +83,6 @@ class PromptCache:
         values = [getattr(prompt, field.name) for field in fields(prompt)]
         tensors = [value for value in (*values, packed) if isinstance(value, Tensor)]
         nbytes = sum(tensor.nbytes for tensor in tensors) + sum(len(image) for image in prompt.images)
+        if prompt.columns:
+            nbytes += len(pickle.dumps(prompt.columns))
         return _Kept(prompt, packed, nbytes)

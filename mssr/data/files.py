@@ -1,18 +1,21 @@
 """Reads rows from parquet or JSON lines files, directories of them, or the Hugging Face hub.
 
-Whatever the source, a row is a dict of the EasyR1 columns `images`, `problem`, `answer`, `solution`.
+Whatever the source, a row is a dict of the EasyR1 columns `images`, `problem`, `answer`, `solution`, and of its other
+columns under their own names.
 """
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
-from mssr.data.columns import Row, empty, renamed, require_columns, to_load
+from mssr.data.columns import Row, empty, may_be_read, renamed, require_columns
+from mssr.data.conversation import Unusable
 from mssr.data.images import is_path
 from mssr.data.row_file import RowFile, write_once
 from mssr.distributed import ALONE, World
@@ -24,37 +27,70 @@ ROWS_AT_ONCE = 64  # of a parquet file; images of a large row group do not fit o
 READ_AHEAD = 2**20  # bytes of a parquet file
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How to read a source: the names of its columns (`data.columns`), and whether an answer is needed."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    needs_answer: bool = True
+
+    def check(self, names: Iterable[str], source: str) -> None:
+        require_columns(names, source, self.columns, needs_answer=self.needs_answer)
+
+
 class HubRows(Sequence[Row]):
     """Rows of a `datasets.Dataset` in Arrow format, which maps its files into memory; images stay encoded."""
 
-    def __init__(self, dataset: Any, names: list[str]) -> None:
-        """names: of all columns, also of those left out of `dataset`."""
-        self.names = names
-        self._dataset = dataset
+    def __init__(self, dataset: Any, reading: Reading) -> None:
+        self.names = dataset.column_names
+        self._dataset = dataset.with_format("arrow")
+        self._columns = reading.columns
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, index: int) -> Row:
         index = range(len(self))[index]
-        return renamed(_short_floats(self._dataset[index : index + 1]).to_pylist()[0])
+        (row,) = _to_rows(self._dataset[index : index + 1], may_be_read(self._columns))
+        if isinstance(row, Exception):
+            raise row
+        return renamed(row, self._columns)
 
 
-def open_rows(path: str, world: World = ALONE) -> RowFile | HubRows:
+def open_rows(path: str, world: World = ALONE, reading: Reading | None = None) -> RowFile | HubRows:
     """Return the rows of a file, a directory, or a hub name; `directory:split` or `name:split` selects a split.
 
     world: the ranks that open the same path together; on each machine one of them reads the files.
 
     Raises:
-        UserError: nothing is there, it is not readable, or a required column is missing.
+        UserError: nothing is there, it is not readable, or a required column, or one of `data.columns`, is missing.
     """
+    reading = reading or Reading()
     with world.together():
         found = _find(path)
     if not isinstance(found, tuple):
         names: list[str] = []
-        return write_once(_read_files(found, names), names, path, world)
+        return write_once(_read_files(found, names, reading), names, path, world)
     with world.together():
-        return _read_hub(*found, path)
+        return _read_hub(*found, path, reading)
+
+
+def stream_rows(path: str, reading: Reading) -> Iterator[Row | Exception]:
+    """Yield the rows of what `open_rows` opens without a copy; in place of a row that cannot be read, the error.
+
+    Raises:
+        UserError: as `open_rows`; of JSON lines, the columns are checked at their end.
+    """
+    found = _find(path)
+    if not isinstance(found, tuple):
+        yield from _read_files(found, [], reading)
+        return
+    rows = _read_hub(*found, path, reading)
+    for index in range(len(rows)):
+        try:
+            yield rows[index]
+        except Exception as error:
+            yield error
 
 
 def _find(path: str) -> list[Path] | tuple[str, str]:
@@ -108,41 +144,56 @@ def _is_of(file: Path, folder: Path, split: str) -> bool:
     return False
 
 
-def _read_files(files: list[Path], names: list[str]) -> Iterator[Row | Exception]:
+def _read_files(files: list[Path], names: list[str], reading: Reading) -> Iterator[Row | Exception]:
     """Yield the rows, with our column names and absolute image paths, and add the columns of all files to `names`.
 
     Images are read when rows are used.
     """
     for file in files:
-        for row in _read_parquet(file, names) if file.suffix == ".parquet" else _read_json(file, names):
-            yield row if isinstance(row, Exception) else _with_folder(renamed(row), file.parent)
+        read = _read_parquet if file.suffix == ".parquet" else _read_json
+        for row in read(file, names, reading):
+            if not isinstance(row, Exception):
+                try:
+                    row = _with_folder(renamed(row, reading.columns), file.parent)
+                except Unusable as why:
+                    row = why
+            yield row
 
 
-def _read_parquet(file: Path, names: list[str]) -> Iterator[Row | Exception]:
+def _read_parquet(file: Path, names: list[str], reading: Reading) -> Iterator[Row | Exception]:
     try:
         # With pyarrow's own settings, whole row groups are in memory. So are at least the 1,024 rows of a page, or two.
         with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_AHEAD) as opened:
-            _add(names, opened.schema_arrow.names)
-            require_columns(opened.schema_arrow.names, str(file))
-            columns = to_load(opened.schema_arrow.names)
+            columns = opened.schema_arrow.names
+            _add(names, columns)
+            reading.check(columns, str(file))
             for column in columns:
                 if columns.count(column) > 1:
                     raise UserError(f"{file}: column `{column}` is there twice; remove one")
-            for batch in opened.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False):
-                yield from _to_rows(batch.select(columns))
+            for batch in opened.iter_batches(ROWS_AT_ONCE, use_threads=False):
+                yield from _to_rows(batch, may_be_read(reading.columns))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable parquet file: {_first_line(error)}") from None
     pyarrow.default_memory_pool().release_unused()
 
 
-def _to_rows(batch: pyarrow.RecordBatch) -> list[Row | Exception]:
-    """Return the rows of a batch; in place of a row that does not convert, such as text that is not UTF-8, its error."""
+def _to_rows(batch: pyarrow.RecordBatch | pyarrow.Table, read: set[str]) -> list[Row | Exception]:
+    """Return the rows of a batch; in place of a row that does not convert, such as text that is not UTF-8, its error.
+
+    read: names of the columns that matter. Of the others, a value that does not convert is left out of its row.
+    """
     try:
         return _short_floats(batch).to_pylist()
     except Exception as error:
-        if batch.num_rows == 1:
-            return [ValueError(f"cannot be read: {_first_line(error)}")]
-        return [row for index in range(batch.num_rows) for row in _to_rows(batch.slice(index, 1))]
+        if batch.num_rows > 1:
+            return [row for index in range(batch.num_rows) for row in _to_rows(batch.slice(index, 1), read)]
+        if batch.num_columns > 1:
+            parts = {name: _to_rows(batch.select([name]), read)[0] for name in batch.schema.names}
+            bad = [part for name, part in parts.items() if name in read and isinstance(part, Exception)]
+            if not bad:
+                return [{name: part[name] for name, part in parts.items() if not isinstance(part, Exception)}]
+            return bad[:1]
+        return [ValueError(f"cannot be read: {_first_line(error)}")]
 
 
 def _short_floats(rows: pyarrow.RecordBatch | pyarrow.Table) -> pyarrow.RecordBatch | pyarrow.Table:
@@ -155,7 +206,7 @@ def _short_floats(rows: pyarrow.RecordBatch | pyarrow.Table) -> pyarrow.RecordBa
     return rows
 
 
-def _read_json(file: Path, names: list[str]) -> Iterator[Row]:
+def _read_json(file: Path, names: list[str], reading: Reading) -> Iterator[Row]:
     """Read a JSON array of rows, or one row per line."""
     found, number = [], -1
     for number, row in enumerate(_parse_json(file)):
@@ -164,7 +215,7 @@ def _read_json(file: Path, names: list[str]) -> Iterator[Row]:
         _add(found, row)
         yield row
     if number >= 0:
-        require_columns(sorted(found), str(file))
+        reading.check(sorted(found), str(file))
     _add(names, found)
 
 
@@ -213,16 +264,15 @@ def _add(names: list[str], others: Iterable[str]) -> None:
     names += [name for name in others if name not in names]
 
 
-def _read_hub(name: str, split: str, path: str) -> HubRows:
+def _read_hub(name: str, split: str, path: str, reading: Reading) -> HubRows:
     import datasets  # slow to import, and only the hub needs it
 
     try:
         dataset = datasets.load_dataset(name, split=split)
     except Exception as error:  # network, authentication, unknown name or split: the library has a type for each
         raise UserError(f"{path}: neither a local file nor a hub dataset: {_first_line(error)}") from None
-    names = dataset.column_names
-    require_columns(names, path)
-    return HubRows(dataset.select_columns(to_load(names)).with_format("arrow"), names)
+    reading.check(dataset.column_names, path)
+    return HubRows(dataset, reading)
 
 
 def _with_folder(row: Row, folder: Path) -> Row:

@@ -1,7 +1,9 @@
 """Turns one dataset row into one prompt: text by the chat template, images by the model's own processor."""
 
+import copy
 import errno
 import hashlib
+import json
 import math
 import re
 from dataclasses import dataclass
@@ -17,12 +19,13 @@ from transformers import AutoTokenizer, BaseImageProcessor, PreTrainedTokenizerB
 
 from mssr.batch import Prompt
 from mssr.config.data_keys import DataConfig
-from mssr.data.columns import ignored_media, missing
+from mssr.data.columns import COLUMNS, Row, ignored_media, missing
+from mssr.data.conversation import IMAGE_MARKER, Turn, Unusable, is_sharegpt, read_completion, read_conversation
 from mssr.data.images import decode_image, image_bytes
 from mssr.data.processors import load_image_processor, with_pixel_limits
+from mssr.data.template import PromptTemplate
 from mssr.errors import BadRow, UserError, shortened
 
-IMAGE_MARKER = "<image>"  # where the problem's text puts an image (EasyR1 rows)
 # What marks an image, video or sound in other data sets, and would be read as text here: <video>, <image_1>, <|image|>
 OTHER_MARKER = re.compile(r"<\|?(image|img|video|audio|speech)([ _-]?(\d+|placeholder|token|here))?\|?>", re.IGNORECASE)
 STORAGE_FAILURES = {errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ENOTCONN}
@@ -57,19 +60,26 @@ def load_processors(path: str | Path) -> tuple[PreTrainedTokenizerBase, BaseImag
 class Problem:
     """A row that has been read and checked, with images not yet preprocessed.
 
+    text: of the problem, as in the row; of a conversation the last user turn.
+    turns: of the prompt, complete. conversation: whether the row came as messages, and own_system: with a system turn.
     images: the encoded files. pictures: the same, decoded.
+    columns: the row's other columns.
     """
 
     key: str
     text: str
     answer: str
     solution: str | None
+    turns: tuple[Turn, ...]
+    conversation: bool
+    own_system: bool
     images: tuple[bytes, ...]
     pictures: tuple[Image.Image, ...]
+    columns: dict[str, Any]
 
 
-class Unusable(Exception):
-    """Says why a row cannot be used; becomes a BadRow where the row's index is known."""
+class TooLong(Unusable):
+    """The prompt is longer than data.max_prompt_tokens."""
 
 
 def why_unusable(error: Exception) -> str:
@@ -89,19 +99,43 @@ class PromptEncoder:
     """Turns rows into prompts. `check` is the cheap part, which a dataset runs on every row at the start.
 
     image_processor: the model's own, with the run's pixel limits.
+    needs_answer: whether a row without an answer is refused.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, image_processor: BaseImageProcessor | None, config: DataConfig
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: BaseImageProcessor | None,
+        config: DataConfig,
+        *,
+        needs_answer: bool = True,
     ) -> None:
+        """Raises:
+        UserError: data.template or data.system_prompt cannot be used.
+        """
         self.tokenizer = tokenizer
         self.image_processor = None if image_processor is None else with_pixel_limits(image_processor, config)
         self.config = config
+        self.needs_answer = needs_answer
+        self._template = None if config.template is None else PromptTemplate(config.template)
         self.image_token = getattr(tokenizer, "image_token", None) or IMAGE_TOKEN
         token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.image_token_id = None if token_id == tokenizer.unk_token_id else token_id  # None: a text-only vocabulary
+        for key in ("system_prompt", "instruction"):
+            if IMAGE_MARKER in (getattr(config, key) or ""):
+                raise UserError(f"data.{key} contains {IMAGE_MARKER}, which marks the images of a row; remove it")
+        try:
+            self._check_text(config.system_prompt or "", "data.system_prompt")
+        except Unusable as why:
+            raise UserError(str(why)) from None
 
-    def encode(self, row: dict[str, Any], index: int, source: str) -> Prompt:
+    def without_answers(self) -> "PromptEncoder":
+        """Return a copy that takes rows without an answer: `mssr sft` imitates solutions."""
+        other = copy.copy(self)
+        other.needs_answer = False
+        return other
+
+    def encode(self, row: Row, index: int, source: str) -> Prompt:
         """Return the prompt of row `index` of `source`.
 
         Raises:
@@ -110,7 +144,7 @@ class PromptEncoder:
         try:
             problem = self._read(row)
             pixel_values, grid, tokens = self._preprocess(problem.pictures)
-            token_ids = torch.tensor(self._tokenize(problem.text, tokens))
+            token_ids, rendered = self._tokenize(problem.turns, tokens)
         except Exception as error:
             raise BadRow(index, source, why_unusable(error)) from None
         return Prompt(
@@ -119,55 +153,122 @@ class PromptEncoder:
             problem=problem.text,
             answer=problem.answer,
             solution=problem.solution,
-            token_ids=token_ids,
+            token_ids=torch.tensor(token_ids),
             pixel_values=pixel_values,
             image_grid_thw=grid,
             images=problem.images,
+            columns=problem.columns,
+            rendered=rendered,
+            source=source,
         )
 
-    def check(self, row: dict[str, Any]) -> Problem:
+    def check(self, row: Row) -> Problem:
         """Return the row, read. Refuses what `encode` would refuse, without preprocessing the images. Safe in threads.
 
         Raises:
             Unusable: the row cannot be used; says why and what to do.
         """
         problem = self._read(row)
-        self._tokenize(problem.text, [self._count_tokens(picture) for picture in problem.pictures])
+        self._tokenize(problem.turns, [self._count_tokens(picture) for picture in problem.pictures])
         return problem
 
-    def _read(self, row: dict[str, Any]) -> Problem:
+    def _read(self, row: Row) -> Problem:
         """Check the columns and decode the images."""
         if column := ignored_media(row):
             raise Unusable(
                 f"`{column}` holds something that is not read; only pictures in `images` are: "
                 "move pictures there, or remove the row or the column"
             )
-        text = self._text(row, "problem")
-        answer = self._text(row, "answer")
-        solution = None if missing(row.get("solution")) else self._text(row, "solution")
-        given = row.get("images")
-        given = given if isinstance(given, list) else [] if missing(given) else [given]
+        columns = {name: value for name, value in row.items() if name not in COLUMNS}
+        given = row.get("problem")
+        conversation = isinstance(given, list)
+        if conversation:
+            turns, solution = self._read_messages(given, columns)
+        else:
+            turns, solution = (Turn("user", self._text(given, "problem")),), None
+        answer = self._answer(row.get("answer"))
+        own = row.get("solution")
+        if solution is None and not missing(own):
+            solution = self._text(read_completion(own) if isinstance(own, list) else own, "solution")
+        *before, (_, text) = turns
+        made = text if self._template is None else self._check_text(self._template(text, columns), "data.template")
+        turns = (*before, Turn("user", made))
+        images = row.get("images")
+        images = images if isinstance(images, list) else [] if missing(images) else [images]
+        self._check_markers(turns, len(images))
+        # One user turn with the same text after it is the same prompt, whichever way it came.
+        alike = self.config.appended(conversation=conversation) == self.config.appended(conversation=False)
+        identity = made if len(turns) == 1 and alike else json.dumps(turns)
+        files, pictures = _load_images(images)
+        return Problem(
+            key=_content_key(files, identity),
+            text=text,
+            answer=answer,
+            solution=solution,
+            turns=self._complete(turns, len(images), conversation),
+            conversation=conversation,
+            own_system=turns[0].role == "system",
+            images=files,
+            pictures=pictures,
+            columns=columns,
+        )
+
+    def _read_messages(self, messages: list[Any], columns: dict[str, Any]) -> tuple[tuple[Turn, ...], str | None]:
+        """Return the turns of a conversation, and its last turn of the assistant as the solution."""
+        if columns.get("tools"):
+            raise Unusable("has `tools`, which no prompt would contain; remove the column, or the row")
+        turns, solution = read_conversation(messages)
+        system = columns.get("system")  # LLaMA-Factory's, beside `conversations`
+        if is_sharegpt(messages) and not missing(system) and turns[0].role != "system":
+            turns = (Turn("system", self._text(system, "system")), *turns)
+        for number, (role, text) in enumerate(turns, start=1):
+            self._check_text(text, f"message {number} ({role})")
+        return turns, None if solution is None else self._check_text(solution, "message of the assistant")
+
+    def _check_markers(self, turns: tuple[Turn, ...], images: int) -> None:
+        text = "\n".join(turn.text for turn in turns)
+        name = "data.template" if self._template else "`problem`"
         for marker in OTHER_MARKER.finditer(text):
             if marker[0] != IMAGE_MARKER:
-                raise Unusable(
-                    f"`problem` contains {marker[0]}, which nothing is put in for; only {IMAGE_MARKER} is read"
-                )
+                raise Unusable(f"{name} contains {marker[0]}, which nothing is put in for; only {IMAGE_MARKER} is read")
         markers = text.count(IMAGE_MARKER)
-        if markers and markers != len(given):
+        if markers and markers != images:
             raise Unusable(
-                f"image token mismatch: {markers} {IMAGE_MARKER} in `problem` but {len(given)} in `images`; "
+                f"image token mismatch: {markers} {IMAGE_MARKER} in {name} but {images} in `images`; "
                 "make them equal, or drop the markers to put all images first"
             )
-        if given and self.image_processor is None:
+        if images and self.image_processor is None:
             raise Unusable(
                 "has images, but model.path is a text-only model: it has no preprocessor_config.json; "
                 "use a vision-language model"
             )
-        images, pictures = _load_images(given)
-        return Problem(_content_key(images, text), text, answer, solution, images, pictures)
 
-    def _text(self, row: dict[str, Any], column: str) -> str:
-        value = row.get(column)
+    def _complete(self, turns: tuple[Turn, ...], images: int, conversation: bool) -> tuple[Turn, ...]:
+        """Return the turns with all markers, which come first where there are none, system turn and instruction."""
+        if not any(IMAGE_MARKER in turn.text for turn in turns):
+            first = next(place for place, turn in enumerate(turns) if turn.role == "user")
+            marked = Turn("user", IMAGE_MARKER * images + turns[first].text)
+            turns = (*turns[:first], marked, *turns[first + 1 :])
+        if appended := self.config.appended(conversation=conversation):
+            turns = (*turns[:-1], Turn("user", f"{turns[-1].text}\n{appended}"))
+        if self.config.system_prompt is not None and turns[0].role != "system":
+            turns = (Turn("system", self.config.system_prompt), *turns)
+        return turns
+
+    def _answer(self, value: Any) -> str:
+        """Return the answer as text; a list or object, such as boxes or several fields, as JSON."""
+        if missing(value) and not self.needs_answer:
+            return ""
+        if not isinstance(value, list | dict):
+            return self._text(value, "answer")
+        try:
+            return self._check_text(json.dumps(value, ensure_ascii=False, allow_nan=False), "`answer`")
+        except (TypeError, ValueError) as error:
+            raise Unusable(
+                f"`answer` cannot be written as JSON: {shortened(error)}; fix it or remove the row"
+            ) from None
+
+    def _text(self, value: Any, column: str) -> str:
         if missing(value):
             raise Unusable(f"`{column}` is missing or empty; fill it in or remove the row")
         if not isinstance(value, str | int | float | Decimal):
@@ -177,14 +278,17 @@ class PromptEncoder:
         # A float is 0.00001, as a person writes it, not 1e-05.
         number = Decimal(repr(float(value))) if isinstance(value, float) else value
         text = format(number, "f") if isinstance(number, Decimal) else str(number)
+        return self._check_text(text, f"`{column}`")
+
+    def _check_text(self, text: str, where: str) -> str:
         if half := SURROGATE.search(text):
             raise Unusable(
-                f"`{column}` contains half of a surrogate pair, \\u{ord(half[0]):04x}, at character {half.start()}, "
+                f"{where} contains half of a surrogate pair, \\u{ord(half[0]):04x}, at character {half.start()}, "
                 "which is no text; remove it"
             )
         for token in self._special_tokens:
             if token in text:
-                raise Unusable(f"`{column}` contains the special token {token}; remove it (images are marked <image>)")
+                raise Unusable(f"{where} contains the special token {token}; remove it (images are marked <image>)")
         return text
 
     @cached_property
@@ -210,18 +314,22 @@ class PromptEncoder:
         grid = features["image_grid_thw"]
         return features["pixel_values"], grid, (grid.prod(1) // self.image_processor.merge_size**2).tolist()
 
-    def _tokenize(self, text: str, image_tokens: list[int]) -> list[int]:
-        """Return the prompt's tokens. image_tokens: the number of tokens of each image."""
+    def _tokenize(self, turns: tuple[Turn, ...], image_tokens: list[int]) -> tuple[list[int], str]:
+        """Return the prompt's tokens, and its text. image_tokens: the number of tokens of each image."""
         rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": self._content(text, len(image_tokens))}],
+            [{"role": turn.role, "content": self._content(turn.text)} for turn in turns],
             tokenize=False,
             add_generation_prompt=True,
         )
         without_spaces = "".join(rendered.split())  # which a template may trim or change
-        if not all("".join(part.split()) in without_spaces for part in text.split(IMAGE_MARKER)):
-            raise Unusable(
-                "the chat template of model.path leaves out or changes `problem`; restore or replace the template"
-            )
+        for role, text in turns:
+            if role == "assistant":  # of earlier turns a template may leave out the thoughts
+                continue
+            if not all("".join(part.split()) in without_spaces for part in text.split(IMAGE_MARKER)):
+                what = "`problem`" if role == "user" else "the system turn"
+                raise Unusable(
+                    f"the chat template of model.path leaves out or changes {what}; restore or replace the template"
+                )
         ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         pads = ids.count(self.image_token_id)
         if pads != len(image_tokens):
@@ -234,23 +342,18 @@ class PromptEncoder:
         expanded = [copy for token in ids for copy in [token] * (next(counts) if token == self.image_token_id else 1)]
         limit = self.config.max_prompt_tokens
         if len(expanded) > limit:
-            raise Unusable(
+            raise TooLong(
                 f"prompt too long: {len(expanded)} tokens ({sum(image_tokens)} of images) > data.max_prompt_tokens "
                 f"{limit}; raise it, or lower data.max_pixels"
             )
-        return expanded
+        return expanded, rendered
 
-    def _content(self, text: str, images: int) -> str | list[dict[str, str]]:
-        """Return the user message: images at the markers (or first), the text, then the instruction."""
-        if IMAGE_MARKER not in text:
-            text = IMAGE_MARKER * images + text
-        parts = text.split(IMAGE_MARKER)
-        if self.config.instruction:
-            parts[-1] += "\n" + self.config.instruction
+    def _content(self, text: str) -> str | list[dict[str, str]]:
+        """Return the content of a message: the text, with images at the markers."""
         if self.image_processor is None:
-            return parts[0]  # templates of text-only models take nothing but a string
+            return text  # templates of text-only models take nothing but a string
         content = []
-        for number, part in enumerate(parts):
+        for number, part in enumerate(text.split(IMAGE_MARKER)):
             content += [{"type": "image"}] if number else []
             content += [{"type": "text", "text": part}] if part else []
         return content

@@ -52,8 +52,8 @@ def _train(run: Run, book: Bookkeeping) -> None:
     peak = peak_tflops(world.device, config.log.peak_tflops)
     reference = make_reference(config.algorithm, config.model, engine)
 
-    first_step = book.start(engine, {"tracker": tracker, "lengths": rollout_phase.lengths})
-    rollout_phase.prepare(first_step)
+    first_step = book.start(engine, {"tracker": tracker} | rollout_phase.parts)
+    rollout_phase.begin(first_step)
 
     # A new run starts with a validation and with rollouts of every prompt for the tracker.
     if book.is_new:
@@ -114,6 +114,7 @@ def _train(run: Run, book: Bookkeeping) -> None:
             metrics |= outcome_metrics(outcomes)
             if algorithm.tracked and any(update.applied for update in updates):
                 metrics |= track(tracker, share, rollouts, batch, outcomes.reward, drift, updates)
+            metrics |= rollout_phase.drop_solved(step + 1)
 
             # Count costs, validate, record, save a checkpoint.
             done = step + 1

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from mssr.algorithms.prompt_sampling import PrioritisedSampler
 from mssr.algorithms.value_tracker import ValueTracker
 from mssr.batch import GradedRollouts, Prompt, Rollouts
 from mssr.data.sampler import PromptSampler
+from mssr.data.solved import UnsolvedSampler
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.engine import PolicyEngine
@@ -80,21 +82,28 @@ class _Sampled:
 class RolloutPhase:
     """Owns the sampler: makes room for it, syncs its weights, and returns each step's rollouts.
 
-    lengths: of past responses, to start the longest expected ones first. Part of a checkpoint.
+    lengths: of past responses, to start the longest expected ones first.
+    parts: what belongs in a checkpoint, by name, each with state_dict and load_state_dict.
     """
 
     def __init__(self, run: Run, engine: PolicyEngine, share: Shares, tracker: ValueTracker) -> None:
-        """tracker: for prioritised sampling."""
+        """tracker: for prioritised sampling, and to leave out what is solved."""
         self.lengths = ResponseLengths()
         self._run, self._engine, self._share = run, engine, share
         self._config = run.config.rollout
         self._rounds = run.config.algorithm.dynamic_sampling
         count, seed = self._config.prompts_per_step, run.config.seed
         self._prioritised = run.config.algorithm.prompt_sampling == "prioritised"
+        problems, solved = run.problems, run.config.data.drop_solved
         if self._prioritised:
-            self._rows = PrioritisedSampler(run.problems.keys, tracker, count, seed)
+            self._rows = PrioritisedSampler(problems.keys, tracker, count, seed, problems.parts)
+        elif solved is not None:
+            self._rows = UnsolvedSampler(problems.keys, tracker, solved, count, seed, problems.parts)
         else:
-            self._rows = PromptSampler(len(run.problems), count, seed)
+            self._rows = PromptSampler(len(problems), count, seed, problems.parts)
+        self.parts: dict[str, Any] = {"lengths": self.lengths}
+        if isinstance(self._rows, UnsolvedSampler):
+            self.parts["solved"] = self._rows
         self._rollout = run.rollout_engine(engine.policy)
         self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout")
         self._next: Future[_Sampled] | None = None
@@ -125,7 +134,10 @@ class RolloutPhase:
             taken = self._graded(sampled, clock)
         rollouts = taken.rollouts
         refuse_other_weights(rollouts, step, version=step if coming is None else step - 1)
-        self.lengths.observe(self._share.gather_list(rollouts.keys), self._share.gather(rollouts.lengths).tolist())
+        keys = self._share.gather_list(rollouts.keys)
+        self.lengths.observe(keys, self._share.gather(rollouts.lengths).tolist())
+        if isinstance(self._rows, UnsolvedSampler):
+            self._rows.observe(keys)
         if self._config.one_step_off and step + 1 < self._run.config.train.steps:
             with clock("data"):
                 request = self._request(step + 1, self._rows.rows(step + 1))
@@ -134,6 +146,33 @@ class RolloutPhase:
                     self._rollout.update_weights(self._engine.policy, step)
             self._next = self._beside.submit(self._generate, request)
         return taken
+
+    def begin(self, step: int) -> None:
+        """Prepare the first step, new or resumed."""
+        self.drop_solved(step)
+        self._report()
+        self.prepare(step)
+
+    def drop_solved(self, step: int) -> dict[str, float]:
+        """Decide which rows are solved in the epochs that may be asked for in `step`. Call it before the step, after the
+        tracker has seen the one before. Return data/solved, the number of rows that are left out, if any can be.
+        """
+        if not isinstance(self._rows, UnsolvedSampler):
+            return {}
+        were_all = self._rows.all_solved
+        # One step ahead is prepared; with servers its prompts are already answered, and the next one's prepared.
+        if self._rows.decide(step + (2 if self._config.one_step_off else 1)):
+            self._report()
+        if self._rows.all_solved and not were_all:
+            self._run.activity.say(
+                f"data.drop_solved: all prompts but {self._config.prompts_per_step}, those of a step, are left out; "
+                "these are drawn in every step from now on"
+            )
+        return {"data/solved": float(len(self._rows.solved))}
+
+    def _report(self) -> None:
+        solved = self._rows.solved if isinstance(self._rows, UnsolvedSampler) else None
+        self._run.report_data(self._run.problems, solved)
 
     def _now(self, step: int, clock: Stopwatch) -> StepRollouts:
         rows = self._rows.rows(step)

@@ -1,7 +1,7 @@
 """Set-up that all commands share: processes, data, policy, sampler, reward, metrics."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +10,14 @@ import torch
 
 from mssr.batch import GradedRollouts, Rollouts
 from mssr.config import Config, load_config, yaml_1_2
+from mssr.config.data_keys import Files, written
 from mssr.config.resolve import dtype_name, engine_name
 from mssr.config.schema import OptimizerConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.data.processors import processors_to_save
 from mssr.data.prompts import PromptEncoder, load_processors
+from mssr.data.report import write_data_report
+from mssr.data.solved import Solved
 from mssr.distributed import World, require_device, start_world
 from mssr.errors import UserError
 from mssr.evaluation.evaluate import Evaluation, evaluate
@@ -60,12 +63,24 @@ class Run(AbstractContextManager):
     def held_out(self) -> ProblemDataset | None:
         return None if self.config.data.val is None else self.dataset(self.config.data.val)
 
-    def dataset(self, path: str) -> ProblemDataset:
+    def dataset(self, sources: Files, *, needs_answer: bool = True) -> ProblemDataset:
         """Open a dataset until the end of the run. Collective: the ranks check its rows together."""
-        with self.activity(f"checking the rows of {path}") as advance:
-            problems = ProblemDataset(path, self._encoder, self.config.data, self.world, advance)
+        encoder = self._encoder if needs_answer else self._encoder.without_answers()
+        with self.activity(f"checking the rows of {written(sources)}") as advance:
+            problems = ProblemDataset(sources, encoder, self.config.data, self.world, advance)
         self._open.callback(problems.close)
         return problems
+
+    def report_data(self, trained: ProblemDataset, solved: Mapping[int, Solved] | None = None) -> None:
+        """Write data_report.json. Collective; after `lock_folder`.
+
+        trained: the training data. solved: what `data.drop_solved` leaves out of it.
+        """
+        datasets = {"train": trained, "val": self.held_out}
+        run_dir = self.config.run_dir
+        self.world.on_main(
+            lambda: write_data_report(run_dir, datasets, solved), f"run_dir {run_dir}: cannot be written"
+        )
 
     def policy_engine(self, optimizer: OptimizerConfig, *, temperature: float, total_updates: int) -> PolicyEngine:
         model, train = self.config.model, self.config.train

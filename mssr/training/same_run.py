@@ -7,13 +7,16 @@ from typing import Any
 from transformers.utils import cached_file
 
 from mssr.config import Config
+from mssr.config.data_keys import written
 from mssr.data.dataset import ProblemDataset
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 
 # Other values would make other prompts, or draw others in a step, so that neither tracker nor metrics would fit.
-_PROMPTS = ("seed", "data.instruction", "data.min_pixels", "data.max_pixels")
+_PROMPTS = (
+    "seed", "data.system_prompt", "data.template", "data.instruction", "data.min_pixels", "data.max_pixels",
+)  # fmt: skip
 FIXED = {
-    "train": (*_PROMPTS, "rollout.prompts_per_step", "rollout.responses_per_prompt"),
+    "train": (*_PROMPTS, "data.drop_solved", "rollout.prompts_per_step", "rollout.responses_per_prompt"),
     "sft": (*_PROMPTS, "sft.batch_size"),
 }
 _BY_CONTENT = ("run_dir", "model.path", "data.train", "sft.data")  # a folder may have moved
@@ -37,7 +40,11 @@ class SameRun:
 
     def __init__(self, command: str, config: Config) -> None:
         self._command, self._config = command, config
-        self._settings = flat(config.model_dump(mode="json"))
+        self._settings = flat(config.model_dump(mode="json")) | {
+            "data.train": written(config.data.train),
+            "sft.data": config.sft.data and written(config.sft.data),
+            "data.template": config.data.template and Path(config.data.template).read_text(encoding="utf-8"),
+        }
         # A folder may change while the run trains; a model of the hub does not, and need not have been loaded yet.
         folder = Path(config.model.path)
         self._model = model_fingerprint(str(folder)) if folder.is_dir() else None
@@ -68,8 +75,9 @@ class SameRun:
         for key in FIXED[self._command]:
             there, here = saved["settings"].get(key), self._settings.get(key)
             if there != here:
+                here, there = shortened(repr(here), 300), shortened(repr(there), 300)
                 raise UserError(
-                    f"{key} is {here!r}, the checkpoint's run had {there!r}; resume with that, or set another run_dir"
+                    f"{key} is {here}, the checkpoint's run had {there}; resume with that, or set another run_dir"
                 )
 
     def refuse_other_start(self, saved: dict[str, Any], data: str) -> None:

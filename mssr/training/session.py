@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from typing import Any
 
 from mssr.data.dataset import ProblemDataset
+from mssr.data.report import DATA_REPORT
 from mssr.errors import Interrupted
 from mssr.observe.metrics import TENSORBOARD
 from mssr.observe.rollouts import FOLDER as ROLLOUTS
@@ -42,7 +43,7 @@ class Session(AbstractContextManager):
                 self._same.refuse_other_settings(self.saved["same_run"])
                 step = self.saved["step"]
                 self._interruptions.kept = f"ended before another step; go on from step {step} with --resume"
-            others, folders = checkpoints.foreign_outputs(), [FOLDER]
+            others, folders = [*checkpoints.foreign_outputs(), DATA_REPORT], [FOLDER]
             if run.config.log.tensorboard:
                 folders.append(TENSORBOARD)
             if command == "train":

@@ -52,13 +52,14 @@ class LastValidation:
 
 def _sft(run: Run, session: Session) -> dict[str, float]:
     config, settings, world = run.config, run.config.sft, run.world
-    problems = run.dataset(settings.data) if settings.data else run.problems
-    sampler = PromptSampler(len(problems), settings.batch_size, config.seed)
+    problems = run.dataset(settings.data or config.data.train, needs_answer=False)
+    sampler = PromptSampler(len(problems), settings.batch_size, config.seed, problems.parts)
     share = Shares(settings.batch_size, settings.batch_size, world, key="sft.batch_size")
     engine = run.policy_engine(settings.optimizer, temperature=1.0, total_updates=settings.steps)
     rollout = run.rollout_engine(engine.policy)
     validation = LastValidation()
     first_step = session.start(engine, problems, {"validation": validation})
+    run.report_data(problems)
     steps = range(first_step, settings.steps)
     if why := _why_ended(settings, first_step, validation):
         session.say_nothing_to_do(first_step, why)
@@ -76,7 +77,7 @@ def _sft(run: Run, session: Session) -> dict[str, float]:
             clock = Stopwatch(world.device)
             prompts = problems.load(own_rows(step))
             problems.begin(own_rows(step + 1))  # in the background
-            batch = demonstrations(prompts, run.tokenizer, problems.source)
+            batch = demonstrations(prompts, run.tokenizer)
             stats = engine.update(batch, CrossEntropy())
             logp, tokens = world.sum(torch.stack([stats.logp.sum().double(), batch.mask.sum().double()])).tolist()
             values = {
@@ -111,7 +112,7 @@ def _why_ended(settings: SftConfig, done: int, validation: LastValidation) -> st
     return f"sft.steps is {settings.steps}; raise it to train on" if done >= settings.steps else None
 
 
-def demonstrations(prompts: list[Prompt], tokenizer, source: str) -> Sequences:
+def demonstrations(prompts: list[Prompt], tokenizer) -> Sequences:
     """Return each row's solution as the response to its prompt, end token included.
 
     Raises:
@@ -120,7 +121,7 @@ def demonstrations(prompts: list[Prompt], tokenizer, source: str) -> Sequences:
     for prompt in prompts:
         if not prompt.solution:
             raise BadRow(
-                prompt.row, source, "no `solution` to imitate; add the column, or train with `mssr train` alone"
+                prompt.row, prompt.source, "no `solution` to imitate; add the column, or train with `mssr train` alone"
             )
     encoded = tokenizer([prompt.solution for prompt in prompts], add_special_tokens=False)["input_ids"]
     return Sequences.of(prompts, [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in encoded])

@@ -28,10 +28,12 @@ def write(tmp_path, request):
     return make
 
 
-def test_other_columns_are_named_once(make_dataset, write, capsys):
-    file = write([ROW | {"problem": f"{n}?", "id": n, "subject": "art", "images": []} for n in range(3)])
-    assert len(make_dataset(file)) == 3
-    assert capsys.readouterr().err == f"mssr: {file}: columns that are not read: id, subject\n"
+def test_other_columns_are_named_once_and_kept_for_the_reward(make_dataset, write, capsys):
+    others = [{"id": n, "subject": "art", "boxes": [[n, 0.5]], "meta": {"of": None}} for n in range(3)]
+    file = write([ROW | {"problem": f"{n}?", "images": []} | other for n, other in enumerate(others)])
+    assert [prompt.columns for prompt in make_dataset(file)] == others
+    said = f"mssr: {file}: columns besides the problem, for the reward: id, subject, boxes, meta\n"
+    assert capsys.readouterr().err == said
 
 
 def test_nothing_is_said_when_all_is_read(make_dataset, write, capsys):
@@ -52,7 +54,7 @@ def test_our_name_comes_first_and_an_empty_one_does_not_hide_the_other(make_data
     rows = [{"images": "0.png", "image": "1.png"}, {"images": None, "image": "1.png"}]
     first, second = make_dataset(write([ROW | row | {"problem": f"{n}?"} for n, row in enumerate(rows)]))
     assert first.images == (png(seed=0),) and second.images == (png(seed=1),)
-    assert "not read: image (where images is filled)\n" in capsys.readouterr().err
+    assert "for the reward: image (where images is filled)\n" in capsys.readouterr().err
 
 
 MEDIA = ["videos", "video", "video_path", "videoPath", "audio", "audios", "input_audio", "clip_mp4"]

@@ -241,7 +241,7 @@ def test_sources_that_cannot_be_read(make_dataset, tmp_path, rows):
     column = write_rows(tmp_path / "column.parquet", [{"images": [], "problem": "?", "label": 1}])
     assert error(make_dataset, column) == (
         f"{column}: no column `answer` (found: images, problem, label); "
-        "rows need `problem` and `answer`, and `images` where there are any"
+        "rows need `problem` and `answer`, and `images` where there are any; other names: data.columns.answer=NAME"
     )
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"problem": "?", "answer": 1}\n{"problem": ')

@@ -54,10 +54,10 @@ def test_errors_that_nobody_foresaw(make_dataset, make_encoder, tmp_path, monkey
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (GOOD, GOOD | {"problem": "odd"})))
     tokenize = PromptEncoder._tokenize
 
-    def breaks(self, text, images):
-        if text == "odd":
+    def breaks(self, turns, images):
+        if turns[0].text.startswith("odd"):
             raise RuntimeError("an error of a library\n" + "x" * 5000)
-        return tokenize(self, text, images)
+        return tokenize(self, turns, images)
 
     monkeypatch.setattr(PromptEncoder, "_tokenize", breaks)
     (reason,) = skipped(make_dataset, tmp_path / "a.jsonl")

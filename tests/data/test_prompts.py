@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 
 import numpy as np
 import pytest
@@ -123,7 +124,20 @@ def test_missing_text(make_encoder, column, value):
 
 
 def test_text_of_the_wrong_type(make_encoder):
-    assert refusal(make_encoder(), row(answer=["3"])) == "`answer` is a list; it must be text or a number"
+    assert refusal(make_encoder(), row(solution={"a": 1})) == "`solution` is a dict; it must be text or a number"
+    assert refusal(make_encoder(), row(answer=[b"3"])).startswith("`answer` cannot be written as JSON: Object of type b")
+
+
+@pytest.mark.parametrize("answer", [["3"], [], {"box": [1, 2.5], "name": "Ä"}, [[0.1, None]]])
+def test_an_answer_of_several_parts_is_json(make_encoder, answer):
+    text = make_encoder().encode(row(answer=answer), 0, "s").answer
+    assert json.loads(text) == answer and "\\u" not in text
+
+
+def test_an_answer_that_no_reward_needs(make_encoder):
+    encoder = make_encoder().without_answers()
+    assert [encoder.encode(row(answer=empty), 0, "s").answer for empty in (None, "", 7)] == ["", "", "7"]
+    assert refusal(make_encoder(), row(answer=None)).startswith("`answer` is missing or empty")
 
 
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|im_end|>"])

@@ -251,9 +251,8 @@ def test_damaged_images_are_named_by_their_row(make_dataset, png, tmp_path, sche
 BROKEN_ROWS = {
     "answer missing": ({"answer": None}, "`answer` is missing or empty"),
     "answer blank": ({"answer": " "}, "`answer` is missing or empty"),
-    "answers": ({"answer": ["A", "B"]}, "`answer` is a list; it must be text or a number"),
-    "answer object": ({"answer": {"value": {"a": [1]}}}, "`answer` is a dict; it must be text or a number"),
-    "problem list": ({"problem": [{"role": "user"}]}, "`problem` is a list; it must be text or a number"),
+    "problem list": ({"problem": ["a"]}, "`problem` is a list whose item 1 is no message"),
+    "problem object": ({"problem": {"role": "user"}}, "`problem` is a dict; it must be text or a number"),
     "no problem": ({"problem": None}, "`problem` is missing or empty"),
     "no image in a list": ({"images": [None]}, "image 1 of 1 is unreadable: is a NoneType"),
     "list in a list": ({"images": [["a.png"]]}, "image 1 of 1 is unreadable: is a list"),
@@ -283,11 +282,11 @@ def test_broken_rows_are_named_by_index_and_counted(make_dataset, png, tmp_path,
     assert line.endswith(f"; and {len(BROKEN_ROWS) - 5} more")
 
 
-def test_a_list_of_answers_in_parquet(make_dataset, png, tmp_path):
+def test_a_list_of_answers_in_parquet(make_dataset, png, tmp_path, capsys):
     table = pyarrow.table({"question": ["a?", "b?"], "answer": [["A"], ["B", "C"]]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="2 of 2 rows cannot be used: row 0: `answer` is a list; .*; row 1: `answer`"):
-        make_dataset(tmp_path / "a.parquet")
+    assert [prompt.answer for prompt in make_dataset(tmp_path / "a.parquet")] == ['["A"]', '["B", "C"]']
+    assert "2 of 2 answers are lists or objects; the reward gets JSON\n" in capsys.readouterr().err
 
 
 def test_a_truncated_file(make_dataset, problems, tmp_path):

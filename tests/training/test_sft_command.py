@@ -29,7 +29,7 @@ def test_a_demonstration_is_the_solution_with_its_end_and_no_padding(material):
     prompts = [
         Prompt(str(row), row, "?", "?", text, torch.tensor([1]), None, None, ()) for row, text in enumerate(solutions)
     ]
-    batch = demonstrations(prompts, tokenizer, "here")
+    batch = demonstrations(prompts, tokenizer)
     for row, text in enumerate(solutions):
         *words, end = batch.tokens[row][batch.mask[row]].tolist()
         assert tokenizer.decode(words) == text and end == tokenizer.eos_token_id
