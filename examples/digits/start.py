@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,9 @@ from examples.digits.problems import MOST_DIGITS, write_digits
 from examples.tiny import start as tiny
 from mssr.config import Config, load_config
 from mssr.config.section import Section
-from mssr.data.files import open_rows
 from mssr.errors import UserError
 from mssr.outputs import set_aside
 
-CORPUS_ROWS = 1000
 MARKER = "digits_start.json"
 _SPLITS = ("train", "val", "test")
 
@@ -109,11 +106,9 @@ def warm_start(
 
     files: from `write_problems`. log: file for the output of `mssr sft`; None: this process's output.
     """
-    rows = islice(open_rows(str(files["train"])), CORPUS_ROWS)
-    examples = [(row["problem"], row["solution"]) for row in rows]
     sizes = {name: getattr(settings, name) for name in ("hidden", "layers", "vision_layers")}
     overrides = _warm_start_overrides(folder, files, seed, overrides)
-    return tiny.warm_start(folder, config_file, overrides, examples, seed=seed, ranks=ranks, log=log, **sizes)
+    return tiny.warm_start(folder, config_file, overrides, ranks=ranks, log=log, **sizes)
 
 
 def _warm_start_overrides(folder: Path, files: Mapping[str, Path], seed: int, overrides: Sequence[str]) -> list[str]:

@@ -3,36 +3,37 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from mssr.config import load_config
-from mssr.config.data_keys import DataConfig
+from mssr.config.data_keys import DataConfig, weights_of
+from mssr.data.files import Reading, open_rows
 from mssr.errors import Interrupted, UserError
 from mssr.guard import Guarded
+
+CORPUS_ROWS = 1000
 
 
 def warm_start(
     folder: Path,
     config_file: Path,
     overrides: Sequence[str],
-    examples: Iterable[tuple[str, str]],
     *,
-    seed: int,
     ranks: int = 1,
     log: Path | None = None,
     **sizes: int,
 ) -> Path:
-    """Write a tiny random model, `folder/untrained`, and train it on `solution`s; return `folder/sft/model`.
+    """Write a tiny random model, `folder/untrained`, and train it by `mssr sft`; return `folder/sft/model`.
 
-    overrides: from `warm_start_overrides`. examples: problem and solution of rows, for the tokenizer.
-    log: file for the output of `mssr sft`; None: this process's output. sizes: as `write_tiny_model` takes them.
+    overrides: from `warm_start_overrides`. sizes: as `write_tiny_model` takes them.
+    log: file for the output of `mssr sft`; None: this process's output.
     """
     from examples.tiny.model import write_tiny_model  # imports for seconds; a mistake in a study's file shows first
 
-    texts = corpus(examples, load_config(config_file, overrides).data)
-    write_tiny_model(folder / "untrained", texts, seed=seed, **sizes)
+    config = load_config(config_file, overrides)
+    write_tiny_model(folder / "untrained", corpus(config.data), seed=config.seed, **sizes)
     launch("sft", config_file, overrides, ranks=ranks, log=log)
     return folder / "sft" / "model"
 
@@ -43,11 +44,15 @@ def warm_start_overrides(folder: Path, overrides: Sequence[str]) -> list[str]:
     return [engine, *overrides, f"model.path={folder / 'untrained'}", f"run_dir={folder / 'sft'}"]
 
 
-def corpus(examples: Iterable[tuple[str, str]], config: DataConfig) -> list[str]:
-    """Return texts for training the tokenizer: problems, solutions, and the fixed text around them."""
+def corpus(config: DataConfig) -> list[str]:
+    """Return texts for training the tokenizer: problems and solutions of `data.train`, and the fixed text around them."""
     fixed = ["user\n", "assistant\n", "\n" + config.appended(conversation=False)]
     fixed += [f"system\n{config.system_prompt}"] if config.system_prompt else []
-    return [text for problem, solution in examples for text in (problem.removeprefix("<image>"), solution, *fixed)]
+    source = next(iter(weights_of(config.train)))
+    texts = []
+    for row in islice(open_rows(source, reading=Reading(config.columns_of(source))), CORPUS_ROWS):
+        texts += [row["problem"].removeprefix("<image>"), row["solution"], *fixed]
+    return texts
 
 
 def launch(
