@@ -14,7 +14,7 @@ import mssr.environment  # noqa: F401  first, as in mssr.cli  # isort: skip
 import torch
 from transformers import AutoConfig, PretrainedConfig, Qwen2VLImageProcessorPil
 
-from examples.digits.tiny_model import train_tokenizer
+from examples.tiny.model import train_tokenizer
 from mssr.config import Config, validate_config
 from mssr.distributed import World, free_port, start_world
 from mssr.policy.engine import PolicyEngine

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mssr.extras  # noqa: F401  first: it says in one line which library is missing  # isort: skip
 from datasets import Dataset
-from digits.tiny_model import write_tiny_model
+from tiny.model import write_tiny_model
 from transformers import PrinterCallback
 
 from mssr.integrations.trl.single_rollout import MSSRConfig, MSSRTrainer

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from examples.digits.problems import write_digits
-from examples.digits.tiny_model import write_tiny_model
+from examples.tiny.model import write_tiny_model
 from mssr.data.files import open_rows
 
 INSTRUCTION = "Box the answer."

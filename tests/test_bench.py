@@ -13,7 +13,7 @@ from bench import machine, models, step, step_case, sync, sync_case, tables, tol
 from bench.estimate_models import step_bytes
 from bench.jobs import Package
 from bench.report import load
-from examples.digits.tiny_model import train_tokenizer
+from examples.tiny.model import train_tokenizer
 from mssr.distributed import start_world
 
 

@@ -16,6 +16,7 @@ CONFIG_PAGE = runpy.run_path(str(ROOT / "docs/config_page.py"))
 PAGES = [
     ROOT / "README.md",
     ROOT / "kernels/README.md",
+    ROOT / "examples/own_reward/README.md",
     ROOT / "tests/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]

@@ -16,7 +16,8 @@ from pathlib import Path
 import mssr.extras  # noqa: F401  first: it says in one line which library is missing  # isort: skip
 import torch
 
-from examples.digits.start import launch, warm_start, write_problems
+from examples.digits.start import warm_start, write_problems
+from examples.tiny.start import launch
 from mssr.cli import run_command  # also sets environment variables for the commands
 from mssr.config import Config, load_config
 from mssr.config.paths import path_for

@@ -7,9 +7,6 @@ The demo trains one; a study trains one per seed, which all of its arms start fr
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +15,12 @@ from typing import Any
 from pydantic import Field
 
 from examples.digits.problems import MOST_DIGITS, write_digits
+from examples.tiny import start as tiny
 from mssr.config import Config, load_config
 from mssr.config.section import Section
-from mssr.data.files import open_rows
-from mssr.errors import Interrupted, UserError
-from mssr.guard import Guarded
+from mssr.errors import UserError
 from mssr.outputs import set_aside
 
-CORPUS_ROWS = 1000
 MARKER = "digits_start.json"
 _SPLITS = ("train", "val", "test")
 
@@ -111,66 +106,14 @@ def warm_start(
 
     files: from `write_problems`. log: file for the output of `mssr sft`; None: this process's output.
     """
-    from examples.digits.tiny_model import (
-        write_tiny_model,
-    )  # imports for seconds; a mistake in a study's file shows first
-
+    sizes = {name: getattr(settings, name) for name in ("hidden", "layers", "vision_layers")}
     overrides = _warm_start_overrides(folder, files, seed, overrides)
-    write_tiny_model(
-        folder / "untrained",
-        corpus(files["train"], load_config(config_file, overrides)),
-        seed=seed,
-        hidden=settings.hidden,
-        layers=settings.layers,
-        vision_layers=settings.vision_layers,
-    )
-    launch("sft", config_file, overrides, ranks=ranks, log=log)
-    return folder / "sft" / "model"
-
-
-def launch(
-    command: str, config_file: Path, overrides: Sequence[str], *, ranks: int = 1, log: Path | None = None
-) -> None:
-    """Run `mssr COMMAND CONFIG KEY=VALUE ...` in its own processes, which end with this one.
-
-    Raises:
-        UserError: the command failed.
-        Interrupted: a signal ended it.
-    """
-    launcher = ["-m", "mssr.launch", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    full = [sys.executable, *launcher, "-m", "mssr", command, str(config_file), *overrides]
-    if log is None:
-        code = Guarded(full).finish()
-    else:
-        with log.open("w", encoding="utf-8") as file:
-            code = Guarded(full, stdout=file, stderr=subprocess.STDOUT).finish()
-    if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-        raise Interrupted(code - 128, "stopped")
-    if code:
-        raise UserError(f"mssr {command} failed, see {log or 'above'}")
-
-
-def corpus(train_file: Path, config: Config) -> list[str]:
-    """Return texts for training the tokenizer: the training problems and the fixed text around them."""
-    rows = open_rows(str(train_file))
-    fixed = ["user\n", "assistant\n", "\n" + config.data.appended(conversation=False)]
-    texts = []
-    for index in range(min(CORPUS_ROWS, len(rows))):
-        row = rows[index]
-        texts += [row["problem"].removeprefix("<image>"), row["solution"], *fixed]
-    return texts
+    return tiny.warm_start(folder, config_file, overrides, ranks=ranks, log=log, **sizes)
 
 
 def _warm_start_overrides(folder: Path, files: Mapping[str, Path], seed: int, overrides: Sequence[str]) -> list[str]:
-    return [
-        "rollout.engine=hf",  # its few validations take less time than starting vLLM
-        f"seed={seed}",
-        f"data.train={files['train']}",
-        f"data.val={files['val']}",
-        *overrides,
-        f"model.path={folder / 'untrained'}",
-        f"run_dir={folder / 'sft'}",
-    ]
+    data = [f"seed={seed}", f"data.train={files['train']}", f"data.val={files['val']}"]
+    return tiny.warm_start_overrides(folder, [*data, *overrides])
 
 
 def _made_from(config: Config, settings: DigitsSettings) -> dict[str, Any]:

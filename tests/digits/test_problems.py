@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from transformers import Qwen2VLImageProcessorPil
 
 from examples.digits.problems import main, split_scans, write_digits
-from examples.digits.tiny_model import train_tokenizer
+from examples.tiny.model import train_tokenizer
 from mssr.config.data_keys import DataConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.data.prompts import PromptEncoder

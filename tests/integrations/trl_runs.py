@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from examples.digits.tiny_model import write_tiny_model
+from examples.tiny.model import write_tiny_model
 
 SETTINGS = dict(
     per_device_train_batch_size=8,

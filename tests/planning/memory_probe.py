@@ -82,7 +82,7 @@ def wide_model(folder: Path, *, hidden: int = 448, layers: int = 4, vocabulary: 
     from policy_helpers import digit_rows, model_dir
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
-    from examples.digits.tiny_model import write_tiny_model
+    from examples.tiny.model import write_tiny_model
 
     model_dir()
     corpus = [row["problem"] + row["solution"] for row in digit_rows()]

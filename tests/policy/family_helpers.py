@@ -7,7 +7,7 @@ from policy_helpers import DATA, LOWEST, PICTURE_SIZES, _resized, digit_rows, pl
 from torch import Tensor
 from transformers import AutoConfig
 
-from examples.digits.tiny_model import write_tiny_model
+from examples.tiny.model import write_tiny_model
 from mssr.batch import Prompt, Sequences, pad_rows
 from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.policy.families import FAMILIES, family_of

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from examples.digits.problems import write_digits
-from examples.digits.tiny_model import write_tiny_model
+from examples.tiny.model import write_tiny_model
 from mssr.batch import Prompt, Sequences, UpdateBatch, pad_rows
 from mssr.config import Config, validate_config
 from mssr.config.data_keys import DataConfig
