@@ -1,8 +1,8 @@
 """Processes that do not outlive the one that started them, however it ends: `kill -9` included.
 
 `Guarded` starts this file as a small process in a session of its own, which runs the command and holds the reading end of a
-pipe. When the pipe closes, because its only writer has died, the guard ends the command and all that it started: on Linux
-also what left its session, such as a daemon.
+pipe. When the pipe closes, because its only writer has died, the guard ends the command. All that the command started ends
+with it: on Linux also what left its session, such as a daemon.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from pathlib import Path
 
 GRACE_S = 60.0  # between SIGTERM and SIGKILL: a training run saves its step
 _FOR_THE_COMMAND = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the guard outlives them
+_AT_ONCE = b"!"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of linux/prctl.h
 
 
@@ -55,6 +56,12 @@ class Guarded(subprocess.Popen):
                 self.wait()
                 raise
 
+    def kill(self) -> None:
+        """End the command, and all that it started, without grace; `wait` returns when that is done."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            self._lifeline.write(_AT_ONCE)
+            self._lifeline.flush()
+
     def _signal(self, number: int) -> None:
         if self.poll() is None:  # else the id may be another process's by now
             os.killpg(self.pid, number)
@@ -85,8 +92,7 @@ def main(lifeline: int, command: list[str]) -> None:
     orphaned = threading.Event()
     threading.Thread(target=_end_when_orphaned, args=(lifeline, child, orphaned), daemon=True).start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if orphaned.is_set():
-        _kill_the_rest()
+    _kill_the_rest(orphaned.is_set())
     if code < 0:  # end as the command did
         if -code not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(-code, signal.SIG_DFL)
@@ -108,21 +114,24 @@ def _become(command: list[str], lifeline: int) -> None:
 
 
 def _end_when_orphaned(lifeline: int, child: int, orphaned: threading.Event) -> None:
-    os.read(lifeline, 1)
+    said = os.read(lifeline, 1)
     orphaned.set()
-    os.killpg(0, signal.SIGTERM)
-    time.sleep(GRACE_S)
+    if said != _AT_ONCE:
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(GRACE_S)
     os.kill(child, signal.SIGKILL)  # if it had ended, so would this process have
 
 
-def _kill_the_rest() -> None:
+def _kill_the_rest(orphaned: bool) -> None:
     """Kill what the ended command left behind: on Linux it has become a child of this process, its subreaper."""
-    with contextlib.suppress(FileNotFoundError):  # not Linux
+    try:
         while children := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
             for child in children:
                 os.kill(int(child), signal.SIGKILL)
             os.wait()
-    os.killpg(0, signal.SIGKILL)
+    except FileNotFoundError:  # not Linux
+        if orphaned:  # else the exit status would be lost
+            os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
