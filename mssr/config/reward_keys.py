@@ -14,10 +14,13 @@ _BLIND = ("format", "overlong")  # built-in functions that do not look at the an
 
 
 class NamedFunction(NamedTuple):
-    """A reward function as configured. reference: a built-in's name, `file.py:name` or `package.module:name`."""
+    """A reward function as configured.
+
+    reference: a built-in's name, `file.py:name` or `package.module:name`. timeout_s: its own, instead of the section's.
+    """
 
     reference: str
-    timeout_s: float
+    timeout_s: float | None
     options: dict[str, Any]
 
     @property
@@ -104,9 +107,9 @@ class RewardConfig(Section):
 
     def _named(self, entry: str | dict[str, Any]) -> NamedFunction:
         if isinstance(entry, str):
-            return NamedFunction(entry, self.timeout_s, {})
+            return NamedFunction(entry, None, {})
         options = {name: value for name, value in entry.items() if name not in ("function", "timeout_s")}
-        return NamedFunction(entry["function"], entry.get("timeout_s", self.timeout_s), options)
+        return NamedFunction(entry["function"], entry.get("timeout_s"), options)
 
     @property
     def success_weight(self) -> float:

@@ -45,8 +45,11 @@ def start_pools(config: RewardConfig, own: Callable | None, log: Path | None) ->
             named(one.reference, label=label, options=one.options, timeout_s=one.timeout_s)
             for label, one in config.functions.items()
         ]
+    pools = {}
     with ExitStack() as started:
-        pools = {function.label: started.enter_context(_pool(function, config, log)) for function in functions}
+        for function in functions:
+            pools[function.label] = pool = _pool(function, config, log)
+            started.callback(pool.close)
         started.pop_all()
     return pools
 
@@ -55,7 +58,7 @@ def _pool(function: Function, config: RewardConfig, log: Path | None) -> RewardP
     return RewardPool(
         function,
         workers=reward_workers(config.workers),
-        timeout_s=function.timeout_s or config.timeout_s,
+        timeout_s=config.timeout_s,
         memory_gib=config.memory_gib,
         batch_size=config.batch_size,
         log=log,
@@ -172,13 +175,18 @@ class Grader:
         if self.world.is_main:
             others = f" and {count - 1} more of this batch" if count > 1 else ""
             then = "get reward 0" if self.config.on_error == "zero" else "are left out of loss and tracker"
-            metric = "timeouts" if kind == "timeout" else "errors"
+            counted = f"counted in reward/{'timeouts' if kind == 'timeout' else 'errors'}"
             print(
                 f"mssr: reward function {label}, row {row}{others}: {message}: such responses {then} "
-                f"(said once; see the metric reward/{metric}{f' and {self.log}' if self.log else ''})",
+                f"(said once; {counted}{self.more})",
                 file=sys.stderr,
                 flush=True,
             )
+
+    @property
+    def more(self) -> str:
+        """Where a failure's traceback is."""
+        return f"; more in {self.log}" if self.log is not None and self.log.exists() else ""
 
 
 class Grading:
@@ -266,15 +274,14 @@ class Grading:
             if not call.cancelled():
                 return call.result()  # it has begun: its own time limit ends it
         late = f"not called, because reward.step_timeout_s {self._grader.config.step_timeout_s:g} was over"
-        return Outcome(None, Failure("timeout", late, ""), 0.0)
+        return Outcome(None, Failure("timeout", late), 0.0)
 
     def _refuse_failures(self, grades: list[Grade]) -> None:
         for prompt, grade in zip(self._prompts, grades):
             for label, failure in grade.failures.items():
-                where = f"; more in {self._grader.log}" if self._grader.log else ""
                 raise UserError(
                     f"reward function {label}, row {prompt.row}: {failure.message}; fix it, or set reward.on_error=zero or "
-                    f"skip{where}"
+                    f"skip{self._grader.more}"
                 )
 
     def _cost_of(self, outcomes: list[dict[str, Outcome]], grades: list[Grade]) -> GradingCost:

@@ -39,7 +39,7 @@ def combine(outcomes: Mapping[str, Outcome], config: RewardConfig) -> Grade:
             _refuse_name(part, label, source)
             parts[part], source[part] = value, label
     if not failures and (wrong := _wrong_success(parts, config.success)):
-        failures[source.get(config.success, next(iter(outcomes)))] = Failure("result", wrong, "")
+        failures[source.get(config.success, next(iter(outcomes)))] = Failure("result", wrong)
     if failures:
         return Grade(0.0, 0.0, config.on_error != "skip", parts, failures)
     reward = sum(config.weights.get(part, 1.0) * value for part, value in parts.items())

@@ -13,7 +13,9 @@ FULL = b"\n[reward.log is full: what reward functions print from here on is not 
 
 
 def append(log: Path, text: bytes) -> None:
-    """Append the text, or what fits of it."""
+    """Append the text, or what fits of it. Nothing is kept before the run has its folder."""
+    if not log.parent.is_dir():
+        return
     file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         room = LIMIT - os.fstat(file).st_size
