@@ -12,7 +12,6 @@ one several, an async one is called for the next job before the last has ended. 
 import asyncio
 import contextlib
 import faulthandler
-import inspect
 import io
 import json
 import math
@@ -46,7 +45,7 @@ Result = tuple[dict[str, float] | None, Failed | None]
 
 @dataclass(frozen=True)
 class Start:
-    """memory: bytes that the function may use besides what it has after its import. timeout_s: of an async call."""
+    """memory: bytes that the function may use besides what it has after its import. timeout_s: if it has no other."""
 
     function: Function
     memory: int
@@ -55,8 +54,10 @@ class Start:
 
 class Worker:
     def __init__(self, channel: Channel, pulse: Pulse, start: Start) -> None:
-        self.channel, self.pulse, self.start = channel, pulse, start
+        self.channel, self.pulse = channel, pulse
+        self.label = start.function.label
         self.function = load(start.function)
+        self.timeout_s = start.function.timeout_s or self.function.timeout_s or start.timeout_s
         self.pid = os.getpid()
         _limit_memory(start.memory)
 
@@ -64,30 +65,31 @@ class Worker:
         """Answer jobs until the trainer closes the socket."""
         if self.function.kind == "async":
             return asyncio.run(self._serve_async())
-        call = self._batch if self.function.kind == "batched" else self._single
-        if self.function.kind == "batched" and is_async(self.function.call):
-            call = self._async_batch
-        while True:
-            for message in self.channel.receive(wait=True):
-                number, payloads = pickle.loads(message)
-                self.pulse.begin(number)
-                started = time.perf_counter()
-                results, failed = call(payloads)
-                seconds = time.perf_counter() - started
-                self.pulse.begin(0)
-                self._reply(number, seconds, results, failed)
+        answer, call = self._batch if self.function.kind == "batched" else self._single, self.function.call
+        with asyncio.Runner() as runner:
+            if is_async(call):  # a batched one
+                call = lambda *job, **options: runner.run(self.function.call(*job, **options))  # noqa: E731
+            while True:
+                for message in self.channel.receive(wait=True):
+                    number, payloads = pickle.loads(message)
+                    self.pulse.begin(number)
+                    started = time.perf_counter()
+                    results, failed = answer(call, payloads)
+                    seconds = time.perf_counter() - started
+                    self.pulse.begin(0)
+                    self._reply(number, seconds, results, failed)
 
-    def _single(self, payloads: list[bytes]) -> tuple[list[Result], None]:
+    def _single(self, call: Callable, payloads: list[bytes]) -> tuple[list[Result], None]:
         try:
             response, row = _read(payloads[0])
-            return [self._reduced(self.function.call(response, row, **self.function.options))], None
+            return [self._reduced(call(response, row, **self.function.options))], None
         except BaseException as error:
-            return [(None, _failed(error))], None
+            return [(None, self._failed(error))], None
 
-    def _batch(self, payloads: list[bytes], call: Callable | None = None) -> tuple[list[Result] | None, Failed | None]:
+    def _batch(self, call: Callable, payloads: list[bytes]) -> tuple[list[Result] | None, Failed | None]:
         try:
             responses, rows = zip(*map(_read, payloads))
-            found = (call or self.function.call)(list(responses), list(rows), **self.function.options)
+            found = call(list(responses), list(rows), **self.function.options)
             if isinstance(found, str | bytes | Mapping) or not hasattr(found, "__len__"):
                 return None, ("result", f"returned {_what(found)}, not a list of {len(responses)} rewards", "")
             if len(found) != len(responses):
@@ -95,10 +97,7 @@ class Worker:
                 return None, ("result", f"returned {counts}", "")
             return [self._reduced(one) for one in found], None
         except BaseException as error:
-            return None, _failed(error)
-
-    def _async_batch(self, payloads: list[bytes]) -> tuple[list[Result] | None, Failed | None]:
-        return self._batch(payloads, lambda *job, **options: asyncio.run(self.function.call(*job, **options)))
+            return None, self._failed(error)
 
     async def _serve_async(self) -> None:
         loop, tasks, ended = asyncio.get_running_loop(), set(), asyncio.get_running_loop().create_future()
@@ -140,22 +139,22 @@ class Worker:
                     await _noted(self.function.call(response, row, **self.function.options), number, self.pulse)
                 )
             except BaseException as error:
-                return None, _failed(error)
+                return None, self._failed(error)
             finally:
                 self.pulse.begin(0)
 
         task = asyncio.get_running_loop().create_task(call())
-        done, _ = await asyncio.wait({task}, timeout=self.start.timeout_s)
+        done, _ = await asyncio.wait({task}, timeout=self.timeout_s)
         if done:
             return task.result()
         stack = io.StringIO()
         task.print_stack(file=stack)
         task.cancel()
-        return None, ("timeout", f"took more than {self.start.timeout_s:g} s", stack.getvalue()[-MAX_TRACEBACK:])
+        return None, ("timeout", f"took more than {self.timeout_s:g} s", stack.getvalue()[-MAX_TRACEBACK:])
 
     def _reduced(self, found: Any) -> Result:
         """Return what the function returned as plain numbers, or what is wrong with it."""
-        parts = found if isinstance(found, Mapping) else {self.start.function.label: found}
+        parts = found if isinstance(found, Mapping) else {self.label: found}
         if not parts:
             return None, ("result", "returned a dict without parts", "")
         plain = {}
@@ -169,6 +168,20 @@ class Worker:
             if not math.isfinite(number):
                 return None, ("result", f"returned {number}{place}", "")
         return plain, None
+
+    def _failed(self, error: BaseException) -> Failed:
+        """Return the exception as text: without this file's frames, and of an error that explains itself the line alone."""
+        kind = "error"
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error)[:200]:  # torch's
+            kind = "memory"
+            _limit_memory(None)  # the reply needs some
+        message = described(error, getattr(getattr(self.function.call, "__code__", None), "co_filename", None))
+        if isinstance(error, UserError):
+            return kind, message, ""
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+            trace = trace.tb_next
+        return kind, message, "".join(traceback.format_exception(type(error), error, trace))[-MAX_TRACEBACK:]
 
     def _reply(self, number: int, seconds: float, results: Sequence[Result] | None, failed: Failed | None) -> None:
         if os.getpid() != self.pid:  # the function has forked, and this is the child
@@ -222,15 +235,6 @@ def _what(value: Any) -> str:
     return f"{type(value).__name__} {shown}"
 
 
-def _failed(error: BaseException) -> Failed:
-    kind = "memory" if isinstance(error, MemoryError) else "error"
-    if kind == "memory":
-        _limit_memory(None)  # the reply needs some
-    own = error.__traceback__.tb_next  # without the frame here
-    text = "".join(traceback.format_exception(type(error), error, own))
-    return kind, described(error), text[-MAX_TRACEBACK:]
-
-
 def _limit_memory(more: int | None) -> None:
     """Limit what the process may allocate. Not its address space, of which CUDA reserves a lot that it does not use."""
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
@@ -243,10 +247,11 @@ def _limit_memory(more: int | None) -> None:
 
 def main(end: int, pulse: int, dump: int) -> None:
     """Serve one pool. end: of the socket pair. pulse, dump: files, for `Pulse` and for where a call hangs."""
-    sys.argv = [__name__]
+    sys.argv = ["reward"]
     for descriptor in (end, pulse, dump):
         os.set_inheritable(descriptor, False)
-    faulthandler.register(signal.SIGUSR1, file=dump, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=dump, all_threads=False)
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the trainer
     channel = Channel(socket.socket(fileno=end))
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer has closed the pool
         while not (messages := channel.receive(wait=True)):
@@ -259,6 +264,8 @@ def main(end: int, pulse: int, dump: int) -> None:
             channel.send_all(json.dumps({"refused": str(error), "traceback": text}).encode())
             return
         function = worker.function
-        channel.send_all(json.dumps({"kind": function.kind, "images": function.images, "pid": worker.pid}).encode())
+        ready = {"kind": function.kind, "images": function.images, "timeout_s": worker.timeout_s, "pid": worker.pid}
+        worker.pulse.begin(0)  # the trainer looks at it from now on
+        channel.send_all(json.dumps(ready).encode())
         worker.serve()
     os._exit(0)  # a thread of the function's may still run

@@ -10,6 +10,7 @@ import io
 import linecache
 import os
 import sys
+import traceback
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +45,7 @@ class Loaded:
     """A function that was imported.
 
     kind: how it is called. images: whether it may look at the row's images: not if its module says `USES_IMAGES = False`.
+    timeout_s: of a call, where the module has a TIMEOUT_S.
     """
 
     def __init__(self, call: Callable, options: Mapping[str, Any]) -> None:
@@ -51,6 +53,7 @@ class Loaded:
         self.kind = _kind(call)
         module = sys.modules.get(getattr(call, "__module__", None) or "")
         self.images = bool(getattr(module, "USES_IMAGES", True))
+        self.timeout_s: float | None = getattr(module, "TIMEOUT_S", None)
 
 
 def named(
@@ -115,20 +118,20 @@ def load(function: Function) -> Loaded:
     except BaseException as error:  # also sys.exit at the top of a file
         raise UserError(f"reward.function {function.where}: importing it fails with {described(error)}") from error
     loaded = Loaded(call, function.options)
-    _check_signature(function, loaded)
+    _check_options(function, loaded)
     return loaded
 
 
-def described(error: BaseException) -> str:
-    """Return the exception on one line, with the place that raised it."""
-    import traceback
-
-    if isinstance(error, SyntaxError):
+def described(error: BaseException, file: str | None = None) -> str:
+    """Return the exception on one line, with the innermost place in the file; without a file, the innermost of all."""
+    if isinstance(error, SyntaxError) and error.filename:
         return shortened(f"SyntaxError: {error.msg} ({error.filename}, line {error.lineno})", 400)
-    text = traceback.format_exception_only(error)[-1].strip()
+    if isinstance(error, UserError):
+        return shortened(error, 400)
+    text = shortened(traceback.format_exception_only(error)[0], 300)
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return shortened(text, 300) + place
+    frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1] if frames else None)
+    return f"{text} ({frame.filename}, line {frame.lineno})" if frame else text
 
 
 def _find(function: Function) -> Callable:
@@ -145,7 +148,7 @@ def _find(function: Function) -> Callable:
     else:
         module = importlib.import_module(f"mssr.rewards.builtin.{name}")
     call = getattr(module, name, None)
-    if not callable(call):
+    if not callable(call) or inspect.isclass(call):
         found = [
             key for key, value in vars(module).items()
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
@@ -195,14 +198,18 @@ def _signature(call: Callable) -> inspect.Signature:
         )
 
 
-def _check_signature(function: Function, loaded: Loaded) -> None:
+def _check_options(function: Function, loaded: Loaded) -> None:
     signature = _signature(loaded.call)
     try:
         signature.bind("", None, **function.options)
+        if check := getattr(loaded.call, "check", None):
+            check(**function.options)
+    except UserError as error:
+        raise UserError(f"reward.function {function.where}: {error}") from None
     except TypeError as error:
-        takes = "(responses, rows, ...)" if loaded.kind == "batched" else "(response, row, ...)"
+        takes = "(responses, rows)" if loaded.kind == "batched" else "(response, row)"
         name = function.where.rpartition(":")[2]
         raise UserError(
-            f"reward.function {function.where}: {error}; it is called with {takes} and its options, "
-            f"and its definition is {name}{signature}"
+            f"reward.function {function.where}: {error}; it is called with {takes} and its options "
+            f"({', '.join(function.options) or 'none'}), and its definition is {name}{shortened(signature, 300)}"
         ) from None

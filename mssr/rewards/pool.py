@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -34,6 +34,7 @@ MOST_AHEAD = 64
 MOST_SEEN = 1000  # different tracebacks in the log
 START_S = 600.0  # to import the function: it may load a model
 STARTS = 3  # that fail, one after the other
+OTHERS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")  # signals that a call hardly sends to its own process
 DUMP_S = 0.1  # for writing where a call hangs
 
 
@@ -55,8 +56,9 @@ class Outcome(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class _Call:
-    """alone: in a worker without other calls. lost: how often its worker was lost while another call was at fault."""
+    """alone: in a worker without other calls. lost: how often its worker was lost, and it was not known to be at fault."""
 
+    response: str
     payload: bytes
     future: Future
     alone: bool = False
@@ -88,8 +90,8 @@ class RewardPool:
         """
         self.kind: Kind
         self._images = True
-        self._timeout_s = function.timeout_s or timeout_s
-        self._start = Start(function, int(memory_gib * 2**30), self._timeout_s)
+        self._timeout_s = timeout_s
+        self._start = Start(function, int(memory_gib * 2**30), timeout_s)
         self._size, self._batch_size, self._log = workers, batch_size, log
         self._waiting: deque[_Call] = deque()
         self._processes: list[Process] = []
@@ -129,7 +131,7 @@ class RewardPool:
             if self._end is not None:
                 future.set_exception(self._end)
                 return future
-            self._waiting.append(_Call(payload, future))
+            self._waiting.append(_Call(response, payload, future))
         self._wake_up()
         return future
 
@@ -170,19 +172,25 @@ class RewardPool:
         for process in self._processes:
             process.ended()
         for call in (*left, *self._waiting):
-            if not call.future.done() and not call.future.cancelled():
+            with suppress(InvalidStateError):  # cancelled
                 call.future.set_exception(error)
         self._selector.close()
         self._wakes.close()
         self._wake.close()
         os.close(self._output)
         if self._printer is not None:
+            with suppress(subprocess.TimeoutExpired):  # a worker that cannot be killed may print
+                self._printer.wait(1.0)
+            self._printer.kill()
             self._printer.wait()
         if not self._imported.done():
             self._imported.set_exception(error)
 
     def _process(self) -> Process:
-        process = Process(self._start, self._output)
+        try:
+            process = Process(self._start, self._output)
+        except OSError as error:
+            raise UserError(f"{self._name}: its process cannot be started: {error.strerror}") from error
         self._selector.register(process.channel.end, selectors.EVENT_READ, process)
         return process
 
@@ -196,12 +204,15 @@ class RewardPool:
                 self._jobs += 1
                 process = min(free, key=lambda each: len(each.jobs))
                 process.jobs[self._jobs] = calls
-                self._send(process, pickle.dumps((self._jobs, [call.payload for call in calls])))
+                process.alone = calls[0].alone
+                with suppress(OSError):  # its end is read soon
+                    process.channel.send(pickle.dumps((self._jobs, [call.payload for call in calls])))
+                self._watch(process)
 
     def _has_room(self, process: Process, call: _Call) -> bool:
         if process.ready is None or process.retires:
             return False
-        if process.jobs and (call.alone or any(calls[0].alone for calls in process.jobs.values())):
+        if process.jobs and (call.alone or process.alone):
             return False
         most = CONCURRENT if self.kind == "async" else 1 + min(MOST_AHEAD, int(AHEAD_S / max(self._mean_s, 1e-6)))
         return len(process.jobs) < most
@@ -217,11 +228,6 @@ class RewardPool:
             if call.alone:
                 break
         return calls
-
-    def _send(self, process: Process, message: bytes) -> None:
-        with suppress(OSError):  # its end is read soon
-            process.channel.send(message)
-        self._watch(process)
 
     def _watch(self, process: Process) -> None:
         events = selectors.EVENT_READ | (selectors.EVENT_WRITE if process.channel.unsent else 0)
@@ -251,7 +257,7 @@ class RewardPool:
         process.ready = said
         self._failed_starts = 0
         if not self._imported.done():
-            self.kind, self._images = said["kind"], said["images"]
+            self.kind, self._images, self._timeout_s = said["kind"], said["images"], said["timeout_s"]
             more = 0 if self.kind == "async" else self._size - 1
             self._processes += [self._process() for _ in range(more)]
             self._imported.set_result(None)
@@ -278,7 +284,7 @@ class RewardPool:
 
     def _resolve(self, call: _Call, outcome: Outcome) -> None:
         if outcome.failure is not None:
-            self._note(outcome.failure, "a call")
+            self._note(outcome.failure, f"the call for the response {shortened(call.response)!r}")
         call.future.set_result(outcome)
 
     def _patience(self) -> float:
@@ -298,7 +304,7 @@ class RewardPool:
         now = time.monotonic()
         if process.ready is None:
             if now > process.begun + START_S:
-                raise UserError(f"{self._name()}: importing it takes more than {START_S:g} s")
+                raise UserError(f"{self._name}: importing it takes more than {START_S:g} s")
             return
         job, since = process.pulse.read()
         late_s = now - since - self._timeout_s
@@ -322,15 +328,18 @@ class RewardPool:
             self._failed_starts += 1
             if self._failed_starts == STARTS:
                 raise UserError(
-                    f"{self._name()}: its process ended {STARTS} times while it started (the last time with {ended}); "
-                    "run_dir/reward.log has what it printed"
+                    f"{self._name}: its process ended {STARTS} times while it was importing the function (the last time with "
+                    f"{ended}); does its file run by itself?"
                 )
         jobs, guilty = process.jobs, None
         if not process.retires:
-            guilty = jobs.pop(job, None) or (jobs.popitem()[1] if len(jobs) == 1 else None)
-            message = f"took more than {self._timeout_s:g} s" if why == "timeout" else f"ended its process: {ended}"
-            if guilty:
-                self._blame(guilty, Failure(why, message, process.hung_at if why == "timeout" else ""), seconds)
+            guilty = jobs.get(job) or (next(iter(jobs.values())) if len(jobs) == 1 else None)
+        if guilty and why == "died" and ended in OTHERS and not guilty[0].lost:
+            guilty = None  # the system was out of memory, or somebody ends processes: try it once more, alone
+        if guilty:
+            jobs = {number: calls for number, calls in jobs.items() if calls is not guilty}
+            message = f"took more than {self._timeout_s:g} s" if why == "timeout" else f"ended its process ({ended})"
+            self._blame(guilty, Failure(why, message, process.hung_at if why == "timeout" else ""), seconds)
         again = [call for calls in jobs.values() for call in calls]
         if self.kind == "async" or not (guilty or process.retires):  # else they had not begun
             for call in again:
@@ -351,8 +360,9 @@ class RewardPool:
 
     def _write(self, text: str) -> None:
         if self._log is not None:
-            reward_log.append(self._log, f"{text.rstrip()}\n".encode(errors="backslashreplace"))
+            reward_log.append(self._log, f"{text.rstrip()}\n".encode(errors="backslashreplace"), 2 * reward_log.LIMIT)
 
+    @property
     def _name(self) -> str:
         return f"reward.function {self._start.function.where}"
 

@@ -1,6 +1,5 @@
 """One worker process, as the pool sees it."""
 
-import json
 import os
 import pickle
 import signal
@@ -9,9 +8,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from typing import Any
 
 from mssr.guard import Guarded
+from mssr.rewards import call_worker
 from mssr.rewards.channel import Channel
 from mssr.rewards.pulse import Pulse
 
@@ -27,28 +28,29 @@ _END_S = 10.0
 class Process:
     """Starts at once and does not wait. `ready` is what it says when the function is imported: None until then.
 
-    jobs: those that it was given and has not answered, by number. begun: when it was started. retires: it says that it ends.
-    hung_at: after its end, the traceback that `dump` asked for.
+    jobs: those that it was given and has not answered, by number. alone: it must not get another one beside them.
+    begun: when it was started. retires: it says that it ends. hung_at: after its end, where it was at `dump`.
     """
 
-    def __init__(self, start: Any, output: int) -> None:
-        """start: `call_worker.Start`. output: descriptor for what the function prints."""
+    def __init__(self, start: call_worker.Start, output: int) -> None:
+        """output: descriptor for what the function prints."""
         ours, theirs = socket.socketpair()
-        self._dump = tempfile.TemporaryFile()
+        self._dump = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  closed in `ended`
         with theirs, tempfile.TemporaryFile() as pulse:
             pulse.truncate(Pulse.SIZE)
             self.pulse = Pulse(pulse.fileno())
             passed = (theirs.fileno(), pulse.fileno(), self._dump.fileno())
             command = [sys.executable, "-P", "-u", "-c", _COMMAND, *map(str, passed), *sys.path]
             self._guarded = Guarded(
-                command, pass_fds=passed, env=os.environ | _ENVIRONMENT,
+                command, pass_fds=passed, grace_s=0, env=os.environ | _ENVIRONMENT,
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         self.channel = Channel(ours)
         self.begun = time.monotonic()
         self.ready: dict[str, Any] | None = None
         self.jobs: dict[int, Any] = {}
-        self.retires = False
+        self.alone = self.retires = False
+        self.hung_at = ""
         self._dumped: int | None = None
         self.channel.send(pickle.dumps(start))
 
@@ -56,8 +58,10 @@ class Process:
         """Let it write where it is, for `hung_at` after its end."""
         if self._dumped != job:
             self._dumped = job
-            self._dump.truncate(0)
-            os.kill(self.ready["pid"], signal.SIGUSR1)
+            self._dump.seek(0)  # the worker's position, too
+            self._dump.truncate()
+            with suppress(ProcessLookupError):
+                os.kill(self.ready["pid"], signal.SIGUSR1)
 
     def kill(self) -> None:
         """Let it end, with what it has started; `ended` waits for that."""
@@ -71,6 +75,12 @@ class Process:
         except subprocess.TimeoutExpired:  # a driver does not let it go
             return "it cannot be killed"
         finally:
-            self.hung_at = self._dump.seek(0) or self._dump.read(8_000).decode(errors="replace")
+            self.hung_at = _stack(os.pread(self._dump.fileno(), 8_000, 0).decode(errors="replace"))
             self._dump.close()
         return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+
+def _stack(dump: str) -> str:
+    """Return the function's part of what faulthandler wrote."""
+    frames = [line for line in dump.splitlines()[1:] if call_worker.__file__ not in line and "<string>" not in line]
+    return "\n".join(["It was here, the innermost call first:", *frames]) if frames else ""
