@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from mssr.config.reward_keys import RewardConfig
 from mssr.rewards.extract import last_boxed, well_formed
-from mssr.rewards.symbolic import SymbolicChecker
+from mssr.rewards.mathematics.equal import equal
 
 
 class Reward(NamedTuple):
@@ -20,12 +20,11 @@ class RewardFunction:
 
     def __init__(self, config: RewardConfig) -> None:
         self.format_weight = config.format_weight
-        self.checker = SymbolicChecker(config.timeout_s)
 
     @property
     def timeouts(self) -> int:
         """Comparisons so far that were killed, or left out because the time was over; they count as wrong."""
-        return self.checker.timeouts
+        return 0
 
     def __call__(self, response: str, answer: str, within_s: float = math.inf) -> Reward:
         """Grade a response. answer: the right one. within_s: time that is left for the symbolic check."""
@@ -36,7 +35,7 @@ class RewardFunction:
     def is_correct(self, response: str, answer: str, within_s: float = math.inf) -> bool:
         r"""Whether the last `\boxed{}` has the right answer; the right number anywhere else does not count."""
         boxed = last_boxed(response)
-        return boxed is not None and self.checker.equal(boxed, answer, within_s)
+        return boxed is not None and equal(boxed, answer)
 
     def close(self) -> None:
-        self.checker.close()
+        pass
