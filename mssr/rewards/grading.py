@@ -107,7 +107,7 @@ class Grader:
         world: World = ALONE,
         log: Path | None = None,
     ) -> None:
-        """pools: by the functions' labels; closed with this object. max_tokens: of a response. log: for messages."""
+        """pools: by the functions' labels. max_tokens: of a response. log: for messages."""
         self.pools, self.config, self.world, self.log = pools, config, world, log
         self.cost = GradingCost()
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
@@ -125,9 +125,8 @@ class Grader:
         return self._thread.submit(self._call, prompt, tokens.tolist(), truncated, grading)
 
     def close(self) -> None:
+        """End the thread. Whoever started the pools closes them."""
         self._thread.shutdown(cancel_futures=True)
-        for pool in self.pools.values():
-            pool.close()
 
     def _call(
         self, prompt: Prompt, tokens: list[int], truncated: bool, grading: "Grading"

@@ -1,7 +1,7 @@
 """Grading while a batch is generated, what failures cost, and the rules for truncated responses."""
 
 import os
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -88,10 +88,11 @@ def grading_by(file, functions, world=ALONE, **settings):
         named = {label: f"{file}:{name}" if isinstance(name, str) else name for label, name in functions.items()}
     config = RewardConfig(**{"function": named, "workers": 1} | settings)
     log = file.parent / "reward.log"
-    with closing(
-        Grader(start_pools(config, None, log), config, Letters(), max_tokens=9, world=world, log=log)
-    ) as grader:
-        yield grader
+    with ExitStack() as opened:
+        pools = start_pools(config, None, log)
+        for pool in pools.values():
+            opened.callback(pool.close)
+        yield opened.enter_context(closing(Grader(pools, config, Letters(), max_tokens=9, world=world, log=log)))
 
 
 @pytest.fixture(scope="module")
