@@ -107,8 +107,11 @@ def test_kill_ends_what_the_command_started_too():
 
 
 def test_what_a_command_left_behind_ends_with_it():
-    with Guarded(["sh", "-c", "setsid sleep 600 & echo $!; exit 3"], stdout=subprocess.PIPE, text=True) as guarded:
-        assert all_end([os.pidfd_open(int(guarded.stdout.readline()))])
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with Guarded(["sh", "-c", "setsid sleep 600 & echo $!; read _; exit 3"], **pipes) as guarded:
+        left_behind = os.pidfd_open(int(guarded.stdout.readline()))
+        guarded.stdin.close()
+        assert all_end([left_behind])
         assert guarded.wait(60) == 3
 
 

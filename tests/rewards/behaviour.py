@@ -81,8 +81,7 @@ def sync(response, row, plus=0.0):
             assert row.max_tokens == 9 and row.truncated and row["level"] == [1, {"a": "b"}]
             return {"red": row.images[0].getpixel((0, 0))[0], "size": row.images[0].width}
         case ["wait", path]:
-            while not os.path.exists(path):
-                time.sleep(0.005)
+            _wait_for(path)
         case ["nothing", path]:
             open(path, "w").close()
     return 1 + plus
@@ -188,8 +187,14 @@ def starts_a_child(response, row, pids):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         threading.Event().wait()
     if response == "end":
+        _wait_for(f"{pids}_opened")
         os._exit(3)
     return 1
+
+
+def _wait_for(path):
+    while not os.path.exists(path):
+        time.sleep(0.005)
 
 
 def only_response(response):

@@ -447,6 +447,7 @@ def test_what_a_lost_worker_started_ends(tmp_path, response):
     pool = open_pool(function("starts_a_child", options={"pids": str(tmp_path / "pids")}))
     future = pool.submit(response, ROW)
     descendants = pids_of([tmp_path / "pids"])
+    (tmp_path / "pids_opened").touch()
     assert future.result(60).failure
     assert all_end(descendants)
     pool.close()
