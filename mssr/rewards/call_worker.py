@@ -59,6 +59,7 @@ class Worker:
         self.timeout_s = start.function.timeout_s or self.function.timeout_s or start.timeout_s
         self.pid = os.getpid()
         _limit_memory(start.memory)
+        pulse.begin(0)  # else it would look late before its first job
 
     def serve(self) -> None:
         """Answer jobs until the trainer closes the socket."""
