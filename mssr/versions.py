@@ -26,6 +26,7 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "psutil": ("6", None),
     "scipy": ("1.13", None),
     "numpy": ("2", None),
+    "cloudpickle": ("3", None),
     "vllm": ("0.26", "0.33"),
     "flash-attn": ("2.8.3", "3"),
     "liger-kernel": ("0.8.5", "0.9"),
@@ -41,6 +42,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": (
         "transformers", "deepspeed", "datasets", "math-verify", "peft", "pydantic", "typer", "rich", "tensorboard",
         "matplotlib", "pyyaml", "packaging", "pillow", "psutil", "scipy", "numpy",
+        "cloudpickle",
     ),
     "vllm": ("vllm",),
     "flash": ("flash-attn",),
