@@ -60,8 +60,9 @@ class Handler(BaseHTTPRequestHandler):
             server.now -= 1
         if isinstance(reply, str):
             message = {"role": "assistant", "content": reply}
-            reply = (200, {}, json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
-                                          "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}))  # fmt: skip
+            choice = {"index": 0, "finish_reason": "stop", "message": message}
+            completion = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"]}
+            reply = (200, {}, json.dumps(completion | {"choices": [choice]}))
         status, headers, text = reply
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": str(len(text)), **headers}.items():
@@ -175,7 +176,7 @@ def test_a_score_is_read_from_the_reply(server, reply, options, expected):
 @pytest.mark.parametrize(
     ("reply", "options", "message"),
     [
-        ("I cannot say.", {}, "no score in the judge's reply 'I cannot say.'; change template or pattern, or raise max_tokens"),
+        ("Well.", {}, "no score in the judge's reply 'Well.'; change template or pattern, or raise max_tokens"),
         ("", {}, "no score in the judge's reply ''; .*"),
         ("Score: 7", {}, r"the judge's score '7' is not within scale \(1.0\); change template, pattern or scale"),
         ("Score: 7", {"pattern": ".*"}, "the judge's score '' is not within scale .*"),
@@ -200,15 +201,16 @@ def test_an_overloaded_server_is_asked_again_when_it_says_so(server, status):
     assert len(server.requests) == 2
 
 
-NO_MODEL = '{"error": {"message": "The model `wise` does not exist."}}'
+def refusal(status, message):
+    return status, {}, json.dumps({"error": {"message": message}})
 
 
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        ((401, {}, '{"error": {"message": "no key"}}'), "HTTP 401: no key; name the environment variable with its API key as `key`"),
-        ((404, {}, NO_MODEL), "HTTP 404: The model `wise` does not exist.; URL/models lists its models; is 'wise' one, and does url end with /v1?"),
-        ((400, {}, '{"error": {"message": "too long"}}'), "HTTP 400: too long; it does not accept the request; check template, images and request"),
+        (refusal(401, "no key"), "HTTP 401: no key; name the environment variable with its API key as `key`"),
+        (refusal(404, "Not Found"), "HTTP 404: Not Found; URL/models lists its models; is 'wise' one, and does url end"),
+        (refusal(400, "too long"), "HTTP 400: too long; it does not accept the request; check template, images and"),
         ((200, {"Content-Type": "text/html"}, "<html>Welcome</html>"), "its reply is no chat completion"),
         ((200, {}, "{garbage"), "its reply is no chat completion"),
         ((200, {}, "{}"), "its reply is no chat completion"),
@@ -328,12 +330,12 @@ URL = {"url": "http://localhost/v1", "model": "wise"}
         (URL | {"url": "localhost:8000/v1"}, "url: must start with http:// or https://, got 'localhost:8000/v1'"),
         (URL | {"model": ""}, "model: must be the name of a model of the server, got ''"),
         (URL | {"images": "yes"}, "images: must be true or false, got 'yes'"),
-        (URL | {"template": "nowhere.jinja"}, r"template: nowhere.jinja: .*No such file.*; give a file, or text with \{\{ response \}\}"),
+        (URL | {"template": "nowhere.jinja"}, "template: nowhere.jinja: .*No such file.*; give a file, or text with .*"),
         (URL | {"template": "{{ a\n}} {{ b"}, "template: line 2: .*"),
         (URL | {"pattern": "("}, r"pattern: '\(' is not a regular expression: .*"),
         (URL | {"scale": 0}, "scale: must be a number of at least 0.001, got 0"),
         (URL | {"scale": {"yes": 2}}, "scale: must be a number from 0 to 1, got 2"),
-        (URL | {"request": "max_tokens"}, r"request: must be fields and their values, such as \{max_tokens: 512\}, got 'max_tokens'"),
+        (URL | {"request": "max_tokens"}, "request: must be fields and their values, such as .*"),
         (URL | {"concurrency": 0}, "concurrency: must be an integer of at least 1, got 0"),
         (URL | {"retries": -1}, "retries: must be an integer of at least 0, got -1"),
         (URL | {"request_timeout_s": 0}, "request_timeout_s: must be a number of at least 0.001, got 0"),
