@@ -118,6 +118,8 @@ def _check_reward(config: Config) -> None:
         return
     names = ", ".join(sorted(parts))
     if reward.success not in parts:
-        raise ValueError(f"reward.success {reward.success}: no such part; reward.function gives {names}: name one of them")
+        raise ValueError(
+            f"reward.success {reward.success}: no such part; reward.function gives {names}: name one of them"
+        )
     if unknown := sorted(reward.weights.keys() - parts):
         raise ValueError(f"reward.weights.{unknown[0]}: no such part; reward.function gives {names}")

@@ -10,7 +10,10 @@ from mssr.config.section import Section
 
 ACCURACY = "accuracy"  # label of a function given as text
 RESERVED = ("errors", "timeouts")  # reward/errors and reward/timeouts are metrics of their own
-_BLIND = ("format", "overlong")  # built-in functions that do not look at the answer
+_BLIND = (
+    "format",
+    "overlong",
+)  # built-in functions that do not look at the answer, nor need a judge with its own template
 
 
 class NamedFunction(NamedTuple):
@@ -119,7 +122,10 @@ class RewardConfig(Section):
     @property
     def needs_answer(self) -> bool:
         """Whether every row needs an `answer`: a built-in function compares the response with it."""
-        return any(one.is_builtin and one.reference not in _BLIND for one in self.functions.values())
+        return any(
+            one.is_builtin and one.reference not in _BLIND and not one.options.get("template")
+            for one in self.functions.values()
+        )
 
     @property
     def known_parts(self) -> set[str] | None:

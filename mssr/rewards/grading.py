@@ -143,7 +143,9 @@ class Grader:
             columns=prompt.columns,
             image_files=prompt.images,
         )
-        return text, {label: grading.timed(lambda pool=pool: pool.submit(text, row)) for label, pool in self.pools.items()}
+        return text, {
+            label: grading.timed(lambda pool=pool: pool.submit(text, row)) for label, pool in self.pools.items()
+        }
 
     def learn(self, prompts: Sequence[Prompt], outcomes: list[dict[str, Outcome]], grades: list[Grade]) -> None:
         """Say each kind of failure once, and check the names of the parts as soon as all functions have returned some.
@@ -243,7 +245,9 @@ class Grading:
                 if row not in self._jobs:
                     truncated = bool(rollouts.truncated[row])
                     self._jobs[row] = grader.submit(prompt, rollouts.response(row), truncated, self)
-            texts, calls = zip(*[self._jobs[row].result() for row in range(len(rollouts))]) if len(rollouts) else ((), ())
+            texts, calls = (
+                zip(*[self._jobs[row].result() for row in range(len(rollouts))]) if len(rollouts) else ((), ())
+            )
             outcomes = [{label: self._outcome(call, calls) for label, call in found.items()} for found in calls]
             grades = [combine(found, grader.config) for found in outcomes]
             if grader.config.on_error == "fail":
@@ -295,8 +299,8 @@ class Grading:
 def settle_truncated(rollouts: GradedRollouts, rule: Literal["graded", "masked", "failed"]) -> GradedRollouts:
     """Apply `rollout.truncated` to the responses that the token limit cut.
 
-    graded: nothing changes. masked: the tracker sees the success, the loss leaves the response out. failed: reward and success
-    are 0, whatever the functions say, also if they failed.
+    graded: nothing changes. masked: the tracker sees the success, the loss leaves the response out. failed: reward and
+    success are 0, whatever the functions say, also if they failed.
     """
     cut = rollouts.truncated
     if rule == "masked":

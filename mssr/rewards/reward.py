@@ -52,9 +52,7 @@ def _refuse_name(part: str, label: str, source: Mapping[str, str]) -> None:
             f"reward.function {label} returns a part {part!r}, but reward/{part} is a metric of its own; rename it"
         )
     if part in source:
-        raise UserError(
-            f"reward.function: {source[part]} and {label} both return a part {part!r}; rename one of them"
-        )
+        raise UserError(f"reward.function: {source[part]} and {label} both return a part {part!r}; rename one of them")
 
 
 def _wrong_success(parts: Mapping[str, float], success: str) -> str | None:

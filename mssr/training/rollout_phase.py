@@ -49,7 +49,7 @@ class StepRollouts:
     grading: GradingCost
 
     def metrics(self, step: int, world: World) -> dict[str, float]:
-        """Return perf/rollout_seconds, perf/grading_seconds, reward/* and rollout/staleness, the age of the sampler's weights.
+        """Return perf/rollout_seconds, perf/grading_seconds, reward/* and rollout/staleness, the age of the weights in steps.
 
         perf/rollout_seconds is generation time on this rank; perf/generate_seconds is the wait, shorter one step off.
         perf/grading_seconds is the time of the reward on the slowest rank; perf/reward_seconds is the wait for it after

@@ -253,5 +253,7 @@ def with_own_reward(config: Config, function: Callable) -> Config:
     module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__qualname__)
     reference, given = f"{module}:{name}", config.reward.function
     if given not in (type(config.reward).model_fields["function"].default, reference):
-        raise UserError(f"reward.function is {given!r}, and a Python function {name} is given too; leave one of them out")
+        raise UserError(
+            f"reward.function is {given!r}, and a Python function {name} is given too; leave one of them out"
+        )
     return config.model_copy(update={"reward": config.reward.model_copy(update={"function": reference})})

@@ -58,7 +58,7 @@ def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) 
 def _first_rollouts(
     tracker: ValueTracker, run: Run, rollout: RolloutEngine, advance: Advance
 ) -> tuple[list[tuple], int, int]:
-    """Return (visit, key, success, response to remember) of this rank's graded responses; how many it generated, and tokens."""
+    """Return this rank's (visit, key, success, response to remember), and how many responses and tokens it generated."""
     config, world = run.config, run.world
     size, at_once = len(run.problems), config.responses_per_step // world.size  # never 0: updates are shared evenly
     total = size * tracker.config.n_init

@@ -99,7 +99,9 @@ def test_sampled_token_entropy_is_at_most_one_over_e():
 def test_slow_grading_is_said_once():
     quick = {"perf/generate_seconds": 9.0, "perf/reward_seconds": 2.0, "perf/step_seconds": 12.0}
     watch = SlowGrading()
-    assert watch.warning(quick | {"perf/grading_seconds": 20.0}, "judge") is None  # most of it was beside the generation
+    assert (
+        watch.warning(quick | {"perf/grading_seconds": 20.0}, "judge") is None
+    )  # most of it was beside the generation
     for _ in range(2):
         assert watch.warning(quick | {"perf/reward_seconds": 10.0}, "judge") is None  # started a worker
         assert watch.warning(quick | {"perf/reward_seconds": 0.0, "perf/generate_seconds": 0.0}, "judge") is None

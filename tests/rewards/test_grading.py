@@ -16,7 +16,7 @@ from mssr.rollout.base import Response, collect
 
 TEXTS = ["4", "5", "none", "4"]
 
-REWARDS = '''
+REWARDS = """
 import asyncio, time
 
 def right(response, row):
@@ -49,7 +49,7 @@ async def waits(response, row):
 def hangs(response, row):
     time.sleep(60 if response == "5" else 0)
     return response == row.answer
-'''
+"""
 
 
 class Letters:
@@ -88,7 +88,9 @@ def grading_by(file, functions, world=ALONE, **settings):
         named = {label: f"{file}:{name}" if isinstance(name, str) else name for label, name in functions.items()}
     config = RewardConfig(**{"function": named, "workers": 1} | settings)
     log = file.parent / "reward.log"
-    with closing(Grader(start_pools(config, None, log), config, Letters(), max_tokens=9, world=world, log=log)) as grader:
+    with closing(
+        Grader(start_pools(config, None, log), config, Letters(), max_tokens=9, world=world, log=log)
+    ) as grader:
         yield grader
 
 
@@ -128,7 +130,9 @@ def test_a_function_sees_the_row(file):
         graded = grader.begin(PROMPTS).finish(BATCH)
     first = {"accuracy": 1, "tokens": 1, "most": 9, "cut": 0, "level": 3, "images": 1, "prompt": 12, "problem": 6}
     assert graded.parts[0] == first and graded.parts[2]["tokens"] == 4 and graded.parts[3] == first | {"cut": 1}
-    assert graded.reward.tolist() == [1 + 0.5 * tokens + 9 + cut - 3 + 1 + 12 + 6 for tokens, cut in [(1, 0), (1, 0), (4, 0), (1, 1)]]
+    assert graded.reward.tolist() == [
+        1 + 0.5 * tokens + 9 + cut - 3 + 1 + 12 + 6 for tokens, cut in [(1, 0), (1, 0), (4, 0), (1, 1)]
+    ]
     assert graded.correct.tolist() == [1, 1, 1, 1]
 
 
@@ -166,14 +170,20 @@ def test_failures_cost_the_response_and_are_said_once_of_each_kind(file, capsys,
     raised, outside = capsys.readouterr().err.splitlines()
     then = {"zero": "get reward 0", "skip": "are left out of loss and tracker"}[on_error]
     assert raised.startswith("mssr: reward function accuracy, row 11: ValueError: no five (")
-    assert raised.endswith(f": such responses {then} (said once; counted in reward/errors; more in {file.parent}/reward.log)")
-    assert outside.startswith("mssr: reward function accuracy, row 12: accuracy is 3, and the part reward.success must be")
+    assert raised.endswith(
+        f": such responses {then} (said once; counted in reward/errors; more in {file.parent}/reward.log)"
+    )
+    assert outside.startswith(
+        "mssr: reward function accuracy, row 12: accuracy is 3, and the part reward.success must be"
+    )
     assert "raise ValueError" in (file.parent / "reward.log").read_text()
 
 
 def test_a_failure_ends_the_run_if_it_shall(file):
     with grading_by(file, "partly", on_error="fail") as grader:
-        with pytest.raises(UserError, match=r"^reward function accuracy, row 11: ValueError: no five .*; fix it, or set reward\."):
+        with pytest.raises(
+            UserError, match=r"^reward function accuracy, row 11: ValueError: no five .*; fix it, or set reward\."
+        ):
             grader.begin(PROMPTS).finish(BATCH)
         assert grader.begin(PROMPTS[:1]).finish(BATCH.rows(0, 1)).correct.tolist() == [1]
 

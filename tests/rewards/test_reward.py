@@ -42,16 +42,22 @@ def test_a_success_outside_of_the_unit_interval_is_a_failure(value):
     grade = combine({"a": returned(bonus=1.0), "b": returned(accuracy=value)}, RewardConfig())
     assert (grade.reward, grade.success) == (0.0, 0.0)
     assert list(grade.failures) == ["b"] and grade.failures["b"].kind == "result"
-    assert grade.failures["b"].message.startswith(f"accuracy is {value:g}, and the part reward.success must be in [0, 1]")
+    assert grade.failures["b"].message.startswith(
+        f"accuracy is {value:g}, and the part reward.success must be in [0, 1]"
+    )
 
 
 def test_a_response_without_a_success_is_a_failure():
     grade = combine({"a": returned(bonus=1.0)}, RewardConfig())
-    assert grade.failures["a"].message == "no part 'accuracy' (reward.success), only bonus; return it for every response"
+    assert (
+        grade.failures["a"].message == "no part 'accuracy' (reward.success), only bonus; return it for every response"
+    )
 
 
 def test_two_functions_do_not_return_the_same_part():
-    with pytest.raises(UserError, match=r"^reward\.function: accuracy and judge both return a part 'accuracy'; rename one"):
+    with pytest.raises(
+        UserError, match=r"^reward\.function: accuracy and judge both return a part 'accuracy'; rename one"
+    ):
         combine({"accuracy": returned(accuracy=1.0), "judge": returned(accuracy=0.0)}, RewardConfig())
 
 
@@ -63,8 +69,14 @@ def test_a_part_has_no_name_of_a_metric():
 @pytest.mark.parametrize(
     "settings, line",
     [
-        ({"success": "acc"}, "reward.success acc: no reward function returns this part; they return accuracy, short: name"),
-        ({"weights": {"sort": 0.5}}, "reward.weights.sort: no reward function returns this part; they return accuracy, short"),
+        (
+            {"success": "acc"},
+            "reward.success acc: no reward function returns this part; they return accuracy, short: name",
+        ),
+        (
+            {"weights": {"sort": 0.5}},
+            "reward.weights.sort: no reward function returns this part; they return accuracy, short",
+        ),
     ],
 )
 def test_settings_that_name_parts_that_there_are_not(settings, line):
