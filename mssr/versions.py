@@ -34,6 +34,7 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "trl": ("1.15", "1.17"),
     "verl": ("0.9.1", "0.10"),
     "openrlhf": ("0.11.2", "0.12"),
+    "openai": ("1.99", "4"),
 }
 
 # The extras of setup.py. Its `dev` has more, without ranges of ours.
@@ -47,6 +48,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "flash": ("flash-attn",),
     "liger": ("liger-kernel",),
     "trl": ("trl",),
+    "judge": ("openai",),
     "bench": ("liger-kernel", "cut-cross-entropy", "trl"),
 }  # fmt: skip
 

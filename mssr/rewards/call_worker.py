@@ -277,6 +277,7 @@ def main(end: int, pulse: int, dump: int) -> None:
             return
         function = worker.function
         ready = {"kind": function.kind, "images": function.images, "timeout_s": worker.timeout_s, "pid": worker.pid}
+        worker.pulse.begin(0)  # the trainer looks at it from now on
         channel.send_all(json.dumps(ready).encode())
         worker.serve()
     os._exit(0)  # a thread of the function's may still run
