@@ -22,7 +22,7 @@ from mssr.errors import UserError, shortened
 
 BUILTIN = Path(__file__).parent / "builtin"  # NAME.py has the function NAME
 
-_OURS = re.compile(r"importlib|mssr/rewards/(function|call_worker)\.py$")
+_OURS = re.compile(r"importlib|mssr/rewards/(function|worker)\.py$")
 
 Kind = Literal["sync", "async", "batched"]
 

@@ -23,10 +23,10 @@ from typing import Literal, NamedTuple
 
 from mssr.errors import UserError, shortened
 from mssr.rewards import reward_log
-from mssr.rewards.call_worker import Start
 from mssr.rewards.function import Function, Kind
 from mssr.rewards.process import Process
 from mssr.rewards.row import Row
+from mssr.rewards.worker import Start
 
 CONCURRENT = 256  # calls of an async function
 AHEAD_S = 0.05  # work that waits in a worker besides the job that it does

@@ -114,7 +114,7 @@ def test_the_traceback_says_where(sync, log):
     assert kinds(found) == ["error", "error", "timeout", None]
     for one, place in zip(found[1:], places):
         assert place in one.failure.traceback
-        assert "call_worker.py" not in one.failure.traceback
+        assert "rewards/worker.py" not in one.failure.traceback
         assert log.read_text().count(place) == 1
 
 
