@@ -130,9 +130,8 @@ def test_a_function_sees_the_row(file):
         graded = grader.begin(PROMPTS).finish(BATCH)
     first = {"accuracy": 1, "tokens": 1, "most": 9, "cut": 0, "level": 3, "images": 1, "prompt": 12, "problem": 6}
     assert graded.parts[0] == first and graded.parts[2]["tokens"] == 4 and graded.parts[3] == first | {"cut": 1}
-    assert graded.reward.tolist() == [
-        1 + 0.5 * tokens + 9 + cut - 3 + 1 + 12 + 6 for tokens, cut in [(1, 0), (1, 0), (4, 0), (1, 1)]
-    ]
+    rest = 1 + 9 - 3 + 1 + 12 + 6
+    assert graded.reward.tolist() == [rest + 0.5, rest + 0.5, rest + 2, rest + 0.5 + 1]
     assert graded.correct.tolist() == [1, 1, 1, 1]
 
 
