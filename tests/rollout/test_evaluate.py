@@ -11,6 +11,7 @@ from mssr.data.dataset import ProblemDataset
 from mssr.data.prompts import PromptEncoder
 from mssr.evaluation.evaluate import evaluate
 from mssr.policy.loading import load_policy
+from mssr.rollout.base import noise_streams
 
 LIMIT = 6
 
@@ -54,6 +55,28 @@ def test_counts_every_problem_once():
     assert result.truncated == pytest.approx(float(batch.truncated.float().mean()))
 
 
+def test_several_samples_of_each_problem():
+    """The mean over all. The first of each problem is what one sample would be; the others have their own noise."""
+    found = run(ALONE, model_dir(), 5, temperature=1.0, samples=3)
+    policy = load_policy(model_dir(), torch.float32)
+    streams = [noise_streams(4, "eval", sample, range(5)) for sample in range(3)]
+    batch = odd_is_right(sampler(policy).generate(list(held_out(5)) * 3, sum(streams, []), 1.0))
+    assert (found.problems, found.samples) == (5, 3)
+    assert found.accuracy == pytest.approx(float(batch.correct.mean()))
+    assert found.response_tokens == pytest.approx(float(batch.mask.sum()) / 15)
+    assert len({tuple(batch.response(row).tolist()) for row in (0, 5, 10)}) > 1
+    one = run(ALONE, model_dir(), 5, temperature=1.0)
+    assert one.accuracy == pytest.approx(float(batch.correct[:5].mean()))
+
+
+def test_validation_has_its_own_top_p_and_top_k():
+    """Of the most probable token alone: greedy responses."""
+    greedy = run(ALONE, model_dir(), 5)
+    for settings in ({"top_p": 1e-6}, {"top_k": 1}):
+        assert run(ALONE, model_dir(), 5, temperature=1.0, **settings) == greedy
+    assert run(ALONE, model_dir(), 5, temperature=1.0) != greedy
+
+
 def test_the_first_problems_only():
     result, batch = run(ALONE, model_dir(), 13, max_problems=5), answered(13)
     assert result.problems == 5
@@ -65,12 +88,13 @@ def test_it_tells_how_far_it_is():
     told = []
     policy = load_policy(model_dir(), torch.float32)
     advance = lambda by, total: told.append((by, total))  # noqa: E731
-    evaluate(held_out(13), sampler(policy), odd_is_right, ALONE, EvalConfig(max_problems=5), seed=4, advance=advance)
-    assert told == [(1, 5)] * 5
+    config = EvalConfig(max_problems=5, temperature=1.0, samples=2)
+    evaluate(held_out(13), sampler(policy), odd_is_right, ALONE, config, seed=4, advance=advance)
+    assert told == [(1, 10)] * 10
 
 
 @pytest.mark.parametrize(
-    ("count", "settings"), [(13, {}), (13, {"temperature": 1.0}), (1, {}), (13, {"max_problems": 1})]
+    ("count", "settings"), [(13, {}), (13, {"temperature": 1.0, "samples": 3}), (1, {}), (13, {"max_problems": 1})]
 )
 def test_two_ranks_find_what_one_does(ranks, count, settings):
     """Also for an odd number of problems, and for one problem, which leaves a rank without any."""
