@@ -29,7 +29,7 @@ EXTRAS |= {
     ],
 }
 EXTRAS["dev"] += EXTRAS["bench"]  # peers are oracles too
-EXTRAS["dev"] += [one for tracker in ("wandb", "mlflow", "trackio", "swanlab") for one in EXTRAS[tracker]]
+EXTRAS["dev"] += [one for extra in ("judge", "wandb", "mlflow", "trackio", "swanlab") for one in EXTRAS[extra]]
 EXTRAS["all"] = [requirement for name in ("train", "vllm", "bench", "dev") for requirement in EXTRAS[name]]
 
 setup(

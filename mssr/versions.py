@@ -27,6 +27,7 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "psutil": ("6", None),
     "scipy": ("1.13", None),
     "numpy": ("2", None),
+    "cloudpickle": ("3", None),
     "vllm": ("0.26", "0.33"),
     "flash-attn": ("2.8.3", "3"),
     "liger-kernel": ("0.8.5", "0.9"),
@@ -40,13 +41,14 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "swanlab": ("0.10", "0.11"),
     "verl": ("0.9.1", "0.10"),
     "openrlhf": ("0.11.2", "0.12"),
+    "openai": ("1.99", "4"),
 }
 
 # The extras of setup.py. Its `dev` has more, without ranges of ours.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": (
         "transformers", "deepspeed", "datasets", "math-verify", "peft", "pydantic", "typer", "rich", "tensorboard",
-        "matplotlib", "pyyaml", "jinja2", "packaging", "pillow", "psutil", "scipy", "numpy",
+        "matplotlib", "pyyaml", "jinja2", "packaging", "pillow", "psutil", "scipy", "numpy", "cloudpickle",
     ),
     "vllm": ("vllm",),
     "flash": ("flash-attn",),
@@ -56,6 +58,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "mlflow": ("mlflow-skinny", "sqlalchemy", "alembic"),  # the last two: for a file instead of a server
     "trackio": ("trackio",),
     "swanlab": ("swanlab",),
+    "judge": ("openai",),
     "bench": ("liger-kernel", "cut-cross-entropy", "trl"),
 }  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Set-up that all commands share: processes, data, policy, sampler, reward, metrics."""
 
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -31,8 +32,7 @@ from mssr.outputs import clear_leftovers, refuse_foreign, replace
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.loading import check_model_path, load_frozen_policy
 from mssr.policy.model import Policy
-from mssr.rewards.grading import Grader
-from mssr.rewards.reward import RewardFunction
+from mssr.rewards.grading import LOG, Grader, start_pools
 from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
 from mssr.training.same_run import flat
@@ -41,23 +41,44 @@ CONFIG = "config.yaml"
 
 
 class Run(AbstractContextManager):
-    """The parts of a run that are not the algorithm. Data and model load on first use; a bad path fails at once."""
+    """The parts of a run that are not the algorithm. Data and model load on first use; a bad path fails at once.
 
-    def __init__(self, config: Config) -> None:
+    config: as given; with a Python function as the reward, `reward.function` says which.
+    """
+
+    def __init__(self, config: Config, reward: Callable | None = None) -> None:
+        """reward: a Python function in the place of `reward.function`; the workers get a copy of it.
+
+        Raises:
+            UserError: no such model, device or reward function.
+        """
         require_device(config.device)  # what needs no network is said first
         check_model_path(config.model.path)
-        self.config = config
+        self.config = config if reward is None else with_own_reward(config, reward)
         self.world: World = start_world(config.device)
         self.activity = Activity(self.world.is_main)
+        self._metrics: MetricsLog | None = None
+        self._trackers: Trackers | None = None
+        self._open = ExitStack()
+        try:
+            self._start(reward)
+        except BaseException:
+            self._open.close()
+            raise
+
+    def _start(self, reward: Callable | None) -> None:
+        config, log = self.config, self.config.run_dir / LOG
+        with self.world.together():
+            pools = start_pools(config.reward, reward, log)
+        for pool in pools.values():
+            self._open.callback(pool.close)
         if config.rollout.engine == "servers":
             self._look_for_servers()
         self.tokenizer, image_processor = load_processors(config.model.path)
         self._encoder = PromptEncoder(self.tokenizer, image_processor, config.data)
         self.processors = processors_to_save(config.model.path, self.tokenizer, self._encoder.image_processor)
-        self.grader = Grader(RewardFunction(config.reward), self.tokenizer, step_timeout_s=config.reward.step_timeout_s)
-        self._metrics: MetricsLog | None = None
-        self._trackers: Trackers | None = None
-        self._open = ExitStack()
+        max_tokens = config.rollout.max_response_tokens
+        self.grader = Grader(pools, config.reward, self.tokenizer, max_tokens=max_tokens, world=self.world, log=log)
         self._open.callback(self.grader.close)
 
     @cached_property
@@ -107,7 +128,7 @@ class Run(AbstractContextManager):
         return engine
 
     def judge(self, rollouts: Rollouts) -> GradedRollouts:
-        """Return the rollouts with their rewards and decoded texts."""
+        """Return the rollouts with their rewards and decoded texts. Collective."""
         return self.grader.begin(rollouts.prompts).finish(rollouts)
 
     def evaluate(self, rollout: RolloutEngine) -> Evaluation:
@@ -119,17 +140,22 @@ class Run(AbstractContextManager):
     def validate(self, rollout: RolloutEngine) -> dict[str, float]:
         """Return metrics on the held-out problems; empty if there are none.
 
-        val/grading_timeouts, only if there are any: answer checks that ran out of time, and so count as wrong.
+        val/accuracy is missing if no response has a grade. val/reward_timeouts, val/reward_errors, only if there are any:
+        calls of the reward functions that were late or failed.
         """
         if self.held_out is None:
             return {}
-        before = self.grader.timeouts
+        before = self.grader.cost
         result = self.evaluate(rollout)
-        timeouts = self.world.sum(torch.tensor(float(self.grader.timeouts - before), dtype=torch.float64)).item()
-        return ({"val/grading_timeouts": timeouts} if timeouts else {}) | {
-            "val/accuracy": result.accuracy,
+        after = self.grader.cost
+        failed = torch.tensor([after.timeouts - before.timeouts, after.errors - before.errors])
+        failures = zip(("val/reward_timeouts", "val/reward_errors"), self.world.sum(failed).tolist())
+        return {
+            **({} if math.isnan(result.accuracy) else {"val/accuracy": result.accuracy}),
             "val/response_tokens": result.response_tokens,
             "val/truncated": result.truncated,
+            **{f"val/reward_{part}": mean for part, mean in result.parts.items()},
+            **{key: float(count) for key, count in failures if count},
         }
 
     def lock_folder(self) -> None:
@@ -261,3 +287,18 @@ class Run(AbstractContextManager):
 
     def __exit__(self, *error) -> None:
         self._open.__exit__(*error)
+
+
+def with_own_reward(config: Config, function: Callable) -> Config:
+    """Return the configuration with the name of a Python function as `reward.function`.
+
+    Raises:
+        UserError: the configuration names another function.
+    """
+    named = function if hasattr(function, "__qualname__") else type(function)  # an object that can be called
+    reference, given = f"{named.__module__}:{named.__qualname__}", config.reward.function
+    if given not in (type(config.reward).model_fields["function"].default, reference):
+        raise UserError(
+            f"reward.function is {given!r}, and a Python function {named.__name__} is given too; leave one of them out"
+        )
+    return config.model_copy(update={"reward": config.reward.model_copy(update={"function": reference})})

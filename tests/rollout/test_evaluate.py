@@ -1,5 +1,8 @@
 """Accuracy on held-out problems, on one rank and split over ranks."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from policy_helpers import ALONE, DATA, digits, model_dir, processors
@@ -23,8 +26,18 @@ def held_out(count: int) -> ProblemDataset:
 def odd_is_right(batch):
     """A judge for untrained weights: a response whose tokens sum to an odd number is right."""
     correct = (torch.where(batch.mask, batch.tokens, 0).sum(1) % 2).float()
-    masked, texts = torch.zeros(len(batch), dtype=torch.bool), ("",) * len(batch)
-    return GradedRollouts(**vars(batch), reward=correct, correct=correct, masked=masked, texts=texts)
+    every, none = torch.ones(len(batch), dtype=torch.bool), torch.zeros(len(batch), dtype=torch.bool)
+    parts, texts = tuple({"accuracy": each, "half": each / 2} for each in correct.tolist()), ("",) * len(batch)
+    return GradedRollouts(
+        **vars(batch), reward=correct, correct=correct, graded=every, masked=none, parts=parts, texts=texts
+    )
+
+
+def some_without_a_grade(judged):
+    """What a judge that fails on responses that start with a token divisible by 3 makes of the same batch."""
+    with_grade = judged.tokens[:, 0] % 3 != 0
+    parts = tuple(parts if each else {} for parts, each in zip(judged.parts, with_grade))
+    return replace(judged, graded=with_grade, correct=judged.correct * with_grade, parts=parts)
 
 
 def sampler(policy):
@@ -75,6 +88,18 @@ def test_validation_has_its_own_top_p_and_top_k():
     for settings in ({"top_p": 1e-6}, {"top_k": 1}):
         assert run(ALONE, model_dir(), 5, temperature=1.0, **settings) == greedy
     assert run(ALONE, model_dir(), 5, temperature=1.0) != greedy
+
+
+def test_responses_without_a_grade_are_neither_right_nor_wrong():
+    policy = load_policy(model_dir(), torch.float32)
+    judge = lambda batch: some_without_a_grade(odd_is_right(batch))  # noqa: E731
+    result = evaluate(held_out(13), sampler(policy), judge, ALONE, EvalConfig(), seed=4)
+    batch = some_without_a_grade(answered(13))
+    assert 0 < int(batch.graded.sum()) < 13
+    assert result.accuracy == pytest.approx(float(batch.correct[batch.graded].mean()))
+    assert result.parts == {"accuracy": pytest.approx(result.accuracy), "half": pytest.approx(result.accuracy / 2)}
+    none = lambda batch: replace(odd_is_right(batch), graded=torch.zeros(len(batch), dtype=torch.bool))  # noqa: E731
+    assert math.isnan(evaluate(held_out(2), sampler(policy), none, ALONE, EvalConfig(), seed=4).accuracy)
 
 
 def test_the_first_problems_only():
