@@ -26,7 +26,7 @@ def show(config: Config, rows: int, row: int | None = None) -> Iterator[str]:
     Raises:
         UserError: a source or the model's processors cannot be read, or no source has this row.
     """
-    encoder = PromptEncoder(*load_processors(config.model.path), config.data)
+    encoder = PromptEncoder(*load_processors(config.model.path), config.data, needs_answer=config.reward.needs_answer)
     places = {"data.train": config.data.train, "data.val": config.data.val, "sft.data": config.sft.data}
     first, count = (0, rows) if row is None else (row, 1)
     shown = 0

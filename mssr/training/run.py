@@ -75,7 +75,9 @@ class Run(AbstractContextManager):
         if config.rollout.engine == "servers":
             self._look_for_servers()
         self.tokenizer, image_processor = load_processors(config.model.path)
-        self._encoder = PromptEncoder(self.tokenizer, image_processor, config.data)
+        self._encoder = PromptEncoder(
+            self.tokenizer, image_processor, config.data, needs_answer=config.reward.needs_answer
+        )
         self.processors = processors_to_save(config.model.path, self.tokenizer, self._encoder.image_processor)
         max_tokens = config.rollout.max_response_tokens
         self.grader = Grader(pools, config.reward, self.tokenizer, max_tokens=max_tokens, world=self.world, log=log)

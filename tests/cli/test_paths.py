@@ -90,7 +90,7 @@ def plotted(*arguments):
 @pytest.fixture
 def metrics(tmp_path):
     log = MetricsLog(tmp_path / "run")
-    log.write(1, {"train/reward": 0.5})
+    log.write(1, {"train/correct": 0.5})
     log.close()
     return tmp_path / "run"
 

@@ -64,7 +64,7 @@ def test_the_commands_of_the_readme_train(tmp_path):
             assert "How many" in ended.stdout and "Answer: N" in ended.stdout and "tokens" in ended.stdout
     records = read_metrics(tmp_path / "runs/own_reward/metrics.jsonl")
     accuracy = [record["val/accuracy"] for record in records if "val/accuracy" in record]
-    assert 0.4 < accuracy[0] and accuracy[-1] >= accuracy[0] + 0.15
+    assert accuracy[0] > 0.4 and accuracy[-1] >= accuracy[0] + 0.15
     last = records[-1]
     assert last["reward/timeouts"] == last["reward/errors"] == 0
     assert 0 < last["reward/brevity"] < last["reward/accuracy"] == pytest.approx(last["train/correct"])
