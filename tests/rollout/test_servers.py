@@ -64,7 +64,13 @@ def test_a_judge_is_served_as_well(servers, many):
     tokenizer, _ = processors()
     request = {"max_tokens": 3, "logit_bias": {str(tokenizer.convert_tokens_to_ids("7")): 100}}
     picture = next(prompt.images[0] for prompt in many if prompt.images)
-    options = {"url": f"{servers[0].url}/v1", "template": "{{ answer }} {{ final }}", "pattern": "7", "scale": 10, "retries": 0}
+    options = {
+        "url": f"{servers[0].url}/v1",
+        "template": "{{ answer }} {{ final }}",
+        "pattern": "7",
+        "scale": 10,
+        "retries": 0,
+    }
     row = Row("?", "10", image_files=(picture,))
 
     async def ask(model):
