@@ -107,7 +107,8 @@ def test_the_base_installation_needs_torch_and_triton_only(wheel):
 
 
 def test_extras_and_command(wheel):
-    extras = {"train", "vllm", "flash", "liger", "trl", "bench", "dev", "all", "wandb", "mlflow", "trackio", "swanlab"}
+    trackers = {"wandb", "mlflow", "trackio", "swanlab"}
+    extras = {"train", "vllm", "flash", "liger", "trl", "bench", "judge", "dev", "all"} | trackers
     assert set(metadata(wheel).get_all("Provides-Extra")) == extras
     archive = zipfile.ZipFile(wheel)
     (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
