@@ -37,6 +37,7 @@ class Chat:
             api_key=key[1] if key else "none",  # the client wants one
             timeout=timeout_s,
             max_retries=retries,
+            http_client=openai.DefaultAsyncHttpxClient(),  # its own one closes itself, maybe in another event loop
         )
         self._places = asyncio.Semaphore(concurrency)
 

@@ -27,7 +27,6 @@ from mssr.policy.engine import PolicyEngine
 from mssr.policy.loading import check_model_path, load_frozen_policy
 from mssr.policy.model import Policy
 from mssr.rewards.grading import LOG, Grader, start_pools
-from mssr.rewards.pool import RewardPool
 from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
 
@@ -49,27 +48,30 @@ class Run(AbstractContextManager):
         require_device(config.device)  # what needs no network is said first
         check_model_path(config.model.path)
         self.config = config if reward is None else with_own_reward(config, reward)
-        config = self.config
         self.world: World = start_world(config.device)
         self.activity = Activity(self.world.is_main)
-        with ExitStack() as opened:
-            with self.world.together():
-                pools = start_pools(config.reward, reward, config.run_dir / LOG)
-            for pool in pools.values():
-                opened.callback(pool.close)
-            self._start(pools)
-            self._open = opened.pop_all()
+        self._metrics: MetricsLog | None = None
+        self._open = ExitStack()
+        try:
+            self._start(reward)
+        except BaseException:
+            self._open.close()
+            raise
 
-    def _start(self, pools: dict[str, RewardPool]) -> None:
-        config = self.config
+    def _start(self, reward: Callable | None) -> None:
+        config, log = self.config, self.config.run_dir / LOG
+        with self.world.together():
+            pools = start_pools(config.reward, reward, log)
+        for pool in pools.values():
+            self._open.callback(pool.close)
         if config.rollout.engine == "servers":
             self._look_for_servers()
         self.tokenizer, image_processor = load_processors(config.model.path)
         self._encoder = PromptEncoder(self.tokenizer, image_processor, config.data)
         self.processors = processors_to_save(config.model.path, self.tokenizer, self._encoder.image_processor)
-        max_tokens, log = config.rollout.max_response_tokens, config.run_dir / LOG
+        max_tokens = config.rollout.max_response_tokens
         self.grader = Grader(pools, config.reward, self.tokenizer, max_tokens=max_tokens, world=self.world, log=log)
-        self._metrics: MetricsLog | None = None
+        self._open.callback(self.grader.close)
 
     @cached_property
     def problems(self) -> ProblemDataset:
@@ -110,7 +112,7 @@ class Run(AbstractContextManager):
         return self.grader.begin(rollouts.prompts).finish(rollouts)
 
     def evaluate(self, rollout: RolloutEngine) -> Evaluation:
-        """Answer every held-out problem (or the first eval.max_problems) once."""
+        """Answer every held-out problem (or the first eval.max_problems) eval.samples times."""
         problems, config = self.held_out, self.config
         with self.activity(f"validation on {config.data.val}") as advance:
             return evaluate(problems, rollout, self.judge, self.world, config.eval, seed=config.seed, advance=advance)
@@ -250,10 +252,10 @@ def with_own_reward(config: Config, function: Callable) -> Config:
     Raises:
         UserError: the configuration names another function.
     """
-    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__qualname__)
-    reference, given = f"{module}:{name}", config.reward.function
+    named = function if hasattr(function, "__qualname__") else type(function)  # an object that can be called
+    reference, given = f"{named.__module__}:{named.__qualname__}", config.reward.function
     if given not in (type(config.reward).model_fields["function"].default, reference):
         raise UserError(
-            f"reward.function is {given!r}, and a Python function {name} is given too; leave one of them out"
+            f"reward.function is {given!r}, and a Python function {named.__name__} is given too; leave one of them out"
         )
     return config.model_copy(update={"reward": config.reward.model_copy(update={"function": reference})})

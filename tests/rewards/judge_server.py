@@ -11,7 +11,7 @@ import pytest
 class Server(ThreadingHTTPServer):
     """Answers the nth request with `replies[n]`, then always with the last: text of the model, or (status, headers, body).
 
-    requests: what it was sent. most: most requests at a time. hold: it answers only when so many ask at the same time.
+    requests: what it was sent. most: most requests at a time. hold: an event without which it answers nothing.
     """
 
     daemon_threads = True
