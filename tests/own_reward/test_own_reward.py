@@ -48,7 +48,7 @@ def test_the_readme_shows_the_ten_lines_and_the_reward_as_they_are():
     assert reward.strip() == without_docstring.strip()
 
 
-@pytest.mark.slow("100 s: the README's commands in a new folder, and that RL on a user's own reward learns")
+@pytest.mark.slow("90 s: the README's commands in a new folder, and that RL on a user's own reward learns")
 def test_the_commands_of_the_readme_train(tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     commands, *_ = blocks("")
@@ -64,7 +64,7 @@ def test_the_commands_of_the_readme_train(tmp_path):
             assert "How many" in ended.stdout and "Answer: N" in ended.stdout and "tokens" in ended.stdout
     records = read_metrics(tmp_path / "runs/own_reward/metrics.jsonl")
     accuracy = [record["val/accuracy"] for record in records if "val/accuracy" in record]
-    assert 0.4 < accuracy[0] and accuracy[-1] >= accuracy[0] + 0.15
+    assert accuracy[0] > 0.4 and accuracy[-1] >= accuracy[0] + 0.15
     last = records[-1]
     assert last["reward/timeouts"] == last["reward/errors"] == 0
     assert 0 < last["reward/brevity"] < last["reward/accuracy"] == pytest.approx(last["train/correct"])
