@@ -20,6 +20,7 @@ from mssr.errors import UserError
 from mssr.evaluation.evaluate import Evaluation, evaluate
 from mssr.folder_lock import locked
 from mssr.observe.metrics import Metric, MetricsLog
+from mssr.observe.picture import refuse_other_file
 from mssr.observe.progress import Activity
 from mssr.outputs import clear_leftovers, refuse_foreign, replace
 from mssr.policy.engine import PolicyEngine
@@ -30,7 +31,7 @@ from mssr.rewards.reward import RewardFunction
 from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
 
-CONFIG = "config.yaml"
+CONFIG, CURVES = "config.yaml", "curves.png"
 
 
 class Run(AbstractContextManager):
@@ -134,7 +135,7 @@ class Run(AbstractContextManager):
     def refuse_foreign_outputs(self, others: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
         """Refuse to start if this run would replace something that it did not write. Collective; after `lock_folder`.
 
-        others: outputs besides config, model and adapter, by their names in run_dir.
+        others: outputs besides config, curves, model and adapter, by their names in run_dir.
         folders: names of folders that the run writes into, and may find there.
 
         Raises:
@@ -153,6 +154,7 @@ class Run(AbstractContextManager):
                     raise UserError(
                         f"{path}: no folder, and this run needs one there; move it away, or set another run_dir"
                     )
+            refuse_other_file(run_dir / CURVES, "move it away, or set another run_dir")
             refuse_foreign(run_dir, [*written, *others, *([] if self._config_is_there() else [CONFIG])])
 
         self.world.on_main(refuse, f"run_dir {run_dir}: cannot be read")

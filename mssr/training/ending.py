@@ -1,0 +1,72 @@
+"""The end of a run: its curves; the trained model with its card; the summary."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from dataclasses import replace as changed
+from pathlib import Path
+
+from mssr.errors import shortened
+from mssr.observe.metrics import FILE_NAME, read_metrics
+from mssr.outputs import replace
+from mssr.policy.export import Files, save_trained
+from mssr.policy.model import Policy
+from mssr.training.card import model_card
+from mssr.training.run import CURVES, Run
+from mssr.training.summary import CARD, SUMMARY, Summary, places, summarise, this_process, write_summary
+
+
+def finish(run: Run, policy: Policy) -> Summary:
+    """Save the trained model and tell what the run reached; return that on every rank. Collective.
+
+    Raises:
+        UserError: an output could not be written.
+    """
+    config, world = run.config, run.world
+    draw_curves(run)
+    written = world.on_main(lambda: _summary_and_cards(run), f"{config.run_dir}: cannot be read")
+    summary, cards = written or (None, {})
+    save_trained(policy, run.processors, config.run_dir, world, cards)
+
+    def tell() -> Summary:
+        replace(config.run_dir, CARD, lambda partial: partial.write_bytes(cards["model"][CARD]))
+        there = places(config.run_dir, summary.best_step) | {"summary": str(config.run_dir / SUMMARY)}
+        told = changed(summary, places=there)
+        write_summary(config.run_dir, asdict(told))
+        return told
+
+    return world.gather(world.on_main(tell, f"{config.run_dir}: the summary cannot be written"))[0]
+
+
+def draw_curves(run: Run) -> None:
+    """Draw run_dir/curves.png. A picture that cannot be drawn costs a line on stderr, not the model. Collective."""
+    run.world.on_main(lambda: _or_say(lambda: _draw(run.config.run_dir)), f"{run.config.run_dir}: cannot be written")
+
+
+def _draw(run_dir: Path) -> None:
+    from mssr.observe.plots import plot_curves  # half a second of imports
+
+    plot_curves({str(run_dir): run_dir / FILE_NAME}, run_dir / CURVES)
+
+
+def _or_say(draw: Callable[[], None]) -> None:
+    try:
+        draw()
+    except Exception as error:
+        print(f"mssr: {CURVES} was not drawn: {shortened(error, 200)}", file=sys.stderr, flush=True)
+
+
+def _summary_and_cards(run: Run) -> tuple[Summary, dict[str, Files]]:
+    """Return the summary, without places, and for each folder of weights the card and its picture."""
+    config = run.config
+    records = read_metrics(config.run_dir / FILE_NAME)
+    summary = changed(summarise(config, records), **this_process(config, run.world.size))
+    curves = config.run_dir / CURVES
+    picture = {CURVES: curves.read_bytes()} if curves.is_file() else {}
+    cards = {}
+    for name in ("model", "adapter") if config.model.lora else ("model",):
+        path, adapter = config.run_dir / name, name == "adapter"
+        title = config.run_dir.resolve().name
+        card = model_card(config, records, summary, name=title, path=path, adapter=adapter, picture=bool(picture))
+        cards[name] = {CARD: card.encode(), **picture}
+    return summary, cards
