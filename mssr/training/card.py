@@ -28,13 +28,14 @@ MAIN = (
     "train.optimizer.lr",
 )
 VISION = """import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 path = "{path}"
 model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
 processor = AutoProcessor.from_pretrained(path)
 question = "..."{instruction}
-content = [{{"type": "image", "image": "picture.png"}}, {{"type": "text", "text": question}}]
+content = [{{"type": "image", "image": Image.open("picture.png")}}, {{"type": "text", "text": question}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",

@@ -1,10 +1,8 @@
 """The end of a run: its curves; the trained model with its card; the summary."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from dataclasses import replace as changed
-from pathlib import Path
 
 from mssr.errors import shortened
 from mssr.observe.metrics import FILE_NAME, read_metrics
@@ -23,50 +21,51 @@ def finish(run: Run, policy: Policy) -> Summary:
         UserError: an output could not be written.
     """
     config, world = run.config, run.world
-    draw_curves(run)
-    written = world.on_main(lambda: _summary_and_cards(run), f"{config.run_dir}: cannot be read")
+    drawn = draw_curves(run)
+    written = world.on_main(lambda: _summary_and_cards(run, drawn), f"{config.run_dir}: cannot be read")
     summary, cards = written or (None, {})
     save_trained(policy, run.processors, config.run_dir, world, cards)
 
     def tell() -> Summary:
-        replace(config.run_dir, CARD, lambda partial: partial.write_bytes(cards["model"][CARD]))
-        there = places(config.run_dir, summary.best_step) | {"summary": str(config.run_dir / SUMMARY)}
-        told = changed(summary, places=there)
+        own = {name: str(config.run_dir / file) for name, file in (("card", CARD), ("summary", SUMMARY))}
+        told = changed(summary, places=places(config.run_dir, summary.best_step) | own)
         write_summary(config.run_dir, asdict(told))
+        replace(config.run_dir, CARD, lambda partial: partial.write_bytes(cards["model"][CARD]))
         return told
 
-    return world.gather(world.on_main(tell, f"{config.run_dir}: the summary cannot be written"))[0]
+    return world.gather(world.on_main(tell, f"{config.run_dir}: summary and card cannot be written"))[0]
 
 
-def draw_curves(run: Run) -> None:
-    """Draw run_dir/curves.png. A picture that cannot be drawn costs a line on stderr, not the model. Collective."""
-    run.world.on_main(lambda: _or_say(lambda: _draw(run.config.run_dir)), f"{run.config.run_dir}: cannot be written")
+def draw_curves(run: Run) -> bool:
+    """Draw run_dir/curves.png; return whether it is there, on rank 0. Collective.
+
+    A picture that cannot be drawn costs a line on stderr, not the model.
+    """
+    run_dir = run.config.run_dir
+
+    def draw() -> bool:
+        try:
+            from mssr.observe.plots import plot_curves  # half a second of imports
+
+            plot_curves({str(run_dir): run_dir / FILE_NAME}, run_dir / CURVES)
+        except Exception as error:
+            print(f"mssr: {CURVES} was not drawn: {shortened(error, 200)}", file=sys.stderr, flush=True)
+            return False
+        return True
+
+    return bool(run.world.on_main(draw, f"{run_dir}: cannot be written"))
 
 
-def _draw(run_dir: Path) -> None:
-    from mssr.observe.plots import plot_curves  # half a second of imports
-
-    plot_curves({str(run_dir): run_dir / FILE_NAME}, run_dir / CURVES)
-
-
-def _or_say(draw: Callable[[], None]) -> None:
-    try:
-        draw()
-    except Exception as error:
-        print(f"mssr: {CURVES} was not drawn: {shortened(error, 200)}", file=sys.stderr, flush=True)
-
-
-def _summary_and_cards(run: Run) -> tuple[Summary, dict[str, Files]]:
+def _summary_and_cards(run: Run, drawn: bool) -> tuple[Summary, dict[str, Files]]:
     """Return the summary, without places, and for each folder of weights the card and its picture."""
     config = run.config
     records = read_metrics(config.run_dir / FILE_NAME)
     summary = changed(summarise(config, records), **this_process(config, run.world.size))
-    curves = config.run_dir / CURVES
-    picture = {CURVES: curves.read_bytes()} if curves.is_file() else {}
+    picture = {CURVES: (config.run_dir / CURVES).read_bytes()} if drawn else {}
     cards = {}
     for name in ("model", "adapter") if config.model.lora else ("model",):
         path, adapter = config.run_dir / name, name == "adapter"
         title = config.run_dir.resolve().name
-        card = model_card(config, records, summary, name=title, path=path, adapter=adapter, picture=bool(picture))
+        card = model_card(config, records, summary, name=title, path=path, adapter=adapter, picture=drawn)
         cards[name] = {CARD: card.encode(), **picture}
     return summary, cards
