@@ -29,6 +29,7 @@ EXTRAS |= {
     ],
 }
 EXTRAS["dev"] += EXTRAS["bench"]  # peers are oracles too
+EXTRAS["dev"] += EXTRAS["judge"]
 EXTRAS["all"] = [requirement for name in ("train", "vllm", "bench", "dev") for requirement in EXTRAS[name]]
 
 setup(

@@ -26,6 +26,7 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "psutil": ("6", None),
     "scipy": ("1.13", None),
     "numpy": ("2", None),
+    "cloudpickle": ("3", None),
     "vllm": ("0.26", "0.33"),
     "flash-attn": ("2.8.3", "3"),
     "liger-kernel": ("0.8.5", "0.9"),
@@ -33,6 +34,7 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "trl": ("1.15", "1.17"),
     "verl": ("0.9.1", "0.10"),
     "openrlhf": ("0.11.2", "0.12"),
+    "openai": ("1.99", "4"),
 }
 
 # The extras of setup.py. Its `dev` has more, without ranges of ours.
@@ -40,11 +42,13 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": (
         "transformers", "deepspeed", "datasets", "math-verify", "peft", "pydantic", "typer", "rich", "tensorboard",
         "matplotlib", "pyyaml", "packaging", "pillow", "psutil", "scipy", "numpy",
+        "cloudpickle",
     ),
     "vllm": ("vllm",),
     "flash": ("flash-attn",),
     "liger": ("liger-kernel",),
     "trl": ("trl",),
+    "judge": ("openai",),
     "bench": ("liger-kernel", "cut-cross-entropy", "trl"),
 }  # fmt: skip
 

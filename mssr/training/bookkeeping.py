@@ -90,6 +90,7 @@ class Bookkeeping(AbstractContextManager):
     ) -> dict[str, float]:
         """Count the step's costs and skipped updates; return their metrics."""
         self._gap, self._why_skipped = gap, self._skipped.observe(gap, updates)
+        self._slowest_reward = sampled.grading.slowest
         self.costs.spend(
             self._run.world,
             updates=len(updates),
@@ -121,7 +122,7 @@ class Bookkeeping(AbstractContextManager):
         """
         config = self._config
         self._run.record(done, metrics)
-        if warning := self._grading.warning(metrics):
+        if warning := self._grading.warning(metrics, self._slowest_reward):
             self._display.note(f"step {done}: {warning}")
         self._display.update(done, metrics)
         if self._why_skipped:

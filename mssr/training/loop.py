@@ -77,9 +77,10 @@ def _train(run: Run, book: Bookkeeping) -> Summary:
             sampled = rollout_phase.take(step, clock)
             rollouts = sampled.rollouts
 
-            # The baseline is read before the tracker sees these rewards. Advantages use the responses of all ranks.
-            baseline = tracker.values(rollouts.keys) if algorithm.tracked else None
-            outcomes = share.outcomes(rollouts, baseline, config.rollout.responses_per_prompt)
+            # The tracker's values are read before it sees these rewards. Advantages use the responses of all ranks.
+            value = tracker.values(rollouts.keys) if algorithm.tracked else None
+            group, success_weight = config.rollout.responses_per_prompt, config.reward.success_weight
+            outcomes = share.outcomes(rollouts, value, group, success_weight)
             advantage = share.own(algorithm.advantages(outcomes))
 
             # Score with the weights from before the updates: how far each prompt's policy has drifted since its last
@@ -111,13 +112,13 @@ def _train(run: Run, book: Bookkeeping) -> Summary:
             else:
                 updates = [engine.discard(accumulated, clock)]
 
-            # Now the tracker learns the rewards, unless the policy did not learn from them.
+            # Now the tracker learns the successes, unless the policy did not learn from them.
             metrics = step_metrics(rollouts, updates, gap, clock, world) | sampled.metrics(step, world)
             if agrees:
                 metrics |= utilisation(work_of_step(engine.policy, batch, updates), clock, world, peak)
             metrics |= outcome_metrics(outcomes)
             if algorithm.tracked and any(update.applied for update in updates):
-                metrics |= track(tracker, share, rollouts, batch, outcomes.reward, drift, updates)
+                metrics |= track(tracker, share, rollouts, batch, outcomes, drift, updates)
 
             # Count costs, validate, record, save a checkpoint.
             done = step + 1
@@ -125,6 +126,7 @@ def _train(run: Run, book: Bookkeeping) -> Summary:
             if book.validates(done):
                 with rollout_phase.awake(done) as sampler:
                     metrics |= run.validate(sampler)
+            baseline = None if outcomes.baseline is None else share.own(outcomes.baseline)
             book.end_step(done, metrics, rollouts, baseline, batch)
 
     return finish(run, engine.policy)

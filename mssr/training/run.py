@@ -1,7 +1,8 @@
 """Set-up that all commands share: processes, data, policy, sampler, reward, metrics."""
 
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +27,8 @@ from mssr.outputs import clear_leftovers, refuse_foreign, replace
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.loading import check_model_path, load_frozen_policy
 from mssr.policy.model import Policy
-from mssr.rewards.grading import Grader
-from mssr.rewards.reward import RewardFunction
+from mssr.rewards.grading import LOG, Grader, start_pools
+from mssr.rewards.pool import RewardPool
 from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
 
@@ -35,23 +36,41 @@ CONFIG, CURVES = "config.yaml", "curves.png"
 
 
 class Run(AbstractContextManager):
-    """The parts of a run that are not the algorithm. Data and model load on first use; a bad path fails at once."""
+    """The parts of a run that are not the algorithm. Data and model load on first use; a bad path fails at once.
 
-    def __init__(self, config: Config) -> None:
+    config: as given; with a Python function as the reward, `reward.function` says which.
+    """
+
+    def __init__(self, config: Config, reward: Callable | None = None) -> None:
+        """reward: a Python function in the place of `reward.function`; the workers get a copy of it.
+
+        Raises:
+            UserError: no such model, device or reward function.
+        """
         require_device(config.device)  # what needs no network is said first
         check_model_path(config.model.path)
-        self.config = config
+        self.config = config if reward is None else with_own_reward(config, reward)
+        config = self.config
         self.world: World = start_world(config.device)
         self.activity = Activity(self.world.is_main)
+        with ExitStack() as opened:
+            with self.world.together():
+                pools = start_pools(config.reward, reward, config.run_dir / LOG)
+            for pool in pools.values():
+                opened.callback(pool.close)
+            self._start(pools)
+            self._open = opened.pop_all()
+
+    def _start(self, pools: dict[str, RewardPool]) -> None:
+        config = self.config
         if config.rollout.engine == "servers":
             self._look_for_servers()
         self.tokenizer, image_processor = load_processors(config.model.path)
         self._encoder = PromptEncoder(self.tokenizer, image_processor, config.data)
         self.processors = processors_to_save(config.model.path, self.tokenizer, self._encoder.image_processor)
-        self.grader = Grader(RewardFunction(config.reward), self.tokenizer, step_timeout_s=config.reward.step_timeout_s)
+        max_tokens, log = config.rollout.max_response_tokens, config.run_dir / LOG
+        self.grader = Grader(pools, config.reward, self.tokenizer, max_tokens=max_tokens, world=self.world, log=log)
         self._metrics: MetricsLog | None = None
-        self._open = ExitStack()
-        self._open.callback(self.grader.close)
 
     @cached_property
     def problems(self) -> ProblemDataset:
@@ -88,7 +107,7 @@ class Run(AbstractContextManager):
         return engine
 
     def judge(self, rollouts: Rollouts) -> GradedRollouts:
-        """Return the rollouts with their rewards and decoded texts."""
+        """Return the rollouts with their rewards and decoded texts. Collective."""
         return self.grader.begin(rollouts.prompts).finish(rollouts)
 
     def evaluate(self, rollout: RolloutEngine) -> Evaluation:
@@ -100,17 +119,22 @@ class Run(AbstractContextManager):
     def validate(self, rollout: RolloutEngine) -> dict[str, float]:
         """Return metrics on the held-out problems; empty if there are none.
 
-        val/grading_timeouts, only if there are any: answer checks that ran out of time, and so count as wrong.
+        val/accuracy is missing if no response has a grade. val/reward_timeouts, val/reward_errors, only if there are any:
+        calls of the reward functions that were late or failed.
         """
         if self.held_out is None:
             return {}
-        before = self.grader.timeouts
+        before = self.grader.cost
         result = self.evaluate(rollout)
-        timeouts = self.world.sum(torch.tensor(float(self.grader.timeouts - before), dtype=torch.float64)).item()
-        return ({"val/grading_timeouts": timeouts} if timeouts else {}) | {
-            "val/accuracy": result.accuracy,
+        after = self.grader.cost
+        failed = torch.tensor([after.timeouts - before.timeouts, after.errors - before.errors])
+        failures = zip(("val/reward_timeouts", "val/reward_errors"), self.world.sum(failed).tolist())
+        return {
+            **({} if math.isnan(result.accuracy) else {"val/accuracy": result.accuracy}),
             "val/response_tokens": result.response_tokens,
             "val/truncated": result.truncated,
+            **{f"val/reward_{part}": mean for part, mean in result.parts.items()},
+            **{key: float(count) for key, count in failures if count},
         }
 
     def lock_folder(self) -> None:
@@ -220,3 +244,18 @@ class Run(AbstractContextManager):
 
     def __exit__(self, *_) -> None:
         self._open.close()
+
+
+def with_own_reward(config: Config, function: Callable) -> Config:
+    """Return the configuration with the name of a Python function as `reward.function`.
+
+    Raises:
+        UserError: the configuration names another function.
+    """
+    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__qualname__)
+    reference, given = f"{module}:{name}", config.reward.function
+    if given not in (type(config.reward).model_fields["function"].default, reference):
+        raise UserError(
+            f"reward.function is {given!r}, and a Python function {name} is given too; leave one of them out"
+        )
+    return config.model_copy(update={"reward": config.reward.model_copy(update={"function": reference})})

@@ -1,29 +1,17 @@
-"""Compares two mathematical answers, in a process of its own: JSON lines in, JSON lines out.
+"""Compares two mathematical answers with a library: math-verify's LaTeX parser reads them, sympy evaluates both to many
+digits, with several values for the variables.
 
-`mssr.rewards.symbolic` starts it as a plain script. It imports nothing of the trainer, so that it starts in half a second
-without torch. It can be killed at any moment, and ends by itself when the trainer does: at the end of its input or,
-during a comparison that hangs, by the alarm.
-
-math-verify's LaTeX parser reads the answers; sympy evaluates both to many digits, with several values for the variables.
-
-    -> {"kind": "value", "predicted": "\\frac{1}{2}", "gold": "0.5"}
-    <- {"equal": true}
-
-kind: value; equation (the same solutions); rounded (the second one, a decimal, is the first one, a constant, rounded).
+sympy may hang, or use up all memory, on a sampled answer, and its own timeouts are signals, which do not interrupt C code:
+the comparison has to run in a process that can be killed, as rewards do.
 """
 
-import json
-import logging
 import os
 import re
-import resource
-import signal
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 
-MEMORY_LIMIT = 4 << 30  # bytes; towers of powers ask for more, and get a MemoryError
 DIGITS = 40
 EXACT, ROUNDED = 1e-30, 1e-6  # relative differences
-MIN_DIGITS = 6  # significant digits of a rounded decimal, as in mssr.rewards.numbers
+MIN_DIGITS = 6  # significant digits of a rounded decimal, as in mssr.rewards.mathematics.numbers
 # What the variables are set to: the first one, and the step to each further one. Negative ones tell |x| from x, different
 # signs |a|+|b| from |a+b|, and large ones, which are too slow for integrals and sums, |x-100| from 100-x.
 POINTS = [("1.3", "0.4"), ("-2.7", "0.3"), ("0.21", "0.17"), ("3.9", "-1.1"), ("-1.7", "2.9"), ("2.3", "-5.1")]
@@ -31,7 +19,11 @@ LARGE = [("1037.3", "-2291.7"), ("-211.9", "347.3")]
 
 
 class Mathematics:
-    """The library, imported in the worker only."""
+    """The libraries, which are imported when the first one is made.
+
+    kind of a comparison: value; equation (the same solutions); rounded (the second one, a decimal, is the first one, a
+    constant, rounded).
+    """
 
     def __init__(self) -> None:
         import sympy
@@ -46,35 +38,36 @@ class Mathematics:
         )
         symbols = ConversionConfig(lowercase_symbols=False)
 
-        def mixed(found: re.Match) -> str:
-            whole, above, below = map(int, found.groups())
-            if above < below:
-                return f"\\frac{{{whole * below + above}}}{{{below}}}"
-            return f"{whole}\\cdot\\frac{{{above}}}{{{below}}}"
+        def parse(text: str, imaginary: bool):
+            real = not imaginary and not should_treat_as_complex(text)
+            return latex2sympy(text, is_real=real, normalization_config=spelling, conversion_config=symbols)
 
-        def read(text: str, imaginary: bool = False):
-            text = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|ln|log|lg|exp)(?![a-zA-Z])", r"\\\1 ", text)
-            text = re.sub(r"\\lg(?![a-zA-Z])", r"\\log_{10}", text)
-            if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
-                text = re.sub(r"(\d+(?:\.\d+)?)°", r"{(\\frac{\1\\pi}{180})}", text)
-            # Two numbers side by side are a product, unless they are a mixed number. The library would add them.
-            text = re.sub(r"(?<![\d./])(\d+)/(\d+)(?=\\(?:pi|sqrt))", r"\\frac{\1}{\2}", text)
-            text = re.sub(r"(?<![\d.])(\d+)\\frac\{(\d+)\}\{(\d+)\}", mixed, text)
-            text = re.sub(r"(?<=[\d)]) ?(?=\()|(?<=\)) ?(?=\d)", r"\\cdot ", text)
-            text = text.replace("°", "").replace("*", "\\cdot ").replace("%", "\\cdot\\frac{1}{100}")
-            found = latex2sympy(
-                text,
-                is_real=not imaginary and not should_treat_as_complex(text),
-                normalization_config=spelling,
-                conversion_config=symbols,
-            )
-            if imaginary:
-                found = found.subs({symbol: sympy.I for symbol in found.free_symbols})
-            floats = found.atoms(sympy.Float) if hasattr(found, "atoms") else ()
-            return found.xreplace({number: sympy.Rational(str(number)) for number in floats})
+        self.parse = parse
 
-        self.read = read
-        self.value("\\frac{\\sqrt{x+1}}{2}-\\sin x", "2^{x}\\pi")  # the first answers must not pay for lazy imports
+    def __call__(self, kind: str, predicted: str, gold: str) -> bool:
+        """Whether the answers are equal. What the libraries print, of which there is much, is dropped."""
+        compare = {"value": self.value, "equation": self.equation, "rounded": self.rounded}[kind]
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            try:
+                return bool(compare(predicted, gold))
+            except Exception:
+                return False  # not comparable as mathematics, and the strings are known to differ
+
+    def read(self, text: str, imaginary: bool = False):
+        text = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|ln|log|lg|exp)(?![a-zA-Z])", r"\\\1 ", text)
+        text = re.sub(r"\\lg(?![a-zA-Z])", r"\\log_{10}", text)
+        if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
+            text = re.sub(r"(\d+(?:\.\d+)?)°", r"{(\\frac{\1\\pi}{180})}", text)
+        # Two numbers side by side are a product, unless they are a mixed number. The library would add them.
+        text = re.sub(r"(?<![\d./])(\d+)/(\d+)(?=\\(?:pi|sqrt))", r"\\frac{\1}{\2}", text)
+        text = re.sub(r"(?<![\d.])(\d+)\\frac\{(\d+)\}\{(\d+)\}", _mixed, text)
+        text = re.sub(r"(?<=[\d)]) ?(?=\()|(?<=\)) ?(?=\d)", r"\\cdot ", text)
+        text = text.replace("°", "").replace("*", "\\cdot ").replace("%", "\\cdot\\frac{1}{100}")
+        found = self.parse(text, imaginary)
+        if imaginary:
+            found = found.subs({symbol: self.sympy.I for symbol in found.free_symbols})
+        floats = found.atoms(self.sympy.Float) if hasattr(found, "atoms") else ()
+        return found.xreplace({number: self.sympy.Rational(str(number)) for number in floats})
 
     def value(self, predicted: str, gold: str) -> bool:
         one, other = self.read(predicted), self.read(gold)
@@ -158,33 +151,8 @@ class Mathematics:
         return value if value.is_number and value.is_finite and not value.has(self.sympy.nan) else None
 
 
-def main(alarm_s: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes our input
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process even inside one long C call
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    replies = os.fdopen(os.dup(1), "w")
-    mathematics = Mathematics()
-
-    logging.disable()
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)  # what a parser prints must not get into the replies
-    os.dup2(silence, 2)
-
-    def equal(kind: str, predicted: str, gold: str) -> bool:
-        try:
-            return {"value": mathematics.value, "equation": mathematics.equation, "rounded": mathematics.rounded}[kind](
-                predicted, gold
-            )
-        except Exception:
-            return False  # not comparable as mathematics, and the strings are known to differ
-
-    print(json.dumps({"ready": True}), file=replies, flush=True)
-    for line in sys.stdin:
-        signal.alarm(alarm_s)
-        answer = equal(**json.loads(line))
-        signal.alarm(0)
-        print(json.dumps({"equal": bool(answer)}), file=replies, flush=True)
-
-
-if __name__ == "__main__":
-    main(alarm_s=int(sys.argv[1]))
+def _mixed(found: re.Match) -> str:
+    whole, above, below = map(int, found.groups())
+    if above < below:
+        return f"\\frac{{{whole * below + above}}}{{{below}}}"
+    return f"{whole}\\cdot\\frac{{{above}}}{{{below}}}"
