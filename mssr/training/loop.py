@@ -7,6 +7,8 @@ rewards of earlier rollouts of the prompt. The algorithms that MSSR is compared 
 sample several responses per prompt and have no tracker.
 """
 
+from collections.abc import Callable
+
 from mssr.algorithms.advantages import ALGORITHMS
 from mssr.algorithms.value_tracker import ValueTracker
 from mssr.batch import UpdateBatch
@@ -28,9 +30,12 @@ from mssr.training.summary import Summary
 from mssr.training.tracking import drift_of_previous_responses, initialise_tracker, track
 
 
-def train(config: Config, *, on_step: OnStep | None = None, resume: bool = False) -> Summary:
+def train(
+    config: Config, *, reward: Callable | None = None, on_step: OnStep | None = None, resume: bool = False
+) -> Summary:
     """Train `config.model.path` by RL; all outputs go to `config.run_dir`. Return what the run reached, on every rank.
 
+    reward: a function in the place of `reward.function`.
     on_step: called as `on_step(step, metrics)` on rank 0, when the step is in metrics.jsonl. If it returns False, the run
         ends with this step as if it were the last one. An error in it ends the run, after the step is saved.
     resume: continue from the newest checkpoint. On a CPU the resumed run equals an uninterrupted one exactly.
@@ -39,7 +44,7 @@ def train(config: Config, *, on_step: OnStep | None = None, resume: bool = False
         UserError: the run cannot start (model, data, an earlier run in the folder) or continue (disk, log-prob gap).
         Interrupted: a signal ended the run; the last step is saved.
     """
-    with own_environment(), Run(config) as run, Bookkeeping(run, on_step=on_step, resume=resume) as book:
+    with own_environment(), Run(config, reward) as run, Bookkeeping(run, on_step=on_step, resume=resume) as book:
         return _train(run, book)
 
 

@@ -3,6 +3,7 @@
 python -m tests.training.python_session CONFIG FOLDER MODE
 """
 
+import gc
 import json
 import os
 import signal
@@ -11,13 +12,15 @@ import threading
 from pathlib import Path
 
 from mssr import load_config, train
+from mssr.policy.model import Policy
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def surroundings() -> dict:
     handlers = {name: str(signal.getsignal(getattr(signal, name))) for name in ("SIGINT", "SIGTERM", "SIGUSR1")}
-    return handlers | {name: os.environ.get(name) for name in LAUNCHED} | {"threads": threading.active_count()}
+    threads = sorted(thread.name for thread in threading.enumerate())
+    return handlers | {name: os.environ.get(name) for name in LAUNCHED} | {"threads": threads}
 
 
 def twice(config: str, folder: Path) -> dict:
@@ -26,10 +29,19 @@ def twice(config: str, folder: Path) -> dict:
         load_config(config, [f"run_dir={folder / 'first'}"]), on_step=lambda step, metrics: seen.append((step, metrics))
     )
     after = surroundings()
+    gc.collect()
+    left = sum(isinstance(thing, Policy) for thing in gc.get_objects())
     again = threading.Thread(target=lambda: train(load_config(config, [f"run_dir={folder / 'second'}"])))
     again.start()
     again.join()
-    return {"seen": seen, "before": before, "after": after, "returned": str(first), "steps": first.steps}
+    return {
+        "seen": seen,
+        "before": before,
+        "after": after,
+        "returned": str(first),
+        "steps": first.steps,
+        "left": left,
+    }
 
 
 def stopped(config: str, folder: Path) -> dict:

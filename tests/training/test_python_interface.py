@@ -39,7 +39,7 @@ def test_two_runs_in_a_process_are_those_of_the_command_line(mssr, warm, whole, 
     written = [line for line in read_metrics(tmp_path / "first" / "metrics.jsonl") if line["step"]]
     assert [step for step, _ in said["seen"]] == [1, 2, 3, 4, 5, 6]
     assert all(metrics.items() <= line.items() for (_, metrics), line in zip(said["seen"], written))
-    assert said["before"] == said["after"]
+    assert said["before"] == said["after"] and said["left"] == 0  # their memory is free for the next run
     assert said["steps"] == 6 and f"summary    {tmp_path}/first/summary.json" in said["returned"]
 
 
