@@ -49,6 +49,10 @@ PACKAGES = {
     "vllm": Use("fast rollouts", needed=False),
     "flash-attn": Use("attention", needed=False),
     "liger-kernel": Use("norms, SwiGLU; benchmarks", needed=False),
+    "wandb": Use("tracker", needed=False),
+    "mlflow-skinny": Use("tracker", needed=False),
+    "trackio": Use("tracker", needed=False),
+    "swanlab": Use("tracker", needed=False),
 }
 
 # The registry's builds of these are for CUDA: beside a CPU torch they fail on import, and transformers with them.

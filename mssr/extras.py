@@ -8,6 +8,7 @@ _PACKAGES = {
     "PIL": "pillow",
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
+    "mlflow": "mlflow-skinny",
 }  # import name -> distribution, where they differ
 _previous = sys.excepthook
 

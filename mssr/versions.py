@@ -32,6 +32,12 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "liger-kernel": ("0.8.5", "0.9"),
     "cut-cross-entropy": ("25.1", "26"),
     "trl": ("1.15", "1.17"),
+    "wandb": ("0.22", "0.32"),
+    "mlflow-skinny": ("3.7", "4"),
+    "sqlalchemy": ("2", "3"),
+    "alembic": ("1.11", "2"),
+    "trackio": ("0.30", "0.44"),
+    "swanlab": ("0.10", "0.11"),
     "verl": ("0.9.1", "0.10"),
     "openrlhf": ("0.11.2", "0.12"),
     "openai": ("1.99", "4"),
@@ -49,6 +55,10 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "liger": ("liger-kernel",),
     "trl": ("trl",),
     "judge": ("openai",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow-skinny", "sqlalchemy", "alembic"),  # the last two: for a file instead of a server
+    "trackio": ("trackio",),
+    "swanlab": ("swanlab",),
     "bench": ("liger-kernel", "cut-cross-entropy", "trl"),
 }  # fmt: skip
 

@@ -169,12 +169,23 @@ class EvalConfig(Section):
 
 
 class LogConfig(Section):
-    tensorboard: bool = Field(True, description="write TensorBoard files beside metrics.jsonl")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"]] = Field(
+        ["tensorboard"], description="what shows the metrics, besides metrics.jsonl; all but tensorboard need an extra"
+    )
+    project: str = Field("mssr", min_length=1, description="project (MLflow: experiment) of the run in the trackers")
+    name: str | None = Field(None, min_length=1, description="its name there; null: the name of run_dir")
     peak_tflops: float | None = Field(
         None, gt=0, description="peak TFLOP/s of one device, for the MFU; null: known for common GPUs, else no MFU"
     )
     rollouts_every: int = Field(10, gt=0, description="steps between saved rollout samples")
     rollouts_saved: int = Field(8, ge=0, description="rollouts per sample, with their images")
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_tracker_once(cls, trackers: list[str]) -> list[str]:
+        if len(set(trackers)) < len(trackers):
+            raise ValueError("a tracker is listed twice; list each one once")
+        return trackers
 
 
 class Config(Section):

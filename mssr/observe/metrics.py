@@ -1,9 +1,8 @@
-"""`metrics.jsonl`, the record of a run that a resumed run continues; TensorBoard gets the same scalars."""
+"""`metrics.jsonl`, the record of a run that a resumed run continues."""
 
 import json
 import math
 import os
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,16 +11,14 @@ from mssr.errors import UserError
 from mssr.outputs import set_aside
 
 FILE_NAME = "metrics.jsonl"
-TENSORBOARD = "tensorboard"
 
 
-Metric = float | list  # lists (tables, histograms) go into the file only
+Metric = float | list  # lists (tables, histograms) are for this file only
 
 
 class MetricsLog:
     """Appends one JSON object per line: `step`, `time` (unix), then `group/name` floats or lists of finite numbers.
 
-    run_dir: folder of `metrics.jsonl` and, with tensorboard=True, `tensorboard/`.
     resume_at: `position` from the checkpoint; later lines, complete or not, are dropped. 0: there is no checkpoint, so a
         file that is there is renamed. None: a new run.
     dropped: number of complete lines that were dropped. set_aside: new name of the renamed file, or None.
@@ -30,7 +27,7 @@ class MetricsLog:
         UserError: the metrics of another run are there, or the file ends before `resume_at`.
     """
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool, resume_at: int | None = None) -> None:
+    def __init__(self, run_dir: Path, *, resume_at: int | None = None) -> None:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         self.path = run_dir / FILE_NAME
@@ -43,25 +40,16 @@ class MetricsLog:
         else:
             self._cut(resume_at)
         self._file = self.path.open("ab")
-        self._board = self._open_board(run_dir) if tensorboard else None
 
     def write(self, step: int, values: dict[str, Metric]) -> None:
         """Append a line and flush it: kill -9 can cut off only the line being written."""
-        scalars = {key: float(value) for key, value in values.items() if not isinstance(value, list)}
         record = {"step": step, "time": round(time.time(), 3)}
-        record |= values | {key: finite_or_none(value) for key, value in scalars.items()}
+        record |= values | {key: finite_or_none(value) for key, value in scalars_of(values).items()}
         try:
             self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self.path}: cannot write metrics: {error.strerror}") from error
-        if self._board is not None:
-            try:
-                for key, value in scalars.items():
-                    self._board.add_scalar(key, value, step)
-            except OSError as error:  # also of earlier steps: a thread writes them
-                self._board = None
-                raise UserError(f"{self.path.parent / TENSORBOARD}: cannot be written: {error.strerror}") from error
 
     @property
     def position(self) -> int:
@@ -75,14 +63,6 @@ class MetricsLog:
     def close(self) -> None:
         with suppress(OSError):  # every line was flushed; one that could not be is tried again here
             self._file.close()
-        if self._board is not None:
-            try:
-                self._board.close()
-            except OSError as error:  # no reason to hide what ended the run, and metrics.jsonl has all
-                folder = self.path.parent / TENSORBOARD
-                print(
-                    f"mssr: {folder}: its last lines cannot be written: {error.strerror}", file=sys.stderr, flush=True
-                )
 
     def _refuse_old_metrics(self) -> None:
         if self.path.exists() and self.path.stat().st_size:
@@ -100,12 +80,6 @@ class MetricsLog:
         self.dropped = content.count(b"\n", size)
         with self.path.open("ab") as file:
             file.truncate(size)
-
-    def _open_board(self, run_dir: Path):
-        from torch.utils.tensorboard import SummaryWriter  # imports for a second; readers of metrics do not need it
-
-        kept = read_metrics(self.path)
-        return SummaryWriter(run_dir / TENSORBOARD, purge_step=kept[-1]["step"] + 1 if kept else 0)
 
 
 def read_metrics(path: Path) -> list[dict[str, Metric]]:
@@ -132,6 +106,10 @@ def read_metrics(path: Path) -> list[dict[str, Metric]]:
             raise UserError(f"{path}, line {number}: no metrics of a step; expected a metrics.jsonl of mssr")
         records.append({key: math.nan if value is None else value for key, value in record.items()})
     return records
+
+
+def scalars_of(values: dict[str, Metric]) -> dict[str, float]:
+    return {key: float(value) for key, value in values.items() if not isinstance(value, list)}
 
 
 def _are_metrics(record: dict) -> bool:

@@ -36,6 +36,12 @@ def save_rollouts(
     return replace(Path(run_dir), f"{FOLDER}/step_{step:06d}", write)
 
 
+def read_rollouts(folder: Path) -> list[dict]:
+    """Return the saved records of a folder of `save_rollouts`, images as paths."""
+    records = [json.loads(line) for line in (folder / "rollouts.jsonl").read_bytes().splitlines()]
+    return [record | {"images": [folder / name for name in record["images"]]} for record in records]
+
+
 def rollout_folders(run_dir: Path, after: int) -> list[str]:
     """Return the names in run_dir of the folders of later steps than `after`, which `save_rollouts` would replace."""
     folders = (run_dir / FOLDER).glob("step_*")

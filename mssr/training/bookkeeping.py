@@ -10,7 +10,6 @@ from mssr.batch import GradedRollouts, UpdateBatch
 from mssr.errors import Diverged, Interrupted, UserError, shortened
 from mssr.observe.metrics import Metric
 from mssr.observe.progress import TrainProgress
-from mssr.observe.rollouts import save_rollouts
 from mssr.observe.step import SlowGrading
 from mssr.policy.engine import PolicyEngine, UpdateStats
 from mssr.rollout.gap import LogpGap
@@ -129,7 +128,7 @@ class Bookkeeping(AbstractContextManager):
             self._session.checkpoints.settle(wait=True)
             self._skipped.refuse_to_go_on(done, self._gap, self._why_skipped)
         if done % config.log.rollouts_every == 0:
-            self._save_rollouts(done, rollouts, baseline, batch.advantage)
+            self._run.save_rollouts(done, rollouts, baseline, batch.advantage)
         failed = self._tell(done, metrics)
         accuracy = metrics.get("val/accuracy")
         is_best = config.train.keep_best and accuracy is not None and self._session.checkpoints.is_best(accuracy)
@@ -154,14 +153,6 @@ class Bookkeeping(AbstractContextManager):
         if said and failed is None:
             failed = UserError(f"step {done}: on_step failed on rank 0: {shortened(said)}")
         return failed
-
-    def _save_rollouts(self, done: int, rollouts: GradedRollouts, baseline: Tensor | None, advantage: Tensor) -> None:
-        config = self._config
-        self._run.world.on_main(
-            lambda: save_rollouts(config.run_dir, done, rollouts, baseline, advantage, config.log.rollouts_saved),
-            f"{config.run_dir}: rollouts of step {done} cannot be written",
-            remedy="make room and train with --resume",
-        )
 
     @property
     def _budget_spent(self) -> bool:

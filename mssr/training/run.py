@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mssr.batch import GradedRollouts, Rollouts
 from mssr.config import Config, load_config, yaml_1_2
@@ -23,6 +24,8 @@ from mssr.folder_lock import locked
 from mssr.observe.metrics import Metric, MetricsLog
 from mssr.observe.picture import refuse_other_file
 from mssr.observe.progress import Activity
+from mssr.observe.rollouts import save_rollouts
+from mssr.observe.trackers.trackers import Trackers
 from mssr.outputs import clear_leftovers, refuse_foreign, replace
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.loading import check_model_path, load_frozen_policy
@@ -31,6 +34,7 @@ from mssr.rewards.grading import LOG, Grader, start_pools
 from mssr.rewards.pool import RewardPool
 from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
+from mssr.training.same_run import flat
 
 CONFIG, CURVES = "config.yaml", "curves.png"
 
@@ -71,6 +75,7 @@ class Run(AbstractContextManager):
         max_tokens, log = config.rollout.max_response_tokens, config.run_dir / LOG
         self.grader = Grader(pools, config.reward, self.tokenizer, max_tokens=max_tokens, world=self.world, log=log)
         self._metrics: MetricsLog | None = None
+        self._trackers: Trackers | None = None
 
     @cached_property
     def problems(self) -> ProblemDataset:
@@ -190,20 +195,25 @@ class Run(AbstractContextManager):
         except UserError:
             return False
 
-    def open_records(self, *, resume_at: int | None = None) -> MetricsLog | None:
-        """Start (or continue) metrics.jsonl and write the configuration beside it; return the log on rank 0. Collective.
+    def open_records(self, *, resume_at: int | None = None, first_step: int = 0) -> MetricsLog | None:
+        """Start (or continue) metrics.jsonl and the trackers, and write the configuration. Collective.
+
+        Return the log on rank 0.
+        resume_at: of MetricsLog. first_step: of the metrics that come; 0: a new run.
 
         Raises:
-            UserError: the folder holds an earlier run's metrics, or cannot be written.
+            UserError: the folder holds an earlier run's metrics, or cannot be written; a tracker cannot be started.
         """
         run_dir = self.config.run_dir
 
         def open_them() -> MetricsLog:
-            log = MetricsLog(run_dir, tensorboard=self.config.log.tensorboard, resume_at=resume_at)
+            log = MetricsLog(run_dir, resume_at=resume_at)
             self._open.callback(log.close)
             if not self._config_is_there():
                 text = yaml_1_2.dump(self.config.model_dump(mode="json"), sort_keys=False)
                 replace(run_dir, CONFIG, lambda partial: partial.write_text(text))
+            settings = flat(self.config.model_dump(mode="json"))
+            self._trackers = self._open.enter_context(Trackers(run_dir, self.config.log, settings, first_step))
             return log
 
         self._metrics = self.world.on_main(open_them, f"run_dir {run_dir}: cannot be written")
@@ -218,6 +228,24 @@ class Run(AbstractContextManager):
         with self.world.together():
             if self._metrics is not None:
                 self._metrics.write(step, values)
+                self._trackers.scalars(step, values)
+
+    def save_rollouts(self, step: int, rollouts: GradedRollouts, baseline: Tensor | None, advantage: Tensor) -> None:
+        """Save the first `log.rollouts_saved` rollouts of a step, and show them in the trackers. Collective.
+
+        baseline, advantage: [B] of the rows.
+
+        Raises:
+            UserError: they cannot be written.
+        """
+        run_dir, count = self.config.run_dir, self.config.log.rollouts_saved
+
+        def save() -> None:
+            folder = save_rollouts(run_dir, step, rollouts, baseline, advantage, count)
+            self._trackers.rollouts(step, folder)
+
+        failure = f"{run_dir}: rollouts of step {step} cannot be written"
+        self.world.on_main(save, failure, remedy="make room and train with --resume")
 
     @property
     def metrics_position(self) -> int:
@@ -242,8 +270,8 @@ class Run(AbstractContextManager):
         for server, reason in not_listening(self.config.rollout.servers).items():
             self.activity.say(f"rollout.servers {server} is not there yet ({reason}); start it with `mssr serve`")
 
-    def __exit__(self, *_) -> None:
-        self._open.close()
+    def __exit__(self, *error) -> None:
+        self._open.__exit__(*error)
 
 
 def with_own_reward(config: Config, function: Callable) -> Config:

@@ -6,9 +6,9 @@ from typing import Any
 
 from mssr.data.dataset import ProblemDataset
 from mssr.errors import Interrupted
-from mssr.observe.metrics import TENSORBOARD
 from mssr.observe.rollouts import FOLDER as ROLLOUTS
 from mssr.observe.rollouts import rollout_folders
+from mssr.observe.trackers.trackers import outputs, require_installed
 from mssr.policy.engine import PolicyEngine
 from mssr.training.checkpoint import FOLDER, Checkpoints
 from mssr.training.interruption import Interruptions
@@ -31,6 +31,7 @@ class Session(AbstractContextManager):
         """
         self._run, self._resume = run, resume
         self._same = SameRun(command, run.config)
+        run.world.on_main(lambda: require_installed(run.config.log.trackers), "log.trackers")
         run.lock_folder()
         with ExitStack() as opened:
             self._interruptions = opened.enter_context(Interruptions(run.world))
@@ -43,9 +44,8 @@ class Session(AbstractContextManager):
                 self._same.refuse_other_settings(self.saved["same_run"])
                 step = self.saved["step"]
                 self._interruptions.kept = f"ended before another step; go on from step {step} with --resume"
-            others, folders = checkpoints.foreign_outputs(), [FOLDER]
-            if run.config.log.tensorboard:
-                folders.append(TENSORBOARD)
+            others, folders = outputs(run.config.log.trackers)
+            others, folders = [*others, *checkpoints.foreign_outputs()], [*folders, FOLDER]
             if command == "train":
                 others += rollout_folders(run.config.run_dir, after=self.saved["step"] if self.saved else -1)
                 others += [CARD, SUMMARY]
@@ -67,7 +67,10 @@ class Session(AbstractContextManager):
             self.checkpoints.load_engine(saved, engine)
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
-        log = self._run.open_records(resume_at=saved["metrics_position"] if saved else 0 if self._resume else None)
+        log = self._run.open_records(
+            resume_at=saved["metrics_position"] if saved else 0 if self._resume else None,
+            first_step=saved["step"] + 1 if saved else 0,
+        )
         if log is not None and self._resume:
             self._say_where_it_goes_on(saved, log.set_aside, log.dropped)
         return saved["step"] if saved else 0

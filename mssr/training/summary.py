@@ -16,7 +16,7 @@ from typing import Any
 import mssr
 from mssr.config import Config
 from mssr.config.resolve import device_type, engine_name
-from mssr.observe.metrics import FILE_NAME, TENSORBOARD
+from mssr.observe.metrics import FILE_NAME
 from mssr.observe.rollouts import FOLDER as ROLLOUTS
 from mssr.outputs import replace
 from mssr.training.checkpoint import FOLDER, saved_steps

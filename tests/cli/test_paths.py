@@ -89,7 +89,7 @@ def plotted(*arguments):
 
 @pytest.fixture
 def metrics(tmp_path):
-    log = MetricsLog(tmp_path / "run", tensorboard=False)
+    log = MetricsLog(tmp_path / "run")
     log.write(1, {"train/reward": 0.5})
     log.close()
     return tmp_path / "run"

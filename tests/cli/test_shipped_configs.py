@@ -53,7 +53,7 @@ def test_a_step_of_each(mssr, material, tmp_path, path, preset):
         f"data.val={material / 'data' / 'val.parquet'}", "data.min_pixels=3136", "data.max_pixels=12544",
         "data.max_prompt_tokens=128", "rollout.prompts_per_step=16", "rollout.max_response_tokens=8",
         "train.responses_per_update=8", "train.micro_batch_tokens=256", "train.steps=1", "eval.max_problems=4",
-        "model.dtype=float32", "log.tensorboard=false",
+        "model.dtype=float32", "log.trackers=[]",
     ).check()  # fmt: skip
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1]

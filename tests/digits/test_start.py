@@ -11,7 +11,7 @@ from mssr.data.files import open_rows
 from mssr.errors import UserError
 
 SMALL = DigitsSettings(digits=3, train=24, val=8, test=4, hidden=64, layers=1, vision_layers=1)
-SHORT = ["sft.steps=1", "sft.batch_size=8", "log.tensorboard=false"]
+SHORT = ["sft.steps=1", "sft.batch_size=8", "log.trackers=[]"]
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@ import math
 import os
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
 
 from mssr.errors import UserError
 from mssr.observe.metrics import MetricsLog, read_metrics
@@ -16,7 +14,7 @@ def lines(run_dir):
 
 
 def test_a_line_is_json_with_step_then_time_then_the_values(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path)
     log.write(3, {"train/reward": 1, "policy/entropy": 0.25})
     record = json.loads(lines(tmp_path)[0])  # before close: every line is flushed
     assert list(record) == ["step", "time", "train/reward", "policy/entropy"]
@@ -25,25 +23,20 @@ def test_a_line_is_json_with_step_then_time_then_the_values(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_json_cannot_say_is_null_and_reads_as_nan(tmp_path, value):
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path)
     log.write(1, {"train/reward": value})
     assert '"train/reward": null' in lines(tmp_path)[0]
     assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["train/reward"])
 
 
-def test_lists_are_for_the_file_alone(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=True)
-    log.write(1, {"tracker/bins": [[2, 0.5, 1.0]], "tracker/brier": 0.25})
-    log.close()
+def test_lists_are_written_too(tmp_path):
+    MetricsLog(tmp_path).write(1, {"tracker/bins": [[2, 0.5, 1.0]], "tracker/brier": 0.25})
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
     assert (record["tracker/bins"], record["tracker/brier"]) == ([[2, 0.5, 1.0]], 0.25)
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert board.Tags()["scalars"] == ["tracker/brier"]
 
 
 def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path)
     for step in (1, 2):
         log.write(step, {"train/reward": step / 10})
     position = log.position
@@ -54,7 +47,7 @@ def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path):
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 4, "time"')  # kill -9 in the middle of a line
 
-    resumed = MetricsLog(tmp_path, tensorboard=False, resume_at=position)
+    resumed = MetricsLog(tmp_path, resume_at=position)
     assert (tmp_path / "metrics.jsonl").read_bytes() == kept
     assert resumed.position == position and resumed.dropped == 1
     resumed.write(3, {"train/reward": 0.3})
@@ -67,12 +60,12 @@ def test_a_resumed_file_equals_the_uninterrupted_one(tmp_path):
 
 
 def test_a_run_resumed_at_its_very_start_begins_an_empty_file(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=False, resume_at=0)
+    log = MetricsLog(tmp_path, resume_at=0)
     log.write(1, {"train/reward": 0.5})
     log.close()
     before = (tmp_path / "metrics.jsonl").read_text()
     for number in (1, 2):
-        again = MetricsLog(tmp_path, tensorboard=False, resume_at=0)
+        again = MetricsLog(tmp_path, resume_at=0)
         assert lines(tmp_path) == [] and again.set_aside == tmp_path / f"metrics.jsonl.{number}"
         assert (tmp_path / "metrics.jsonl.1").read_text() == before  # nothing is cut
         again.write(1, {"train/reward": 0.25})
@@ -80,30 +73,30 @@ def test_a_run_resumed_at_its_very_start_begins_an_empty_file(tmp_path):
 
 
 def test_a_file_shorter_than_the_checkpoint_says_is_refused(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path)
     log.write(1, {})
     with pytest.raises(
         UserError, match=f"has no line that ends at byte {log.position + 1}, where the checkpoint was saved"
     ):
-        MetricsLog(tmp_path, tensorboard=False, resume_at=log.position + 1)
+        MetricsLog(tmp_path, resume_at=log.position + 1)
 
 
 def test_a_position_inside_a_line_is_refused_and_the_file_left_alone(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path)
     log.write(1, {"train/reward": 0.5})
     log.close()
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="has no line that ends at byte"):
-        MetricsLog(tmp_path, tensorboard=False, resume_at=len(before) - 3)
+        MetricsLog(tmp_path, resume_at=len(before) - 3)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_new_run_does_not_write_over_an_old_one(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=False)
-    MetricsLog(tmp_path, tensorboard=False).close()  # an empty file is not an old run
+    log = MetricsLog(tmp_path)
+    MetricsLog(tmp_path).close()  # an empty file is not an old run
     log.write(1, {})
     with pytest.raises(UserError, match="--resume") as error:
-        MetricsLog(tmp_path, tensorboard=False)
+        MetricsLog(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -131,42 +124,7 @@ def test_a_line_that_is_no_metrics_is_named(tmp_path, line):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_is_said_in_one_line(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path)
     with pytest.raises(UserError, match="metrics.jsonl: cannot write metrics: No space left on device"):
         log.write(1, {"train/reward": 0.5})
     log.close()  # not again
-
-
-def test_tensorboard_shows_a_resumed_run_as_one(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=True)
-    log.write(1, {"train/reward": 0.1})
-    position = log.position
-    log.write(2, {"train/reward": 99.0})
-    log.close()
-    resumed = MetricsLog(tmp_path, tensorboard=True, resume_at=position)
-    resumed.write(2, {"train/reward": 0.2})
-    resumed.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/reward")
-    assert [(event.step, round(event.value, 3)) for event in events] == [(1, 0.1), (2, 0.2)]
-
-
-def test_without_tensorboard_there_is_no_such_folder(tmp_path):
-    MetricsLog(tmp_path / "run", tensorboard=False).close()
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["metrics.jsonl"]
-
-
-def test_a_tensorboard_folder_that_is_gone(tmp_path, monkeypatch, capsys):
-    """Its thread fails some time after a step; the next call, or `close`, tells."""
-
-    def gone(*_):
-        raise FileNotFoundError(2, "No such file or directory")
-
-    written, ended = (MetricsLog(tmp_path / name, tensorboard=True) for name in ("written", "ended"))
-    monkeypatch.setattr(SummaryWriter, "add_scalar", gone)
-    monkeypatch.setattr(SummaryWriter, "close", gone)
-    with pytest.raises(UserError, match="^.*/written/tensorboard: cannot be written: No such file or directory$"):
-        written.write(1, {"train/reward": 0.5})
-    written.close()
-    assert capsys.readouterr().err == ""
-    ended.close()
-    assert "ended/tensorboard: its last lines cannot be written: No such file" in capsys.readouterr().err

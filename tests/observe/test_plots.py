@@ -10,7 +10,7 @@ from mssr.observe.plots import COLOURS, plot_curves
 
 
 def record(run_dir, steps, **more):
-    log = MetricsLog(run_dir, tensorboard=False)
+    log = MetricsLog(run_dir)
     for step in range(1, steps + 1):
         values = {
             "train/correct": 0.4 + 0.3 * step / steps,
@@ -66,7 +66,7 @@ def test_the_parts_of_a_reward_share_a_panel_with_their_sum(tmp_path):
 
 
 def record_norms(run_dir, norms):
-    log = MetricsLog(run_dir, tensorboard=False)
+    log = MetricsLog(run_dir)
     for step, norm in enumerate(norms, start=1):
         log.write(step, {"train/grad_norm": norm})
     log.close()
@@ -86,7 +86,7 @@ def test_one_nan_does_not_erase_the_rest_of_a_smoothed_curve(tmp_path):
 
 
 def test_panels_without_data_are_left_out(tmp_path):
-    log = MetricsLog(tmp_path, tensorboard=False)
+    log = MetricsLog(tmp_path)
     log.write(1, {"sft/loss": 2.0, "unknown/metric": 1.0})
     log.write(2, {"sft/loss": 1.0})
     log.close()
@@ -109,7 +109,7 @@ def test_plotting_leaves_matplotlib_as_it_was(tmp_path):
 
 
 def test_nothing_to_plot_is_said_in_one_line(tmp_path):
-    MetricsLog(tmp_path, tensorboard=False).close()
+    MetricsLog(tmp_path).close()
     with pytest.raises(UserError, match="nothing to plot"):
         plot_curves({"demo": tmp_path / "metrics.jsonl"}, tmp_path / "curves.png")
     with pytest.raises(UserError, match="no such metrics file"):

@@ -27,7 +27,7 @@ def write(material, tmp_path):
             "out": str(tmp_path / "out"),
             "question": "Which?",
             "config": str(material / "config.yaml"),
-            "set": {"log.tensorboard": False, "train.async_save": False, "eval.max_problems": 8},
+            "set": {"log.trackers": [], "train.async_save": False, "eval.max_problems": 8},
             "seeds": [5],
             "match": "updates",
             "budget": UPDATES,

@@ -1,0 +1,1 @@
+"""Experiment trackers, which show a run's metrics: TensorBoard, Weights & Biases, MLflow, Trackio, SwanLab."""
