@@ -94,9 +94,10 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
         rollout = run.rollout_engine(policy)
         rollout.update_weights(policy, 0)
         result = run.evaluate(rollout)
+    parts = "".join(f", {part} {mean:.3g}" for part, mean in result.parts.items() if part != settings.reward.success)
     _say(
         f"accuracy {result.accuracy:.1%} on {result.problems} problems of {settings.data.val} "
-        f"({result.response_tokens:.1f} tokens per response, {result.truncated:.1%} truncated)"
+        f"({result.response_tokens:.1f} tokens per response, {result.truncated:.1%} truncated{parts})"
     )
 
 

@@ -37,6 +37,7 @@ class Chat:
             api_key=key[1] if key else "none",  # the client wants one
             timeout=timeout_s,
             max_retries=retries,
+            http_client=openai.DefaultAsyncHttpxClient(),  # its own one closes itself, maybe in another event loop
         )
         self._places = asyncio.Semaphore(concurrency)
 
@@ -60,8 +61,9 @@ class Chat:
                 "raise request_timeout_s, or lower concurrency"
             ) from None
         except openai.APIConnectionError as error:
-            reason = shortened(error.__cause__ or error)
-            raise UserError(f"{where}: not reachable: {reason}; start the server, or correct url") from None
+            cause = error.__cause__ or error
+            reason = f"{type(cause).__name__}: {shortened(cause)}"
+            raise UserError(f"{where}: not reachable ({reason}); start the server, or correct url") from None
         except openai.APIStatusError as error:
             remedy = self._remedy(error.status_code, request["model"])
             raise UserError(f"{where}: HTTP {error.status_code}: {_said(error)}; {remedy}") from None

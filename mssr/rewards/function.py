@@ -9,6 +9,7 @@ import inspect
 import io
 import linecache
 import os
+import re
 import sys
 import traceback
 import types
@@ -20,6 +21,8 @@ from typing import Any, Literal
 from mssr.errors import UserError, shortened
 
 BUILTIN = Path(__file__).parent / "builtin"  # NAME.py has the function NAME
+
+_OURS = re.compile(r"importlib|mssr/rewards/(function|worker)\.py$")
 
 Kind = Literal["sync", "async", "batched"]
 
@@ -123,13 +126,13 @@ def load(function: Function) -> Loaded:
 
 
 def described(error: BaseException, file: str | None = None) -> str:
-    """Return the exception on one line, with the innermost place in the file; without a file, the innermost of all."""
+    """Return the exception on one line, with the innermost place in the file, or else the innermost of all."""
     if isinstance(error, SyntaxError) and error.filename:
         return shortened(f"SyntaxError: {error.msg} ({error.filename}, line {error.lineno})", 400)
     if isinstance(error, UserError):
         return shortened(error, 400)
     text = shortened(traceback.format_exception_only(error)[0], 300)
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [each for each in traceback.extract_tb(error.__traceback__) if not _OURS.search(each.filename)]
     frame = next((frame for frame in reversed(frames) if frame.filename == file), frames[-1] if frames else None)
     return f"{text} ({frame.filename}, line {frame.lineno})" if frame else text
 
@@ -154,7 +157,7 @@ def _find(function: Function) -> Callable:
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not key.startswith("_")
         ]  # fmt: skip
         what = f"the functions in it are {', '.join(found)}" if found else "there is no function in it"
-        raise UserError(f"reward.function {function.where}: {module.__file__} has no function {name}; {what}")
+        raise UserError(f"reward.function {function.where}: no function {name} there; {what}")
     return call
 
 

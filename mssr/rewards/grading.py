@@ -107,12 +107,12 @@ class Grader:
         world: World = ALONE,
         log: Path | None = None,
     ) -> None:
-        """pools: by the functions' labels; closed with this object. max_tokens: of a response. log: for messages."""
+        """pools: by the functions' labels. max_tokens: of a response. log: for messages."""
         self.pools, self.config, self.world, self.log = pools, config, world, log
         self.cost = GradingCost()
         self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grader")
-        self._said: set[tuple[str, str]] = set()
+        self._said: set[tuple[str, str, str]] = set()  # label, kind of failure, type of exception
         self._answered: set[str] = set()  # labels of the functions that have returned something
         self._parts: set[str] = set()
 
@@ -125,9 +125,8 @@ class Grader:
         return self._thread.submit(self._call, prompt, tokens.tolist(), truncated, grading)
 
     def close(self) -> None:
+        """End the thread. Whoever started the pools closes them."""
         self._thread.shutdown(cancel_futures=True)
-        for pool in self.pools.values():
-            pool.close()
 
     def _call(
         self, prompt: Prompt, tokens: list[int], truncated: bool, grading: "Grading"
@@ -155,25 +154,28 @@ class Grader:
         Raises:
             UserError: the settings name a part that there is not.
         """
-        news: dict[tuple[str, str], list] = {}
+        news: dict[tuple[str, str, str], list] = {}
         for prompt, grade in zip(prompts, grades):
             for label, failure in grade.failures.items():
-                news.setdefault((label, failure.kind), [prompt.row, failure.message, 0])[2] += 1
+                # Of exceptions also the type: a second bug would hide behind the first.
+                what = failure.message.partition(":")[0] if failure.kind == "error" else ""
+                news.setdefault((label, failure.kind, what), [prompt.row, failure.message, 0])[2] += 1
         answered = {label for found in outcomes for label, outcome in found.items() if outcome.parts is not None}
         parts = {part for grade in grades for part in grade.parts}
         complete = self._answered >= self.pools.keys()
         for their_news, their_answered, their_parts in self.world.gather((news, answered, parts)):
             self._answered |= their_answered
             self._parts |= their_parts
-            for (label, kind), (row, message, count) in their_news.items():
-                self._say(label, kind, row, message, count)
+            for key, (row, message, count) in their_news.items():
+                self._say_once(key, row, message, count)
         if not complete and self._answered >= self.pools.keys():
             refuse_unknown_parts(self._parts, self.config)
 
-    def _say(self, label: str, kind: str, row: int, message: str, count: int) -> None:
-        if (label, kind) in self._said:
+    def _say_once(self, key: tuple[str, str, str], row: int, message: str, count: int) -> None:
+        if key in self._said:
             return
-        self._said.add((label, kind))
+        self._said.add(key)
+        label, kind, _ = key
         if self.world.is_main:
             others = f" and {count - 1} more of this batch" if count > 1 else ""
             then = "get reward 0" if self.config.on_error == "zero" else "are left out of loss and tracker"

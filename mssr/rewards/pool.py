@@ -23,10 +23,10 @@ from typing import Literal, NamedTuple
 
 from mssr.errors import UserError, shortened
 from mssr.rewards import reward_log
-from mssr.rewards.call_worker import Start
 from mssr.rewards.function import Function, Kind
 from mssr.rewards.process import Process
 from mssr.rewards.row import Row
+from mssr.rewards.worker import Start
 
 CONCURRENT = 256  # calls of an async function
 AHEAD_S = 0.05  # work that waits in a worker besides the job that it does
@@ -35,6 +35,7 @@ MOST_SEEN = 1000  # different tracebacks in the log
 START_S = 600.0  # to import the function: it may load a model
 STARTS = 3  # that fail, one after the other
 OTHERS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")  # signals that a call hardly sends to its own process
+MAYBE = {"SIGKILL": ": is the machine out of memory?"}
 DUMP_S = 0.1  # for writing where a call hangs
 
 
@@ -88,7 +89,7 @@ class RewardPool:
         Raises:
             UserError: the function cannot be imported, or does not take its options.
         """
-        self.kind: Kind
+        self.kind: Kind = "sync"  # until it is imported
         self._images = True
         self._timeout_s = timeout_s
         self._start = Start(function, int(memory_gib * 2**30), timeout_s)
@@ -338,7 +339,11 @@ class RewardPool:
             guilty = None  # the system was out of memory, or somebody ends processes: try it once more, alone
         if guilty:
             jobs = {number: calls for number, calls in jobs.items() if calls is not guilty}
-            message = f"took more than {self._timeout_s:g} s" if why == "timeout" else f"ended its process ({ended})"
+            message = (
+                f"took more than {self._timeout_s:g} s"
+                if why == "timeout"
+                else f"ended its process ({ended}{MAYBE.get(ended, '')})"
+            )
             self._blame(guilty, Failure(why, message, process.hung_at if why == "timeout" else ""), seconds)
         again = [call for calls in jobs.values() for call in calls]
         if self.kind == "async" or not (guilty or process.retires):  # else they had not begun

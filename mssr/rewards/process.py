@@ -12,13 +12,13 @@ from contextlib import suppress
 from typing import Any
 
 from mssr.guard import Guarded
-from mssr.rewards import call_worker
+from mssr.rewards import worker
 from mssr.rewards.channel import Channel
 from mssr.rewards.pulse import Pulse
 
 # The worker finds modules where this process finds them: also what a notebook has added.
 _COMMAND = (
-    "import sys; sys.path[:] = sys.argv[4:]; from mssr.rewards.call_worker import main; main(*map(int, sys.argv[1:4]))"
+    "import sys; sys.path[:] = sys.argv[4:]; from mssr.rewards.worker import main; main(*map(int, sys.argv[1:4]))"
 )
 # Pure Python integers raise an exception where GMP aborts the process.
 _ENVIRONMENT = {"SYMPY_GROUND_TYPES": "python", "MPMATH_NOGMPY": "1"}
@@ -32,7 +32,7 @@ class Process:
     begun: when it was started. retires: it says that it ends. hung_at: after its end, where it was at `dump`.
     """
 
-    def __init__(self, start: call_worker.Start, output: int) -> None:
+    def __init__(self, start: worker.Start, output: int) -> None:
         """output: descriptor for what the function prints."""
         ours, theirs = socket.socketpair()
         self._dump = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  closed in `ended`
@@ -82,5 +82,5 @@ class Process:
 
 def _stack(dump: str) -> str:
     """Return the function's part of what faulthandler wrote."""
-    frames = [line for line in dump.splitlines()[1:] if call_worker.__file__ not in line and "<string>" not in line]
+    frames = [line for line in dump.splitlines()[1:] if worker.__file__ not in line and "<string>" not in line]
     return "\n".join(["It was here, the innermost call first:", *frames]) if frames else ""

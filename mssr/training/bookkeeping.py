@@ -15,7 +15,6 @@ from mssr.policy.engine import PolicyEngine, UpdateStats
 from mssr.rollout.gap import LogpGap
 from mssr.stopwatch import Stopwatch
 from mssr.training.costs import Costs
-from mssr.training.ending import draw_curves
 from mssr.training.rollout_phase import StepRollouts
 from mssr.training.run import Run
 from mssr.training.session import Session
@@ -80,7 +79,7 @@ class Bookkeeping(AbstractContextManager):
                 self._display = display
                 yield (step for step in range(self._first_step, config.train.steps) if not self._has_ended)
         except (Diverged, Interrupted):  # on all ranks
-            draw_curves(self._run)
+            self._run.draw_curves()
             raise
         activity.say(f"saving {config.run_dir / 'model'}")
 

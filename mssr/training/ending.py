@@ -1,10 +1,8 @@
 """The end of a run: its curves; the trained model with its card; the summary."""
 
-import sys
 from dataclasses import asdict
 from dataclasses import replace as changed
 
-from mssr.errors import shortened
 from mssr.observe.metrics import FILE_NAME, read_metrics
 from mssr.outputs import replace
 from mssr.policy.export import Files, save_trained
@@ -21,7 +19,7 @@ def finish(run: Run, policy: Policy) -> Summary:
         UserError: an output could not be written.
     """
     config, world = run.config, run.world
-    drawn = draw_curves(run)
+    drawn = run.draw_curves()
     written = world.on_main(lambda: _summary_and_cards(run, drawn), f"{config.run_dir}: cannot be read")
     summary, cards = written or (None, {})
     save_trained(policy, run.processors, config.run_dir, world, cards)
@@ -34,26 +32,6 @@ def finish(run: Run, policy: Policy) -> Summary:
         return told
 
     return world.gather(world.on_main(tell, f"{config.run_dir}: summary and card cannot be written"))[0]
-
-
-def draw_curves(run: Run) -> bool:
-    """Draw run_dir/curves.png; return whether it is there, on rank 0. Collective.
-
-    A picture that cannot be drawn costs a line on stderr, not the model.
-    """
-    run_dir = run.config.run_dir
-
-    def draw() -> bool:
-        try:
-            from mssr.observe.plots import plot_curves  # half a second of imports
-
-            plot_curves({str(run_dir): run_dir / FILE_NAME}, run_dir / CURVES)
-        except Exception as error:
-            print(f"mssr: {CURVES} was not drawn: {shortened(error, 200)}", file=sys.stderr, flush=True)
-            return False
-        return True
-
-    return bool(run.world.on_main(draw, f"{run_dir}: cannot be written"))
 
 
 def _summary_and_cards(run: Run, drawn: bool) -> tuple[Summary, dict[str, Files]]:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
@@ -18,10 +19,10 @@ from mssr.data.dataset import ProblemDataset
 from mssr.data.processors import processors_to_save
 from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.distributed import World, require_device, start_world
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 from mssr.evaluation.evaluate import Evaluation, evaluate
 from mssr.folder_lock import locked
-from mssr.observe.metrics import Metric, MetricsLog
+from mssr.observe.metrics import FILE_NAME, Metric, MetricsLog
 from mssr.observe.picture import refuse_other_file
 from mssr.observe.progress import Activity
 from mssr.observe.rollouts import save_rollouts
@@ -31,7 +32,6 @@ from mssr.policy.engine import PolicyEngine
 from mssr.policy.loading import check_model_path, load_frozen_policy
 from mssr.policy.model import Policy
 from mssr.rewards.grading import LOG, Grader, start_pools
-from mssr.rewards.pool import RewardPool
 from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
 from mssr.training.same_run import flat
@@ -54,28 +54,31 @@ class Run(AbstractContextManager):
         require_device(config.device)  # what needs no network is said first
         check_model_path(config.model.path)
         self.config = config if reward is None else with_own_reward(config, reward)
-        config = self.config
         self.world: World = start_world(config.device)
         self.activity = Activity(self.world.is_main)
-        with ExitStack() as opened:
-            with self.world.together():
-                pools = start_pools(config.reward, reward, config.run_dir / LOG)
-            for pool in pools.values():
-                opened.callback(pool.close)
-            self._start(pools)
-            self._open = opened.pop_all()
+        self._metrics: MetricsLog | None = None
+        self._trackers: Trackers | None = None
+        self._open = ExitStack()
+        try:
+            self._start(reward)
+        except BaseException:
+            self._open.close()
+            raise
 
-    def _start(self, pools: dict[str, RewardPool]) -> None:
-        config = self.config
+    def _start(self, reward: Callable | None) -> None:
+        config, log = self.config, self.config.run_dir / LOG
+        with self.world.together():
+            pools = start_pools(config.reward, reward, log)
+        for pool in pools.values():
+            self._open.callback(pool.close)
         if config.rollout.engine == "servers":
             self._look_for_servers()
         self.tokenizer, image_processor = load_processors(config.model.path)
         self._encoder = PromptEncoder(self.tokenizer, image_processor, config.data)
         self.processors = processors_to_save(config.model.path, self.tokenizer, self._encoder.image_processor)
-        max_tokens, log = config.rollout.max_response_tokens, config.run_dir / LOG
+        max_tokens = config.rollout.max_response_tokens
         self.grader = Grader(pools, config.reward, self.tokenizer, max_tokens=max_tokens, world=self.world, log=log)
-        self._metrics: MetricsLog | None = None
-        self._trackers: Trackers | None = None
+        self._open.callback(self.grader.close)
 
     @cached_property
     def problems(self) -> ProblemDataset:
@@ -247,6 +250,25 @@ class Run(AbstractContextManager):
         failure = f"{run_dir}: rollouts of step {step} cannot be written"
         self.world.on_main(save, failure, remedy="make room and train with --resume")
 
+    def draw_curves(self) -> bool:
+        """Draw curves.png and show it in the trackers; return whether it is there, on rank 0. Collective.
+
+        A picture that cannot be drawn or shown costs a line on stderr, not the model.
+        """
+        run_dir = self.config.run_dir
+
+        def draw() -> bool:
+            try:
+                from mssr.observe.plots import plot_curves  # half a second of imports
+
+                self._trackers.curves(plot_curves({str(run_dir): run_dir / FILE_NAME}, run_dir / CURVES))
+            except Exception as error:
+                print(f"mssr: {CURVES} was not drawn: {shortened(error, 200)}", file=sys.stderr, flush=True)
+                return False
+            return True
+
+        return bool(self.world.on_main(draw, f"{run_dir}: cannot be written"))
+
     @property
     def metrics_position(self) -> int:
         """Length of metrics.jsonl, on rank 0. Collective.
@@ -280,10 +302,10 @@ def with_own_reward(config: Config, function: Callable) -> Config:
     Raises:
         UserError: the configuration names another function.
     """
-    module, name = getattr(function, "__module__", ""), getattr(function, "__qualname__", type(function).__qualname__)
-    reference, given = f"{module}:{name}", config.reward.function
+    named = function if hasattr(function, "__qualname__") else type(function)  # an object that can be called
+    reference, given = f"{named.__module__}:{named.__qualname__}", config.reward.function
     if given not in (type(config.reward).model_fields["function"].default, reference):
         raise UserError(
-            f"reward.function is {given!r}, and a Python function {name} is given too; leave one of them out"
+            f"reward.function is {given!r}, and a Python function {named.__name__} is given too; leave one of them out"
         )
     return config.model_copy(update={"reward": config.reward.model_copy(update={"function": reference})})

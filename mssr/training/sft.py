@@ -16,7 +16,6 @@ from mssr.observe.progress import SFT_COLUMNS, TrainProgress
 from mssr.policy.export import save_trained
 from mssr.policy.loss import CrossEntropy
 from mssr.stopwatch import Stopwatch
-from mssr.training.ending import draw_curves
 from mssr.training.run import Run
 from mssr.training.session import Session
 from mssr.training.shares import Shares
@@ -102,7 +101,7 @@ def _sft(run: Run, session: Session) -> dict[str, float]:
 
     run.activity.say(f"saving {config.run_dir / 'model'}")
     save_trained(engine.policy, run.processors, config.run_dir, world)
-    draw_curves(run)
+    run.draw_curves()
     return validation.metrics
 
 

@@ -18,6 +18,7 @@ from mssr.config import Config
 from mssr.config.resolve import device_type, engine_name
 from mssr.observe.metrics import FILE_NAME
 from mssr.observe.rollouts import FOLDER as ROLLOUTS
+from mssr.observe.trackers.trackers import HERE as TENSORBOARD
 from mssr.outputs import replace
 from mssr.training.checkpoint import FOLDER, saved_steps
 from mssr.training.run import CURVES

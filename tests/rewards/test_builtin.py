@@ -201,8 +201,9 @@ def test_defaults_are_accepted(name):
 
 HUGE = 1_000_000  # characters
 PIECES = [
-    "x", " ", "\n", "5 ", "5", "[", "[1,2,3,4]", "(1,2),", "[1,2,3,", "\\boxed{", "\\boxed ", "<answer>", "</answer>", "<think>", "</think>",
-    "Answer: ", "answer", "answer\t", "is **", "```", "```json\n", "\\text{", "**", "(B) ", "A. ", "A, ", "é", "\u0661", "#### ",
+    "x", " ", "\n", "5 ", "5", "[", "[1,2,3,4]", "(1,2),", "[1,2,3,", "\\boxed{", "\\boxed ", "<answer>", "</answer>",
+    "<think>", "</think>", "Answer: ", "answer", "answer\t", "is **", "```", "```json\n", "\\text{", "**", "(B) ", "A. ",
+    "A, ", "é", "\u0661", "#### ",
 ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Grading while a batch is generated, what failures cost, and the rules for truncated responses."""
 
 import os
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -88,10 +88,11 @@ def grading_by(file, functions, world=ALONE, **settings):
         named = {label: f"{file}:{name}" if isinstance(name, str) else name for label, name in functions.items()}
     config = RewardConfig(**{"function": named, "workers": 1} | settings)
     log = file.parent / "reward.log"
-    with closing(
-        Grader(start_pools(config, None, log), config, Letters(), max_tokens=9, world=world, log=log)
-    ) as grader:
-        yield grader
+    with ExitStack() as opened:
+        pools = start_pools(config, None, log)
+        for pool in pools.values():
+            opened.callback(pool.close)
+        yield opened.enter_context(closing(Grader(pools, config, Letters(), max_tokens=9, world=world, log=log)))
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +131,8 @@ def test_a_function_sees_the_row(file):
         graded = grader.begin(PROMPTS).finish(BATCH)
     first = {"accuracy": 1, "tokens": 1, "most": 9, "cut": 0, "level": 3, "images": 1, "prompt": 12, "problem": 6}
     assert graded.parts[0] == first and graded.parts[2]["tokens"] == 4 and graded.parts[3] == first | {"cut": 1}
-    assert graded.reward.tolist() == [
-        1 + 0.5 * tokens + 9 + cut - 3 + 1 + 12 + 6 for tokens, cut in [(1, 0), (1, 0), (4, 0), (1, 1)]
-    ]
+    rest = 1 + 9 - 3 + 1 + 12 + 6
+    assert graded.reward.tolist() == [rest + 0.5, rest + 0.5, rest + 2, rest + 0.5 + 1]
     assert graded.correct.tolist() == [1, 1, 1, 1]
 
 

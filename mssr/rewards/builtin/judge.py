@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _check(**options: Any) -> None:
 judge.check = _check
 
 
-@lru_cache(8)
+@cache
 def _judge(loop: asyncio.AbstractEventLoop, options: str) -> "_Judge":
     return _Judge(Options(**json.loads(options)))
 

@@ -12,7 +12,6 @@ one several, an async one is called for the next job before the last has ended. 
 import asyncio
 import contextlib
 import faulthandler
-import io
 import json
 import math
 import numbers
@@ -25,7 +24,7 @@ import sys
 import time
 import traceback
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +59,7 @@ class Worker:
         self.timeout_s = start.function.timeout_s or self.function.timeout_s or start.timeout_s
         self.pid = os.getpid()
         _limit_memory(start.memory)
+        pulse.begin(0)  # else it would look late before its first job
 
     def serve(self) -> None:
         """Answer jobs until the trainer closes the socket."""
@@ -131,13 +131,14 @@ class Worker:
         await ended
 
     async def _concurrent(self, number: int, payload: bytes) -> Result:
+        calls = []
+
         async def call() -> Result:
             try:
                 self.pulse.begin(number)
                 response, row = _read(payload)
-                return self._reduced(
-                    await _noted(self.function.call(response, row, **self.function.options), number, self.pulse)
-                )
+                calls.append(self.function.call(response, row, **self.function.options))
+                return self._reduced(await _noted(calls[0], number, self.pulse))
             except BaseException as error:
                 return None, self._failed(error)
             finally:
@@ -147,10 +148,13 @@ class Worker:
         done, _ = await asyncio.wait({task}, timeout=self.timeout_s)
         if done:
             return task.result()
-        stack = io.StringIO()
-        task.print_stack(file=stack)
+        waits = traceback.StackSummary.extract(_awaited(calls[0])).format() if calls else []
         task.cancel()
-        return None, ("timeout", f"took more than {self.timeout_s:g} s", stack.getvalue()[-MAX_TRACEBACK:])
+        return None, (
+            "timeout",
+            f"took more than {self.timeout_s:g} s",
+            "".join(["It waited here:\n", *waits])[:MAX_TRACEBACK],
+        )
 
     def _reduced(self, found: Any) -> Result:
         """Return what the function returned as plain numbers, or what is wrong with it."""
@@ -172,10 +176,11 @@ class Worker:
     def _failed(self, error: BaseException) -> Failed:
         """Return the exception as text: without this file's frames, and of an error that explains itself the line alone."""
         kind = "error"
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error)[:200]:  # torch's
-            kind = "memory"
+        if isinstance(error, MemoryError):
             _limit_memory(None)  # the reply needs some
         message = described(error, getattr(getattr(self.function.call, "__code__", None), "co_filename", None))
+        if isinstance(error, MemoryError) or "can't allocate memory" in message:  # torch's
+            kind = "memory"
         if isinstance(error, UserError):
             return kind, message, ""
         trace = error.__traceback__
@@ -207,6 +212,13 @@ def _noted(coroutine: types.CoroutineType, number: int, pulse: Pulse):
             step, argument = coroutine.send, (yield waits_for)
         except BaseException as error:
             step, argument = coroutine.throw, error
+
+
+def _awaited(coroutine: Any) -> Iterator[tuple[types.FrameType, int]]:
+    """Yield the frames of a coroutine that waits, and of those that it waits for, with their lines."""
+    while frame := getattr(coroutine, "cr_frame", None):
+        yield frame, frame.f_lineno
+        coroutine = coroutine.cr_await
 
 
 def _read(payload: bytes) -> tuple[str, Row]:
