@@ -29,6 +29,7 @@ EXTRAS |= {
     ],
 }
 EXTRAS["dev"] += EXTRAS["bench"]  # peers are oracles too
+EXTRAS["dev"] += EXTRAS["judge"]
 EXTRAS["dev"] += [one for tracker in ("wandb", "mlflow", "trackio", "swanlab") for one in EXTRAS[tracker]]
 EXTRAS["all"] = [requirement for name in ("train", "vllm", "bench", "dev") for requirement in EXTRAS[name]]
 

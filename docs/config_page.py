@@ -3,8 +3,8 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -25,7 +25,7 @@ loaded, in one line that names the keys and what to set instead. Only the keys m
 Values are YAML 1.2, in the file and on the command line alike: `1e3` is a number; `on`, `no` and dates are text (a key that
 is true or false takes `on` and `no` too). A section without keys has its defaults; `model.lora` without keys is `null`, off.
 """
-NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
+NAMES = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path", Any: "any value"}
 BOUNDS = (("gt", "> {}"), ("ge", "≥ {}"), ("lt", "< {}"), ("le", "≤ {}"), ("min_length", "at least {}"))
 
 
@@ -67,8 +67,12 @@ def type_name(annotation: Any) -> str:
     parts = get_args(annotation)
     if get_origin(annotation) is Literal:
         return ", ".join(map(shown, parts))
-    if NoneType in parts:
-        return f"{type_name(parts[0])} or `null`"
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join("`null`" if part is NoneType else type_name(part) for part in parts)
+    if get_origin(annotation) is Annotated:
+        return type_name(parts[0])
+    if get_origin(annotation) is dict:
+        return f"{{{type_name(parts[0])}: {type_name(parts[1])}}}"
     name = NAMES.get(parts[0] if parts else annotation, "section")
     return "list of numbers" if get_origin(annotation) is tuple else f"list of {name}" if parts else name
 

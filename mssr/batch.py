@@ -99,20 +99,25 @@ class Rollouts(Sequences):
 class GradedRollouts(Rollouts):
     """Rollouts with their rewards.
 
-    reward, correct: [B] float32 in [0, 1]; correct ignores the format reward.
-    masked: [B] bool, True for a response that is excluded from the loss.
+    reward: [B] float32, the weighted sum of the parts; any finite number.
+    correct: [B] float32 in [0, 1], the success that the value tracker learns (the part `reward.success`).
+    graded: [B] bool, False for a response without a grade (`reward.on_error: skip`): neither loss nor tracker sees it.
+    masked: [B] bool, True for a response that only the loss leaves out.
+    parts: what the reward functions returned for each response, by name.
     texts: the decoded responses.
     """
 
     reward: Tensor
     correct: Tensor
+    graded: Tensor
     masked: Tensor
+    parts: tuple[dict[str, float], ...]
     texts: tuple[str, ...]
 
     @property
     def loss_mask(self) -> Tensor:
         """[B, R] bool, True at the tokens that count in the loss."""
-        return self.mask & ~self.masked[:, None]
+        return self.mask & (self.graded & ~self.masked)[:, None]
 
     def with_rows(self, rows: list[int], others: "GradedRollouts") -> "GradedRollouts":
         """Return a copy in which row rows[i] is row i of `others`."""

@@ -1,8 +1,8 @@
 """Processes that do not outlive the one that started them, however it ends: `kill -9` included.
 
 `Guarded` starts this file as a small process in a session of its own, which runs the command and holds the reading end of a
-pipe. When the pipe closes, because its only writer has died, the guard ends the command and all that it started: on Linux
-also what left its session, such as a daemon.
+pipe. When the pipe closes, because its only writer has died, the guard ends the command. All that the command started ends
+with it: on Linux also what left its session, such as a daemon.
 """
 
 import contextlib
@@ -16,8 +16,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-GRACE_S = 60.0  # between SIGTERM and SIGKILL: a training run saves its step
+GRACE_S = 60.0  # a training run saves its step
 _FOR_THE_COMMAND = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # the guard outlives them
+_AT_ONCE = b"!"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # of linux/prctl.h
 
 
@@ -27,11 +28,13 @@ class Guarded(subprocess.Popen):
     Signals for the command go to the group (`os.killpg`): the terminal's Ctrl-C reaches only us.
     """
 
-    def __init__(self, command: Sequence[str], *, pass_fds: Sequence[int] = (), **options) -> None:
-        """options: of subprocess.Popen."""
+    def __init__(
+        self, command: Sequence[str], *, pass_fds: Sequence[int] = (), grace_s: float = GRACE_S, **options
+    ) -> None:
+        """grace_s: between SIGTERM and SIGKILL, when we have ended; 0: SIGKILL at once. options: of subprocess.Popen."""
         reader, writer = os.pipe()
         self._lifeline = os.fdopen(writer, "wb")  # not inherited; closes with this object
-        guard = [sys.executable, "-I", "-S", __file__, str(reader)]
+        guard = [sys.executable, "-I", "-S", __file__, str(reader), str(grace_s)]
         try:
             super().__init__([*guard, *command], pass_fds=(*pass_fds, reader), start_new_session=True, **options)
         except BaseException:
@@ -55,6 +58,12 @@ class Guarded(subprocess.Popen):
                 self.wait()
                 raise
 
+    def kill(self) -> None:
+        """End the command, and all that it started, without grace; `wait` returns when that is done."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            self._lifeline.write(_AT_ONCE)
+            self._lifeline.flush()
+
     def _signal(self, number: int) -> None:
         if self.poll() is None:  # else the id may be another process's by now
             os.killpg(self.pid, number)
@@ -70,7 +79,7 @@ def _prctl(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value)
 
 
-def main(lifeline: int, command: list[str]) -> None:
+def main(lifeline: int, grace_s: float, command: list[str]) -> None:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_COMMAND)  # one that comes now must reach the command
     child = os.fork()
@@ -83,10 +92,9 @@ def main(lifeline: int, command: list[str]) -> None:
     for stream in (0, 1, 2):  # else who reads the command's output would wait for us too
         os.dup2(null, stream)
     orphaned = threading.Event()
-    threading.Thread(target=_end_when_orphaned, args=(lifeline, child, orphaned), daemon=True).start()
+    threading.Thread(target=_end_when_orphaned, args=(lifeline, grace_s, child, orphaned), daemon=True).start()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if orphaned.is_set():
-        _kill_the_rest()
+    _kill_the_rest(orphaned.is_set())
     if code < 0:  # end as the command did
         if -code not in (signal.SIGKILL, signal.SIGSTOP):
             signal.signal(-code, signal.SIG_DFL)
@@ -107,23 +115,26 @@ def _become(command: list[str], lifeline: int) -> None:
         os._exit(127)
 
 
-def _end_when_orphaned(lifeline: int, child: int, orphaned: threading.Event) -> None:
-    os.read(lifeline, 1)
+def _end_when_orphaned(lifeline: int, grace_s: float, child: int, orphaned: threading.Event) -> None:
+    said = os.read(lifeline, 1)
     orphaned.set()
-    os.killpg(0, signal.SIGTERM)
-    time.sleep(GRACE_S)
+    if said != _AT_ONCE and grace_s:
+        os.killpg(0, signal.SIGTERM)
+        time.sleep(grace_s)
     os.kill(child, signal.SIGKILL)  # if it had ended, so would this process have
 
 
-def _kill_the_rest() -> None:
+def _kill_the_rest(orphaned: bool) -> None:
     """Kill what the ended command left behind: on Linux it has become a child of this process, its subreaper."""
-    with contextlib.suppress(FileNotFoundError):  # not Linux
+    try:
         while children := Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
             for child in children:
                 os.kill(int(child), signal.SIGKILL)
             os.wait()
-    os.killpg(0, signal.SIGKILL)
+    except FileNotFoundError:  # not Linux
+        if orphaned:  # else the exit status would be lost
+            os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    main(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3:])

@@ -26,6 +26,7 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "psutil": ("6", None),
     "scipy": ("1.13", None),
     "numpy": ("2", None),
+    "cloudpickle": ("3", None),
     "vllm": ("0.26", "0.33"),
     "flash-attn": ("2.8.3", "3"),
     "liger-kernel": ("0.8.5", "0.9"),
@@ -39,6 +40,7 @@ SUPPORTED: dict[str, tuple[str, str | None]] = {
     "swanlab": ("0.10", "0.11"),
     "verl": ("0.9.1", "0.10"),
     "openrlhf": ("0.11.2", "0.12"),
+    "openai": ("1.99", "4"),
 }
 
 # The extras of setup.py. Its `dev` has more, without ranges of ours.
@@ -46,11 +48,13 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": (
         "transformers", "deepspeed", "datasets", "math-verify", "peft", "pydantic", "typer", "rich", "tensorboard",
         "matplotlib", "pyyaml", "packaging", "pillow", "psutil", "scipy", "numpy",
+        "cloudpickle",
     ),
     "vllm": ("vllm",),
     "flash": ("flash-attn",),
     "liger": ("liger-kernel",),
     "trl": ("trl",),
+    "judge": ("openai",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow-skinny", "sqlalchemy", "alembic"),  # the last two: for a file instead of a server
     "trackio": ("trackio",),

@@ -29,7 +29,11 @@ def write_material(folder: Path) -> Path:
             "max_pixels": 12544,
         },
         # Half of the reward is for the format: after forty batches a policy gets rewards of 0, 0.5 and 1.
-        "reward": {"format_weight": 0.5},
+        "reward": {
+            "function": {"accuracy": "math", "format": "format"},
+            "weights": {"accuracy": 0.5, "format": 0.5},
+            "workers": 1,
+        },
         "algorithm": {"kl_coef": 0.0, "tracker": {"drift": "batch", "n_init": 0}},
         "rollout": {"engine": "hf", "prompts_per_step": 16, "max_response_tokens": 12},
         "train": {

@@ -89,6 +89,32 @@ def test_a_command_of_a_command_ends_too(start, number):
     assert all_end(descendants)
 
 
+def test_a_command_without_grace_ends_at_once(start):
+    ignores = "trap '' TERM; sleep 600 & echo $! $$; wait"
+    parent, descendants = start(PARENT.replace("[1:]", "[1:], grace_s=0"), "sh", "-c", ignores)
+    parent.kill()
+    assert all_end(descendants)
+
+
+def test_kill_ends_what_the_command_started_too():
+    daemon = "trap '' TERM; setsid sh -c 'echo $$ $PPID; exec sleep 600' & wait"
+    with Guarded(["sh", "-c", daemon], stdout=subprocess.PIPE, text=True) as guarded:
+        descendants = [os.pidfd_open(int(pid)) for pid in guarded.stdout.readline().split()]
+        guarded.kill()
+        assert guarded.wait(60) == -signal.SIGKILL
+        assert all_end(descendants)
+        guarded.kill()
+
+
+def test_what_a_command_left_behind_ends_with_it():
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with Guarded(["sh", "-c", "setsid sleep 600 & echo $!; read _; exit 3"], **pipes) as guarded:
+        left_behind = os.pidfd_open(int(guarded.stdout.readline()))
+        guarded.stdin.close()
+        assert all_end([left_behind])
+        assert guarded.wait(60) == 3
+
+
 def test_a_command_may_save_before_it_ends(start, tmp_path):
     parent, descendants = start(PARENT, "sh", "-c", SAVES)
     parent.kill()

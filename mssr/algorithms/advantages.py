@@ -19,16 +19,28 @@ if TYPE_CHECKING:
 class Outcomes:
     """Outcomes of all B responses of a step, over all ranks. Responses to the same prompt are adjacent.
 
-    reward: [B] float32.
-    baseline: [B] float32, the tracker's values before it saw these rewards; None without a tracker.
+    reward: [B] float32, the weighted sum of the reward's parts.
+    success: [B] float32 in [0, 1], the part that the tracker learns.
+    graded: [B] bool, False for a response without a grade: whatever its reward and success are, its advantage is 0, and
+        those of the others are what they would be without it.
+    value: [B] float32, the success that the tracker expected before it saw this one; None without a tracker.
     lengths: [B] int64, tokens per response that count in the loss; 0 for a masked response.
     group: responses per prompt; divides B.
+    success_weight: factor of the success in the reward.
     """
 
     reward: Tensor
-    baseline: Tensor | None
+    success: Tensor
+    graded: Tensor
+    value: Tensor | None
     lengths: Tensor
     group: int
+    success_weight: float = 1.0
+
+    @property
+    def baseline(self) -> Tensor | None:
+        """[B] float32, the part of the reward that the tracker expected; the reward's other parts have no baseline."""
+        return None if self.value is None else self.success_weight * self.value
 
 
 def single_rollout(outcomes: Outcomes) -> Tensor:
@@ -39,7 +51,9 @@ def single_rollout(outcomes: Outcomes) -> Tensor:
     batch of the epoch; the std is the biased one (a factor of sqrt(1 - 1/B)); a prompt's value starts from
     `algorithm.tracker.n_init` rollouts; dual clip and KL term are on by default.
     """
-    return batch_normalise(outcomes.reward - outcomes.baseline)
+    graded = outcomes.graded
+    advantage = batch_normalise((outcomes.reward - outcomes.baseline)[graded])
+    return outcomes.reward.new_zeros(len(graded)).masked_scatter(graded, advantage)
 
 
 def grpo(outcomes: Outcomes) -> Tensor:
@@ -50,9 +64,11 @@ def grpo(outcomes: Outcomes) -> Tensor:
     matters where all rewards are equal, and there A is exactly 0. The loss averages over all tokens of an update; the
     paper's averages over the tokens of each response, then over responses.
     """
-    reward = grouped(outcomes.reward.double(), outcomes.group)
-    centred = reward - reward.mean(1, keepdim=True)
-    return (centred / (reward.std(1, keepdim=True) + 1e-6)).flatten().to(outcomes.reward.dtype)
+    reward, graded = _graded_groups(outcomes)
+    count = graded.sum(1, keepdim=True)
+    centred = (reward - reward.sum(1, keepdim=True) / count.clamp(min=1)).masked_fill(~graded, 0.0)
+    std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return (centred / (std + 1e-6)).flatten().to(outcomes.reward.dtype)
 
 
 def rloo(outcomes: Outcomes) -> Tensor:
@@ -61,9 +77,11 @@ def rloo(outcomes: Outcomes) -> Tensor:
     The paper takes one gradient step on the probability of a whole response. Here, as in EasyR1, A enters the clipped
     per-token loss.
     """
-    reward = grouped(outcomes.reward.double(), outcomes.group)
-    others = (reward.sum(1, keepdim=True) - reward) / (outcomes.group - 1)
-    return (reward - others).flatten().to(outcomes.reward.dtype)
+    reward, graded = _graded_groups(outcomes)
+    count = graded.sum(1, keepdim=True)
+    others = (reward.sum(1, keepdim=True) - reward) / (count - 1).clamp(min=1)
+    compared = graded & (count > 1)  # with one response in the group
+    return (reward - others).masked_fill(~compared, 0.0).flatten().to(outcomes.reward.dtype)
 
 
 def reinforce_pp(outcomes: Outcomes) -> Tensor:
@@ -74,11 +92,12 @@ def reinforce_pp(outcomes: Outcomes) -> Tensor:
     response by its length. As `masked_whiten` in EasyR1 and verl: (r - mean) / sqrt(variance + 1e-8), the variance divided
     by the number of tokens minus 1. NaN anywhere gives all NaN.
     """
-    weight, reward = outcomes.lengths.double(), outcomes.reward.double()
+    weight = outcomes.lengths.double().masked_fill(~outcomes.graded, 0.0)
+    reward = outcomes.reward.double().masked_fill(~outcomes.graded, 0.0)
     tokens = weight.sum()
     centred = reward - (weight * reward).sum() / tokens.clamp(min=1)
     variance = (weight * centred.square()).sum() / (tokens - 1).clamp(min=1)
-    return (centred / (variance + 1e-8).sqrt()).to(outcomes.reward.dtype)
+    return (centred / (variance + 1e-8).sqrt()).masked_fill(~outcomes.graded, 0.0).to(outcomes.reward.dtype)
 
 
 @dataclass(frozen=True)
@@ -129,13 +148,21 @@ def grouped(values: Tensor, group: int) -> Tensor:
     return values.view(-1, group)
 
 
-def zero_variance(reward: Tensor, group: int) -> Tensor:
-    """Return [B] bool, True for every response of a group whose rewards are all equal; a NaN equals nothing.
+def _graded_groups(outcomes: Outcomes) -> tuple[Tensor, Tensor]:
+    """Return rewards (float64, 0 without a grade) and graded, both [B / group, group]."""
+    reward = outcomes.reward.double().masked_fill(~outcomes.graded, 0.0)
+    return grouped(reward, outcomes.group), grouped(outcomes.graded, outcomes.group)
 
-    Such a group has no gradient under GRPO and RLOO; DAPO's dynamic sampling (arXiv 2503.14476, section 3.2) replaces it.
 
-    reward: [B], responses to the same prompt adjacent.
+def zero_variance(reward: Tensor, graded: Tensor, group: int) -> Tensor:
+    """Return [B] bool, True for every response of a group whose graded responses have equal rewards; a NaN equals nothing.
+
+    Such a group has no gradient under GRPO and RLOO, nor has one with a single grade or none; DAPO's dynamic sampling (arXiv
+    2503.14476, section 3.2) replaces it.
+
+    reward, graded: [B], responses to the same prompt adjacent.
     group: responses per prompt, at least 2.
     """
-    rewards = grouped(reward, group)
-    return (rewards == rewards[:, :1]).all(1).repeat_interleave(group)
+    rewards, graded = grouped(reward, group), grouped(graded, group)
+    first = rewards.gather(1, graded.int().argmax(1, keepdim=True))  # of the graded ones
+    return ((rewards == first) | ~graded).all(1).repeat_interleave(group)

@@ -112,9 +112,9 @@ class ValueTracker:
 
     Read `values` for a batch before `update` with its rewards, so that no reward is part of its own baseline.
 
-        baseline = tracker.values(keys)
-        advantage = single_rollout(Outcomes(reward, baseline, lengths, group))
-        tracker.update(keys, reward, tracker.rho(drift))
+        value = tracker.values(keys)
+        advantage = single_rollout(Outcomes(reward, success, graded, value, lengths, group))
+        tracker.update(keys, success, tracker.rho(drift))
 
     An unseen prompt has a = b = N0 / 2, v = 0.5, N0 = 1 / (1 - rho_min). a and b are float64. Every rank holds the whole
     tracker and updates it with the batch of all ranks, so that all copies stay equal.

@@ -18,6 +18,7 @@ def refuse_conflicts(config: Config, device: str | None = None) -> None:
     _check_rollout(config)
     _check_off_policy_samples(config, device)
     _check_algorithm(config)
+    _check_reward(config)
     if config.train.keep_best and config.data.val is None:
         raise ValueError("train.keep_best needs held-out problems: set data.val")
     if config.sft.stop_at_accuracy is not None and config.data.val is None:
@@ -109,3 +110,16 @@ def _check_algorithm(config: Config) -> None:
             "algorithm.tracker.preset reference needs the KL to the reference: set algorithm.kl_coef > 0 and "
             "algorithm.kl_to=reference"
         )
+
+
+def _check_reward(config: Config) -> None:
+    reward, parts = config.reward, config.reward.known_parts
+    if parts is None:  # known when the functions have returned something
+        return
+    names = ", ".join(sorted(parts))
+    if reward.success not in parts:
+        raise ValueError(
+            f"reward.success {reward.success}: no such part; reward.function gives {names}: name one of them"
+        )
+    if unknown := sorted(reward.weights.keys() - parts):
+        raise ValueError(f"reward.weights.{unknown[0]}: no such part; reward.function gives {names}")

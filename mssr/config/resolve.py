@@ -5,6 +5,7 @@ device is "cpu" or "cuda" in every function. Libraries load when a function need
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from mssr.algorithms.advantages import ALGORITHMS
@@ -15,6 +16,8 @@ from mssr.versions import SUPPORTED, TESTED, is_cpu_build, is_supported, vllm_ve
 
 if TYPE_CHECKING:
     from mssr_kernels import PolicyLossConfig
+
+MOST_REWARD_WORKERS = 8  # more would take memory from the data's workers, and seldom help
 
 
 def device_type(setting: str) -> str:
@@ -79,6 +82,14 @@ def pixel_limits(data: DataConfig, own: tuple[int, int]) -> tuple[int, int]:
         larger = f"data.max_pixels {high}" if own_min else f"the model's own max_pixels {high}"
         raise UserError(f"{smaller} is larger than {larger}; set data.min_pixels and data.max_pixels together")
     return low, high
+
+
+def reward_workers(setting: int | None) -> int:
+    """Return the number of processes that `reward.workers` stands for: null is this rank's share of the cores, at most 8."""
+    if setting is not None:
+        return setting
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_REWARD_WORKERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def policy_loss(algorithm: AlgorithmConfig) -> PolicyLossConfig:

@@ -38,9 +38,10 @@ class Panel:
     slots: int = 1  # width, in cells of the grid
 
 
-REWARD = Series("train/reward", "training reward", "smooth")
+TRAINING = Series("train/correct", "training accuracy", "smooth")
+VALIDATION = Series("val/accuracy", "validation accuracy", "markers")
 PANELS = (
-    Panel("Accuracy", "share of problems", (REWARD, Series("val/accuracy", "validation accuracy", "markers")), slots=2),
+    Panel("Accuracy", "share of problems", (TRAINING, VALIDATION), slots=2),
     Panel(
         "Policy entropy",
         "nats / token",
@@ -55,9 +56,12 @@ PANELS = (
         (Series("rollout/logp_gap_mean", "gap", "smooth"),),
         log=True,
     ),
-    Panel("Value tracker", "share of problems", (REWARD, Series("tracker/value_mean", "tracker's mean value"))),
+    Panel("Value tracker", "share of problems", (TRAINING, Series("tracker/value_mean", "tracker's mean value"))),
     Panel("Supervised loss", "nats / token", (Series("sft/loss", "loss", "smooth"),)),
 )
+SUM = Series("train/reward", "sum, weighted", "smooth")
+PART = "reward/"
+FAILURES = ("reward/errors", "reward/timeouts")
 
 
 def plot_curves(runs: dict[str, Path], out: Path) -> Path:
@@ -71,7 +75,8 @@ def plot_curves(runs: dict[str, Path], out: Path) -> Path:
     out = Path(out)
     refuse_other_file(out)
     curves = {label: _read_curves(path) for label, path in runs.items()}
-    panels = [panel for panel in PANELS if any(s.key in run for s in panel.series for run in curves.values())]
+    drawn = (*PANELS, *_reward_panel(curves))
+    panels = [panel for panel in drawn if any(s.key in run for s in panel.series for run in curves.values())]
     figure = Figure(layout="constrained", facecolor="white")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     for panel, axes in zip(panels, _axes(figure, panels), strict=True):
@@ -84,12 +89,21 @@ def plot_curves(runs: dict[str, Path], out: Path) -> Path:
     return save_picture(figure, out, dpi=150)
 
 
+def _reward_panel(curves: dict[str, dict[str, Points]]) -> list[Panel]:
+    """Return a panel with the reward and its parts, if it has several."""
+    parts = sorted({key for run in curves.values() for key in run if key.startswith(PART)})
+    if len(parts) < 2:
+        return []
+    series = [Series(key, key.removeprefix(PART), "smooth") for key in parts]
+    return [Panel("Reward", "mean over the step", (SUM, *series))]
+
+
 def _read_curves(path: Path) -> dict[str, Points]:
     """Return steps and finite values of each metric that a panel shows."""
-    known = {series.key for panel in PANELS for series in panel.series}
+    known = {SUM.key, *(series.key for panel in PANELS for series in panel.series)}
     curves: dict[str, Points] = {}
     for record in read_metrics(path):
-        for key in known & record.keys():
+        for key in {key for key in record if key in known or (key.startswith(PART) and key not in FAILURES)}:
             if math.isfinite(record[key]):
                 steps, values = curves.setdefault(key, ([], []))
                 steps.append(record["step"])

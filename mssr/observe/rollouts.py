@@ -62,6 +62,8 @@ def _record(rollouts: GradedRollouts, row: int, baseline: Tensor | None, advanta
         "answer": prompt.answer,
         "reward": _value(rollouts.reward, row),
         "correct": _value(rollouts.correct, row),
+        "parts": {part: finite_or_none(value) for part, value in rollouts.parts[row].items()},
+        "graded": bool(rollouts.graded[row]),
         "baseline": _value(baseline, row),
         "advantage": _value(advantage, row),
         "tokens": int(rollouts.mask[row].sum()),
@@ -96,14 +98,16 @@ def _is_correct(record: dict) -> bool:
 
 def _card(record: dict) -> str:
     images = "".join(f'<a href="{name}"><img src="{name}" alt="{name}"></a>' for name in record["images"])
-    numbers = {
-        "reward": _number(record["reward"]),
-        "baseline": _number(record["baseline"]),
-        "advantage": _number(record["advantage"], sign="+"),
-        "tokens": f"{record['tokens']}{', truncated' if record['truncated'] else ''}",
-        "row": record["row"],
-    }
-    facts = "".join(f"<span>{name} <b>{value}</b></span>" for name, value in numbers.items())
+    parts = record["parts"] if len(record["parts"]) > 1 else {}  # one is the reward itself
+    numbers = [
+        ("reward", _number(record["reward"]) if record["graded"] else "no grade"),
+        *((html.escape(part), _number(value)) for part, value in parts.items()),
+        ("baseline", _number(record["baseline"])),
+        ("advantage", _number(record["advantage"], sign="+")),
+        ("tokens", f"{record['tokens']}{', truncated' if record['truncated'] else ''}"),
+        ("row", record["row"]),
+    ]
+    facts = "".join(f"<span>{name} <b>{value}</b></span>" for name, value in numbers)
     return (
         f'<article class="{"right" if _is_correct(record) else "wrong"}">'
         f"<div>{images}</div><div><p>{html.escape(record['problem'])}</p><pre>{html.escape(record['response'])}</pre>"

@@ -1,190 +1,283 @@
-"""Compares two mathematical answers, in a process of its own: JSON lines in, JSON lines out.
+"""A process that calls one reward function, for `mssr.rewards.process`; nothing of torch is imported here.
 
-`mssr.rewards.symbolic` starts it as a plain script. It imports nothing of the trainer, so that it starts in half a second
-without torch. It can be killed at any moment, and ends by itself when the trainer does: at the end of its input or,
-during a comparison that hangs, by the alarm.
+The first message is `Start`, pickled; the answer says how the function is called, or why it cannot be imported. Then
+messages are jobs: (number, payloads), each payload a pickled (response, row). A sync function gets one payload, a batched
+one several, an async one is called for the next job before the last has ended. Replies are JSON:
 
-math-verify's LaTeX parser reads the answers; sympy evaluates both to many digits, with several values for the variables.
+    [number, seconds, [[parts, null] | [null, [kind, message, traceback]], ...]]      one per payload
 
-    -> {"kind": "value", "predicted": "\\frac{1}{2}", "gold": "0.5"}
-    <- {"equal": true}
-
-kind: value; equation (the same solutions); rounded (the second one, a decimal, is the first one, a constant, rounded).
+`null` instead of that list: the whole batch failed; then [kind, message, traceback] follows.
 """
 
+import asyncio
+import contextlib
+import faulthandler
 import json
-import logging
+import math
+import numbers
 import os
-import re
+import pickle
 import resource
 import signal
+import socket
 import sys
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-MEMORY_LIMIT = 4 << 30  # bytes; towers of powers ask for more, and get a MemoryError
-DIGITS = 40
-EXACT, ROUNDED = 1e-30, 1e-6  # relative differences
-MIN_DIGITS = 6  # significant digits of a rounded decimal, as in mssr.rewards.numbers
-# What the variables are set to: the first one, and the step to each further one. Negative ones tell |x| from x, different
-# signs |a|+|b| from |a+b|, and large ones, which are too slow for integrals and sums, |x-100| from 100-x.
-POINTS = [("1.3", "0.4"), ("-2.7", "0.3"), ("0.21", "0.17"), ("3.9", "-1.1"), ("-1.7", "2.9"), ("2.3", "-5.1")]
-LARGE = [("1037.3", "-2291.7"), ("-211.9", "347.3")]
+from mssr.errors import UserError, shortened
+from mssr.rewards.channel import Channel
+from mssr.rewards.function import Function, described, is_async, load
+from mssr.rewards.pulse import Pulse
+from mssr.rewards.row import Row
 
+MAX_TRACEBACK = 8_000  # characters
+BEAT_S = 0.2  # an event loop says that often that it is alive
 
-class Mathematics:
-    """The library, imported in the worker only."""
-
-    def __init__(self) -> None:
-        import sympy
-        from latex2sympy2_extended import NormalizationConfig, latex2sympy
-        from latex2sympy2_extended.latex2sympy2 import ConversionConfig
-        from math_verify.grader import should_treat_as_complex
-
-        self.sympy = sympy
-        self.iterated = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit)  # slow to evaluate to many digits
-        spelling = NormalizationConfig(
-            basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none", equations=False
-        )
-        symbols = ConversionConfig(lowercase_symbols=False)
-
-        def mixed(found: re.Match) -> str:
-            whole, above, below = map(int, found.groups())
-            if above < below:
-                return f"\\frac{{{whole * below + above}}}{{{below}}}"
-            return f"{whole}\\cdot\\frac{{{above}}}{{{below}}}"
-
-        def read(text: str, imaginary: bool = False):
-            text = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|cot|sec|csc|ln|log|lg|exp)(?![a-zA-Z])", r"\\\1 ", text)
-            text = re.sub(r"\\lg(?![a-zA-Z])", r"\\log_{10}", text)
-            if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)", text):
-                text = re.sub(r"(\d+(?:\.\d+)?)°", r"{(\\frac{\1\\pi}{180})}", text)
-            # Two numbers side by side are a product, unless they are a mixed number. The library would add them.
-            text = re.sub(r"(?<![\d./])(\d+)/(\d+)(?=\\(?:pi|sqrt))", r"\\frac{\1}{\2}", text)
-            text = re.sub(r"(?<![\d.])(\d+)\\frac\{(\d+)\}\{(\d+)\}", mixed, text)
-            text = re.sub(r"(?<=[\d)]) ?(?=\()|(?<=\)) ?(?=\d)", r"\\cdot ", text)
-            text = text.replace("°", "").replace("*", "\\cdot ").replace("%", "\\cdot\\frac{1}{100}")
-            found = latex2sympy(
-                text,
-                is_real=not imaginary and not should_treat_as_complex(text),
-                normalization_config=spelling,
-                conversion_config=symbols,
-            )
-            if imaginary:
-                found = found.subs({symbol: sympy.I for symbol in found.free_symbols})
-            floats = found.atoms(sympy.Float) if hasattr(found, "atoms") else ()
-            return found.xreplace({number: sympy.Rational(str(number)) for number in floats})
-
-        self.read = read
-        self.value("\\frac{\\sqrt{x+1}}{2}-\\sin x", "2^{x}\\pi")  # the first answers must not pay for lazy imports
-
-    def value(self, predicted: str, gold: str) -> bool:
-        one, other = self.read(predicted), self.read(gold)
-        if isinstance(one, self.sympy.MatrixBase) or isinstance(other, self.sympy.MatrixBase):
-            return one.shape == other.shape and all(self.equal(*pair, EXACT) for pair in zip(one, other))
-        if {str(symbol) for symbol in one.free_symbols | other.free_symbols} == {"i"}:  # complex numbers
-            one, other = self.read(predicted, imaginary=True), self.read(gold, imaginary=True)
-        return self.equal(one, other, self.tolerance(predicted, gold))
-
-    def rounded(self, predicted: str, gold: str) -> bool:
-        exact, decimal = self.read(predicted), self.sympy.Rational(gold)
-        value = exact if exact.is_Rational else self.number(exact)
-        if value is None or not value.is_real or value * decimal < 0:
-            return False
-        power = 10 ** len(gold.partition(".")[2])
-        return self.sympy.floor(abs(value) * power + self.sympy.Rational(1, 2)) == abs(decimal) * power
-
-    def equation(self, predicted: str, gold: str) -> bool:
-        """Whether left - right of one equation is a constant multiple of the other's."""
-        differences = []
-        for text in (predicted, gold):
-            left, _, right = text.partition("=")
-            differences.append(self.read(left) - self.read(right))
-        if not all(difference.free_symbols for difference in differences):  # 2=3 and 2=7
-            return False
-        ratio = self.sympy.simplify(differences[0] / differences[1])
-        return bool(ratio.is_number and ratio.is_finite and not ratio.is_zero)
-
-    def tolerance(self, *texts: str) -> float:
-        """Only a decimal with enough digits is taken for a rounded value."""
-        found = [re.findall(r"\d+\.\d+", text) for text in texts]
-        digits = [max((len(number.replace(".", "").lstrip("0")) for number in numbers), default=0) for numbers in found]
-        return ROUNDED if max(digits) >= MIN_DIGITS and min(digits) == 0 else EXACT
-
-    def equal(self, one, other, tolerance: float) -> bool:
-        sympy = self.sympy
-        if not isinstance(one, sympy.Expr) or not isinstance(other, sympy.Expr):
-            return False
-        if one.has(sympy.zoo, sympy.nan) or other.has(sympy.zoo, sympy.nan):
-            return False  # something divided by zero
-        if one == other:
-            return True
-        symbols = sorted(one.free_symbols | other.free_symbols, key=str)
-        if not symbols:
-            return self.near(one, other, tolerance)
-        for start, step in POINTS if one.has(*self.iterated) or other.has(*self.iterated) else POINTS + LARGE:
-            values = {
-                symbol: sympy.Rational(start) + place * sympy.Rational(step) for place, symbol in enumerate(symbols)
-            }
-            exact = [each.xreplace(values) for each in (one, other)]
-            left, right = map(self.number, exact)
-            if left is None or right is None:
-                return sympy.simplify(one - other) == 0
-            if not self.agree(left, right, EXACT, exact):
-                return False
-        return True
-
-    def near(self, one, other, tolerance: float) -> bool:
-        left, right = self.number(one), self.number(other)
-        if left is None or right is None:
-            return False
-        if not self.agree(left, right, tolerance, (one, other)):
-            return False
-        if tolerance > EXACT or (one - other).has(*self.iterated):
-            return True
-        difference = self.sympy.N(one - other, 10, maxn=700)
-        parts = difference.as_real_imag()
-        return all(part == 0 or part._prec == 1 for part in parts)  # no digit of it is certain: zero
-
-    def agree(self, left, right, tolerance: float, exact) -> bool:
-        """Whether the values `left` and `right` of the two exact constants are nearly equal."""
-        larger = max(abs(left), abs(right))
-        if abs(left - right) <= tolerance * larger:
-            return True
-        # Very small ones are the cancelled digits of zero, or different numbers.
-        return bool(larger < EXACT and self.sympy.simplify(exact[0] - exact[1]) == 0)
-
-    def number(self, expression):
-        """Return the value of a constant, or None."""
-        value = self.sympy.N(expression, DIGITS)
-        return value if value.is_number and value.is_finite and not value.has(self.sympy.nan) else None
+Failed = tuple[str, str, str]  # kind, message, traceback
+Result = tuple[dict[str, float] | None, Failed | None]
 
 
-def main(alarm_s: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes our input
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process even inside one long C call
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    replies = os.fdopen(os.dup(1), "w")
-    mathematics = Mathematics()
+@dataclass(frozen=True)
+class Start:
+    """memory: bytes that the function may use besides what it has after its import. timeout_s: if it has no other."""
 
-    logging.disable()
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)  # what a parser prints must not get into the replies
-    os.dup2(silence, 2)
+    function: Function
+    memory: int
+    timeout_s: float
 
-    def equal(kind: str, predicted: str, gold: str) -> bool:
+
+class Worker:
+    def __init__(self, channel: Channel, pulse: Pulse, start: Start) -> None:
+        self.channel, self.pulse = channel, pulse
+        self.label = start.function.label
+        self.function = load(start.function)
+        self.timeout_s = start.function.timeout_s or self.function.timeout_s or start.timeout_s
+        self.pid = os.getpid()
+        _limit_memory(start.memory)
+        pulse.begin(0)  # else it would look late before its first job
+
+    def serve(self) -> None:
+        """Answer jobs until the trainer closes the socket."""
+        if self.function.kind == "async":
+            return asyncio.run(self._serve_async())
+        answer, call = self._batch if self.function.kind == "batched" else self._single, self.function.call
+        with asyncio.Runner() as runner:
+            if is_async(call):  # a batched one
+                call = lambda *job, **options: runner.run(self.function.call(*job, **options))  # noqa: E731
+            while True:
+                for message in self.channel.receive(wait=True):
+                    number, payloads = pickle.loads(message)
+                    self.pulse.begin(number)
+                    started = time.perf_counter()
+                    results, failed = answer(call, payloads)
+                    seconds = time.perf_counter() - started
+                    self.pulse.begin(0)
+                    self._reply(number, seconds, results, failed)
+
+    def _single(self, call: Callable, payloads: list[bytes]) -> tuple[list[Result], None]:
         try:
-            return {"value": mathematics.value, "equation": mathematics.equation, "rounded": mathematics.rounded}[kind](
-                predicted, gold
-            )
-        except Exception:
-            return False  # not comparable as mathematics, and the strings are known to differ
+            response, row = _read(payloads[0])
+            return [self._reduced(call(response, row, **self.function.options))], None
+        except BaseException as error:
+            return [(None, self._failed(error))], None
 
-    print(json.dumps({"ready": True}), file=replies, flush=True)
-    for line in sys.stdin:
-        signal.alarm(alarm_s)
-        answer = equal(**json.loads(line))
-        signal.alarm(0)
-        print(json.dumps({"equal": bool(answer)}), file=replies, flush=True)
+    def _batch(self, call: Callable, payloads: list[bytes]) -> tuple[list[Result] | None, Failed | None]:
+        try:
+            responses, rows = zip(*map(_read, payloads))
+            found = call(list(responses), list(rows), **self.function.options)
+            if isinstance(found, str | bytes | Mapping) or not hasattr(found, "__len__"):
+                return None, ("result", f"returned {_what(found)}, not a list of {len(responses)} rewards", "")
+            if len(found) != len(responses):
+                counts = f"{len(found)} results for {len(responses)} response{'s' * (len(responses) > 1)}"
+                return None, ("result", f"returned {counts}", "")
+            return [self._reduced(one) for one in found], None
+        except BaseException as error:
+            return None, self._failed(error)
+
+    async def _serve_async(self) -> None:
+        loop, tasks, ended = asyncio.get_running_loop(), set(), asyncio.get_running_loop().create_future()
+
+        def beat() -> None:
+            self.pulse.begin(0)
+            loop.call_later(BEAT_S, beat)
+
+        def read() -> None:
+            try:
+                messages = self.channel.receive()
+            except EOFError as error:
+                return None if ended.done() else ended.set_exception(error)
+            for message in messages:
+                task = loop.create_task(answer(*pickle.loads(message)))
+                tasks.add(task)
+                task.add_done_callback(done)
+
+        def done(task: asyncio.Task) -> None:
+            tasks.discard(task)
+            if not task.cancelled() and task.exception() is not None and not ended.done():
+                ended.set_exception(task.exception())
+
+        async def answer(number: int, payloads: list[bytes]) -> None:
+            started = time.perf_counter()
+            result = await self._concurrent(number, payloads[0])
+            self._reply(number, time.perf_counter() - started, [result], None)
+
+        beat()
+        loop.add_reader(self.channel.end, read)
+        await ended
+
+    async def _concurrent(self, number: int, payload: bytes) -> Result:
+        calls = []
+
+        async def call() -> Result:
+            try:
+                self.pulse.begin(number)
+                response, row = _read(payload)
+                calls.append(self.function.call(response, row, **self.function.options))
+                return self._reduced(await _noted(calls[0], number, self.pulse))
+            except BaseException as error:
+                return None, self._failed(error)
+            finally:
+                self.pulse.begin(0)
+
+        task = asyncio.get_running_loop().create_task(call())
+        done, _ = await asyncio.wait({task}, timeout=self.timeout_s)
+        if done:
+            return task.result()
+        waits = traceback.StackSummary.extract(_awaited(calls[0])).format() if calls else []
+        task.cancel()
+        return None, (
+            "timeout",
+            f"took more than {self.timeout_s:g} s",
+            "".join(["It waited here:\n", *waits])[:MAX_TRACEBACK],
+        )
+
+    def _reduced(self, found: Any) -> Result:
+        """Return what the function returned as plain numbers, or what is wrong with it."""
+        parts = found if isinstance(found, Mapping) else {self.label: found}
+        if not parts:
+            return None, ("result", "returned a dict without parts", "")
+        plain = {}
+        for name, value in parts.items():
+            if not isinstance(name, str):
+                return None, ("result", f"returned a dict with the key {_what(name)}; names of parts are text", "")
+            place = f" as {name!r}" if isinstance(found, Mapping) else ""
+            plain[name] = number = _number(value)
+            if number is None:
+                return None, ("result", f"returned {_what(value)}{place}, not a number", "")
+            if not math.isfinite(number):
+                return None, ("result", f"returned {number}{place}", "")
+        return plain, None
+
+    def _failed(self, error: BaseException) -> Failed:
+        """Return the exception as text: without this file's frames, and of an error that explains itself the line alone."""
+        kind = "error"
+        if isinstance(error, MemoryError):
+            _limit_memory(None)  # the reply needs some
+        message = described(error, getattr(getattr(self.function.call, "__code__", None), "co_filename", None))
+        if isinstance(error, MemoryError) or "can't allocate memory" in message:  # torch's
+            kind = "memory"
+        if isinstance(error, UserError):
+            return kind, message, ""
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+            trace = trace.tb_next
+        return kind, message, "".join(traceback.format_exception(type(error), error, trace))[-MAX_TRACEBACK:]
+
+    def _reply(self, number: int, seconds: float, results: Sequence[Result] | None, failed: Failed | None) -> None:
+        if os.getpid() != self.pid:  # the function has forked, and this is the child
+            os._exit(0)
+        self.channel.send_all(json.dumps([number, seconds, results, failed]).encode())
+        if any(each and each[0] == "memory" for each in (failed, *(one[1] for one in results or ()))):
+            os._exit(0)  # another process takes over: what the function keeps may be too much for the next call, too
 
 
-if __name__ == "__main__":
-    main(alarm_s=int(sys.argv[1]))
+@types.coroutine
+def _noted(coroutine: types.CoroutineType, number: int, pulse: Pulse):
+    """Run the coroutine; the pulse has its number whenever it keeps the event loop busy."""
+    step, argument = coroutine.send, None
+    while True:
+        pulse.begin(number)
+        try:
+            waits_for = step(argument)
+        except StopIteration as end:
+            return end.value
+        finally:
+            pulse.begin(0)
+        try:
+            step, argument = coroutine.send, (yield waits_for)
+        except BaseException as error:
+            step, argument = coroutine.throw, error
+
+
+def _awaited(coroutine: Any) -> Iterator[tuple[types.FrameType, int]]:
+    """Yield the frames of a coroutine that waits, and of those that it waits for, with their lines."""
+    while frame := getattr(coroutine, "cr_frame", None):
+        yield frame, frame.f_lineno
+        coroutine = coroutine.cr_await
+
+
+def _read(payload: bytes) -> tuple[str, Row]:
+    response, row = pickle.loads(payload)
+    return response, Row(*row)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, str | bytes | bytearray) or (
+        isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
+    ):
+        return None
+    try:
+        return float(value)
+    except Exception:
+        return None
+
+
+def _what(value: Any) -> str:
+    if value is None:
+        return "None"
+    try:
+        shown = shortened(repr(value), 80)
+    except Exception:
+        return type(value).__name__
+    return f"{type(value).__name__} {shown}"
+
+
+def _limit_memory(more: int | None) -> None:
+    """Limit what the process may allocate. Not its address space, of which CUDA reserves a lot that it does not use."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    limit = hard
+    if more is not None and (status := Path("/proc/self/status")).exists():
+        used = next(int(line.split()[1]) << 10 for line in status.open() if line.startswith("VmData:"))
+        limit = used + more if hard == resource.RLIM_INFINITY else min(used + more, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def main(end: int, pulse: int, dump: int) -> None:
+    """Serve one pool. end: of the socket pair. pulse, dump: files, for `Pulse` and for where a call hangs."""
+    sys.argv = ["reward"]
+    for descriptor in (end, pulse, dump):
+        os.set_inheritable(descriptor, False)
+    faulthandler.register(signal.SIGUSR1, file=dump, all_threads=False)
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the trainer
+    channel = Channel(socket.socket(fileno=end))
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the trainer has closed the pool
+        while not (messages := channel.receive(wait=True)):
+            pass
+        try:
+            worker = Worker(channel, Pulse(pulse), pickle.loads(messages[0]))
+        except UserError as error:
+            cause = error.__cause__
+            text = "".join(traceback.format_exception(cause)) if cause is not None else ""
+            channel.send_all(json.dumps({"refused": str(error), "traceback": text}).encode())
+            return
+        function = worker.function
+        ready = {"kind": function.kind, "images": function.images, "timeout_s": worker.timeout_s, "pid": worker.pid}
+        worker.pulse.begin(0)  # the trainer looks at it from now on
+        channel.send_all(json.dumps(ready).encode())
+        worker.serve()
+    os._exit(0)  # a thread of the function's may still run

@@ -26,7 +26,7 @@ from mssr.data.sampler import PromptSampler
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.engine import PolicyEngine
-from mssr.rewards.grading import Grading, settle_truncated
+from mssr.rewards.grading import Grading, GradingCost, part_means, settle_truncated
 from mssr.rollout.base import RolloutEngine, noise_streams
 from mssr.rollout.lengths import ResponseLengths
 from mssr.stopwatch import Stopwatch
@@ -39,30 +39,31 @@ class StepRollouts:
     """Rollouts of a step on this rank, and their cost.
 
     seconds: generation time, even if the loop did not wait for all of it.
-    responses, tokens: everything generated, including replaced responses.
-    grading_seconds, grading_timeouts: time of the reward, and symbolic checks that were killed or left out.
+    responses, tokens, grading: of everything generated, including replaced responses.
     """
 
     rollouts: GradedRollouts
     seconds: float
     responses: int
     tokens: int
-    grading_seconds: float
-    grading_timeouts: int
+    grading: GradingCost
 
     def metrics(self, step: int, world: World) -> dict[str, float]:
-        """Return perf/rollout_seconds, perf/grading_* and rollout/staleness, the age of the sampler's weights in steps.
+        """Return perf/rollout_seconds, perf/grading_seconds, reward/* and rollout/staleness, the age of the weights in steps.
 
         perf/rollout_seconds is generation time on this rank; perf/generate_seconds is the wait, shorter one step off.
         perf/grading_seconds is the time of the reward on the slowest rank; perf/reward_seconds is the wait for it after
-        generation. perf/grading_timeouts: symbolic checks of all ranks that ran out of time, and so count as wrong.
+        generation. reward/timeouts, reward/errors: calls of the reward functions on all ranks that were late or failed.
+        reward/PART: mean of each part over the step's responses that have it.
         """
         staleness = (step - self.rollouts.weight_version).double().mean()
-        timeouts = world.sum(torch.tensor(float(self.grading_timeouts), dtype=torch.float64))
+        timeouts, errors = world.sum(torch.tensor([self.grading.timeouts, self.grading.errors])).tolist()
         return {
             "perf/rollout_seconds": self.seconds,
-            "perf/grading_seconds": float(world.max(torch.tensor(self.grading_seconds, dtype=torch.float64))),
-            "perf/grading_timeouts": float(timeouts),
+            "perf/grading_seconds": float(world.max(torch.tensor(self.grading.seconds, dtype=torch.float64))),
+            "reward/timeouts": float(timeouts),
+            "reward/errors": float(errors),
+            **{f"reward/{part}": mean for part, mean in part_means(self.rollouts.parts, world).items()},
             "rollout/staleness": float(staleness),
         }
 
@@ -158,8 +159,8 @@ class RolloutPhase:
         with clock("reward"):
             graded = sampled.grading.finish(sampled.rollouts)
         graded = settle_truncated(graded, self._config.truncated)
-        grading, tokens = sampled.grading, int(graded.lengths.sum())
-        return StepRollouts(graded, sampled.seconds, len(graded), tokens, grading.seconds, grading.timeouts)
+        tokens = int(graded.lengths.sum())
+        return StepRollouts(graded, sampled.seconds, len(graded), tokens, sampled.grading.cost)
 
     def _refill(
         self, taken: StepRollouts, rows: list[int], seen: set[int], step: int, round: int, clock: Stopwatch
@@ -170,7 +171,8 @@ class RolloutPhase:
         rows: of the step's prompts. seen: all rows that the step has had so far. Both are updated.
         """
         group = self._config.responses_per_prompt
-        equal = zero_variance(self._share.gather(taken.rollouts.reward), group)
+        reward, graded = (self._share.gather(values) for values in (taken.rollouts.reward, taken.rollouts.graded))
+        equal = zero_variance(reward, graded, group)
         replaced = [prompt for prompt in range(len(rows)) if equal[prompt * group]]
         if not replaced:
             return taken
@@ -181,14 +183,13 @@ class RolloutPhase:
         slots = [self._share.slots[place] for place in own]
         with clock("data"):
             request = self._load(rows, slots, f"refill {round}", step)
-        others = self._answer(request, clock, taken.grading_seconds)
+        others = self._answer(request, clock, taken.grading.seconds)
         return StepRollouts(
             taken.rollouts.with_rows(own, others.rollouts) if own else taken.rollouts,
             taken.seconds + others.seconds,
             taken.responses + others.responses,
             taken.tokens + others.tokens,
-            taken.grading_seconds + others.grading_seconds,
-            taken.grading_timeouts + others.grading_timeouts,
+            taken.grading + others.grading,
         )
 
     def _request(self, step: int, rows: list[int]) -> Request:

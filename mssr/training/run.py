@@ -1,7 +1,9 @@
 """Set-up that all commands share: processes, data, policy, sampler, reward, metrics."""
 
+import math
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +19,11 @@ from mssr.data.dataset import ProblemDataset
 from mssr.data.processors import processors_to_save
 from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.distributed import World, require_device, start_world
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 from mssr.evaluation.evaluate import Evaluation, evaluate
 from mssr.folder_lock import locked
-from mssr.observe.metrics import Metric, MetricsLog
+from mssr.observe.metrics import FILE_NAME, Metric, MetricsLog
+from mssr.observe.picture import refuse_other_file
 from mssr.observe.progress import Activity
 from mssr.observe.rollouts import save_rollouts
 from mssr.observe.trackers.trackers import Trackers
@@ -28,33 +31,53 @@ from mssr.outputs import clear_leftovers, refuse_foreign, replace
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.loading import check_model_path, load_frozen_policy
 from mssr.policy.model import Policy
-from mssr.rewards.grading import Grader
-from mssr.rewards.reward import RewardFunction
+from mssr.rewards.grading import LOG, Grader, start_pools
 from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
 from mssr.training.same_run import flat
 
-CONFIG = "config.yaml"
+CONFIG, CURVES = "config.yaml", "curves.png"
 
 
 class Run(AbstractContextManager):
-    """The parts of a run that are not the algorithm. Data and model load on first use; a bad path fails at once."""
+    """The parts of a run that are not the algorithm. Data and model load on first use; a bad path fails at once.
 
-    def __init__(self, config: Config) -> None:
+    config: as given; with a Python function as the reward, `reward.function` says which.
+    """
+
+    def __init__(self, config: Config, reward: Callable | None = None) -> None:
+        """reward: a Python function in the place of `reward.function`; the workers get a copy of it.
+
+        Raises:
+            UserError: no such model, device or reward function.
+        """
         require_device(config.device)  # what needs no network is said first
         check_model_path(config.model.path)
-        self.config = config
+        self.config = config if reward is None else with_own_reward(config, reward)
         self.world: World = start_world(config.device)
         self.activity = Activity(self.world.is_main)
+        self._metrics: MetricsLog | None = None
+        self._trackers: Trackers | None = None
+        self._open = ExitStack()
+        try:
+            self._start(reward)
+        except BaseException:
+            self._open.close()
+            raise
+
+    def _start(self, reward: Callable | None) -> None:
+        config, log = self.config, self.config.run_dir / LOG
+        with self.world.together():
+            pools = start_pools(config.reward, reward, log)
+        for pool in pools.values():
+            self._open.callback(pool.close)
         if config.rollout.engine == "servers":
             self._look_for_servers()
         self.tokenizer, image_processor = load_processors(config.model.path)
         self._encoder = PromptEncoder(self.tokenizer, image_processor, config.data)
         self.processors = processors_to_save(config.model.path, self.tokenizer, self._encoder.image_processor)
-        self.grader = Grader(RewardFunction(config.reward), self.tokenizer, step_timeout_s=config.reward.step_timeout_s)
-        self._metrics: MetricsLog | None = None
-        self._trackers: Trackers | None = None
-        self._open = ExitStack()
+        max_tokens = config.rollout.max_response_tokens
+        self.grader = Grader(pools, config.reward, self.tokenizer, max_tokens=max_tokens, world=self.world, log=log)
         self._open.callback(self.grader.close)
 
     @cached_property
@@ -92,7 +115,7 @@ class Run(AbstractContextManager):
         return engine
 
     def judge(self, rollouts: Rollouts) -> GradedRollouts:
-        """Return the rollouts with their rewards and decoded texts."""
+        """Return the rollouts with their rewards and decoded texts. Collective."""
         return self.grader.begin(rollouts.prompts).finish(rollouts)
 
     def evaluate(self, rollout: RolloutEngine) -> Evaluation:
@@ -104,17 +127,22 @@ class Run(AbstractContextManager):
     def validate(self, rollout: RolloutEngine) -> dict[str, float]:
         """Return metrics on the held-out problems; empty if there are none.
 
-        val/grading_timeouts, only if there are any: answer checks that ran out of time, and so count as wrong.
+        val/accuracy is missing if no response has a grade. val/reward_timeouts, val/reward_errors, only if there are any:
+        calls of the reward functions that were late or failed.
         """
         if self.held_out is None:
             return {}
-        before = self.grader.timeouts
+        before = self.grader.cost
         result = self.evaluate(rollout)
-        timeouts = self.world.sum(torch.tensor(float(self.grader.timeouts - before), dtype=torch.float64)).item()
-        return ({"val/grading_timeouts": timeouts} if timeouts else {}) | {
-            "val/accuracy": result.accuracy,
+        after = self.grader.cost
+        failed = torch.tensor([after.timeouts - before.timeouts, after.errors - before.errors])
+        failures = zip(("val/reward_timeouts", "val/reward_errors"), self.world.sum(failed).tolist())
+        return {
+            **({} if math.isnan(result.accuracy) else {"val/accuracy": result.accuracy}),
             "val/response_tokens": result.response_tokens,
             "val/truncated": result.truncated,
+            **{f"val/reward_{part}": mean for part, mean in result.parts.items()},
+            **{key: float(count) for key, count in failures if count},
         }
 
     def lock_folder(self) -> None:
@@ -139,7 +167,7 @@ class Run(AbstractContextManager):
     def refuse_foreign_outputs(self, others: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
         """Refuse to start if this run would replace something that it did not write. Collective; after `lock_folder`.
 
-        others: outputs besides config, model and adapter, by their names in run_dir.
+        others: outputs besides config, curves, model and adapter, by their names in run_dir.
         folders: names of folders that the run writes into, and may find there.
 
         Raises:
@@ -158,6 +186,7 @@ class Run(AbstractContextManager):
                     raise UserError(
                         f"{path}: no folder, and this run needs one there; move it away, or set another run_dir"
                     )
+            refuse_other_file(run_dir / CURVES, "move it away, or set another run_dir")
             refuse_foreign(run_dir, [*written, *others, *([] if self._config_is_there() else [CONFIG])])
 
         self.world.on_main(refuse, f"run_dir {run_dir}: cannot be read")
@@ -221,6 +250,25 @@ class Run(AbstractContextManager):
         failure = f"{run_dir}: rollouts of step {step} cannot be written"
         self.world.on_main(save, failure, remedy="make room and train with --resume")
 
+    def draw_curves(self) -> bool:
+        """Draw curves.png and show it in the trackers; return whether it is there, on rank 0. Collective.
+
+        A picture that cannot be drawn or shown costs a line on stderr, not the model.
+        """
+        run_dir = self.config.run_dir
+
+        def draw() -> bool:
+            try:
+                from mssr.observe.plots import plot_curves  # half a second of imports
+
+                self._trackers.curves(plot_curves({str(run_dir): run_dir / FILE_NAME}, run_dir / CURVES))
+            except Exception as error:
+                print(f"mssr: {CURVES} was not drawn: {shortened(error, 200)}", file=sys.stderr, flush=True)
+                return False
+            return True
+
+        return bool(self.world.on_main(draw, f"{run_dir}: cannot be written"))
+
     @property
     def metrics_position(self) -> int:
         """Length of metrics.jsonl, on rank 0. Collective.
@@ -246,3 +294,18 @@ class Run(AbstractContextManager):
 
     def __exit__(self, *error) -> None:
         self._open.__exit__(*error)
+
+
+def with_own_reward(config: Config, function: Callable) -> Config:
+    """Return the configuration with the name of a Python function as `reward.function`.
+
+    Raises:
+        UserError: the configuration names another function.
+    """
+    named = function if hasattr(function, "__qualname__") else type(function)  # an object that can be called
+    reference, given = f"{named.__module__}:{named.__qualname__}", config.reward.function
+    if given not in (type(config.reward).model_fields["function"].default, reference):
+        raise UserError(
+            f"reward.function is {given!r}, and a Python function {named.__name__} is given too; leave one of them out"
+        )
+    return config.model_copy(update={"reward": config.reward.model_copy(update={"function": reference})})

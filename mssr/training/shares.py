@@ -53,7 +53,19 @@ class Shares:
         """Return this rank's [B_rank] of [B] in global order."""
         return whole[self.slots]
 
-    def outcomes(self, rollouts: GradedRollouts, baseline: Tensor | None, group: int) -> Outcomes:
-        """Gather the outcomes of all ranks' responses. group: responses per prompt, in adjacent slots."""
-        baseline = None if baseline is None else self.gather(baseline)
-        return Outcomes(self.gather(rollouts.reward), baseline, self.gather(rollouts.loss_mask.sum(1)), group)
+    def outcomes(
+        self, rollouts: GradedRollouts, value: Tensor | None, group: int, success_weight: float = 1.0
+    ) -> Outcomes:
+        """Gather the outcomes of all ranks' responses.
+
+        value: [B_rank], the tracker's. group: responses per prompt, in adjacent slots.
+        """
+        return Outcomes(
+            reward=self.gather(rollouts.reward),
+            success=self.gather(rollouts.correct),
+            graded=self.gather(rollouts.graded),
+            value=None if value is None else self.gather(value),
+            lengths=self.gather(rollouts.loss_mask.sum(1)),
+            group=group,
+            success_weight=success_weight,
+        )

@@ -1,12 +1,13 @@
 """The value tracker in a run: its first rollouts, drift since each prompt's last visit, updates."""
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mssr.algorithms.advantages import ALGORITHMS
+from mssr.algorithms.advantages import ALGORITHMS, Outcomes
 from mssr.algorithms.value_tracker import PreviousResponse, ValueTracker, reference_kl, response_drift
 from mssr.batch import GradedRollouts, Prompt, Rollouts, Sequences, UpdateBatch, pad_rows
 from mssr.config.algorithm_keys import AlgorithmConfig
@@ -36,28 +37,28 @@ def refuse_missing_start(algorithm: AlgorithmConfig, saved: dict[str, Any]) -> N
 
 
 def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) -> tuple[int, int]:
-    """Answer every training problem `n_init` times with the initial policy; the rewards set each prompt's initial state.
+    """Answer every training problem `n_init` times with the initial policy; the successes set each prompt's initial state.
 
-    The last of these responses is the first one whose drift is measured.
+    A response without a grade is left out. The last of the others is the first one whose drift is measured.
     Returns the numbers of responses and tokens that this rank generated.
     """
     if not tracker.config.n_init:
         return 0, 0
     with run.activity("first rollouts of the value tracker") as advance:
-        seen, tokens = _first_rollouts(tracker, run, rollout, advance)
+        seen, responses, tokens = _first_rollouts(tracker, run, rollout, advance)
     # Sorted by visit, so that the result does not depend on the number of ranks.
     everyone = sorted((row for part in run.world.gather(seen) for row in part), key=lambda row: row[0])
     keys = [key for _, key, _, _ in everyone]
-    tracker.initialise(keys, torch.tensor([reward for _, _, reward, _ in everyone]))
+    tracker.initialise(keys, torch.tensor([success for _, _, success, _ in everyone]))
     if tracker.wants_responses:
         tracker.remember(keys, [response for *_, response in everyone])
-    return len(seen), tokens
+    return responses, tokens
 
 
 def _first_rollouts(
     tracker: ValueTracker, run: Run, rollout: RolloutEngine, advance: Advance
-) -> tuple[list[tuple], int]:
-    """Return this rank's (visit, key, reward, response to remember), and the number of its tokens."""
+) -> tuple[list[tuple], int, int]:
+    """Return this rank's (visit, key, success, response to remember), and how many responses and tokens it generated."""
     config, world = run.config, run.world
     size, at_once = len(run.problems), config.responses_per_step // world.size  # never 0: updates are shared evenly
     total = size * tracker.config.n_init
@@ -75,8 +76,9 @@ def _first_rollouts(
         graded = settle_truncated(graded, config.rollout.truncated)
         kept = previous_responses(graded) if tracker.wants_responses else [None] * len(graded)
         tokens += int(graded.lengths.sum())
-        seen += zip(chosen, graded.keys, graded.reward.tolist(), kept)
-    return seen, tokens
+        visited = zip(chosen, graded.keys, graded.correct.tolist(), kept)
+        seen += [visit for visit, has_grade in zip(visited, graded.graded.tolist()) if has_grade]
+    return seen, len(visits), tokens
 
 
 def drift_of_previous_responses(
@@ -103,13 +105,14 @@ def track(
     share: Shares,
     rollouts: GradedRollouts,
     batch: UpdateBatch,
-    reward: Tensor,
+    outcomes: Outcomes,
     drift: Tensor,
     updates: list[UpdateStats],
 ) -> dict[str, float]:
-    """Update the tracker with all ranks' rewards, in global order, so that every rank's copy stays equal.
+    """Update the tracker with all ranks' successes, in global order, so that every rank's copy stays equal.
 
-    reward: [B] of all ranks. drift: [B_rank] per prompt, measured before the updates.
+    outcomes: of all ranks; responses without a grade are no visits.
+    drift: [B_rank] per prompt, measured before the updates.
     updates: of the step; their log-probs give the batch's mean drift (tracker.drift batch).
     Returns metrics.
     """
@@ -124,10 +127,11 @@ def track(
         kl = share.gather(reference_kl(batch.old_logp, batch.ref_logp, batch.mask))
         tracker.observe_kl(float(kl.mean()))
     rho = tracker.rho(per_prompt)
-    keys = share.gather_list(rollouts.keys)
-    tracker.update(keys, reward, rho)
+    keys, graded = share.gather_list(rollouts.keys), outcomes.graded
+    visited = list(compress(keys, graded))
+    tracker.update(visited, outcomes.success[graded], rho if rho.dim() == 0 else rho[graded])
     if tracker.wants_responses:
-        tracker.remember(keys, share.gather_list(previous_responses(rollouts)))
+        tracker.remember(visited, list(compress(share.gather_list(previous_responses(rollouts)), graded)))
     return {
         "tracker/value_mean": float(tracker.values(keys).mean()),
         "tracker/rho_mean": float(rho.mean()),

@@ -13,11 +13,12 @@ UNTRACKED = ("grpo", "rloo", "reinforce_pp")
 NAN = float("nan")
 
 
-def advantages(name, reward, *, baseline=None, lengths=None, group=1):
+def advantages(name, reward, *, value=None, lengths=None, group=1, graded=None, success_weight=1.0):
     reward = torch.tensor(reward)
     lengths = torch.ones(len(reward), dtype=torch.int64) if lengths is None else torch.tensor(lengths)
-    baseline = None if baseline is None else torch.tensor(baseline)
-    result = ALGORITHMS[name].advantages(Outcomes(reward, baseline, lengths, group))
+    value = None if value is None else torch.tensor(value)
+    graded = torch.ones(len(reward), dtype=torch.bool) if graded is None else torch.tensor(graded, dtype=torch.bool)
+    result = ALGORITHMS[name].advantages(Outcomes(reward, reward, graded, value, lengths, group, success_weight))
     assert result.dtype == torch.float32 and result.shape == reward.shape
     return result
 
@@ -26,8 +27,50 @@ def advantages(name, reward, *, baseline=None, lengths=None, group=1):
 def test_tracked_advantages_by_hand(name):
     # r - v = (0.5, -0.5, 0.25, -0.25): mean 0, biased variance (0.25 + 0.25 + 0.0625 + 0.0625) / 4 = 0.15625
     expected = torch.tensor([0.5, -0.5, 0.25, -0.25]) / 0.15625**0.5
-    result = advantages(name, [1.0, 0.0, 1.0, 0.0], baseline=[0.5, 0.5, 0.75, 0.25], lengths=[1, 9, 4, 2])
+    result = advantages(name, [1.0, 0.0, 1.0, 0.0], value=[0.5, 0.5, 0.75, 0.25], lengths=[1, 9, 4, 2])
     torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("name", TRACKED)
+def test_only_the_success_has_a_baseline(name):
+    # reward = 2 * success + bonus, bonus (0, 0.5, 0, -0.5): r - 2 v = (1, -0.5, 0.5, -1), mean 0, variance 2.5 / 4 = 0.625
+    expected = torch.tensor([1.0, -0.5, 0.5, -1.0]) / 0.625**0.5
+    result = advantages(name, [2.0, 0.5, 2.0, -0.5], value=[0.5, 0.5, 0.75, 0.25], success_weight=2.0)
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("name", TRACKED)
+@pytest.mark.parametrize("reward", [0.0, 9.0, NAN])
+def test_a_response_without_a_grade_does_not_move_the_others(name, reward):
+    # The four of the test above, and two without a grade between them.
+    expected = torch.tensor([0.5, 0.0, -0.5, 0.25, -0.25, 0.0]) / 0.15625**0.5
+    result = advantages(
+        name, [1.0, reward, 0.0, 1.0, 0.0, reward], value=[0.5, 0.9, 0.5, 0.75, 0.25, 0.1], graded=[1, 0, 1, 1, 1, 0]
+    )
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, NAN])
+def test_groups_are_compared_over_their_graded_responses(reward):
+    # Graded (1, 0, 0): mean 1/3, unbiased variance (4/9 + 1/9 + 1/9) / 2 = 1/3. Graded (1, 0): mean 1/2, variance 1/2.
+    root3, root2 = 3**0.5, 2**0.5
+    rewards, graded = [1.0, reward, 0.0, 0.0, reward, 1.0, reward, 0.0], [1, 0, 1, 1, 0, 1, 0, 1]
+    expected = [2 / root3, 0.0, -1 / root3, -1 / root3, 0.0, root2 / 2, 0.0, -root2 / 2]
+    result = advantages("grpo", rewards, group=4, graded=graded)
+    torch.testing.assert_close(result, torch.tensor(expected), rtol=1e-5, atol=0)
+    # RLOO: minus the mean of the other graded ones: 1 - 0, 0 - 1/2, 0 - 1/2; 1 - 0, 0 - 1
+    expected = [1.0, 0.0, -0.5, -0.5, 0.0, 1.0, 0.0, -1.0]
+    torch.testing.assert_close(advantages("rloo", rewards, group=4, graded=graded), torch.tensor(expected))
+    # REINFORCE++ over graded tokens, one each: (1, 0, 0, 1, 0), mean 2/5, variance (2 * 9/25 + 3 * 4/25) / 4 = 3/10
+    one, zero = 0.6 / 0.3**0.5, -0.4 / 0.3**0.5
+    expected = torch.tensor([one, 0.0, zero, zero, 0.0, one, 0.0, zero])
+    torch.testing.assert_close(advantages("reinforce_pp", rewards, group=4, graded=graded), expected)
+
+
+@pytest.mark.parametrize("name", UNTRACKED)
+@pytest.mark.parametrize("graded", [[0, 0, 0], [0, 1, 0]])
+def test_one_graded_response_of_a_group_or_none_is_worth_nothing(name, graded):
+    assert advantages(name, [0.0, 1.0, 0.0], group=3, graded=graded).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_grpo_by_hand():
@@ -106,8 +149,15 @@ def test_groups_must_be_whole_and_more_than_one_response(name, group):
 def test_zero_variance_by_hand():
     reward = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.3, 0.3, NAN, NAN])
     expected = [True, True, True, True, False, False, True, True, False, False]
-    assert zero_variance(reward, 2).tolist() == expected
-    assert zero_variance(torch.tensor([1.0, 1.0, 0.0]), 3).tolist() == [False] * 3
+    assert zero_variance(reward, torch.ones(10, dtype=torch.bool), 2).tolist() == expected
+    assert zero_variance(torch.tensor([1.0, 1.0, 0.0]), torch.ones(3, dtype=torch.bool), 3).tolist() == [False] * 3
+
+
+def test_zero_variance_of_the_graded_responses():
+    reward = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0])
+    graded = torch.tensor([0, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 0], dtype=torch.bool)
+    # (-, 1, 1), (0, 1, -), (-, 1, -), (-, -, -): only the second has rewards that differ
+    assert zero_variance(reward, graded, 3).tolist() == [True] * 3 + [False] * 3 + [True] * 6
 
 
 @pytest.mark.parametrize("name", TRACKED + UNTRACKED)

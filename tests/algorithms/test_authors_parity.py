@@ -67,7 +67,8 @@ def test_tracker_advantages_and_shaping_of_a_run():
         close(baseline, step["baseline"])
         name = "mssr" if step["shaped"] else "mvsr"
         loss = policy_loss(THEIRS.model_copy(update={"name": name}))
-        advantage = ALGORITHMS[name].advantages(Outcomes(reward, baseline, lengths, group=1))
+        graded = torch.ones(len(reward), dtype=torch.bool)
+        advantage = ALGORITHMS[name].advantages(Outcomes(reward, reward, graded, baseline, lengths, group=1))
         shaped = shape(advantage[:, None], sampled_token_entropy(old), loss.entropy_alpha, loss.entropy_kappa)
         if (reward - baseline).unique().numel() == 1:
             assert not shaped[mask].any()
@@ -141,5 +142,6 @@ def test_policy_loss_of_a_batch_and_its_gradient():
 def test_advantages_without_a_tracker(name):
     recorded = RECORDED["groups"]
     reward, lengths = torch.tensor(recorded["reward"]), torch.tensor(recorded["lengths"], dtype=torch.int64)
-    outcomes = Outcomes(reward, None, lengths, recorded["group"])
+    graded = torch.ones(len(reward), dtype=torch.bool)
+    outcomes = Outcomes(reward, reward, graded, None, lengths, recorded["group"])
     close(ALGORITHMS[name].advantages(outcomes), recorded[name])

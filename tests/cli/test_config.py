@@ -206,7 +206,28 @@ def test_an_unknown_key_of_the_file_is_named_too(refused):
         ("algorithm.dual_clip=1.0", "algorithm.dual_clip: Input should be greater than 1"),
         ("algorithm.tis_cap=0", "algorithm.tis_cap: Input should be greater than 0"),
         ("algorithm.entropy_kappa=0", "algorithm.entropy_kappa"),
-        ("reward.format_weight=1.5", "reward.format_weight"),
+        (
+            "reward.function=3",
+            "reward.function: expected a built-in's name, file.py:NAME or package.module:NAME, got 3",
+        ),
+        ("reward.function={}", "reward.function: is empty; name at least one function"),
+        ("reward.function={a b: math}", "reward.function: 'a b' is not a label; use letters, digits, - and _"),
+        ("reward.function={errors: math}", "reward.function: reward/errors is a metric of its own; give the function"),
+        ("reward.function={accuracy: {pattern: x}}", "reward.function: accuracy: names no function; write {function:"),
+        (
+            "reward.function={accuracy: {function: math, 2: x}}",
+            "reward.function: accuracy: an option is not a Python name",
+        ),
+        (
+            "reward.function={accuracy: {function: math, timeout_s: 0}}",
+            "reward.function: accuracy: timeout_s should be a number greater than 0, got 0",
+        ),
+        ("reward.weights={accuracy: true}", "reward.weights.accuracy: Input should be a valid number, got True"),
+        ("reward.weights={accuracy: .nan}", "reward.weights.accuracy: Input should be a finite number"),
+        ("reward.weights={acuracy: 2}", "reward.weights.acuracy: no such part; reward.function gives accuracy"),
+        ("reward.success=quality", "reward.success quality: no such part; reward.function gives accuracy: name one of"),
+        ("reward.workers=0", "reward.workers: Input should be greater than 0, got 0"),
+        ("reward.on_error=ignore", "reward.on_error: Input should be 'zero', 'skip' or 'fail'"),
         ("data.on_bad_row=ignore", "data.on_bad_row"),
         (
             "rollout.prompts_per_step=100",
@@ -220,6 +241,32 @@ def test_an_unknown_key_of_the_file_is_named_too(refused):
 )
 def test_a_wrong_value_is_told_in_one_line(refused, override, words):
     assert words in refused(override)
+
+
+def test_reward_functions_by_label(load, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    one = load("reward.function=~/mine.py:score").reward
+    assert one.functions == {"accuracy": ("/home/me/mine.py:score", None, {})} and not one.needs_answer
+    several = load(
+        "reward.function={accuracy: math, short: {function: a.b:short, timeout_s: 2, limit: 3}}",
+        "reward.weights={short: 0.5}",
+    ).reward
+    assert several.functions == {"accuracy": ("math", None, {}), "short": ("a.b:short", 2, {"limit": 3})}
+    assert several.needs_answer and several.success_weight == 1
+
+
+@pytest.mark.parametrize(
+    "function, needed",
+    [
+        ("math", True),
+        ("{accuracy: format, length: {function: overlong, buffer: 10}}", False),
+        ("{accuracy: my.py:judge, other: exact}", True),
+        ("{accuracy: {function: judge, url: u, model: m}}", True),
+        ("{accuracy: {function: judge, url: u, model: m, template: polite.jinja}}", False),
+    ],
+)
+def test_which_rewards_need_an_answer(load, function, needed):
+    assert load(f"reward.function={function}").reward.needs_answer is needed
 
 
 def test_null_switches_optional_settings_off(load):

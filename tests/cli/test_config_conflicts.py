@@ -153,7 +153,8 @@ def test_the_table_says_which_algorithms_need_a_tracker_or_groups(load, name):
     load(f"algorithm.name={name}", *GROUPS[1:])
     algorithm = ALGORITHMS[name]
     assert algorithm.tracked == (name in ("mssr", "mvsr", "spo"))
-    one_response_each = Outcomes(torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5]), torch.tensor([3, 4]), group=1)
+    reward, graded = torch.tensor([0.0, 1.0]), torch.tensor([True, True])
+    one_response_each = Outcomes(reward, reward, graded, torch.tensor([0.5, 0.5]), torch.tensor([3, 4]), group=1)
     if algorithm.grouped:
         with pytest.raises(ValueError, match="groups of 1"):
             algorithm.advantages(one_response_each)

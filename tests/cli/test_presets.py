@@ -27,7 +27,7 @@ PUBLISHED = {
     "algorithm.entropy_coef": 0.0,
     "algorithm.old_logp": "recompute",
     "algorithm.tis_cap": None,
-    "reward.format_weight": 0.0,
+    "reward.function": "math",
     "rollout.prompts_per_step": 2048,
     "rollout.responses_per_prompt": 1,
     "rollout.max_response_tokens": 4096,

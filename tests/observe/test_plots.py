@@ -13,7 +13,7 @@ def record(run_dir, steps, **more):
     log = MetricsLog(run_dir)
     for step in range(1, steps + 1):
         values = {
-            "train/reward": 0.4 + 0.3 * step / steps,
+            "train/correct": 0.4 + 0.3 * step / steps,
             "policy/entropy": 0.3 / step,
             "policy/entropy_proxy": 0.1 / step,
             "policy/clip_fraction": 0.01,
@@ -55,6 +55,14 @@ def test_runs_are_told_apart_by_colour(tmp_path):
     out = plot_curves(runs, tmp_path / "curves.png")
     assert all(pixels(out, colour) > 300 for colour in COLOURS[:3])
     assert pixels(out, COLOURS[3]) == 0
+
+
+def test_the_parts_of_a_reward_share_a_panel_with_their_sum(tmp_path):
+    reward = {"train/reward": 0.7, "reward/accuracy": 0.5, "reward/errors": 3.0}
+    one = plot_curves({"one": record(tmp_path / "a", 30, **reward)}, tmp_path / "one.png")
+    assert pixels(one, COLOURS[2]) == 0  # a single part is the reward
+    two = plot_curves({"two": record(tmp_path / "b", 30, **reward, **{"reward/short": 0.2})}, tmp_path / "two.png")
+    assert pixels(two, COLOURS[2]) > 300 and pixels(two, COLOURS[3]) == 0
 
 
 def record_norms(run_dir, norms):

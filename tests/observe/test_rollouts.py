@@ -32,7 +32,9 @@ def save(folder, step, prompts, texts, count, *, baseline=None, advantage=None):
         weight_version=torch.zeros(len(prompts), dtype=torch.int64),
         reward=reward,
         correct=reward,
+        graded=torch.arange(len(prompts)) != 2,
         masked=torch.zeros(len(prompts), dtype=torch.bool),
+        parts=tuple({"accuracy": float(value), "<short>": -0.25} for value in reward),
         texts=tuple(texts),
     )
     advantage = torch.zeros(len(prompts)) if advantage is None else torch.tensor(advantage)
@@ -72,6 +74,8 @@ def test_the_records_say_what_was_asked_answered_and_given(tmp_path):
             "answer": "10",
             "reward": 1.0,
             "correct": 1.0,
+            "parts": {"accuracy": 1.0, "<short>": -0.25},
+            "graded": True,
             "baseline": 0.25,
             "advantage": 0.75,
             "tokens": 3,
@@ -85,6 +89,8 @@ def test_the_records_say_what_was_asked_answered_and_given(tmp_path):
             "answer": "10",
             "reward": 0.0,
             "correct": 0.0,
+            "parts": {"accuracy": 0.0, "<short>": -0.25},
+            "graded": True,
             "baseline": 0.5,
             "advantage": None,
             "tokens": 4,
@@ -111,8 +117,13 @@ def test_the_page_shows_each_rollout_and_links_its_images(tmp_path):
     sources = [a["src"] for tag, a in page.tags if tag == "img"]
     assert sources == ["000_0.png"] and (folder / sources[0]).exists()
     assert "Step 40: 2 rollouts, 1 correct" in page.words
-    for part in ("I say 10", "I say 11", "+0.5", "-0.25", "4, truncated"):
+    for part in ("I say 10", "I say 11", "+0.5", "-0.25", "4, truncated", "reward 1accuracy 1<short> -0.25baseline"):
         assert part in page.words
+
+
+def test_a_response_without_a_grade_has_none_on_the_page(tmp_path):
+    page = Page(save(tmp_path, 40, [prompt(row) for row in range(3)], ["10", "11", "12"], 8) / "index.html")
+    assert page.words.count("reward no grade") == 1
 
 
 def test_what_the_model_wrote_cannot_become_markup(tmp_path):

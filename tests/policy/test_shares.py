@@ -76,17 +76,20 @@ def outcomes_of(world, prompts):
     own = pick(whole, share.slots)
     graded = GradedRollouts(
         own.prompts, own.tokens, own.mask, own.logp, torch.zeros(len(own)), torch.zeros(len(own)),
-        reward=slots / 8, correct=slots / 8, masked=torch.tensor([slot in (2, 5) for slot in share.slots]),
-        texts=("",) * len(own),
+        reward=slots / 8, correct=slots / 10, graded=torch.tensor([slot != 7 for slot in share.slots]),
+        masked=torch.tensor([slot in (2, 5) for slot in share.slots]), parts=({},) * len(own), texts=("",) * len(own),
     )  # fmt: skip
-    return share.outcomes(graded, slots / 16, 2)
+    return share.outcomes(graded, slots / 16, 2, success_weight=0.5)
 
 
 def test_outcomes_are_in_the_global_order_and_masked_responses_have_no_tokens(ranks, prompts):
     for outcomes in (*ranks(outcomes_of, prompts), outcomes_of(World(0, 1, CPU), prompts)):
         assert outcomes.reward.tolist() == [slot / 8 for slot in range(8)]
-        assert outcomes.lengths.tolist() == [3, 1, 0, 1, 5, 0, 2, 6]
-        assert outcomes.baseline.tolist() == [slot / 16 for slot in range(8)] and outcomes.group == 2
+        assert outcomes.success.tolist() == pytest.approx([slot / 10 for slot in range(8)])
+        assert outcomes.graded.tolist() == [True] * 7 + [False]
+        assert outcomes.lengths.tolist() == [3, 1, 0, 1, 5, 0, 2, 0]
+        assert outcomes.value.tolist() == [slot / 16 for slot in range(8)] and outcomes.group == 2
+        assert outcomes.baseline.tolist() == [slot / 32 for slot in range(8)]
 
 
 def collectives(world):

@@ -3,6 +3,7 @@
 The tests share one server, started by `mssr serve`; test_several_servers has two.
 """
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 from mssr_process import free_port
-from policy_helpers import model_dir
+from policy_helpers import model_dir, processors
 from server_helpers import (
     Server,
     assert_same_responses,
@@ -26,6 +27,8 @@ from server_helpers import (
 from mssr.config import validate_config
 from mssr.errors import UserError
 from mssr.policy.loading import load_policy
+from mssr.rewards.builtin.judge import judge
+from mssr.rewards.row import Row
 from mssr.rollout.servers.serve import serve
 from mssr.rollout.servers.weights import PolicySource
 
@@ -54,6 +57,28 @@ def test_every_sync_brings_all_weights_and_leaves_nothing_of_the_old_ones(server
             assert f'"{version}"' in server.ask("/weight_info")
     assert 0 < int(before.truncated.sum()) < len(many)
     engine.close()
+
+
+def test_a_judge_is_served_as_well(servers, many):
+    """The reward `judge` asks vLLM's OpenAI interface, with a picture; every token of this reply has to be a 7."""
+    tokenizer, _ = processors()
+    request = {"max_tokens": 3, "logit_bias": {str(tokenizer.convert_tokens_to_ids("7")): 100}}
+    picture = next(prompt.images[0] for prompt in many if prompt.images)
+    options = {
+        "url": f"{servers[0].url}/v1",
+        "template": "{{ answer }} {{ final }}",
+        "pattern": "7",
+        "scale": 10,
+        "retries": 0,
+    }
+    row = Row("?", "10", image_files=(picture,))
+
+    async def ask(model):
+        return await judge(r"\boxed{10}", row, model=model, images=True, request=request, **options)
+
+    assert asyncio.run(ask(model_dir())) == 0.7
+    with pytest.raises(UserError, match="HTTP 404: The model `wise` does not exist.*; .* is 'wise' one"):
+        asyncio.run(ask("wise"))
 
 
 def test_samples_are_reported_with_the_log_probs_they_were_drawn_with(servers, own_policy, many):

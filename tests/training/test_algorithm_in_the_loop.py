@@ -30,31 +30,31 @@ def with_rollout_logp(train):
 def test_a_baseline_is_from_before_the_step_saw_the_reward(whole):
     """Steps 1 to 4 visit each of the 64 prompts once: before its visit nothing is known about a prompt."""
     baselines = [line["tracker/baseline_mean"] for line in whole.metrics[1:]]
-    assert baselines[:4] == [0.5] * 4
-    assert baselines[4] != 0.5 and baselines[5] != 0.5
-    assert {rollout["baseline"] for rollout in whole.rollouts(4)} == {0.5}
+    assert baselines[:4] == [0.25] * 4  # half of the expected success, as its weight says
+    assert baselines[4] != 0.25 and baselines[5] != 0.25
+    assert {rollout["baseline"] for rollout in whole.rollouts(4)} == {0.25}
 
 
 def test_a_visit_moves_the_value_by_the_update_rule(whole):
-    """From Beta(4, 4), with forgetting factor rho and reward r: v = (4 rho + r) / (8 rho + 1)."""
+    """From Beta(4, 4), with forgetting factor rho and success r: v = (4 rho + r) / (8 rho + 1)."""
     first = whole.metrics[1]
     rho = first["tracker/rho_mean"]
     assert rho == pytest.approx(min(max(2 ** (-first["tracker/drift_mean"] / 0.06), 0.875), 0.96))
-    expected = (N0 / 2 * rho + first["train/reward"]) / (N0 * rho + 1)
+    expected = (N0 / 2 * rho + first["train/correct"]) / (N0 * rho + 1)
     assert first["tracker/value_mean"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_second_visit_is_compared_with_the_first(whole):
     """Rows of step 5 were visited once, in steps 1 to 4; their baselines are the values after that visit."""
     seen = {
-        rollout["row"]: (rollout["reward"], whole.metrics[step]["tracker/rho_mean"])
+        rollout["row"]: (rollout["correct"], whole.metrics[step]["tracker/rho_mean"])
         for step in range(1, 5)
         for rollout in whole.rollouts(step)
     }
     assert sorted(seen) == list(range(64))
     for rollout in whole.rollouts(5):
-        reward, rho = seen[rollout["row"]]
-        assert rollout["baseline"] == pytest.approx((N0 / 2 * rho + reward) / (N0 * rho + 1), rel=1e-6)
+        success, rho = seen[rollout["row"]]
+        assert rollout["baseline"] == pytest.approx(0.5 * (N0 / 2 * rho + success) / (N0 * rho + 1), rel=1e-6)
 
 
 @pytest.mark.parametrize("step", [1, 5])
@@ -67,9 +67,9 @@ def test_advantages_are_normalised_over_the_step(whole, step):
 
 
 def test_first_rollouts_set_the_baselines(whole_with_everything):
-    """One first rollout per prompt, Jeffreys-smoothed: rewards 0, 0.5 and 1 give baselines 0.25, 0.5 and 0.75."""
+    """One first rollout per prompt, Jeffreys-smoothed: successes 0 and 1 give values 0.25 and 0.75; half counts."""
     baselines = [rollout["baseline"] for step in range(1, 5) for rollout in whole_with_everything.rollouts(step)]
-    assert set(baselines) == {0.25, 0.5, 0.75}
+    assert set(baselines) == {0.125, 0.375}
 
 
 def test_drift_is_measured_on_each_prompts_previous_response(whole_with_everything):

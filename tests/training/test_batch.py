@@ -22,7 +22,9 @@ def batch(lengths, name, reward=0):
         weight_version=whole,
         reward=whole.float(),
         correct=whole.float(),
+        graded=torch.ones(rows, dtype=torch.bool),
         masked=torch.zeros(rows, dtype=torch.bool),
+        parts=tuple({name: float(row)} for row in range(rows)),
         texts=tuple(f"{name} text {row}" for row in range(rows)),
     )
 
@@ -36,6 +38,7 @@ def test_rows_take_the_place_of_others_whatever_their_length():
     assert merged.reward.tolist() == [1, 0, 1]
     assert merged.logp.shape == merged.tokens.shape == merged.mask.shape == (3, 5)
     assert merged.texts == ("new text 1", "old text 1", "new text 0")
+    assert merged.parts == ({"new": 1}, {"old": 1}, {"new": 0})
     assert old.lengths.tolist() == [2, 3, 1]
 
 

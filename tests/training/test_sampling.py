@@ -82,7 +82,7 @@ def test_first_rollouts_are_drawn_apart_and_judged_like_others(material, single_
         recorded, judge = Recorded(monkeypatch, rollout), run.judge
 
         def judged(rollouts):
-            return replace(judge(rollouts), reward=torch.ones(len(rollouts)))
+            return replace(judge(rollouts), correct=torch.ones(len(rollouts)))
 
         @contextmanager
         def activity(what):
@@ -233,7 +233,8 @@ def test_dynamic_sampling_prepares_the_next_step_again_after_a_refill(material, 
             lambda self, rows, name=name, done=done: asked.append((name, rows := list(rows))) or done(self, rows),
         )
     groups = ["algorithm.name=grpo", "rollout.prompts_per_step=4", "rollout.responses_per_prompt=4"]
-    config = load_config(material / "config.yaml", [*groups, "algorithm.dynamic_sampling=1", "reward.format_weight=0"])
+    only = ["reward.function=math", "reward.weights={}"]
+    config = load_config(material / "config.yaml", [*groups, "algorithm.dynamic_sampling=1", *only])
     with Run(config) as run:
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
         rollouts = RolloutPhase(run, engine, Shares(16, 8, run.world), ValueTracker(run.config.algorithm.tracker))

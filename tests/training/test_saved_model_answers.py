@@ -5,7 +5,6 @@ import os
 import pickle
 import subprocess
 import sys
-from contextlib import closing
 
 import pyarrow.parquet
 import pytest
@@ -13,9 +12,9 @@ from material import INSTRUCTION
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mssr.config.reward_keys import RewardConfig
 from mssr.data.files import open_rows
-from mssr.rewards.reward import RewardFunction
+from mssr.rewards.builtin.math import math
+from mssr.rewards.row import Row
 
 TOKENS = 12  # the longest response of the run
 VLLM = """
@@ -49,11 +48,8 @@ def test_the_folders_own_processor_gives_the_runs_answers(mssr, warm, run, tmp_p
     pictures = [row["images"][0] for row in rows]
     by_vllm = answers_of_vllm(folder, texts, pictures, tmp_path)
     assert by_vllm == answers_of_transformers(folder, processor, texts, pictures)
-    with closing(RewardFunction(RewardConfig())) as reward:
-        right = [
-            reward(processor.decode(answer, skip_special_tokens=True), row["answer"]).correct
-            for row, answer in zip(rows, by_vllm, strict=True)
-        ]
+    decoded = [processor.decode(answer, skip_special_tokens=True) for answer in by_vllm]
+    right = [math(text, Row(row["problem"], row["answer"])) for row, text in zip(rows, decoded, strict=True)]
     assert sum(right) / len(rows) == last["val/accuracy"]
     assert sum(map(len, by_vllm)) / len(rows) == last["val/response_tokens"]
 

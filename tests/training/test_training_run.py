@@ -3,19 +3,17 @@
 import json
 import math
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-
-from mssr.data.files import open_rows
-from mssr.observe.metrics import read_metrics
 
 UPDATES, STEPS = 2, 6
 
@@ -24,9 +22,11 @@ def test_metrics_have_a_line_for_each_step_and_one_from_before(whole):
     lines = whole.metrics
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
     costs = {"cost/updates", "cost/rollouts", "cost/response_tokens"}
-    assert set(lines[0]) == {"step", "val/accuracy", "val/response_tokens", "val/truncated", *costs}
+    validation = {"val/accuracy", "val/response_tokens", "val/truncated", "val/reward_accuracy", "val/reward_format"}
+    assert set(lines[0]) == {"step", *validation, *costs}
     groups = {"train/reward", "train/grad_norm", "train/lr", "rollout/logp_gap_mean", "rollout/response_tokens"}
     groups |= {"policy/entropy", "policy/clip_fraction", "policy/kl", "policy/shaping", "policy/log_ratio_capped"}
+    groups |= {"train/correct", "reward/accuracy", "reward/format", "reward/timeouts", "reward/errors"}
     groups |= {
         *costs,
         "tracker/brier",
@@ -59,24 +59,18 @@ def test_rollout_and_trainer_agree_on_log_probs(whole):
 
 def test_grading_is_timed(whole):
     lines = [json.loads(line) for line in (whole.path / "metrics.jsonl").read_text().splitlines()[1:]]
-    assert all(line["perf/grading_seconds"] > 0 and line["perf/grading_timeouts"] == 0 for line in lines)
+    assert all(
+        line["perf/grading_seconds"] > 0 and line["reward/timeouts"] == line["reward/errors"] == 0 for line in lines
+    )
 
 
-def test_answer_checks_that_ran_out_of_time_are_said(mssr, warm, run, tmp_path):
-    """Roots, whose comparison needs the library, in a step without time for it."""
-    rows = [
-        row | {"answer": rf"\sqrt{{{row['answer']}}}"} for row in open_rows(str(warm.parent / "data" / "train.parquet"))
-    ]
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "roots.parquet")
-    settings = [
-        f"data.train={tmp_path / 'roots.parquet'}",
-        "data.val=null",
-        "train.steps=1",
-        "reward.step_timeout_s=1e-9",
-    ]
-    shown = mssr("train", warm, run.override, *settings).check().out
-    timeouts = read_metrics(run.path / "metrics.jsonl")[-1]["perf/grading_timeouts"]
-    assert timeouts > 0 and f"step 1: {timeouts:.0f} answer checks ran out of time and count as wrong: " in shown
+def test_the_reward_is_the_weighted_sum_of_its_parts(whole):
+    for line in whole.metrics[1:]:
+        assert line["reward/accuracy"] == pytest.approx(line["train/correct"])
+        assert line["train/reward"] == pytest.approx(0.5 * line["reward/accuracy"] + 0.5 * line["reward/format"])
+    for record in whole.rollouts(STEPS):
+        assert record["reward"] == 0.5 * record["parts"]["accuracy"] + 0.5 * record["parts"]["format"]
+        assert record["correct"] == record["parts"]["accuracy"]
 
 
 def test_progress_is_shown(whole):
@@ -98,17 +92,50 @@ def test_what_runs_before_the_first_step_is_said(whole, warm):
     assert whole.out.splitlines()[len(expected)].startswith("step 1/6 ")
 
 
-def test_a_finished_run_says_what_it_reached_and_where_things_are(whole):
+def test_a_finished_run_says_what_it_reached_and_where_things_are(whole, warm):
     first, last = whole.metrics[0]["val/accuracy"], whole.metrics[-1]["val/accuracy"]
     page = whole.path / "rollouts" / f"step_{STEPS:06d}" / "index.html"
-    assert whole.out.splitlines()[-5:] == [
+    best = max(whole.metrics, key=lambda line: line.get("val/accuracy", -1))
+    summary = json.loads((whole.path / "summary.json").read_text())
+    cost = summary["cost"]
+    assert whole.out.splitlines()[-8:] == [
         f"mssr: saving {whole.path}/model",
-        f"validation accuracy {first:.1%} before RL, {last:.1%} after ({100 * (last - first):+.1f} points)",
-        f"curves     {whole.path}/tensorboard; `mssr plot {whole.path}` draws {whole.path}/curves.png",
+        f"validation accuracy {first:.1%} before RL, {last:.1%} after ({100 * (last - first):+.1f} points); "
+        f"best {best['val/accuracy']:.1%}, step {best['step']}",
+        f"cost       6 steps, 12 updates, 96 rollouts, {cost['response_tokens']} tokens, "
+        f"{timedelta(seconds=round(cost['seconds']))} of training, at most {summary['peak_memory_gib']:.1f} GiB per rank",
+        f"curves     {whole.path}/curves.png, {whole.path}/tensorboard",
         f"rollouts   {page}   (open it in a browser)",
         f"model      {whole.path}/model",
+        f"card       {whole.path}/README.md",
+        f"summary    {whole.path}/summary.json",
     ]
-    assert page.is_file() and (whole.path / "tensorboard").is_dir() and (whole.path / "model").is_dir()
+    assert cost["response_tokens"] == whole.metrics[-1]["cost/response_tokens"]
+    assert summary["command"] == f"mssr train {warm} run_dir={whole.path}"
+    assert summary["versions"]["torch"] == torch.__version__ and summary["ranks"] == 1
+    best_checkpoint = {"best_checkpoint"} if best["step"] in (4, 6) else set()  # two are kept
+    assert summary["places"].keys() == {
+        "metrics", "curves", "tensorboard", "rollouts", "checkpoint", "model", "card", "summary",
+    } | best_checkpoint  # fmt: skip
+    assert all(Path(place).exists() for place in summary["places"].values())
+
+
+def test_the_card_is_in_both_folders_and_its_code_runs(whole, monkeypatch, tmp_path, capsys):
+    text = (whole.path / "README.md").read_text()
+    card = ModelCard(text)
+    assert (whole.path / "model" / "README.md").read_text() == text
+    assert (whole.path / "model" / "curves.png").read_bytes() == (whole.path / "curves.png").read_bytes()
+    assert "![training curves](curves.png)" in text and "base_model:" not in text  # a folder is no name of the hub
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.tags == ["mssr", "reinforcement-learning"]
+    (result,) = card.data.eval_results
+    assert result.metric_value == round(100 * whole.metrics[-1]["val/accuracy"], 2)
+    (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    shown, run = yaml.safe_load(settings), yaml.safe_load((whole.path / "config.yaml").read_text())
+    assert shown["train"]["optimizer"] == {"lr": 0.001} and "betas" in run["train"]["optimizer"]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    picture = next((whole.path / "rollouts").rglob("*.png"))
+    exec(code.replace("picture.png", str(picture)), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_rollouts_are_saved_with_their_images(whole):
@@ -161,6 +188,7 @@ def test_steps_with_a_gap_beyond_the_limit_are_left_out_and_end_the_run(mssr, wa
     ended = mssr("train", warm, run.override, "rollout.max_gap=1e-12", "train.max_skipped_steps=2", "eval.every=9")
     line = ended.divergence
     assert "step 3" in line and "rollout.max_gap" in line and "after 2 skipped steps" in line
+    assert (run.path / "curves.png").is_file() and not (run.path / "summary.json").exists()  # it did not reach its end
     assert "step 1: skipped: rollout and trainer disagree" in ended.out
     assert [line["train/skipped_steps"] for line in run.metrics[1:]] == [1, 2, 3]
     assert all(line["rollout/logp_gap_mean"] > 1e-12 for line in run.metrics[1:])

@@ -83,16 +83,15 @@ class MSSRTrainer(FusedGRPOTrainer):
 
     def _advantages(self, keys: list[str], reward: Tensor) -> Tensor:
         """Advantages of all ranks, [B]; 0 for responses without a reward, which the normalisation leaves out."""
-        scored = ~reward.isnan()
         outcomes = Outcomes(
-            reward=reward[scored],
-            baseline=self.tracker.values(keys)[scored],
-            lengths=torch.ones(int(scored.sum()), dtype=torch.int64),
+            reward=reward,
+            success=reward,
+            graded=~reward.isnan(),
+            value=self.tracker.values(keys),
+            lengths=torch.ones(len(reward), dtype=torch.int64),
             group=1,
         )
-        advantage = torch.zeros_like(reward)
-        advantage[scored] = single_rollout(outcomes)
-        return advantage
+        return single_rollout(outcomes)
 
     def _track(self, keys: list[str], reward: Tensor) -> None:
         """Update the tracker with all ranks' visits in rank order, so that every rank holds the same."""

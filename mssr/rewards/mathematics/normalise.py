@@ -7,7 +7,7 @@ import re
 import unicodedata
 from itertools import pairwise
 
-from mssr.rewards.numbers import NUMBER_WORDS
+from mssr.rewards.mathematics.numbers import NUMBER_WORDS
 
 _CHARACTERS = {  # Greek letters: _character
     "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ", "•": "\\cdot ", "÷": "\\div ", "−": "-", "–": "-",

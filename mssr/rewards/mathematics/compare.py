@@ -27,11 +27,11 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
-from typing import NamedTuple
 
-from mssr.rewards.normalise import clean, squeeze, words
-from mssr.rewards.numbers import Number, close, parse_number
-from mssr.rewards.structure import (
+from mssr.rewards.mathematics.normalise import clean, squeeze, words
+from mssr.rewards.mathematics.numbers import Number, close, parse_number
+from mssr.rewards.mathematics.options import Option, names_another, parse_option
+from mssr.rewards.mathematics.structure import (
     Parts,
     Relation,
     as_interval,
@@ -47,25 +47,11 @@ from mssr.rewards.structure import (
     split_lists,
     wordy,
 )
-from mssr.rewards.units import DEGREE, RADIAN, Quantity, Unit, parse_quantity
-from mssr.rewards.vocabulary import combinations, is_constant, is_mathematics, is_product
+from mssr.rewards.mathematics.units import DEGREE, RADIAN, Quantity, Unit, parse_quantity
+from mssr.rewards.mathematics.vocabulary import combinations, is_constant, is_mathematics, is_product
 
-Library = Callable[[str, str, str], bool]  # (kind, predicted, gold); the kinds are those of worker.py
+Library = Callable[[str, str, str], bool]  # (kind, predicted, gold); the kinds are those of symbolic.py
 
-_OPTION = re.compile(
-    r"[(\[]?([A-J])[)\]]?[.:,)]?(?: is (?:the )?(?:correct|right)(?: (?:answer|option|choice))?)?"
-    r"|\(([a-j])\)|([a-j])[.)]"
-)
-_OPTION_TEXT = re.compile(
-    r"(?:\(([A-J])\)|([A-J])(?:[.:)](?!$)|,(?=[^\sA-J(])))\s*([^\s^_+*/=\\].*|\\[a-z].*)", re.DOTALL
-)
-# What takes an option back or adds a second one: B. 6; not B; or B; B alone.
-_OTHER_OPTION = re.compile(
-    r"(?<![A-Za-z(])[A-J](?:[.:)]\s+\S|[.:),]\d)|(?<![A-Za-z])\([A-J]\)|^[A-J]$"
-    r"|\b(?i:is|or|not|but|answer|option|choice|choose)\s+[A-J](?![\w'])|\b(?:not correct|incorrect|wrong)\b"
-)
-_OPTION_WORD = re.compile(r"(?:(?:option|choice)\s*:?|(?:选项|故?应?选)[为:]?)\s*", re.IGNORECASE)
-_LETTERS = re.compile(r"[(\[]?[A-H][)\]]?(?:(?:\s*(?:,|;|&|and|和|与)\s*|\s*)[(\[]?[A-H][)\]]?)+")
 _EXPLAINED = re.compile(r"(?!no\. ?\d)(yes|no)[,;:.] (?!.*\b(?:yes|no|maybe|but)\b).*", re.IGNORECASE)  # not No. 5
 _QUOTIENT = re.compile(r"^\\frac\{([^{}]+)\}\{([^{}]+)\}$")
 _TO = re.compile(r" ?\bto\b ?|:")
@@ -92,12 +78,12 @@ def same_answer(predicted: str, gold: str, library: Library) -> bool:
         return True
     if _explains(predicted, gold) or _explains(gold, predicted):
         return True
-    ours, right = _option(predicted), _option(gold)
+    ours, right = parse_option(predicted), parse_option(gold)
     if ours and right:
         return _same_option(ours, right, library)
     if ours or right:  # A. 12 cm and 12 cm
         texts = (ours.text, gold) if ours else (predicted, right.text)
-        if None in texts or _option((ours or right).text):  # (A) B. 12 names two options
+        if None in texts or parse_option((ours or right).text):  # (A) B. 12 names two options
             return False
         return same_answer(*texts, library)
     predicted, gold = squeeze(predicted), squeeze(gold)
@@ -118,34 +104,12 @@ def _may_be_point(text: str) -> bool:
     return group is not None and group.brackets == "()" and "\\infty" not in text
 
 
-class _Option(NamedTuple):
-    letters: str
-    text: str | None
-    ordered: bool = False
-
-
-def _option(text: str) -> _Option | None:
-    word = _OPTION_WORD.match(text)
-    text = text[word.end() :] if word else text
-    if word and re.fullmatch("[a-j]", text):
-        text = text.upper()
-    if found := _OPTION.fullmatch(text.strip()):
-        return _Option((found[1] or found[2] or found[3]).upper(), None)
-    if _LETTERS.fullmatch(text):
-        letters = "".join(re.findall("[A-H](?![a-z])", text))
-        if len(set(letters)) == len(letters):
-            return _Option(letters, None, ordered=letters == text)  # AC may be a line, A, C is not
-    if found := _OPTION_TEXT.fullmatch(text):
-        return _Option(found[1] or found[2], found[3])
-    return None
-
-
-def _same_option(ours: _Option, right: _Option, library: Library) -> bool:
+def _same_option(ours: Option, right: Option, library: Library) -> bool:
     texts = [option.text for option in (ours, right) if option.text is not None]
     if len(texts) == 2 and not same_answer(*texts, library):
         return False
     if ours.letters == right.letters:
-        return not any(map(_OTHER_OPTION.search, texts))
+        return not any(map(names_another, texts))
     return sorted(ours.letters) == sorted(right.letters) and not (ours.ordered and right.ordered)
 
 

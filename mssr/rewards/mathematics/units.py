@@ -9,8 +9,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
-from mssr.rewards.numbers import CHINESE_DIGITS, NUMBER_WORDS, parse_number
-from mssr.rewards.vocabulary import is_constant
+from mssr.rewards.mathematics.numbers import CHINESE_DIGITS, NUMBER_WORDS, parse_number
+from mssr.rewards.mathematics.vocabulary import is_constant
 
 
 class Unit(NamedTuple):

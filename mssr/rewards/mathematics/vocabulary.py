@@ -27,7 +27,7 @@ _FORMULA = re.compile(  # H2O, H_2O, CO_2, Fe^{3+}
     r"|\^\{\d*[+-]\}"
 )
 
-# 4/3\pi is \frac{4}{3}\pi, as worker.py reads it. 1/2x may be \frac{x}{2} or \frac{1}{2x}.
+# 4/3\pi is \frac{4}{3}\pi, as symbolic.py reads it. 1/2x may be \frac{x}{2} or \frac{1}{2x}.
 _SIMPLE_FRACTION = re.compile(r"(?<![\d./])\d+/\d+(?=\\(?:pi|sqrt))")
 _DIVIDED_FURTHER = re.compile(
     r"/(?:[\d.]++|\\pi|\\sqrt\{[^{}]*\}|\([^()]*\)|[a-zA-Z])(?:\^\{[^{}]*\})?"

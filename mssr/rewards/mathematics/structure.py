@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from mssr.rewards.normalise import CLOSE, OPEN, closing
-from mssr.rewards.vocabulary import GREEK, is_mathematics
+from mssr.rewards.mathematics.normalise import CLOSE, OPEN, closing
+from mssr.rewards.mathematics.vocabulary import GREEK, is_mathematics
 
 _RELATION = re.compile(r"\\(?:leq|geq|neq|approx|in|parallel|perp|cong|sim|su[bp]set(?:eq|neq)?)(?![a-zA-Z])|[<>=]")
 _SEPARATOR = re.compile(r"[,;]|\b(?:and|or)\b|[和或及与且]|\\cup(?![a-zA-Z])")

@@ -1,0 +1,3 @@
+"""What `behaviour.py` imports from its folder."""
+
+VALUE = 0.75
