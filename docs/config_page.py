@@ -73,6 +73,8 @@ def type_name(annotation: Any) -> str:
         return type_name(parts[0])
     if get_origin(annotation) is dict:
         return f"{{{type_name(parts[0])}: {type_name(parts[1])}}}"
+    if get_origin(annotation) is list and get_origin(parts[0]) is Literal:
+        return f"list of {type_name(parts[0])}"
     name = NAMES.get(parts[0] if parts else annotation, "section")
     return "list of numbers" if get_origin(annotation) is tuple else f"list of {name}" if parts else name
 

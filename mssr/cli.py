@@ -1,4 +1,4 @@
-"""The command line: mssr train | sft | eval | data | serve | plot | export | plan | doctor.
+"""The command line: mssr train | sft | eval | data | serve | plot | export | push | plan | doctor.
 
 Each command imports heavy libraries only when it runs.
 """
@@ -60,11 +60,7 @@ def train(config: ConfigFile, overrides: Overrides = None, resume: Resume = Fals
     _say(f"mssr: training {settings.model.path}; output in {settings.run_dir}")
     from mssr.training.loop import train
 
-    train(settings, resume=resume)
-    if _is_main():
-        from mssr.observe.results import accuracy_gained, places
-
-        _say("\n".join([*accuracy_gained(settings.run_dir), *places(settings.run_dir)]))
+    _say(str(train(settings, resume=resume)))
 
 
 @app.command()
@@ -79,9 +75,9 @@ def sft(config: ConfigFile, overrides: Overrides = None, resume: Resume = False)
     if "val/accuracy" in validation:
         _say(f"validation accuracy {validation['val/accuracy']:.1%}")
     if _is_main():
-        from mssr.observe.results import places
+        from mssr.training.summary import place_lines, places
 
-        _say("\n".join(places(settings.run_dir)))
+        _say("\n".join(place_lines(places(settings.run_dir))))
 
 
 @app.command("eval")
@@ -180,6 +176,25 @@ def export(
     from mssr.training.export import export
 
     print(f"step {export(run, out, step=step, adapter=adapter, dtype=dtype)} {out}")
+
+
+@app.command()
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="folder of a training run")],
+    name: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="repository on the Hugging Face hub")],
+    step: Annotated[
+        int | None, typer.Option(help="upload the checkpoint of this step; default: the trained model")
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="with model.lora: upload only the adapter, for peft")
+    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="make the new repository private")] = False,
+    update: Annotated[bool, typer.Option("--update", help="add a commit to a repository that is there")] = False,
+) -> None:
+    """Upload a run's model and its card to the Hugging Face hub."""
+    from mssr.training.push import push
+
+    print(push(run, name, step=step, adapter=adapter, private=private, update=update))
 
 
 @app.command()

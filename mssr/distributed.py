@@ -20,6 +20,7 @@ from mssr.guard import signal_at_end_of_parent
 # Longest wait for other ranks, for example while rank 0 writes a model or one rank samples longer. If a rank dies, its
 # launcher ends the job long before.
 TIMEOUT = timedelta(hours=1)
+LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
 Result = TypeVar("Result")
 
 
@@ -111,6 +112,9 @@ def start_world(device: str = "auto") -> World:
     require_device(device)
     use_gpu = device_type(device) == "cuda"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_gpu else "cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if use_gpu:
         torch.cuda.set_device(local_rank)
@@ -120,6 +124,23 @@ def start_world(device: str = "auto") -> World:
     return World(dist.get_rank(), dist.get_world_size(), here)
 
 
+@contextmanager
+def own_environment() -> Iterator[None]:
+    """Context at whose end environment variables are as before `start_world`.
+
+    A notebook that trained alone must not look like a launcher's rank to the commands that it starts later.
+    """
+    before = {name: os.environ.get(name) for name in LAUNCHED}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 def end_with_launcher() -> None:
     """Get SIGTERM when the launcher dies: torchrun's ranks are in sessions of their own, so whoever kills it misses them."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -127,10 +148,6 @@ def end_with_launcher() -> None:
 
 
 def _join(backend: str) -> None:
-    launched = "RANK" in os.environ
-    if not launched:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
     try:
         dist.init_process_group(backend, timeout=TIMEOUT)
     except (dist.DistNetworkError, OSError) as error:

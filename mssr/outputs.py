@@ -45,6 +45,15 @@ def refuse_foreign(run_dir: Path, names: Iterable[str]) -> None:
             )
 
 
+def is_foreign(run_dir: Path, name: str) -> bool:
+    """Return whether something is there that the run did not write, or that was changed since."""
+    try:
+        refuse_foreign(run_dir, [name])
+    except UserError:
+        return True
+    return False
+
+
 def replace(run_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
     """Write the output `run_dir/name`, a file or a folder, and return its path; an earlier one of this run is replaced.
 

@@ -1,6 +1,6 @@
 """`make demo`: trains a tiny vision-language model to read handwritten digits by RL, starting from random weights.
 
-    digits -> a tiny random Qwen2.5-VL -> warm start (`mssr sft`) -> RL (`mssr train`) -> curves, summary
+    digits -> a tiny random Qwen2.5-VL -> warm start (`mssr sft`) -> RL (`mssr train`)
 
 The warm start (`examples.digits.start`) and RL run the commands `mssr sft` and `mssr train`, on a CPU with one rank per core
 (at most two, since the model is small).
@@ -19,48 +19,44 @@ import torch
 from examples.digits.start import warm_start, write_problems
 from examples.tiny.start import launch
 from mssr.cli import run_command  # also sets environment variables for the commands
-from mssr.config import Config, load_config
 from mssr.config.paths import path_for
-from mssr.config.resolve import device_type, engine_name
 from mssr.errors import UserError
 from mssr.folder_lock import locked
-from mssr.observe.metrics import read_metrics
-from mssr.observe.plots import plot_curves
 from mssr.outputs import set_aside
+from mssr.training.summary import SUMMARY, write_summary
 
 CONFIG = Path("configs/tiny.yaml")
 MARKER = "made_by_demo.txt"
 
 
 def demo(seed: int, run_dir: Path, overrides: Sequence[str] = ()) -> dict:
-    """Run all steps in `run_dir`, setting an earlier demo aside; return the summary.
+    """Run all steps in `run_dir`, setting an earlier demo aside; add the times to the summary of `mssr train` and return it.
 
     overrides: `key=value`, for both the warm start and RL.
     """
     started = time.monotonic()
     set_earlier_demo_aside(run_dir)
 
-    print("1/4  digits: pairs of 1,797 real scans from scikit-learn, with a question about each pair", flush=True)
+    print("1/3  digits: pairs of 1,797 real scans from scikit-learn, with a question about each pair", flush=True)
     files = write_problems(run_dir, seed)
     ranks = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
 
     print(
-        "2/4  warm start: a tiny random Qwen2.5-VL learns to answer until about half of its answers are right",
+        "2/3  warm start: a tiny random Qwen2.5-VL learns to answer until about half of its answers are right",
         flush=True,
     )
     model = warm_start(run_dir, CONFIG, files, seed, overrides, ranks=ranks)
 
-    print("3/4  RL with one rollout per prompt (MSSR)", flush=True)
+    print("3/3  RL with one rollout per prompt (MSSR)", flush=True)
     data = [f"seed={seed}", f"data.train={files['train']}", f"data.val={files['val']}"]
     rl = [*data, *overrides, f"model.path={model}", f"run_dir={run_dir}"]
     training = time.monotonic()
     launch("train", CONFIG, rl, ranks=ranks)
-    train_seconds = time.monotonic() - training
+    ended = time.monotonic()
 
-    print("4/4  curves and summary", flush=True)
-    curves = plot_curves({f"seed {seed}": run_dir / "metrics.jsonl"}, run_dir / "curves.png")
-    summary = summarise(load_config(CONFIG, rl), train_seconds, time.monotonic() - started, curves)
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    summary = json.loads((run_dir / SUMMARY).read_text())
+    summary |= {"train_seconds": round(ended - training, 1), "total_seconds": round(ended - started, 1)}
+    write_summary(run_dir, summary)
     return summary
 
 
@@ -82,41 +78,14 @@ def set_earlier_demo_aside(run_dir: Path) -> None:
     (run_dir / MARKER).write_text("`make demo` wrote this folder. Its next run renames it and keeps it.\n")
 
 
-def summarise(config: Config, train_seconds: float, total_seconds: float, curves: Path) -> dict:
-    records = read_metrics(config.run_dir / "metrics.jsonl")
-    accuracy = [record["val/accuracy"] for record in records if "val/accuracy" in record]
-    samples = sorted((config.run_dir / "rollouts").iterdir())
-    return {
-        "val_accuracy_before": accuracy[0],
-        "val_accuracy_after": accuracy[-1],
-        "train_seconds": round(train_seconds, 1),
-        "total_seconds": round(total_seconds, 1),
-        "seed": config.seed,
-        "algorithm": config.algorithm.name,
-        "rollout_engine": engine_name(config.rollout.engine, device_type(config.device)),
-        "steps": records[-1]["step"],
-        "curves": str(curves),
-        "metrics": str(config.run_dir / "metrics.jsonl"),
-        "rollouts": str(samples[-1] / "index.html"),
-        "checkpoint": str(sorted((config.run_dir / "checkpoints").iterdir())[-1]),
-        "model": str(config.run_dir / "model"),
-    }
-
-
-def print_summary(run_dir: Path, summary: dict) -> None:
-    """Print what `mssr train` has not said: accuracy, rollouts and model are in its last lines."""
-    print(f"{summary['train_seconds']:.0f} s of RL, {summary['total_seconds']:.0f} s in all")
-    print(f"curves     {summary['curves']}")
-    print(f"summary    {run_dir / 'summary.json'}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run-dir", type=path_for("--run-dir"), default=Path("runs/demo"))
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="override keys of configs/tiny.yaml")
     arguments = parser.parse_args()
-    print_summary(arguments.run_dir, demo(arguments.seed, arguments.run_dir, arguments.overrides))
+    summary = demo(arguments.seed, arguments.run_dir, arguments.overrides)
+    print(f"{summary['train_seconds']:.0f} s of RL, {summary['total_seconds']:.0f} s in all")
 
 
 if __name__ == "__main__":

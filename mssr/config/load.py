@@ -5,8 +5,9 @@
 An unknown key is refused with the nearest known one.
 """
 
+import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from mssr.config.schema import Config
 from mssr.errors import UserError
 
 
-def load_config(path: str | Path, overrides: Sequence[str] | None = None) -> Config:
-    """Read a YAML file, apply `key=value` overrides, validate.
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] | None = None) -> Config:
+    """Read a YAML file, or take a dict of the same form; apply `key=value` overrides; validate.
 
     Raises:
         UserError: file missing or not YAML, duplicate or unknown key (names the nearest), value of the wrong type or range.
     """
-    values = read_keys(Path(path), "config")
+    given = isinstance(source, Mapping)
+    values = copy.deepcopy(dict(source)) if given else read_keys(Path(source), "config")
     for override in overrides or ():
         apply_override(values, override)
-    return validate_config(values, source=str(path))
+    return validate_config(values, source="config" if given else str(source))
 
 
 def validate_config(values: dict[str, Any], source: str = "config") -> Config:

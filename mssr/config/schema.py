@@ -206,7 +206,7 @@ class EvalConfig(Section):
 
 class LogConfig(Section):
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"]] = Field(
-        ["tensorboard"], description="what shows the metrics, besides metrics.jsonl; all but tensorboard need an extra"
+        ["tensorboard"], description="what shows the metrics, besides metrics.jsonl (docs/TRACKERS.md)"
     )
     project: str = Field("mssr", min_length=1, description="project (MLflow: experiment) of the run in the trackers")
     name: str | None = Field(None, min_length=1, description="its name there; null: the name of run_dir")

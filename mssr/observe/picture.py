@@ -1,18 +1,23 @@
 """Saves a figure as a PNG that says who drew it, so that it may be replaced, and no other file is."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from PIL import Image
 
 from mssr.errors import UserError
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # a run checks its folder without it
+
 _KEY, _OURS = "Source", "mssr plot"  # text in the PNG
 
 
-def refuse_other_file(out: Path) -> None:
-    """Check that a picture may be written there.
+def refuse_other_file(out: Path, remedy: str = "name another file with --out") -> None:
+    """Check that a picture may be written there. remedy: last part of the error.
 
     Raises:
         UserError: the name does not end in .png, or a file is there that is no picture of ours.
@@ -20,7 +25,7 @@ def refuse_other_file(out: Path) -> None:
     if out.suffix.lower() != ".png":
         raise UserError(f"{out}: name a .png file")
     if os.path.lexists(out) and not _is_ours(out):
-        raise UserError(f"{out}: already there, and not drawn by `mssr plot`; name another file with --out")
+        raise UserError(f"{out}: already there, and not drawn by `mssr plot`; {remedy}")
 
 
 def save_picture(figure: Figure, out: Path, dpi: int) -> Path:

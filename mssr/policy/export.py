@@ -1,6 +1,6 @@
 """Writes the policy as a Hugging Face directory, which plain transformers loads, and its adapter as peft's directory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,24 +13,39 @@ from mssr.policy.lora import adapted_layers, own_name, write_adapter
 from mssr.policy.model import Policy
 from mssr.policy.weights import BUCKET_BYTES, gathered, named_weights, untied_names
 
+Files = dict[str, bytes]  # name -> content
 
-def save_trained(policy: Policy, processors: tuple, run_dir: Path, world: World) -> None:
+
+def save_trained(
+    policy: Policy, processors: tuple, run_dir: Path, world: World, cards: Mapping[str, Files] | None = None
+) -> None:
     """Write the trained policy to `run_dir/model`; with LoRA also the adapter alone to `run_dir/adapter`.
 
     Those of an earlier session of the run are replaced. Collective; arguments and errors as `save_model`.
+
+    cards: on rank 0, what to add to each of the two folders, by its name.
     """
+    cards = cards or {}
     if adapted_layers(policy):
-        save_adapter(policy, run_dir / "adapter", world, run_dir)
-    save_model(policy, processors, run_dir / "model", world, run_dir)
+        save_adapter(policy, run_dir / "adapter", world, run_dir, cards.get("adapter"))
+    save_model(policy, processors, run_dir / "model", world, run_dir, cards.get("model"))
 
 
-def save_model(policy: Policy, processors: tuple, folder: Path, world: World, run_dir: Path | None = None) -> Path:
+def save_model(
+    policy: Policy,
+    processors: tuple,
+    folder: Path,
+    world: World,
+    run_dir: Path | None = None,
+    added: Files | None = None,
+) -> Path:
     """Write weights (adapters merged), config, tokenizer and image processor; return the folder.
 
     The folder appears only when it is complete. Collective, because ZeRO-3 gathers the weights; rank 0 writes.
 
     processors: the tokenizer and the others that belong to the model, each with `save_pretrained`, or None.
     run_dir: of the run that may replace its own folder; None: nothing may be there.
+    added: other files to write into the folder.
 
     Raises:
         UserError: something else is there, or it could not be written (disk full, permission).
@@ -43,25 +58,34 @@ def save_model(policy: Policy, processors: tuple, folder: Path, world: World, ru
             if processor is not None:
                 processor.save_pretrained(partial)
 
-    _write_folder(folder, write, world, run_dir)
+    _write_folder(folder, write, world, run_dir, added)
     return folder
 
 
-def save_adapter(policy: Policy, folder: Path, world: World, run_dir: Path | None = None) -> None:
-    """Write the adapter as peft's directory. Collective; run_dir and errors as `save_model`."""
+def save_adapter(
+    policy: Policy, folder: Path, world: World, run_dir: Path | None = None, added: Files | None = None
+) -> None:
+    """Write the adapter as peft's directory. Collective; run_dir, added and errors as `save_model`."""
     weights = adapter_weights(policy)
-    _write_folder(folder, lambda partial: write_adapter(policy, weights, partial), world, run_dir)
+    _write_folder(folder, lambda partial: write_adapter(policy, weights, partial), world, run_dir, added)
 
 
-def _write_folder(folder: Path, write: Callable[[Path], None], world: World, run_dir: Path | None) -> None:
+def _write_folder(
+    folder: Path, write: Callable[[Path], None], world: World, run_dir: Path | None, added: Files | None
+) -> None:
     """Call `write` on rank 0 with a temporary folder, which is renamed to `folder` when it is complete."""
+
+    def write_all(partial: Path) -> None:
+        write(partial)
+        for name, content in (added or {}).items():
+            (partial / name).write_bytes(content)
 
     def write_or_replace() -> None:
         try:
             if run_dir is None:
-                write_new(folder, write)
+                write_new(folder, write_all)
             else:
-                replace(run_dir, folder.name, write)
+                replace(run_dir, folder.name, write_all)
         except SafetensorError as error:  # what it makes of a full disk
             raise OSError(str(error)) from None
 

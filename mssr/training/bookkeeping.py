@@ -1,12 +1,13 @@
 """Everything in a run that is not the algorithm: metrics, costs, skipped steps, and when to save."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor
 
 from mssr.batch import GradedRollouts, UpdateBatch
+from mssr.errors import Diverged, Interrupted, UserError, shortened
 from mssr.observe.metrics import Metric
 from mssr.observe.progress import TrainProgress
 from mssr.observe.step import SlowGrading
@@ -20,16 +21,20 @@ from mssr.training.session import Session
 from mssr.training.skipping import SkippedSteps
 from mssr.training.tracking import refuse_missing_start
 
+OnStep = Callable[[int, dict[str, Metric]], Any]
+
 
 class Bookkeeping(AbstractContextManager):
     """One object per run. Call every method on all ranks.
 
+    on_step: as for `mssr.training.loop.train`.
     is_new: there is no checkpoint to resume from.
     costs: what the run has spent.
     """
 
-    def __init__(self, run: Run, *, resume: bool) -> None:
+    def __init__(self, run: Run, *, on_step: OnStep | None = None, resume: bool) -> None:
         self._run, self._config = run, run.config
+        self._on_step, self._stopped = on_step, False
         self._session = Session(run, "train", resume=resume)
         self.is_new = self._session.saved is None
         self.costs = Costs()
@@ -62,13 +67,20 @@ class Bookkeeping(AbstractContextManager):
 
     @contextmanager
     def progress(self) -> Iterator[Iterator[int]]:
-        """Show the live display; yield the steps to take, until the last one or the end of the budget."""
+        """Show the live display; yield the steps to take, until the last one or the end of the budget.
+
+        A run that ends earlier leaves its curves: after a signal, or because it diverged.
+        """
         config, activity = self._config, self._run.activity
         enabled = self._run.world.is_main
         display = TrainProgress(str(config.run_dir), config.train.steps, self._first_step, enabled=enabled)
-        with self._session.steps(), display, activity.within(display):
-            self._display = display
-            yield (step for step in range(self._first_step, config.train.steps) if not self._budget_spent)
+        try:
+            with self._session.steps(), display, activity.within(display):
+                self._display = display
+                yield (step for step in range(self._first_step, config.train.steps) if not self._has_ended)
+        except (Diverged, Interrupted):  # on all ranks
+            self._run.draw_curves()
+            raise
         activity.say(f"saving {config.run_dir / 'model'}")
 
     def count(
@@ -104,6 +116,7 @@ class Bookkeeping(AbstractContextManager):
         Raises:
             Diverged: too many steps were skipped.
             Interrupted: a signal ended the run; the step is saved.
+            Exception: what on_step raised; the step is saved.
         """
         config = self._config
         self._run.record(done, metrics)
@@ -115,17 +128,41 @@ class Bookkeeping(AbstractContextManager):
             self._skipped.refuse_to_go_on(done, self._gap, self._why_skipped)
         if done % config.log.rollouts_every == 0:
             self._run.save_rollouts(done, rollouts, baseline, batch.advantage)
+        failed = self._tell(done, metrics)
         accuracy = metrics.get("val/accuracy")
         is_best = config.train.keep_best and accuracy is not None and self._session.checkpoints.is_best(accuracy)
         due = self._session.checkpoints.due(done) or is_best
         self._session.save_and_end_if_asked(done, due=due, best=accuracy if is_best else None, last=self._is_last(done))
+        if failed:
+            raise failed
+
+    def _tell(self, done: int, metrics: dict[str, Metric]) -> Exception | None:
+        """Call on_step on rank 0; the run ends if it returns False or fails. Return the error to raise, on every rank."""
+        if self._on_step is None:
+            return None
+        world, failed, stop = self._run.world, None, False
+        if world.is_main:
+            try:
+                stop = self._on_step(done, dict(metrics)) is False
+            except Exception as error:
+                failed = error
+        said, self._stopped = world.gather(
+            (failed and f"{type(failed).__name__}: {failed}", stop or failed is not None)
+        )[0]
+        if said and failed is None:
+            failed = UserError(f"step {done}: on_step failed on rank 0: {shortened(said)}")
+        return failed
 
     @property
     def _budget_spent(self) -> bool:
         return self.costs.reach(self._config.train.budget)
 
+    @property
+    def _has_ended(self) -> bool:
+        return self._stopped or self._budget_spent
+
     def _is_last(self, done: int) -> bool:
-        return done == self._config.train.steps or self._budget_spent
+        return done == self._config.train.steps or self._has_ended
 
     def __exit__(self, *error) -> None:
         self._session.__exit__(*error)

@@ -7,39 +7,48 @@ rewards of earlier rollouts of the prompt. The algorithms that MSSR is compared 
 sample several responses per prompt and have no tracker.
 """
 
+from collections.abc import Callable
+
 from mssr.algorithms.advantages import ALGORITHMS
 from mssr.algorithms.value_tracker import ValueTracker
 from mssr.batch import UpdateBatch
 from mssr.config import Config
 from mssr.config.resolve import policy_loss
+from mssr.distributed import own_environment
 from mssr.observe.step import outcome_metrics, step_metrics
 from mssr.observe.utilisation import peak_tflops, utilisation, work_of_step
-from mssr.policy.export import save_trained
 from mssr.policy.loss import PolicyGradient
 from mssr.policy.reference import make_reference
 from mssr.rollout.gap import measure_gap
 from mssr.stopwatch import Stopwatch
-from mssr.training.bookkeeping import Bookkeeping
+from mssr.training.bookkeeping import Bookkeeping, OnStep
+from mssr.training.ending import finish
 from mssr.training.rollout_phase import RolloutPhase
 from mssr.training.run import Run
 from mssr.training.shares import Shares
+from mssr.training.summary import Summary
 from mssr.training.tracking import drift_of_previous_responses, initialise_tracker, track
 
 
-def train(config: Config, *, resume: bool = False) -> None:
-    """Train `config.model.path` by RL; all outputs go to `config.run_dir`.
+def train(
+    config: Config, *, reward: Callable | None = None, on_step: OnStep | None = None, resume: bool = False
+) -> Summary:
+    """Train `config.model.path` by RL; all outputs go to `config.run_dir`. Return what the run reached, on every rank.
 
+    reward: a function in the place of `reward.function`.
+    on_step: called as `on_step(step, metrics)` on rank 0, when the step is in metrics.jsonl. If it returns False, the run
+        ends with this step as if it were the last one. An error in it ends the run, after the step is saved.
     resume: continue from the newest checkpoint. On a CPU the resumed run equals an uninterrupted one exactly.
 
     Raises:
         UserError: the run cannot start (model, data, an earlier run in the folder) or continue (disk, log-prob gap).
         Interrupted: a signal ended the run; the last step is saved.
     """
-    with Run(config) as run, Bookkeeping(run, resume=resume) as book:
-        _train(run, book)
+    with own_environment(), Run(config, reward) as run, Bookkeeping(run, on_step=on_step, resume=resume) as book:
+        return _train(run, book)
 
 
-def _train(run: Run, book: Bookkeeping) -> None:
+def _train(run: Run, book: Bookkeeping) -> Summary:
     config, world = run.config, run.world
     algorithm = ALGORITHMS[config.algorithm.name]
     share = Shares(config.responses_per_step, config.train.responses_per_update, world)
@@ -127,4 +136,4 @@ def _train(run: Run, book: Bookkeeping) -> None:
             baseline = None if outcomes.baseline is None else share.own(outcomes.baseline)
             book.end_step(done, metrics, rollouts, baseline, batch)
 
-    save_trained(engine.policy, run.processors, config.run_dir, world)
+    return finish(run, engine.policy)

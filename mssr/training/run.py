@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
@@ -21,10 +22,11 @@ from mssr.data.prompts import PromptEncoder, load_processors
 from mssr.data.report import write_data_report
 from mssr.data.solved import Solved
 from mssr.distributed import World, require_device, start_world
-from mssr.errors import UserError
+from mssr.errors import UserError, shortened
 from mssr.evaluation.evaluate import Evaluation, evaluate
 from mssr.folder_lock import locked
-from mssr.observe.metrics import Metric, MetricsLog
+from mssr.observe.metrics import FILE_NAME, Metric, MetricsLog
+from mssr.observe.picture import refuse_other_file
 from mssr.observe.progress import Activity
 from mssr.observe.rollouts import save_rollouts
 from mssr.observe.trackers.trackers import Trackers
@@ -37,7 +39,7 @@ from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
 from mssr.training.same_run import flat
 
-CONFIG = "config.yaml"
+CONFIG, CURVES = "config.yaml", "curves.png"
 
 
 class Run(AbstractContextManager):
@@ -182,7 +184,7 @@ class Run(AbstractContextManager):
     def refuse_foreign_outputs(self, others: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
         """Refuse to start if this run would replace something that it did not write. Collective; after `lock_folder`.
 
-        others: outputs besides config, model and adapter, by their names in run_dir.
+        others: outputs besides config, curves, model and adapter, by their names in run_dir.
         folders: names of folders that the run writes into, and may find there.
 
         Raises:
@@ -201,6 +203,7 @@ class Run(AbstractContextManager):
                     raise UserError(
                         f"{path}: no folder, and this run needs one there; move it away, or set another run_dir"
                     )
+            refuse_other_file(run_dir / CURVES, "move it away, or set another run_dir")
             refuse_foreign(run_dir, [*written, *others, *([] if self._config_is_there() else [CONFIG])])
 
         self.world.on_main(refuse, f"run_dir {run_dir}: cannot be read")
@@ -263,6 +266,25 @@ class Run(AbstractContextManager):
 
         failure = f"{run_dir}: rollouts of step {step} cannot be written"
         self.world.on_main(save, failure, remedy="make room and train with --resume")
+
+    def draw_curves(self) -> bool:
+        """Draw curves.png and show it in the trackers; return whether it is there, on rank 0. Collective.
+
+        A picture that cannot be drawn or shown costs a line on stderr, not the model.
+        """
+        run_dir = self.config.run_dir
+
+        def draw() -> bool:
+            try:
+                from mssr.observe.plots import plot_curves  # half a second of imports
+
+                self._trackers.curves(plot_curves({str(run_dir): run_dir / FILE_NAME}, run_dir / CURVES))
+            except Exception as error:
+                print(f"mssr: {CURVES} was not drawn: {shortened(error, 200)}", file=sys.stderr, flush=True)
+                return False
+            return True
+
+        return bool(self.world.on_main(draw, f"{run_dir}: cannot be written"))
 
     @property
     def metrics_position(self) -> int:

@@ -15,6 +15,7 @@ from mssr.training.checkpoint import FOLDER, Checkpoints
 from mssr.training.interruption import Interruptions
 from mssr.training.run import Run
 from mssr.training.same_run import SameRun
+from mssr.training.summary import CARD, SUMMARY
 
 
 class Session(AbstractContextManager):
@@ -48,6 +49,7 @@ class Session(AbstractContextManager):
             others, folders = [*others, *checkpoints.foreign_outputs(), DATA_REPORT], [*folders, FOLDER]
             if command == "train":
                 others += rollout_folders(run.config.run_dir, after=self.saved["step"] if self.saved else -1)
+                others += [CARD, SUMMARY]
                 folders.append(ROLLOUTS)
             run.refuse_foreign_outputs(others, folders)
             self._open = opened.pop_all()

@@ -102,6 +102,7 @@ def _sft(run: Run, session: Session) -> dict[str, float]:
 
     run.activity.say(f"saving {config.run_dir / 'model'}")
     save_trained(engine.policy, run.processors, config.run_dir, world)
+    run.draw_curves()
     return validation.metrics
 
 

@@ -60,6 +60,21 @@ def a_link_to_no_rollouts(folder, _):
     return "rollouts"
 
 
+def a_readme(folder, _):
+    (folder / "README.md").write_text("why I ran this")
+    return "README.md"
+
+
+def a_summary(folder, _):
+    (folder / "summary.json").write_text("{}")
+    return "summary.json"
+
+
+def a_picture(folder, _):
+    (folder / "curves.png").write_bytes(b"mine")
+    return "curves.png"
+
+
 def a_file_of_tensorboard(folder, _):
     (folder / "tensorboard").write_text("how to start it")
     return "tensorboard"
@@ -76,6 +91,9 @@ def a_file_of_tensorboard(folder, _):
         a_file_of_checkpoints,
         a_link_to_no_rollouts,
         a_file_of_tensorboard,
+        a_readme,
+        a_summary,
+        a_picture,
     ],
 )
 def test_train_is_refused_and_everything_kept(mssr, material, run, put):

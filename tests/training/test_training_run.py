@@ -3,12 +3,14 @@
 import json
 import math
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
@@ -90,17 +92,50 @@ def test_what_runs_before_the_first_step_is_said(whole, warm):
     assert whole.out.splitlines()[len(expected)].startswith("step 1/6 ")
 
 
-def test_a_finished_run_says_what_it_reached_and_where_things_are(whole):
+def test_a_finished_run_says_what_it_reached_and_where_things_are(whole, warm):
     first, last = whole.metrics[0]["val/accuracy"], whole.metrics[-1]["val/accuracy"]
     page = whole.path / "rollouts" / f"step_{STEPS:06d}" / "index.html"
-    assert whole.out.splitlines()[-5:] == [
+    best = max(whole.metrics, key=lambda line: line.get("val/accuracy", -1))
+    summary = json.loads((whole.path / "summary.json").read_text())
+    cost = summary["cost"]
+    assert whole.out.splitlines()[-8:] == [
         f"mssr: saving {whole.path}/model",
-        f"validation accuracy {first:.1%} before RL, {last:.1%} after ({100 * (last - first):+.1f} points)",
-        f"curves     {whole.path}/tensorboard; `mssr plot {whole.path}` draws {whole.path}/curves.png",
+        f"validation accuracy {first:.1%} before RL, {last:.1%} after ({100 * (last - first):+.1f} points); "
+        f"best {best['val/accuracy']:.1%}, step {best['step']}",
+        f"cost       6 steps, 12 updates, 96 rollouts, {cost['response_tokens']} tokens, "
+        f"{timedelta(seconds=round(cost['seconds']))} of training, at most {summary['peak_memory_gib']:.1f} GiB per rank",
+        f"curves     {whole.path}/curves.png, {whole.path}/tensorboard",
         f"rollouts   {page}   (open it in a browser)",
         f"model      {whole.path}/model",
+        f"card       {whole.path}/README.md",
+        f"summary    {whole.path}/summary.json",
     ]
-    assert page.is_file() and (whole.path / "tensorboard").is_dir() and (whole.path / "model").is_dir()
+    assert cost["response_tokens"] == whole.metrics[-1]["cost/response_tokens"]
+    assert summary["command"] == f"mssr train {warm} run_dir={whole.path}"
+    assert summary["versions"]["torch"] == torch.__version__ and summary["ranks"] == 1
+    best_checkpoint = {"best_checkpoint"} if best["step"] in (4, 6) else set()  # two are kept
+    assert summary["places"].keys() == {
+        "metrics", "curves", "tensorboard", "rollouts", "checkpoint", "model", "card", "summary",
+    } | best_checkpoint  # fmt: skip
+    assert all(Path(place).exists() for place in summary["places"].values())
+
+
+def test_the_card_is_in_both_folders_and_its_code_runs(whole, monkeypatch, tmp_path, capsys):
+    text = (whole.path / "README.md").read_text()
+    card = ModelCard(text)
+    assert (whole.path / "model" / "README.md").read_text() == text
+    assert (whole.path / "model" / "curves.png").read_bytes() == (whole.path / "curves.png").read_bytes()
+    assert "![training curves](curves.png)" in text and "base_model:" not in text  # a folder is no name of the hub
+    assert card.data.pipeline_tag == "image-text-to-text" and card.data.tags == ["mssr", "reinforcement-learning"]
+    (result,) = card.data.eval_results
+    assert result.metric_value == round(100 * whole.metrics[-1]["val/accuracy"], 2)
+    (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    shown, run = yaml.safe_load(settings), yaml.safe_load((whole.path / "config.yaml").read_text())
+    assert shown["train"]["optimizer"] == {"lr": 0.001} and "betas" in run["train"]["optimizer"]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    picture = next((whole.path / "rollouts").rglob("*.png"))
+    exec(code.replace("picture.png", str(picture)), {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_rollouts_are_saved_with_their_images(whole):
@@ -158,6 +193,7 @@ def test_steps_with_a_gap_beyond_the_limit_are_left_out_and_end_the_run(mssr, wa
     ended = mssr("train", warm, run.override, "rollout.max_gap=1e-12", "train.max_skipped_steps=2", "eval.every=9")
     line = ended.divergence
     assert "step 3" in line and "rollout.max_gap" in line and "after 2 skipped steps" in line
+    assert (run.path / "curves.png").is_file() and not (run.path / "summary.json").exists()  # it did not reach its end
     assert "step 1: skipped: rollout and trainer disagree" in ended.out
     assert [line["train/skipped_steps"] for line in run.metrics[1:]] == [1, 2, 3]
     assert all(line["rollout/logp_gap_mean"] > 1e-12 for line in run.metrics[1:])

@@ -93,7 +93,7 @@ class Apart:
         line = self._process.stdout.readline()
         if self._process.wait() == 0:
             return
-        error = json.loads(line)["error"] if line else f"ended by {signal.Signals(-self._process.returncode).name}"
+        error = json.loads(line)["error"] if line else _how_it_ended(self._process.returncode)
         print(
             f"mssr: log.trackers {self._name}: {error}; what it does not have is in metrics.jsonl "
             f"(its output: {self._log})",
@@ -103,3 +103,9 @@ class Apart:
     def _write(self, message: tuple) -> None:
         pickle.dump(message, self._process.stdin)
         self._process.stdin.flush()
+
+
+def _how_it_ended(code: int) -> str:
+    if code == -signal.SIGALRM:
+        return f"not finished in {FINISH_S} s"
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
