@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from mssr.rewards.row import Row
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 # Row of the first table -> the benchmark's providers, with and without gradients.
@@ -49,7 +51,7 @@ def nats(error: float | None) -> str:
 
 def test_the_fused_loss_in_five_lines():
     """It computes the plain clipped loss, with no additional terms."""
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example = python_block("linear_policy_loss")
     assert len(example.strip().splitlines()) - example.count("\n\n") == 5
     config = Qwen2Config(
         vocab_size=97,
@@ -95,3 +97,16 @@ def test_the_kernels_own_readme():
     torch.testing.assert_close(names["logp"], expected.gather(1, target[:, None])[:, 0])
     torch.testing.assert_close(names["entropy"], -(expected.exp() * expected).sum(1))
     assert names["result"].metrics.rows == 12 and model.lm_head.weight.grad is not None
+
+
+def test_the_reward_of_the_readme():
+    names = {}
+    exec(python_block("def score"), names)
+    row = Row("How many?", "12", tokens=5, max_tokens=20)
+    assert names["score"]("It is twelve. Answer: 12", row) == {"accuracy": 1.0, "brevity": 0.1 * 0.75}
+    assert names["score"]("Answer: 13", row) == {"accuracy": 0.0, "brevity": 0.0}
+
+
+def python_block(content: str) -> str:
+    (block,) = (one for one in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if content in one)
+    return block
