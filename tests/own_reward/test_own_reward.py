@@ -48,7 +48,7 @@ def test_the_readme_shows_the_ten_lines_and_the_reward_as_they_are():
     assert reward.strip() == without_docstring.strip()
 
 
-@pytest.mark.slow("90 s: the README's commands in a new folder, and that RL on a user's own reward learns")
+@pytest.mark.slow("100 s: the README's commands in a new folder, and that RL on a user's own reward learns")
 def test_the_commands_of_the_readme_train(tmp_path):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     commands, *_ = blocks("")
