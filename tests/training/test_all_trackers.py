@@ -30,7 +30,7 @@ def tracked(mssr, material, tmp_path_factory):
         "train", material / "config.yaml", f"run_dir={folder / 'run'}", "train.steps=3", f"log.trackers=[{','.join(ALL)}]",
         "log.project=digits", "log.rollouts_saved=2", "train.async_save=false",
     ]  # fmt: skip
-    environment = OFFLINE | {"HOME": str(home)}
+    environment = OFFLINE | {"HOME": str(home), "MPLCONFIGDIR": str(folder / "matplotlib")}
     killed = mssr(*command, at=Moment("os.rename", "step_000003"), **environment)
     assert killed.code == -9
     ended = mssr(*command, "--resume", **environment).check()
@@ -74,7 +74,7 @@ def test_tensorboard(tracked, rewards):
 
     board = EventAccumulator(str(tracked / "tensorboard")).Reload()
     found = {event.step: event.value for event in board.Scalars("train/reward")}
-    assert found == rewards
+    assert found == rewards and board.Tags()["images"] == ["curves"]
 
 
 def test_wandb(tracked, rewards):
@@ -89,6 +89,7 @@ def test_wandb(tracked, rewards):
     assert {run["project"] for run in runs} == {"digits"} and {run["display_name"] for run in runs} == {"run"}
     assert runs[-1]["config"]["update"]["train.optimizer.lr"] == 1e-3
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert "curves.path" in history[-1]
     steps = [line for line in history if not {"rollouts.path", "curves.path"} & line.keys()]
     assert by_step(steps, "train/reward") == rewards
     artifact = [record["artifact"] for record in records if record["type"] == "artifact"][-1]
@@ -112,6 +113,7 @@ def test_mlflow(tracked, rewards):
     artifacts = tracked / "mlflow" / "artifacts" / run.info.run_id / "artifacts"
     table = json.loads((artifacts / "rollouts" / "step_000003.json").read_text())
     first = dict(zip(table["columns"], table["data"][-1]))
+    assert (artifacts / "curves.png").is_file()
     assert first["problem"] and is_the_picture(artifacts / first["image 1"]["filepath"])
 
 
@@ -121,11 +123,11 @@ def test_trackio(tracked, rewards):
         (config,) = database.execute("select config from configs").fetchone()
     assert len({run for run, *_ in stored}) == 1 and {name for _, name, *_ in stored} == {"run"}
     lines = [{"step": step} | json.loads(values) for *_, step, values in stored]
-    assert by_step([line for line in lines if "rollouts" not in line], "train/reward") == rewards
+    assert by_step([line for line in lines if not {"rollouts", "curves"} & line.keys()], "train/reward") == rewards
     assert json.loads(config)["train.optimizer.lr"] == 1e-3
     shown = [line for line in lines if "rollouts" in line][-1]
     first = shown["rollouts"]["_value"][0]
-    assert shown["step"] == 3 and first["problem"]
+    assert shown["step"] == 3 and first["problem"] and "curves" in lines[-1]
     assert is_the_picture(tracked / "trackio" / "media" / first["image 1"]["file_path"])
 
 
@@ -148,5 +150,6 @@ def test_swanlab(tracked, rewards):
     folder = sorted(tracked.glob("swanlab/run-*"))[-1]
     assert yaml.safe_load((folder / "files" / "config.yaml").read_text())["train.optimizer.lr"]["value"] == 1e-3
     shown = [record.media for record in records if record.media.key == "rollouts/pictures"][-1]
+    assert {record.media.step for record in records if record.media.key == "curves"} == {3}
     assert shown.step == 3 and "problem: " in shown.value.items[0].caption
     assert is_the_picture(folder / "media" / "image" / shown.value.items[0].filename)
