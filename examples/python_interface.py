@@ -11,7 +11,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from digits.tiny_model import write_tiny_model
+from tiny.model import write_tiny_model
 
 folder = Path(tempfile.mkdtemp())
 rows = [{"problem": f"{a} + {b} =", "answer": str(a + b)} for a in range(8) for b in range(8)]
