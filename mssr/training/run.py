@@ -22,7 +22,7 @@ from mssr.evaluation.evaluate import Evaluation, evaluate
 from mssr.folder_lock import locked
 from mssr.observe.metrics import Metric, MetricsLog
 from mssr.observe.progress import Activity
-from mssr.outputs import clear_leftovers, refuse_foreign, replace
+from mssr.outputs import ANYTHING, clear_leftovers, note, refuse_foreign, replace
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.loading import check_model_path, load_frozen_policy
 from mssr.policy.model import Policy
@@ -179,7 +179,7 @@ class Run(AbstractContextManager):
                     raise UserError(
                         f"{path}: no folder, and this run needs one there; move it away, or set another run_dir"
                     )
-            refuse_foreign(run_dir, [*written, *others, *([] if self._config_is_there() else [CONFIG])])
+            refuse_foreign(run_dir, [*written, LOG, *others, *([] if self._config_is_there() else [CONFIG])])
 
         self.world.on_main(refuse, f"run_dir {run_dir}: cannot be read")
 
@@ -201,6 +201,9 @@ class Run(AbstractContextManager):
         def open_them() -> MetricsLog:
             log = MetricsLog(run_dir, tensorboard=self.config.log.tensorboard, resume_at=resume_at)
             self._open.callback(log.close)
+            if not (run_dir / LOG).exists():
+                note(run_dir, LOG, ANYTHING)
+                (run_dir / LOG).touch()
             if not self._config_is_there():
                 text = yaml_1_2.dump(self.config.model_dump(mode="json"), sort_keys=False)
                 replace(run_dir, CONFIG, lambda partial: partial.write_text(text))

@@ -89,6 +89,7 @@ def grading_by(file, functions, world=ALONE, **settings):
         named = {label: f"{file}:{name}" if isinstance(name, str) else name for label, name in functions.items()}
     config = RewardConfig(**{"function": named, "workers": 1} | settings)
     log = file.parent / "reward.log"
+    log.touch()
     with ExitStack() as opened:
         pools = start_pools(config, None, log)
         for pool in pools.values():
