@@ -1,7 +1,7 @@
 """`run_dir/reward.log`: what reward functions print, up to a MiB, and tracebacks of those that failed, up to a second one.
 
-All ranks and workers append to it. Run as a script, it appends its input: the end of a pipe, which workers print into. So
-printing never waits for the trainer, and what is printed before the run has its folder is kept until then.
+All ranks and workers append to it, once the run has its folder and has made the file. Run as a script, it appends its input:
+the end of a pipe, which workers print into. So printing never waits for the trainer; what is printed before is kept for it.
 """
 
 import os
@@ -14,22 +14,23 @@ FULL = b"\n[reward.log is full: what reward functions print from here on is not 
 
 
 def append(log: Path, text: bytes, most: int = LIMIT) -> None:
-    """Append what fits of the text into a file of `most` bytes; nothing without a folder, or on a full disk."""
-    with suppress(OSError), open(log, "ab", buffering=0, opener=_no_symlink) as file:
+    """Append what fits of the text into a file of `most` bytes; nothing if there is no file, or on a full disk."""
+    with suppress(OSError), open(log, "ab", buffering=0, opener=_existing) as file:
         size = os.fstat(file.fileno()).st_size
         filled = size < LIMIT <= size + len(text)
         file.write(text[: max(0, most - size)] + (FULL if filled else b""))
 
 
-def _no_symlink(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)  # what a symlink names is somebody's
+def _existing(path: str, flags: int) -> int:
+    """Open a file that is there, but not what a symlink names, which is somebody's."""
+    return os.open(path, flags & ~os.O_CREAT | os.O_NOFOLLOW)
 
 
 if __name__ == "__main__":
     target, kept = Path(sys.argv[1]), b""
     while printed := os.read(0, 1 << 16):
         kept = (kept + printed)[: LIMIT + 1]
-        if target.parent.is_dir():
+        if target.exists():
             append(target, kept)
             kept = b""
     append(target, kept)

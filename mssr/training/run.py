@@ -30,7 +30,7 @@ from mssr.observe.picture import refuse_other_file
 from mssr.observe.progress import Activity
 from mssr.observe.rollouts import save_rollouts
 from mssr.observe.trackers.trackers import Trackers
-from mssr.outputs import clear_leftovers, refuse_foreign, replace
+from mssr.outputs import ANYTHING, clear_leftovers, note, refuse_foreign, replace
 from mssr.policy.engine import PolicyEngine
 from mssr.policy.loading import check_model_path, load_frozen_policy
 from mssr.policy.model import Policy
@@ -204,7 +204,7 @@ class Run(AbstractContextManager):
                         f"{path}: no folder, and this run needs one there; move it away, or set another run_dir"
                     )
             refuse_other_file(run_dir / CURVES, "move it away, or set another run_dir")
-            refuse_foreign(run_dir, [*written, *others, *([] if self._config_is_there() else [CONFIG])])
+            refuse_foreign(run_dir, [*written, LOG, *others, *([] if self._config_is_there() else [CONFIG])])
 
         self.world.on_main(refuse, f"run_dir {run_dir}: cannot be read")
 
@@ -229,6 +229,9 @@ class Run(AbstractContextManager):
         def open_them() -> MetricsLog:
             log = MetricsLog(run_dir, resume_at=resume_at)
             self._open.callback(log.close)
+            if not (run_dir / LOG).exists():
+                note(run_dir, LOG, ANYTHING)
+                (run_dir / LOG).touch()
             if not self._config_is_there():
                 text = yaml_1_2.dump(self.config.model_dump(mode="json"), sort_keys=False)
                 replace(run_dir, CONFIG, lambda partial: partial.write_text(text))

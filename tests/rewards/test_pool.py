@@ -37,7 +37,9 @@ def function(name, **settings):
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
-    return tmp_path_factory.mktemp("run") / "reward.log"
+    log = tmp_path_factory.mktemp("run") / "reward.log"
+    log.touch()
+    return log
 
 
 def fixture_of(name, **settings):
@@ -258,6 +260,7 @@ def test_an_async_batch():
 
 
 def test_prints_are_cut(tmp_path):
+    (tmp_path / "reward.log").touch()
     pool = open_pool(function("prints"), log=tmp_path / "reward.log", workers=2, timeout_s=60)
     assert kinds(outcomes(pool, *["go"] * 4)) == [None] * 4
     pool.close()
@@ -272,9 +275,20 @@ def test_prints_before_the_run_has_a_folder(tmp_path):
     file.write_text("print('imported')\ndef f(response, row):\n    print('called')\n    return 1\n")
     pool = open_pool(named(f"{file}:f"), log=tmp_path / "run" / "reward.log")
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "reward.log").touch()
     assert outcome(pool, "").parts
     pool.close()
     assert (tmp_path / "run" / "reward.log").read_text() == "imported\ncalled\n"
+
+
+def test_nothing_is_written_into_a_folder_that_is_not_the_runs(tmp_path):
+    file = tmp_path / "chatty.py"
+    file.write_text("print('imported')\ndef f(response, row):\n    raise ValueError\n")
+    (tmp_path / "run").mkdir()
+    pool = open_pool(named(f"{file}:f"), log=tmp_path / "run" / "reward.log")
+    assert outcome(pool, "").failure
+    pool.close()
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_worker_that_starts_again_has_the_code_of_the_beginning(tmp_path):

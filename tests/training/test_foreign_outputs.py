@@ -38,6 +38,11 @@ def a_config(folder, _):
     return "config.yaml"
 
 
+def a_log_of_rewards(folder, _):
+    (folder / "reward.log").write_text("mine")
+    return "reward.log"
+
+
 def rollouts(folder, _):
     (folder / "rollouts" / "step_000002").mkdir(parents=True)
     (folder / "rollouts" / "step_000002" / "labels.csv").write_text("1,good")
@@ -86,6 +91,7 @@ def a_file_of_tensorboard(folder, _):
         a_model,
         a_link_to_a_model,
         a_config,
+        a_log_of_rewards,
         rollouts,
         other_checkpoints,
         a_file_of_checkpoints,
