@@ -85,7 +85,7 @@ class Sequences:
 class Rollouts(Sequences):
     """Sampled responses, as a rollout engine returns them.
 
-    logp: [B, R] float32, the sampler's log-prob of each token, at the sampling temperature; 0 on padding.
+    logp: [B, R] float32, the sampler's log-prob of each token in the distribution drawn from; 0 on padding.
     truncated: [B] bool, True for a response cut off by the token limit.
     weight_version: [B] int64, number of training steps that the sampler's weights had seen.
     """

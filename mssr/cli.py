@@ -96,8 +96,9 @@ def evaluate(config: ConfigFile, overrides: Overrides = None) -> None:
         result = run.evaluate(rollout)
     parts = "".join(f", {part} {mean:.3g}" for part, mean in result.parts.items() if part != settings.reward.success)
     _say(
-        f"accuracy {result.accuracy:.1%} on {result.problems} problems of {settings.data.val} "
-        f"({result.response_tokens:.1f} tokens per response, {result.truncated:.1%} truncated{parts})"
+        f"accuracy {result.accuracy:.1%} on {result.problems} problems of {settings.data.val} ("
+        f"{f'mean over {result.samples} responses each, ' if result.samples > 1 else ''}"
+        f"{result.response_tokens:.1f} tokens per response, {result.truncated:.1%} truncated{parts})"
     )
 
 

@@ -19,6 +19,7 @@ def refuse_conflicts(config: Config, device: str | None = None) -> None:
     _check_off_policy_samples(config, device)
     _check_algorithm(config)
     _check_reward(config)
+    _check_eval(config)
     if config.train.keep_best and config.data.val is None:
         raise ValueError("train.keep_best needs held-out problems: set data.val")
     if config.sft.stop_at_accuracy is not None and config.data.val is None:
@@ -65,6 +66,8 @@ def _check_off_policy_samples(config: Config, device: str | None) -> None:
     for key, used in (
         ("rollout.one_step_off", rollout.one_step_off),
         ("rollout.quantization", rollout.quantization),
+        (f"rollout.top_p {rollout.top_p:g}", rollout.top_p < 1),
+        (f"rollout.top_k {rollout.top_k}", rollout.top_k),
         (
             f"model.lora with model.dtype {'auto (bfloat16 on a GPU)' if model.dtype == 'auto' else model.dtype}",
             rounded,
@@ -81,6 +84,20 @@ def _runs_in_16_bits(config: Config, device: str | None) -> bool:
     if config.model.dtype != "auto":
         return config.model.dtype == "bfloat16"
     return dtype_name("auto", device or device_type(config.device)) == "bfloat16"  # asks torch, which is slow to import
+
+
+def _check_eval(config: Config) -> None:
+    settings = config.eval
+    for key, value, used in (
+        ("eval.samples", settings.samples, settings.samples > 1),
+        ("eval.top_p", settings.top_p, settings.top_p < 1),
+        ("eval.top_k", settings.top_k, settings.top_k),
+    ):
+        if used and settings.temperature == 0:
+            raise ValueError(
+                f"{key} {value:g} needs random samples, and eval.temperature 0 is greedy: set eval.temperature=1, for "
+                f"example, or leave {key} out"
+            )
 
 
 def _check_algorithm(config: Config) -> None:

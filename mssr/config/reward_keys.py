@@ -10,10 +10,7 @@ from mssr.config.section import Section
 
 ACCURACY = "accuracy"  # label of a function given as text
 RESERVED = ("errors", "timeouts")  # reward/errors and reward/timeouts are metrics of their own
-_BLIND = (
-    "format",
-    "overlong",
-)  # built-in functions that do not look at the answer, nor need a judge with its own template
+_BLIND = ("exact", "format", "overlong")  # they can do without the column `answer`, as a judge with its own template
 
 
 class NamedFunction(NamedTuple):

@@ -56,6 +56,22 @@ class RolloutConfig(Section):
     responses_per_prompt: int = Field(1, gt=0, description="group size; grpo and rloo need 2 or more")
     max_response_tokens: int = Field(4096, gt=0, description="maximum response length")
     temperature: float = Field(1.0, gt=0, description="sampling temperature of the training rollouts")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="draw training rollouts from the most probable tokens that together have this probability; 1: from all; "
+        "below 1 it needs algorithm.old_logp recompute",
+    )
+    top_k: int | None = Field(
+        None,
+        ge=0,
+        description="draw training rollouts from the k most probable tokens, before top_p; null or 0: from all; "
+        "otherwise it needs algorithm.old_logp recompute",
+    )
+    stop: list[str] = Field(
+        [], description="texts that end a response, also in validation; the response keeps the token in which one ends"
+    )
     truncated: Literal["graded", "masked", "failed"] = Field(
         "graded",
         description="responses cut by max_response_tokens: graded as usual, masked out of the loss, or failed (reward 0)",
@@ -64,7 +80,8 @@ class RolloutConfig(Section):
         0.1,
         gt=0,
         description="a step is skipped if sampler and trainer log-probs differ by more than this on average, nats per token; "
-        "with one_step_off the gap also includes one step of policy drift",
+        "what top_p explains does not count; with one_step_off the gap also includes one step of policy drift, with top_k "
+        "the probability that is cut off",
     )
     engine: Literal["auto", "vllm", "servers", "hf"] = Field(
         "auto",
@@ -86,6 +103,18 @@ class RolloutConfig(Section):
         600.0, gt=0, description="time without an answer after which a server counts as lost"
     )
     one_step_off: bool = Field(False, description="servers generate the next batch while the current one trains")
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_texts_are_not_empty(cls, stop: list[str]) -> list[str]:
+        if "" in stop:
+            raise ValueError("expected texts with at least one character, got an empty one")
+        return stop
+
+    @property
+    def cuts_distribution(self) -> bool:
+        """Whether tokens are drawn from a part of the policy's distribution (top_p, top_k)."""
+        return self.top_p < 1 or bool(self.top_k)
 
     @field_validator("servers")
     @classmethod
@@ -165,6 +194,11 @@ class SftConfig(Section):
 class EvalConfig(Section):
     every: int = Field(5, gt=0, description="training steps between validations")
     temperature: float = Field(0.0, ge=0, description="sampling temperature of validation and `mssr eval`; 0: greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="rollout.top_p for validation, which does not use that key")
+    top_k: int | None = Field(None, ge=0, description="rollout.top_k for validation, which does not use that key")
+    samples: int = Field(
+        1, gt=0, description="responses per problem; the accuracy is the mean over all; above 1 needs temperature > 0"
+    )
     max_problems: int | None = Field(None, gt=0, description="validate on the first N problems; null: all")
 
 

@@ -1,4 +1,4 @@
-"""Measures accuracy on held-out problems."""
+"""Measures accuracy on held-out problems: one response each, or the mean over several."""
 
 import math
 from collections.abc import Callable
@@ -14,18 +14,19 @@ from mssr.rewards.grading import part_means
 from mssr.rollout.base import RolloutEngine, noise_streams
 
 Judge = Callable[[Rollouts], GradedRollouts]
-_ROWS_AT_ONCE = 512  # problems whose images are in memory together
+_ROWS_AT_ONCE = 512  # responses whose images are in memory together
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """accuracy: mean success of the responses with a grade, one per problem; NaN if there are none.
+    """accuracy: mean success of the responses with a grade, `samples` for each problem; NaN if there are none.
 
     response_tokens: mean. truncated: fraction cut by the token limit. parts: mean of each part of the reward.
     """
 
     accuracy: float
     problems: int
+    samples: int
     response_tokens: float
     truncated: float
     parts: dict[str, float]
@@ -41,19 +42,24 @@ def evaluate(
     seed: int,
     advance: Callable[[int, int], None] = lambda by, total: None,
 ) -> Evaluation:
-    """Answer every problem once at `config.temperature`; each rank answers a part.
+    """Answer every problem `config.samples` times; each rank answers a part.
 
-    advance: called with the responses completed since its last call, over all ranks, and the number of problems.
+    advance: called with the responses completed since its last call, over all ranks, and the number of all.
     """
     count = min(len(problems), config.max_problems or len(problems))
-    mine = range(world.rank, count, world.size)
+    total = count * config.samples
+    visits = [divmod(visit, config.samples) for visit in range(world.rank, total, world.size)]  # problem, its sample
     totals, parts = torch.zeros(4, dtype=torch.float64), []
     # The same number of calls on every rank: ranks that share a sampler call it together.
-    for start in range(0, -(-count // world.size), _ROWS_AT_ONCE):
-        rows = list(mine[start : start + _ROWS_AT_ONCE])
-        streams = noise_streams(seed, "eval", 0, rows)
+    for start in range(0, -(-total // world.size), _ROWS_AT_ONCE):
+        chosen = visits[start : start + _ROWS_AT_ONCE]
         answered = rollout.generate(
-            problems.load(rows), streams, config.temperature, on_response=lambda *_: advance(world.size, count)
+            problems.load([row for row, _ in chosen]),
+            [noise_streams(seed, "eval", sample, [row])[0] for row, sample in chosen],
+            config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            on_response=lambda *_: advance(world.size, total),
         )
         graded = judge(answered)
         successes = graded.correct[graded.graded]
@@ -61,4 +67,4 @@ def evaluate(
         parts += graded.parts
     correct, with_grade, tokens, truncated = world.sum(totals).tolist()
     accuracy = correct / with_grade if with_grade else math.nan
-    return Evaluation(accuracy, count, tokens / count, truncated / count, part_means(parts, world))
+    return Evaluation(accuracy, count, config.samples, tokens / total, truncated / total, part_means(parts, world))

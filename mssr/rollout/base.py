@@ -11,14 +11,16 @@ from torch import Tensor
 from mssr.batch import Prompt, Rollouts, pad_rows
 from mssr.config.schema import RolloutConfig
 from mssr.policy.model import Policy
+from mssr.rollout.stop import StopTexts
 
 
 @dataclass(frozen=True, eq=False)
 class Response:
     """One sampled response.
 
-    tokens: [R] int64, with the end token. logp: [R] float32, each token's log-prob when it was sampled.
-    truncated: ended by the token limit, not by an end token.
+    tokens: [R] int64, with the end token or the stop text. logp: [R] float32, each token's log-prob when it was sampled,
+    under the distribution that it was drawn from.
+    truncated: ended by the token limit, not by an end token or a stop text.
     weight_version: of the weights that sampled it (`RolloutEngine.update_weights`).
     """
 
@@ -29,6 +31,19 @@ class Response:
 
 
 OnResponse = Callable[[int, Response], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn from the policy.
+
+    temperature: 0 is greedy, with log-probs at temperature 1; nothing is cut off then.
+    top_k: only the k most probable tokens; 0: all. top_p: of these, the smallest set with at least this probability; 1: all.
+    """
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +65,10 @@ class RolloutEngine(ABC):
 
     name: str
 
-    def __init__(self, config: RolloutConfig, ends: list[int], pad: int) -> None:
-        """ends: tokens that end a response. pad: token that fills a batch after it."""
+    def __init__(self, config: RolloutConfig, ends: list[int], pad: int, stop: StopTexts | None = None) -> None:
+        """ends: tokens that end a response. stop: texts that do. pad: token that fills a batch after it."""
         self._config, self._ends, self._pad = config, ends, pad
+        self._stop = stop or StopTexts()
         self._weight_version: int | None = None  # None: nothing to sample from
 
     @abstractmethod
@@ -69,13 +85,15 @@ class RolloutEngine(ABC):
         streams: list[int],
         temperature: float,
         *,
+        top_p: float = 1.0,
+        top_k: int | None = None,
         expected_tokens: list[float] | None = None,
         on_response: OnResponse | None = None,
     ) -> Rollouts:
         """Return one response for each prompt, in the given order.
 
         streams: one noise stream (64-bit seed) per prompt; the same call with the same weights gives the same responses.
-        temperature: 0 is greedy, with log-probs at temperature 1.
+        temperature, top_p, top_k: see `Sampling`.
         expected_tokens: estimated length of each response; the longest ones start first.
         on_response: called with (row, response) as soon as a response is complete, while others are still generated.
         """
@@ -90,12 +108,28 @@ class RolloutEngine(ABC):
 
         expected = expected_tokens or [0.0] * len(prompts)
         requests = map(Request, range(len(prompts)), prompts, streams, expected)
-        self._sample(sorted(requests, key=lambda request: -request.expected_tokens), temperature, finished)
+        sampling = Sampling(temperature, top_p, top_k or 0)
+        self._sample(sorted(requests, key=lambda request: -request.expected_tokens), sampling, finished)
         return collect(prompts, [found[row] for row in range(len(prompts))], self._pad)
 
     @abstractmethod
-    def _sample(self, requests: list[Request], temperature: float, finished: OnResponse) -> None:
+    def _sample(self, requests: list[Request], sampling: Sampling, finished: OnResponse) -> None:
         """Answer the requests, in the order in which to start them; call `finished` once for each row."""
+
+    def _response(self, tokens: list[int], logp: list[float]) -> Response:
+        """Return the response in what was generated: up to the first end token, or to the first stop text if that is
+        earlier. logp: log-prob of each token.
+        """
+        ends = set(self._ends)
+        end = next((number for number, token in enumerate(tokens, 1) if token in ends), None)
+        stop = self._stop.length(tokens[:end])
+        length = stop or end or len(tokens)
+        return Response(
+            tokens=torch.tensor(tokens[:length]),
+            logp=torch.tensor(logp[:length], dtype=torch.float32),
+            truncated=stop is None and end is None,
+            weight_version=self._weight_version,
+        )
 
     def release(self) -> None:  # noqa: B027  an engine that uses no GPU memory has nothing to do
         """Free GPU memory until the next `update_weights`."""

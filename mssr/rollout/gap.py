@@ -1,5 +1,6 @@
 """The log-prob gap between rollout engine and trainer: one number that reveals stale weights, caches and wrong names."""
 
+import math
 from dataclasses import dataclass
 
 import numpy
@@ -21,9 +22,17 @@ class LogpGap:
         return self.mean <= limit  # False for NaN
 
 
-def measure_gap(trainer_logp: Tensor, rollout_logp: Tensor, mask: Tensor, world: World) -> LogpGap:
-    """Return the gap between two log-probs under the same weights; 0 without tokens. Tensors: [B, R]."""
-    own = (trainer_logp - rollout_logp).abs()[mask].cpu()
+def measure_gap(
+    trainer_logp: Tensor, rollout_logp: Tensor, mask: Tensor, world: World, *, top_p: float = 1.0
+) -> LogpGap:
+    """Return the gap between two log-probs under the same weights; 0 without tokens. Tensors: [B, R].
+
+    top_p: of the sampler, whose log-probs are of the tokens that it keeps. These have a probability in [top_p, 1], by
+    which they are divided: only what is outside of that range counts.
+    """
+    difference = trainer_logp - rollout_logp
+    explained = difference.clamp(math.log(top_p), 0.0)
+    own = (difference - explained).abs()[mask].cpu()
     gap = torch.cat(world.gather(own)).double()
     if not len(gap):
         return LogpGap(0.0, 0.0, 0.0)
@@ -38,5 +47,6 @@ def describe_large_gap(gap: LogpGap, limit: float) -> str:
     return (
         f"rollout and trainer disagree by {gap.mean:.3g} nats per token on average (p99 {gap.p99:.3g}, "
         f"max {gap.max:.3g}; rollout.max_gap {limit:g}); check that weights and caches were synced, the dtypes of "
-        "model.dtype and the rollout engine, its quantization, and that nothing else changes its distribution"
+        "model.dtype and the rollout engine, its quantization, and that nothing else changes its distribution, as "
+        "rollout.top_k does"
     )

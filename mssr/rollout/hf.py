@@ -8,20 +8,37 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from mssr.batch import Prompt
 from mssr.config.schema import RolloutConfig
 from mssr.policy.model import Policy
 from mssr.policy.sharding import WholeCopy
-from mssr.rollout.base import OnResponse, Request, Response, RolloutEngine
+from mssr.rollout.base import OnResponse, Request, RolloutEngine, Sampling
+from mssr.rollout.stop import StopTexts
 
 
 class HFRollout(RolloutEngine):
     name = "hf"
 
-    def __init__(self, config: RolloutConfig, policy: Policy, ends: list[int], pad: int, device: torch.device) -> None:
-        super().__init__(config, ends, pad)
+    def __init__(
+        self,
+        config: RolloutConfig,
+        policy: Policy,
+        ends: list[int],
+        pad: int,
+        device: torch.device,
+        stop: StopTexts | None = None,
+    ) -> None:
+        super().__init__(config, ends, pad, stop)
         self._copy: WholeCopy | None = None
         self._policy = policy
         self._device = device
@@ -36,15 +53,15 @@ class HFRollout(RolloutEngine):
             self._policy = self._copy.policy
         self._weight_version = version
 
-    def _sample(self, requests: list[Request], temperature: float, finished: OnResponse) -> None:
+    def _sample(self, requests: list[Request], sampling: Sampling, finished: OnResponse) -> None:
         training = self._policy.training
         self._policy.eval()  # gradient checkpointing would turn the cache off
         # Group rows of similar expected length, then prompts of similar length.
         requests = sorted(requests, key=lambda one: (-one.expected_tokens, len(one.prompt.token_ids)))
         for start in range(0, len(requests), self._config.batch_size):
             chosen = requests[start : start + self._config.batch_size]
-            tokens, logp = self._generate([one.prompt for one in chosen], [one.stream for one in chosen], temperature)
-            for one, row_tokens, row_logp in zip(chosen, tokens, logp):
+            tokens, logp = self._generate([one.prompt for one in chosen], [one.stream for one in chosen], sampling)
+            for one, row_tokens, row_logp in zip(chosen, tokens.tolist(), logp.tolist()):
                 finished(one.row, self._response(row_tokens, row_logp))
         self._policy.train(training)
 
@@ -53,10 +70,10 @@ class HFRollout(RolloutEngine):
         if self._copy:
             self._copy = self._policy = self._weight_version = None
 
-    def _generate(self, prompts: list[Prompt], streams: list[int], temperature: float) -> tuple[Tensor, Tensor]:
-        """Return [B, R] tokens (undefined after the end token) and their log-probs, on the CPU."""
+    def _generate(self, prompts: list[Prompt], streams: list[int], sampling: Sampling) -> tuple[Tensor, Tensor]:
+        """Return [B, R] tokens (undefined after the response's end) and their log-probs, on the CPU."""
         limit = self._config.max_response_tokens
-        sampler = TokenSampler(streams, limit, temperature, self._device)
+        sampler = TokenSampler(streams, limit, sampling, self._device)
         longest = max(len(prompt.token_ids) for prompt in prompts)
         ids = torch.stack([_left_pad(prompt.token_ids, longest, self._pad) for prompt in prompts])
         attention = torch.stack([_left_pad(torch.ones_like(p.token_ids), longest, 0) for p in prompts])
@@ -76,15 +93,10 @@ class HFRollout(RolloutEngine):
                 input_ids=ids.to(self._device),
                 attention_mask=attention.to(self._device),
                 logits_processor=LogitsProcessorList([sampler]),
+                stopping_criteria=StoppingCriteriaList([StopsAtTexts(self._stop, longest)] if self._stop.texts else []),
                 **images,
             )
         return sequences[:, longest:].cpu(), torch.stack(sampler.logps, dim=1).cpu()
-
-    def _response(self, tokens: Tensor, logp: Tensor) -> Response:
-        """Return the response up to its first end token. tokens, logp: [R], of the whole generation."""
-        ends = torch.isin(tokens, torch.tensor(self._ends)).nonzero()
-        length = int(ends[0]) + 1 if len(ends) else len(tokens)
-        return Response(tokens[:length], logp[:length], truncated=not len(ends), weight_version=self._weight_version)
 
 
 class TokenSampler(LogitsProcessor):
@@ -97,9 +109,14 @@ class TokenSampler(LogitsProcessor):
     logps: after generation, one [B] float32 tensor per position: log-prob under the distribution drawn from.
     """
 
-    def __init__(self, streams: list[int], max_tokens: int, temperature: float, device: torch.device) -> None:
+    def __init__(self, streams: list[int], max_tokens: int, sampling: Sampling, device: torch.device) -> None:
         self.logps: list[Tensor] = []
-        self._temperature = temperature
+        self._temperature = sampling.temperature
+        self._cuts = LogitsProcessorList()
+        if sampling.temperature and sampling.top_k:
+            self._cuts.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.temperature and sampling.top_p < 1:
+            self._cuts.append(TopPLogitsWarper(sampling.top_p))
         generator = torch.Generator()
         uniform = [
             torch.rand(max_tokens, generator=generator.manual_seed(stream), dtype=torch.float64) for stream in streams
@@ -108,7 +125,7 @@ class TokenSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores = scores.float()
-        logp = torch.log_softmax(scores / (self._temperature or 1.0), dim=-1)
+        logp = torch.log_softmax(self._cuts(input_ids, scores / (self._temperature or 1.0)), dim=-1)
         if self._temperature == 0:
             token = scores.argmax(-1, keepdim=True)
         else:
@@ -117,6 +134,17 @@ class TokenSampler(LogitsProcessor):
             token = torch.searchsorted(cumulative, uniform, right=True).clamp_(max=scores.shape[-1] - 1)
         self.logps.append(logp.gather(1, token).squeeze(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class StopsAtTexts(StoppingCriteria):
+    """Ends the rows whose last tokens have a stop text. start: position of the first response token."""
+
+    def __init__(self, stop: StopTexts, start: int) -> None:
+        self._stop, self._start = stop, start
+
+    def __call__(self, input_ids: Tensor, scores, **_) -> Tensor:
+        last = input_ids[:, self._start :][:, -self._stop.longest :]
+        return torch.tensor(self._stop.found(last.tolist()), device=input_ids.device)
 
 
 @contextmanager

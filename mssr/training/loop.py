@@ -110,7 +110,8 @@ def _train(run: Run, book: Bookkeeping) -> Summary:
             # the step's gradients would be noise, so no update is made.
             first, *rest = share.updates(batch)
             accumulated = engine.accumulate(first, loss, clock)
-            gap = measure_gap(accumulated.logp, first.logp, first.loss_mask, world)
+            top_p = config.rollout.top_p
+            gap = measure_gap(accumulated.logp, first.logp, first.loss_mask, world, top_p=top_p)
             agrees = gap.within(config.rollout.max_gap)
             if agrees:
                 updates = [engine.step(accumulated, clock), *(engine.update(part, loss, clock) for part in rest)]

@@ -221,7 +221,13 @@ class RolloutPhase:
         expected = self.lengths.expected([prompt.key for prompt in prompts])
         grading = self._run.grader.begin(prompts, graded_s)
         rollouts = self._rollout.generate(
-            prompts, streams, self._config.temperature, expected_tokens=expected, on_response=grading
+            prompts,
+            streams,
+            self._config.temperature,
+            top_p=self._config.top_p,
+            top_k=self._config.top_k,
+            expected_tokens=expected,
+            on_response=grading,
         )
         return _Sampled(rollouts, grading, time.perf_counter() - started)
 

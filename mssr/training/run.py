@@ -119,7 +119,7 @@ class Run(AbstractContextManager):
         return self.grader.begin(rollouts.prompts).finish(rollouts)
 
     def evaluate(self, rollout: RolloutEngine) -> Evaluation:
-        """Answer every held-out problem (or the first eval.max_problems) once."""
+        """Answer every held-out problem (or the first eval.max_problems) eval.samples times."""
         problems, config = self.held_out, self.config
         with self.activity(f"validation on {config.data.val}") as advance:
             return evaluate(problems, rollout, self.judge, self.world, config.eval, seed=config.seed, advance=advance)

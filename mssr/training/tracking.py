@@ -39,7 +39,8 @@ def refuse_missing_start(algorithm: AlgorithmConfig, saved: dict[str, Any]) -> N
 def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) -> tuple[int, int]:
     """Answer every training problem `n_init` times with the initial policy; the successes set each prompt's initial state.
 
-    A response without a grade is left out. The last of the others is the first one whose drift is measured.
+    A response without a grade is left out. The last of the others is the first one whose drift is measured; not with
+    rollout.top_p or top_k, since no trainer pass has told their log-probs under the whole distribution.
     Returns the numbers of responses and tokens that this rank generated.
     """
     if not tracker.config.n_init:
@@ -50,7 +51,7 @@ def initialise_tracker(tracker: ValueTracker, run: Run, rollout: RolloutEngine) 
     everyone = sorted((row for part in run.world.gather(seen) for row in part), key=lambda row: row[0])
     keys = [key for _, key, _, _ in everyone]
     tracker.initialise(keys, torch.tensor([success for _, _, success, _ in everyone]))
-    if tracker.wants_responses:
+    if _remembers_first(tracker, run):
         tracker.remember(keys, [response for *_, response in everyone])
     return responses, tokens
 
@@ -70,15 +71,24 @@ def _first_rollouts(
         prompts = run.problems.load(row for _, row in chosen)
         streams = [noise_streams(config.seed, "init", visit, [row])[0] for visit, row in chosen]
         answered = rollout.generate(
-            prompts, streams, config.rollout.temperature, on_response=lambda *_: advance(world.size, total)
+            prompts,
+            streams,
+            config.rollout.temperature,
+            top_p=config.rollout.top_p,
+            top_k=config.rollout.top_k,
+            on_response=lambda *_: advance(world.size, total),
         )
         graded = run.judge(answered)
         graded = settle_truncated(graded, config.rollout.truncated)
-        kept = previous_responses(graded) if tracker.wants_responses else [None] * len(graded)
+        kept = previous_responses(graded, graded.logp) if _remembers_first(tracker, run) else [None] * len(graded)
         tokens += int(graded.lengths.sum())
         visited = zip(chosen, graded.keys, graded.correct.tolist(), kept)
         seen += [visit for visit, has_grade in zip(visited, graded.graded.tolist()) if has_grade]
     return seen, len(visits), tokens
+
+
+def _remembers_first(tracker: ValueTracker, run: Run) -> bool:
+    return tracker.wants_responses and not run.config.rollout.cuts_distribution
 
 
 def drift_of_previous_responses(
@@ -117,7 +127,7 @@ def track(
     Returns metrics.
     """
     if tracker.config.drift == "batch":
-        moved = response_drift(torch.cat([update.logp for update in updates]), batch.logp, batch.loss_mask)
+        moved = response_drift(torch.cat([update.logp for update in updates]), batch.old_logp, batch.loss_mask)
         applied = torch.cat([torch.full((len(update.logp),), update.applied) for update in updates])
         seen = share.gather(batch.loss_mask.any(1) & applied)
         per_prompt = share.gather(moved)[seen].mean() if seen.any() else torch.zeros(())
@@ -131,7 +141,8 @@ def track(
     visited = list(compress(keys, graded))
     tracker.update(visited, outcomes.success[graded], rho if rho.dim() == 0 else rho[graded])
     if tracker.wants_responses:
-        tracker.remember(visited, list(compress(share.gather_list(previous_responses(rollouts)), graded)))
+        previous = share.gather_list(previous_responses(rollouts, batch.old_logp))
+        tracker.remember(visited, list(compress(previous, graded)))
     return {
         "tracker/value_mean": float(tracker.values(keys).mean()),
         "tracker/rho_mean": float(rho.mean()),
@@ -139,8 +150,12 @@ def track(
     }
 
 
-def previous_responses(rollouts: Rollouts) -> list[PreviousResponse]:
-    """Return each row's response without padding, copied: a view would keep the whole batch in memory."""
+def previous_responses(rollouts: Rollouts, logp: Tensor) -> list[PreviousResponse]:
+    """Return each row's response without padding, copied: a view would keep the whole batch in memory.
+
+    logp: [B, R] under the policy that sampled it. What the trainer recomputed is better than the sampler's, whose top_p,
+    top_k and rounding would count as drift.
+    """
     lengths = rollouts.lengths.tolist()
     tokens = rollouts.tokens.to(torch.int32)
-    return [PreviousResponse(tokens[row, :n].clone(), rollouts.logp[row, :n].clone()) for row, n in enumerate(lengths)]
+    return [PreviousResponse(tokens[row, :n].clone(), logp[row, :n].clone()) for row, n in enumerate(lengths)]

@@ -260,7 +260,8 @@ def test_reward_functions_by_label(load, monkeypatch):
     [
         ("math", True),
         ("{accuracy: format, length: {function: overlong, buffer: 10}}", False),
-        ("{accuracy: my.py:judge, other: exact}", True),
+        ("{accuracy: my.py:judge, other: choice}", True),
+        ("{accuracy: exact}", False),
         ("{accuracy: {function: judge, url: u, model: m}}", True),
         ("{accuracy: {function: judge, url: u, model: m, template: polite.jinja}}", False),
     ],

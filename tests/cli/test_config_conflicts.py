@@ -68,6 +68,15 @@ SERVERS = ("rollout.engine=servers", "rollout.servers=[http://a:8000]")
         ((*CORRECTED, "rollout.quantization=fp8", "rollout.engine=hf"), "set rollout.engine=vllm or servers"),
         (("rollout.offload_optimizer=true", "train.zero_stage=0"), "set train.zero_stage=1, 2 or 3"),
         (("rollout.truncated=dropped",), "'graded', 'masked' or 'failed'"),
+        (("rollout.top_p=0.9",), "rollout.top_p 0.9 samples from a policy that differs from the trained one: set"),
+        (("rollout.top_k=50",), "rollout.top_k 50 samples from a policy that differs from the trained one: set"),
+        ((*CORRECTED, "rollout.top_k=50", "algorithm.tis_cap=null"), "algorithm.tis_cap, which correct for it"),
+        (("rollout.top_p=0",), "rollout.top_p: Input should be greater than 0"),
+        (("rollout.top_k=-1",), "rollout.top_k: Input should be greater than or equal to 0"),
+        (("rollout.stop=['']",), "rollout.stop: expected texts with at least one character"),
+        (("eval.samples=4",), "eval.samples 4 needs random samples, and eval.temperature 0 is greedy: set"),
+        (("eval.top_p=0.9",), "eval.top_p 0.9 needs random samples"),
+        (("eval.top_k=20",), "eval.top_k 20 needs random samples"),
     ],
 )
 def test_rollout_settings_that_do_not_go_together(refused, overrides, said):
@@ -78,6 +87,10 @@ def test_rollout_settings_that_do(load):
     assert load(*SERVERS, *CORRECTED, "rollout.one_step_off=true").rollout.one_step_off
     assert load(*CORRECTED, "rollout.quantization=fp8").rollout.quantization == "fp8"
     assert load("rollout.offload_optimizer=true").rollout.offload_optimizer
+    assert load(*CORRECTED, "rollout.top_p=0.9", "rollout.top_k=50").rollout.cuts_distribution
+    assert not load("rollout.top_p=1", "rollout.top_k=0", "eval.top_p=1", "eval.top_k=0").rollout.cuts_distribution
+    assert load("eval.temperature=0.6", "eval.samples=4", "eval.top_p=0.95", "eval.top_k=20").eval.samples == 4
+    assert load("rollout.stop=['</answer>']").rollout.stop == ["</answer>"]
 
 
 GROUPS = ("algorithm.name=grpo", "rollout.responses_per_prompt=8", "rollout.prompts_per_step=256")

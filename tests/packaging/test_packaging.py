@@ -107,7 +107,7 @@ def test_the_base_installation_needs_torch_and_triton_only(wheel):
 
 
 def test_extras_and_command(wheel):
-    extras = {"train", "vllm", "flash", "liger", "trl", "bench", "dev", "all"}
+    extras = {"train", "vllm", "flash", "liger", "trl", "bench", "judge", "dev", "all"}
     assert set(metadata(wheel).get_all("Provides-Extra")) == extras
     archive = zipfile.ZipFile(wheel)
     (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))

@@ -134,7 +134,7 @@ def drift_of_few(world, batch):
     tracker = ValueTracker(TrackerConfig(drift="prompt"))
     known = batch.rows(0, 3)
     tracker.initialise(known.keys, torch.zeros(3))
-    tracker.remember(known.keys, previous_responses(known))
+    tracker.remember(known.keys, previous_responses(known, known.logp))
     return drift_of_previous_responses(tracker, engine, batch.prompts[3 * world.rank :][:3], Stopwatch(world.device))
 
 
@@ -150,7 +150,7 @@ def test_drift_of_the_second_of_three_alone(world, prompts, plain):
     batch = near_batch(prompts[:3], [5, 9, 3], plain)
     tracker, known = ValueTracker(TrackerConfig(drift="prompt")), batch.rows(1, 2)
     tracker.initialise(known.keys, torch.zeros(1))
-    tracker.remember(known.keys, previous_responses(known))
+    tracker.remember(known.keys, previous_responses(known, known.logp))
     drift = drift_of_previous_responses(tracker, make_engine(world=world), batch.prompts, Stopwatch(world.device))
     first, second, third = drift.tolist()
     gap = (plain_logp(plain, known).float() - known.logp).abs().sum() / 9

@@ -192,6 +192,18 @@ def starts_a_child(response, row, pids):
     return 1
 
 
+def computes_20_ms(response, row):
+    until = time.thread_time() + 0.02
+    while time.thread_time() < until:
+        pass
+    return 1
+
+
+async def waits_50_ms(response, row):
+    await asyncio.sleep(0.05)
+    return 1
+
+
 def _wait_for(path):
     while not os.path.exists(path):
         time.sleep(0.005)

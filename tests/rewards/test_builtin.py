@@ -104,6 +104,7 @@ def test_any_of_several_answers_is_right(answers):
         ("105", "100", {"tolerance": 0.05}, 1),  # exactly 5 %
         ("95", "100", {"tolerance": 0.05}, 1),
         ("105.01", "100", {"tolerance": 0.05}, 0),
+        ("130", "100", {"tolerance": 0.3}, 1),  # as a float, 0.3 is a little less
         ("-105", "-100", {"tolerance": 0.05}, 1),
         ("0.01", "0", {"tolerance": 0.05}, 0),
         ("0", "0", {"tolerance": 0.05}, 1),

@@ -1,15 +1,21 @@
 """Built-in rewards where they run: in the workers, which end what hangs."""
 
+import inspect
+import re
 import subprocess
 import sys
 from contextlib import closing, contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from judge_server import judge_server  # noqa: F401
 
+from mssr.config import yaml_1_2
+from mssr.config.reward_keys import RewardConfig
 from mssr.errors import UserError
 from mssr.rewards import function as functions
+from mssr.rewards.builtin.judge import Options
 from mssr.rewards.pool import RewardPool
 from mssr.rewards.row import Row
 
@@ -76,3 +82,18 @@ def test_a_judge_in_its_worker(judge_server):  # noqa: F811
     assert [one.parts for one in found].count({"accuracy": 0.5}) == 29 and judge_server.most <= 2
     (failure,) = [one.failure for one in found if one.failure]
     assert failure.kind == "error" and "no score in the judge's reply 'no idea'; change template" in failure.message
+
+
+def test_the_page_names_every_built_in_and_option_and_its_examples_load(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a judge's cache
+    section = re.split(r"^## ", (ROOT / "docs/REWARDS.md").read_text(), flags=re.MULTILINE)
+    (section,) = [part for part in section if part.startswith("Built in\n")]
+    named = set(re.findall(r"`(\w+)`", section))
+    for name in functions.builtins():
+        loaded = functions.load(functions.named(name, options=OPTIONS.get(name, {})))
+        parameters = set(inspect.signature(loaded.call).parameters) - {"response", "row", "options"}
+        assert {name} | parameters <= named, name
+    assert {field.name for field in fields(Options)} <= named
+    for example in re.findall(r"^```yaml\n(.*?)^```", section, re.DOTALL | re.MULTILINE):
+        for function in RewardConfig(**yaml_1_2.load(example)["reward"]).functions.values():
+            functions.load(functions.named(function.reference, options=function.options))

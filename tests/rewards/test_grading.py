@@ -3,6 +3,7 @@
 import os
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +135,17 @@ def test_a_function_sees_the_row(file):
     rest = 1 + 9 - 3 + 1 + 12 + 6
     assert graded.reward.tolist() == [rest + 0.5, rest + 0.5, rest + 2, rest + 0.5 + 1]
     assert graded.correct.tolist() == [1, 1, 1, 1]
+
+
+def test_the_first_example_of_the_docs(tmp_path):
+    """Only the last response says the right number as asked; it takes 9 of 9 tokens."""
+    page = (Path(__file__).parents[2] / "docs" / "REWARDS.md").read_text()
+    (tmp_path / "my_reward.py").write_text(page.split("```python\n")[1].split("```")[0])
+    texts = ["Answer: 5", "Answer:4", "Answer: 4"]
+    batch = collect(PROMPTS[:3], [response(text) for text in texts], pad=0)
+    with grading_by(tmp_path / "my_reward.py", "score", weights={"brevity": 0.9}) as grader:
+        graded = grader.begin(PROMPTS[:3]).finish(batch)
+    assert graded.correct.tolist() == [0, 0, 1] and graded.reward.tolist() == [0, 0, 1]
 
 
 def test_a_response_is_graded_while_others_are_generated(file, tmp_path):

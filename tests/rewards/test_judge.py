@@ -291,6 +291,7 @@ URL = {"url": "http://localhost/v1", "model": "wise"}
         (URL | {"template": "{{ a\n}} {{ b"}, "template: line 2: .*"),
         (URL | {"pattern": "("}, r"pattern: '\(' is not a regular expression: .*"),
         (URL | {"scale": 0}, "scale: must be a number of at least 0.001, got 0"),
+        (URL | {"scale": {True: 1}}, "scale: True is not a word; put it in quotes"),
         (URL | {"scale": {"yes": 2}}, "scale: must be a number from 0 to 1, got 2"),
         (URL | {"request": "max_tokens"}, "request: must be fields and their values, such as .*"),
         (URL | {"concurrency": 0}, "concurrency: must be an integer of at least 1, got 0"),

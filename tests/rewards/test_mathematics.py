@@ -73,12 +73,6 @@ def test_a_pair_that_comes_again_is_not_compared_again(monkeypatch):
     assert not equal(r"\sqrt{50}", r"5\sqrt{3}")
 
 
-def test_what_the_library_prints_is_dropped(capfd):
-    for text in (r"\frac{2^", "2^{3", r"\sqrt{x)+1"):
-        assert not module._library()("value", text, "3")
-    assert capfd.readouterr() == ("", "")
-
-
 def test_the_library_is_imported_by_the_first_pair_that_needs_it():
     code = r"""
 import sys

@@ -418,6 +418,16 @@ def test_close_while_a_call_hangs():
     pool.close()
 
 
+@pytest.mark.slow("22 s: two idle cores do 2,048 calls of 20 ms; and 2,048 calls that wait together")
+@pytest.mark.parametrize("name, limit_s", [("waits_50_ms", 10), ("computes_20_ms", 30)])
+def test_2048_calls(name, limit_s):
+    pool = open_pool(function(name), workers=2, timeout_s=60)
+    began = time.monotonic()
+    assert kinds(outcomes(pool, *["go"] * 2048)) == [None] * 2048
+    assert time.monotonic() - began < limit_s
+    pool.close()
+
+
 TRAINER = """
 import json, sys
 from test_pool import *

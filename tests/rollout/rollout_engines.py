@@ -3,11 +3,13 @@
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from policy_helpers import ALONE, model_dir, processors, run_config
 
 from mssr.policy.loading import load_policy
 from mssr.policy.model import Policy
 from mssr.rollout.hf import HFRollout
+from mssr.rollout.stop import StopTexts
 from mssr.rollout.vllm.adapter import require_vllm
 from mssr.rollout.vllm.engine import VLLMRollout
 
@@ -44,8 +46,35 @@ def vllm(path: str, limit: int = LIMIT, world=ALONE, **settings) -> VLLMRollout:
     return VLLMRollout(config, load_policy(path, torch.float32), ENDS, processors()[0].pad_token_id, world)
 
 
-def engine_of(name: str, policy: Policy, limit: int = LIMIT):
+def engine_of(name: str, policy: Policy, limit: int = LIMIT, stop=()):
     """Return the engine with the policy's weights, version 0."""
     engine = hf(policy, limit) if name == "hf" else vllm(model_dir(), limit)
+    engine._stop = StopTexts(stop, processors()[0])  # vLLM gets it with each request: no need to start another engine
     engine.update_weights(policy, 0)
     return engine
+
+
+def cut(distribution: torch.Tensor, top_p: float, top_k: int | None) -> torch.Tensor:
+    """Return the log-probs of the k most probable tokens, and of these the fewest with probability top_p. [R, V] float64"""
+    rows = []
+    for row in distribution:
+        order = row.argsort(descending=True)[: top_k or None]
+        share = row[order].softmax(0)
+        kept = order[share.cumsum(0) - share < top_p]
+        rows.append(torch.full_like(row, -torch.inf).index_copy(0, kept, F.log_softmax(row[kept], 0)))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def say(policy: Policy, last: int, tokens: list[int]) -> None:
+    """Change the weights so that greedy responses are `tokens`, all different. last: the prompt's last token.
+
+    Layers add nothing to the embedding, and the head gives each token's successor the largest logit.
+    """
+    for name, weight in policy.language_model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.zero_()
+    head, embedding = policy.model.lm_head.weight, policy.language_model.embed_tokens.weight
+    head.zero_()
+    for before, after in zip([last, *tokens[:-1]], tokens, strict=True):
+        head[after] = 10 * F.normalize(embedding[before], dim=0)

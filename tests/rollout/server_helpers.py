@@ -16,6 +16,7 @@ from policy_helpers import ALONE, model_dir, plain_logp, plain_model, processors
 from mssr.config.schema import RolloutConfig
 from mssr.rollout.hf import HFRollout
 from mssr.rollout.servers.rollout import ServerRollout
+from mssr.rollout.stop import StopTexts
 
 ENDS = list(range(100, 130))  # 30 of 300 tokens, so that some responses end and others are truncated
 PROMPT_TOKENS, RESPONSE_TOKENS = 244, 12
@@ -91,7 +92,7 @@ def serve_settings(folder: Path) -> dict:
     }
 
 
-def rollout(policy, servers: list, *, world=ALONE, ends=ENDS, **settings) -> ServerRollout:
+def rollout(policy, servers: list, *, world=ALONE, ends=ENDS, stop=(), **settings) -> ServerRollout:
     """Return the engine. servers: `Server`s or addresses. Buffers are so small that even the tiny model fills many."""
     defaults = {
         "engine": "servers", "servers": [getattr(server, "url", server) for server in servers], "batch_size": 4,
@@ -99,7 +100,8 @@ def rollout(policy, servers: list, *, world=ALONE, ends=ENDS, **settings) -> Ser
     }  # fmt: skip
     tokenizer, _ = processors()
     ends = sorted({tokenizer.eos_token_id, *ends})
-    return ServerRollout(RolloutConfig(**defaults | settings), policy, ends, tokenizer.pad_token_id, world)
+    config, stop = RolloutConfig(**defaults | settings), StopTexts(stop, tokenizer)
+    return ServerRollout(config, policy, ends, tokenizer.pad_token_id, world, stop)
 
 
 def change_weights(policy, seed: int) -> None:

@@ -7,7 +7,7 @@ import numpy
 import pytest
 import torch
 from policy_helpers import make_engine, plain_distribution, plain_model, processors, random_batch
-from rollout_engines import ENDS, LIMIT, engine_of
+from rollout_engines import ENDS, LIMIT, cut, engine_of, say
 
 from mssr.policy.loading import load_policy
 from mssr.policy.loss import CrossEntropy
@@ -92,6 +92,25 @@ def test_log_probs_are_the_trainers(world, engine, plain, prompts, temperature):
         torch.testing.assert_close(batch.logp[row, : len(response)].double(), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k", [(1.0, 0.8, None), (1.0, 1.0, 3), (0.5, 0.9, 20), (1.0, 0.99, 0), (1.0, 1e-6, 500)]
+)
+def test_log_probs_are_of_the_distribution_drawn_from(engine, plain, prompts, temperature, top_p, top_k):
+    """Cut off by top_k, then top_p, after the temperature; the image pads have no share in it."""
+    batch = engine.generate(list(prompts), list(range(6)), temperature, top_p=top_p, top_k=top_k)
+    for row, prompt in enumerate(prompts):
+        response = batch.response(row)
+        distribution = cut(plain_distribution(plain, prompt, response, temperature), top_p, top_k)
+        expected = distribution.gather(1, response[:, None]).squeeze(1)
+        torch.testing.assert_close(batch.logp[row, : len(response)].double(), expected, atol=1e-5, rtol=0)
+
+
+def test_greedy_ignores_what_cuts_off(engine, prompts):
+    greedy = engine.generate(list(prompts), [0] * 6, 0.0)
+    cut_off = engine.generate(list(prompts), [0] * 6, 0.0, top_p=0.1, top_k=2)
+    assert responses(cut_off) == responses(greedy) and torch.equal(cut_off.logp, greedy.logp)
+
+
 def test_greedy_is_the_most_probable_token(engine, plain, prompts):
     batch = engine.generate(list(prompts), [0] * 6, 0.0)
     for row, prompt in enumerate(prompts):
@@ -99,6 +118,50 @@ def test_greedy_is_the_most_probable_token(engine, plain, prompts):
         distribution = plain_distribution(plain, prompt, response)
         assert response.tolist() == distribution.argmax(1).tolist()
         torch.testing.assert_close(batch.logp[row, : len(response)].double(), distribution.amax(1), atol=1e-5, rtol=0)
+
+
+SAID = "xß–oxed{!abcd"  # 12 tokens: "oxed{" is one, each byte of "ß" and of "–" too
+
+
+@pytest.mark.parametrize(
+    "stop, kept, truncated",
+    [
+        (["ß–"], 6, False),
+        (["–ox"], 7, False),  # it ends in the middle of a token
+        (["!", "{", "xb"], 7, False),
+        (["cd"], 12, False),  # at the limit
+        (["box"], 12, True),
+        ([], 12, True),
+    ],
+)
+def test_a_response_ends_with_a_stop_text(world, name, own_policy, prompts, monkeypatch, stop, kept, truncated):
+    """The tokens up to it are kept as they were sampled, the one in which it ends whole; no end token follows."""
+    tokenizer, _ = processors()
+    said = tokenizer.encode(SAID)
+    assert len(set(said)) == LIMIT
+    say(own_policy, int(prompts[2].token_ids[-1]), said)
+    engine = engine_of(name, own_policy, stop=stop)
+    told, made, whole = [], [], engine._response
+    monkeypatch.setattr(engine, "_response", lambda tokens, logp: made.append(len(tokens)) or whole(tokens, logp))
+    batch = engine.generate(list(prompts[:3]), [0] * 3, 0.0, on_response=lambda row, found: told.append(found))
+    assert responses(batch) == [said[:kept]] * 3 == [found.tokens.tolist() for found in told]
+    assert batch.truncated.tolist() == [truncated] * 3
+    assert made == [kept] * 3  # no tokens are generated for nothing
+
+
+def test_end_tokens_and_stop_texts_whichever_comes_first(world, name, policy, prompts):
+    tokenizer, _ = processors()
+    stop = ["e", "1", "ß"]
+    batch = engine_of(name, policy, stop=stop).generate(list(prompts) * 8, list(range(48)), 1.0)
+    by_text = 0
+    for row, response in enumerate(responses(batch)):
+        before, whole = tokenizer.decode(response[:-1]), tokenizer.decode(response)
+        assert not set(ENDS) & set(response[:-1]) and not any(text in before for text in stop)
+        stopped = any(text in whole for text in stop)
+        assert bool(batch.truncated[row]) == (response[-1] not in ENDS and not stopped)
+        assert len(response) == LIMIT or not batch.truncated[row]
+        by_text += stopped
+    assert 0 < by_text < 48 - int(batch.truncated.sum())
 
 
 def test_the_same_call_gives_the_same_responses(engine, prompts, sampled):
@@ -117,15 +180,20 @@ def test_other_streams_give_other_responses(engine, prompts, sampled):
         assert len(visits) >= 3
 
 
-def test_samples_follow_the_distribution(engine, plain, prompts):
+@pytest.mark.parametrize("top_p, top_k", [(1.0, None), (0.9, 20)])
+def test_samples_follow_the_distribution(engine, plain, prompts, top_p, top_k):
     """Chi-square test of the first tokens of 1,500 responses against their probabilities."""
     prompt, count = prompts[0], 1500
-    batch = engine.generate([prompt] * count, noise_streams(3, "train", 0, list(range(count))), 1.0)
-    probability = plain_distribution(plain, prompt, torch.zeros(1, dtype=torch.int64))[0].exp()
+    streams = noise_streams(3, "train", 0, list(range(count)))
+    batch = engine.generate([prompt] * count, streams, 1.0, top_p=top_p, top_k=top_k)
+    whole = plain_distribution(plain, prompt, torch.zeros(1, dtype=torch.int64))
+    probability = cut(whole, top_p, top_k)[0].exp()
     seen = torch.bincount(batch.tokens[:, 0], minlength=len(probability)).double()
     likely = probability * count >= 5
     expected = torch.cat([probability[likely], probability[~likely].sum()[None]]) * count
     found = torch.cat([seen[likely], seen[~likely].sum()[None]])
+    assert seen[probability == 0].sum() == 0
+    found, expected = found[expected > 0], expected[expected > 0]
     chi_square, freedom = float(((found - expected) ** 2 / expected).sum()), len(expected) - 1
     assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
 
@@ -170,16 +238,18 @@ def test_the_longest_response_is_begun_first(world, policy, prompts, monkeypatch
     assert begun == [prompts[row].token_ids.tolist() for row in (1, 3, 5, 0, 4, 2)]
 
 
-def test_image_and_video_pads_are_never_sampled(world, name, prompts):
-    """Even if the weights give them the largest logits."""
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_image_and_video_pads_are_never_sampled(world, name, prompts, top_p):
+    """Even if the weights give them the largest logits. top_p is a share of the rest."""
     policy_engine = make_engine()
     model = policy_engine.policy.model
     pads = [model.config.image_token_id, model.config.video_token_id]
     with torch.no_grad():
         model.lm_head.weight[pads] = 20 * model.lm_head.weight.abs().max() * model.lm_head.weight[ENDS[:2]].sign()
-    batch = engine_of(name, policy_engine.policy).generate(list(prompts) * 4, STREAMS, 1.0)
+    batch = engine_of(name, policy_engine.policy).generate(list(prompts) * 4, STREAMS, 1.0, top_p=top_p)
     assert not torch.isin(batch.tokens, torch.tensor(pads)).any()
-    torch.testing.assert_close(batch.logp, policy_engine.score(batch), atol=1e-5, rtol=0)
+    kept = (policy_engine.score(batch) - batch.logp)[batch.mask].exp()
+    assert top_p - 1e-5 <= kept.min() and kept.max() <= min(top_p + 0.02, 1 + 1e-5)  # all are about equally probable
 
 
 def test_weights_as_they_are_now(world, name, prompts):

@@ -36,6 +36,14 @@ def test_without_a_token_there_is_no_gap():
     assert measure_gap(TRAINER, SAMPLER, torch.zeros_like(MASK), ALONE) == LogpGap(0.0, 0.0, 0.0)
 
 
+def test_what_top_p_explains_is_no_gap():
+    """The sampler's tokens have 0.5 to 1 of the probability: the trainer's log-probs are smaller by at most log 2."""
+    sampler = torch.tensor([[-1.0, -1.0, -1.0, -1.0]])
+    trainer = sampler + torch.tensor([[0.0, -0.6, -math.log(2) - 0.3, 0.1]])
+    assert measure_gap(trainer, sampler, torch.ones(1, 4).bool(), ALONE, top_p=0.5).mean == pytest.approx(0.4 / 4)
+    assert math.isnan(measure_gap(trainer * math.nan, sampler, torch.ones(1, 4).bool(), ALONE, top_p=0.5).mean)
+
+
 def measure(world):
     return measure_gap(TRAINER * (world.rank + 1), SAMPLER * (world.rank + 1), MASK, world)
 

@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from option_helpers import LORA, disturb, make_engine_with, options
 from policy_helpers import processors, random_batch
 from rollout_engines import ENDS, LIMIT, hf
@@ -9,9 +10,9 @@ from rollout_engines import ENDS, LIMIT, hf
 from mssr.config.schema import RolloutConfig
 from mssr.policy.export import save_model
 from mssr.policy.loss import CrossEntropy
-from mssr.rollout.base import collect
+from mssr.rollout.base import Response, Sampling, collect
 from mssr.rollout.hf import HFRollout
-from mssr.rollout.vllm.requests import engine_input, response, sampling
+from mssr.rollout.vllm.requests import engine_input, sampling_params
 from mssr.rollout.weight_sync import sync_weights
 
 ALIVE = []  # never garbage-collected: a vLLM engine would destroy the process group that all tests share
@@ -70,7 +71,8 @@ def sample(llm, policy, prompts):
     from vllm.sampling_params import RequestOutputKind
 
     settings = SamplingParams(
-        **sampling(1.0, LIMIT, ENDS, policy.forbidden_token_ids), output_kind=RequestOutputKind.FINAL_ONLY
+        **sampling_params(Sampling(1.0), LIMIT, ENDS, policy.forbidden_token_ids),
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
     for number, prompt in enumerate(prompts):
         inputs = engine_input(prompt, policy.image_token_id, policy.merge_size)
@@ -81,7 +83,9 @@ def sample(llm, policy, prompts):
             if output.finished:
                 (one,) = output.outputs
                 logps = [entry[token].logprob for token, entry in zip(one.token_ids, one.logprobs, strict=True)]
-                responses[int(output.request_id)] = response(one.token_ids, logps, one.finish_reason, 0)
+                responses[int(output.request_id)] = Response(
+                    torch.tensor(one.token_ids), torch.tensor(logps), one.finish_reason == "length", 0
+                )
     return collect(list(prompts), [responses[number] for number in range(len(prompts))], 0)
 
 

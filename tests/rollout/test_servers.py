@@ -12,7 +12,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 from mssr_process import free_port
-from policy_helpers import model_dir, processors
+from policy_helpers import model_dir, plain_distribution, plain_model, processors
+from rollout_engines import cut, say
 from server_helpers import (
     Server,
     assert_same_responses,
@@ -89,6 +90,29 @@ def test_samples_are_reported_with_the_log_probs_they_were_drawn_with(servers, o
     pads = torch.tensor(own_policy.forbidden_token_ids)
     assert not torch.isin(batch.tokens[batch.mask], pads).any()
     assert len({tuple(batch.response(row).tolist()) for row in range(len(many))}) > 30
+    engine.close()
+
+
+def test_what_cuts_off_and_what_ends_a_response_reach_the_servers(servers, own_policy, prompts):
+    """As in test_contract: log-probs of what top_p and top_k keep; the greedy response to a stop text."""
+    engine = rollout(own_policy, servers)
+    engine.update_weights(own_policy, 0)
+    plain = plain_model(model_dir())
+    batch = engine.generate(list(prompts), list(range(6)), 0.7, top_p=0.9, top_k=20)
+    for row, prompt in enumerate(prompts):
+        response = batch.response(row)
+        with torch.no_grad():
+            expected = cut(plain_distribution(plain, prompt, response, 0.7), 0.9, 20)
+        expected = expected.gather(1, response[:, None]).squeeze(1)
+        torch.testing.assert_close(batch.logp[row, : len(response)].double(), expected, atol=1e-4, rtol=0)
+    engine.close()
+
+    said = processors()[0].encode("xß–oxed{!abcd")
+    say(own_policy, int(prompts[2].token_ids[-1]), said)
+    engine = rollout(own_policy, servers, stop=["!", "–ox"])
+    engine.update_weights(own_policy, 1)
+    batch = greedy(engine, list(prompts[:3]))
+    assert batch.tokens.tolist() == [said[:7]] * 3 and not batch.truncated.any()
     engine.close()
 
 

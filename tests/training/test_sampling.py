@@ -124,7 +124,7 @@ class Beside:
         self.log.append(("sync", version))
         self._version = version
 
-    def generate(self, prompts, streams, temperature, *, expected_tokens, on_response):
+    def generate(self, prompts, streams, temperature, *, top_p, top_k, expected_tokens, on_response):
         version = self._version
         self.log.append(("generate", version))
         self.asked.append(([prompt.row for prompt in prompts], streams))

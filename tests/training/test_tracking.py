@@ -9,6 +9,7 @@ import torch
 from mssr.algorithms.value_tracker import ValueTracker
 from mssr.batch import GradedRollouts, Prompt, UpdateBatch
 from mssr.config.algorithm_keys import TrackerConfig
+from mssr.config.schema import RolloutConfig
 from mssr.distributed import ALONE
 from mssr.policy.engine import UpdateStats
 from mssr.rollout.base import Response, collect
@@ -73,12 +74,11 @@ def test_first_rollouts_without_a_grade_are_left_out():
 
     class Rollout:
         @staticmethod
-        def generate(prompts, streams, temperature, *, on_response):
+        def generate(prompts, streams, temperature, **_):
             return SimpleNamespace(prompts=tuple(prompts))
 
     judged = []
-    settings = SimpleNamespace(temperature=1.0, truncated="graded")
-    config = SimpleNamespace(responses_per_step=4, seed=0, rollout=settings)
+    config = SimpleNamespace(responses_per_step=4, seed=0, rollout=RolloutConfig())
     run = SimpleNamespace(config=config, world=ALONE, problems=Problems(), activity=activity, judge=judge)
     assert initialise_tracker(tracker, run, Rollout()) == (8, 8)  # all of them have cost something
     # Jeffreys: (successes + 1/2) / (trials + 1); without trials 1/2

@@ -196,6 +196,11 @@ def test_eval_of_the_saved_model_is_the_last_validation(whole, mssr, warm):
     assert shown.splitlines()[-1].startswith(f"accuracy {whole.metrics[-1]['val/accuracy']:.1%} on 32 problems")
 
 
+def test_eval_of_several_samples_says_so(mssr, warm):
+    shown = mssr("eval", warm, "eval.samples=2", "eval.temperature=0.6", "eval.max_problems=9").check().out
+    assert " on 9 problems of " in shown and " (mean over 2 responses each, " in shown.splitlines()[-1]
+
+
 def test_plot_draws_the_curves(whole, mssr, tmp_path):
     out = tmp_path / "curves.png"
     assert mssr("plot", whole.path, "--out", out).check().out.strip() == str(out)

@@ -83,7 +83,9 @@ class Options:
         require_number("concurrency", self.concurrency, at_least=1, whole=True)
         require_number("retries", self.retries, at_least=0, whole=True)
         require_number("request_timeout_s", self.request_timeout_s, at_least=0.001)
-        for value in self.scale.values() if isinstance(self.scale, Mapping) else ():
+        for word, value in self.scale.items() if isinstance(self.scale, Mapping) else ():
+            if not isinstance(word, str):
+                raise UserError(f"scale: {word!r} is not a word; put it in quotes")
             require_number("scale", value, at_least=0, at_most=1)
         if not isinstance(self.scale, Mapping):
             require_number("scale", self.scale, at_least=0.001)

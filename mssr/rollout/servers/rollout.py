@@ -13,11 +13,12 @@ from mssr.config.schema import RolloutConfig
 from mssr.distributed import World
 from mssr.errors import UserError
 from mssr.policy.model import Policy
-from mssr.rollout.base import OnResponse, Request, Response, RolloutEngine
+from mssr.rollout.base import OnResponse, Request, Response, RolloutEngine, Sampling
 from mssr.rollout.servers.client import ServerLost, call, call_all, http_session
 from mssr.rollout.servers.weights import WeightTransfer
+from mssr.rollout.stop import StopTexts
 from mssr.rollout.vllm.adapter import require_server_vllm
-from mssr.rollout.vllm.requests import engine_input, response, sampling
+from mssr.rollout.vllm.requests import engine_input, sampling_params
 
 _HEALTH_S = 10.0  # a server that does not answer a health check within this time gets no requests
 _POLL_S = 0.25  # between health checks of a server that is still starting
@@ -38,13 +39,21 @@ class ServerRollout(RolloutEngine):
 
     name = "servers"
 
-    def __init__(self, config: RolloutConfig, policy: Policy, ends: list[int], pad: int, world: World) -> None:
+    def __init__(
+        self,
+        config: RolloutConfig,
+        policy: Policy,
+        ends: list[int],
+        pad: int,
+        world: World,
+        stop: StopTexts | None = None,
+    ) -> None:
         """Connect to nothing yet.
 
         Raises:
             UserError: no usable vLLM is installed here, whose weight transfer is needed.
         """
-        super().__init__(config, ends, pad)
+        super().__init__(config, ends, pad, stop)
         require_server_vllm(world.device.type)
         self._world = world
         self._image_token_id, self._merge_size = policy.image_token_id, policy.merge_size
@@ -71,11 +80,12 @@ class ServerRollout(RolloutEngine):
         self._live, self._lost, self._weight_version = list(workers), {}, version
         self._reported -= workers.keys()
 
-    def _sample(self, requests: list[Request], temperature: float, finished: OnResponse) -> None:
+    def _sample(self, requests: list[Request], sampling: Sampling, finished: OnResponse) -> None:
         """Raises:
         UserError: no server is left, or one refuses a request.
         """
-        settings = sampling(temperature, self._config.max_response_tokens, self._ends, self._forbidden)
+        limit = self._config.max_response_tokens
+        settings = sampling_params(sampling, limit, self._ends, self._forbidden, self._stop.texts)
         prompts = {request.row: request.prompt for request in requests}
         work = _Work(
             make_body=lambda row: self._body(prompts[row], settings),
@@ -122,7 +132,7 @@ class ServerRollout(RolloutEngine):
                 f"rollout.max_response_tokens {self._config.max_response_tokens}; start it with this config"
             )
         logps = [token["logprob"] for token in choice["logprobs"]["content"]]
-        return response(choice["token_ids"], logps, choice["finish_reason"], self._weight_version)
+        return self._response(choice["token_ids"], logps)
 
     def _lose(self, server: str, reason: str) -> None:
         self._live.remove(server)

@@ -22,9 +22,10 @@ from mssr.config import Config
 from mssr.distributed import World
 from mssr.errors import UserError, shortened
 from mssr.policy.model import Policy
-from mssr.rollout.base import OnResponse, Request, Response, RolloutEngine, merged_stream
+from mssr.rollout.base import OnResponse, Request, Response, RolloutEngine, Sampling, merged_stream
+from mssr.rollout.stop import StopTexts
 from mssr.rollout.vllm.adapter import engine_arguments, require_vllm
-from mssr.rollout.vllm.requests import engine_input, response, sampling
+from mssr.rollout.vllm.requests import engine_input, sampling_params
 from mssr.rollout.weight_sync import sync_weights
 
 
@@ -35,13 +36,15 @@ class VLLMRollout(RolloutEngine):
 
     name = "vllm"
 
-    def __init__(self, config: Config, policy: Policy, ends: list[int], pad: int, world: World) -> None:
+    def __init__(
+        self, config: Config, policy: Policy, ends: list[int], pad: int, world: World, stop: StopTexts | None = None
+    ) -> None:
         """Start vLLM, asleep.
 
         Raises:
             UserError: vLLM is missing, of an unsupported version, or cannot run this model here.
         """
-        super().__init__(config.rollout, ends, pad)
+        super().__init__(config.rollout, ends, pad, stop)
         require_vllm(world.device.type)
         self._world = world
         self._image_token_id, self._merge_size = policy.image_token_id, policy.merge_size
@@ -64,7 +67,7 @@ class VLLMRollout(RolloutEngine):
             self._llm.wake_up(["kv_cache"])
         self._asleep, self._weight_version = False, version
 
-    def _sample(self, requests: list[Request], temperature: float, finished: OnResponse) -> None:
+    def _sample(self, requests: list[Request], sampling: Sampling, finished: OnResponse) -> None:
         # Ranks that share an engine must all run the requests of all, in the same order.
         everyone = [(rank, request) for rank, part in enumerate(self._gather(requests)) for request in part]
         me = dist.get_rank(self._group) if self._group is not None else 0
@@ -76,7 +79,7 @@ class VLLMRollout(RolloutEngine):
 
         with _trainers_random_state():
             _seed(merged_stream([request.stream for _, request in everyone]))
-            self._run([request.prompt for _, request in everyone], temperature, finished_by_any)
+            self._run([request.prompt for _, request in everyone], sampling, finished_by_any)
 
     def release(self) -> None:
         if not self._asleep:
@@ -86,11 +89,12 @@ class VLLMRollout(RolloutEngine):
     def close(self) -> None:
         self._llm = None
 
-    def _run(self, prompts: list[Prompt], temperature: float, finished: OnResponse) -> None:
+    def _run(self, prompts: list[Prompt], sampling: Sampling, finished: OnResponse) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        arguments = sampling(temperature, self._config.max_response_tokens, self._ends, self._forbidden)
+        limit = self._config.max_response_tokens
+        arguments = sampling_params(sampling, limit, self._ends, self._forbidden, self._stop.texts)
         settings = SamplingParams(**arguments, output_kind=RequestOutputKind.FINAL_ONLY)
         engine = self._llm.llm_engine
         first, self._requests = self._requests, self._requests + len(prompts)
@@ -102,8 +106,7 @@ class VLLMRollout(RolloutEngine):
                 if output.finished:
                     (found,) = output.outputs
                     logps = [entry[token].logprob for token, entry in zip(found.token_ids, found.logprobs, strict=True)]
-                    number = int(output.request_id) - first
-                    finished(number, response(found.token_ids, logps, found.finish_reason, self._weight_version))
+                    finished(int(output.request_id) - first, self._response(list(found.token_ids), logps))
 
     def _gather(self, value: list) -> list[list]:
         """Return the lists of all ranks that share the engine."""

@@ -1,4 +1,4 @@
-"""Converts our prompts to vLLM's requests, and its outputs to our responses.
+"""Converts our prompts to vLLM's requests.
 
 vLLM gets what the trainer trains on: token ids with image tokens expanded, and preprocessed pixels. So neither
 tokenisation nor preprocessing can differ from the trainer's.
@@ -6,11 +6,10 @@ tokenisation nor preprocessing can differ from the trainer's.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mssr.batch import Prompt
-from mssr.rollout.base import Response
+from mssr.rollout.base import Sampling
 
 NEVER = -1e9  # added to a logit; finite, since it is also sent as JSON
 
@@ -55,30 +54,23 @@ def image_offsets(token_ids: Tensor, tokens: list[int], image_token_id: int) -> 
     return offsets
 
 
-def sampling(temperature: float, max_tokens: int, ends: list[int], forbidden: list[int]) -> dict:
+def sampling_params(
+    sampling: Sampling, max_tokens: int, ends: list[int], forbidden: list[int], stop: Sequence[str] = ()
+) -> dict:
     """Return arguments of `vllm.SamplingParams` for the policy's own distribution without `forbidden` tokens.
 
-    top_p and top_k stay off, so that the reported log-probs are the trainer's.
+    vLLM takes these out first, then applies temperature, top_k and top_p; the log-probs it reports are of what is left.
     """
     return {
-        "temperature": temperature,
-        "top_p": 1.0,
-        "top_k": 0,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
         "max_tokens": max_tokens,
         "logprobs": 0,  # of the sampled token only
         "stop_token_ids": ends,
         "ignore_eos": True,  # `ends` has all end tokens; the generation config must not add others
         "logit_bias": dict.fromkeys(forbidden, NEVER),
-        "detokenize": False,
+        "stop": list(stop),
+        "detokenize": bool(stop),
         "skip_special_tokens": False,
     }
-
-
-def response(token_ids: Sequence[int], logps: list[float], finish_reason: str, weight_version: int) -> Response:
-    """Return the response that vLLM generated, in this process or in a server."""
-    return Response(
-        tokens=torch.tensor(list(token_ids)),
-        logp=torch.tensor(logps, dtype=torch.float32),
-        truncated=finish_reason == "length",
-        weight_version=weight_version,
-    )
