@@ -141,8 +141,9 @@ def _number(key: str, value: float | None) -> str:
 
 
 def _use(config: Config, path: str | Path, adapter: bool, vision: bool) -> Iterator[str]:
-    ending = "\n" + config.data.instruction
-    instruction = f"\nquestion += {ending!r}" if config.data.instruction else ""
+    appended = config.data.instruction or ""
+    ending = "\n" + appended
+    instruction = f"\nquestion += {ending!r}" if appended else ""
     code = (VISION if vision else TEXT).format(
         path=path, instruction=instruction, tokens=config.rollout.max_response_tokens
     )

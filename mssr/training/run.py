@@ -281,7 +281,7 @@ class Run(AbstractContextManager):
             try:
                 from mssr.observe.plots import plot_curves  # half a second of imports
 
-                self._trackers.curves(plot_curves({str(run_dir): run_dir / FILE_NAME}, run_dir / CURVES))
+                self._trackers.curves(plot_curves({run_dir.resolve().name: run_dir / FILE_NAME}, run_dir / CURVES))
             except Exception as error:
                 print(f"mssr: {CURVES} was not drawn: {shortened(error, 200)}", file=sys.stderr, flush=True)
                 return False

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
@@ -120,7 +121,7 @@ def test_a_finished_run_says_what_it_reached_and_where_things_are(whole, warm):
     assert all(Path(place).exists() for place in summary["places"].values())
 
 
-def test_the_card_is_in_both_folders_and_its_code_runs(whole, monkeypatch, tmp_path, capsys):
+def test_the_card_is_in_both_folders_and_its_code_runs(whole, capsys):
     text = (whole.path / "README.md").read_text()
     card = ModelCard(text)
     assert (whole.path / "model" / "README.md").read_text() == text
@@ -132,10 +133,27 @@ def test_the_card_is_in_both_folders_and_its_code_runs(whole, monkeypatch, tmp_p
     (settings,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     shown, run = yaml.safe_load(settings), yaml.safe_load((whole.path / "config.yaml").read_text())
     assert shown["train"]["optimizer"] == {"lr": 0.001} and "betas" in run["train"]["optimizer"]
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    picture = next((whole.path / "rollouts").rglob("*.png"))
-    exec(code.replace("picture.png", str(picture)), {})
+    run_code(text, whole)
     assert capsys.readouterr().out.strip()
+
+
+def run_code(card, run):
+    """Run what a card says about loading the model."""
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    picture = next((run.path / "rollouts").rglob("*.png"))
+    names = {}
+    exec(code.replace("picture.png", str(picture)), names)
+    return names
+
+
+def test_an_adapter_has_a_card_of_its_own(mssr, warm, run):
+    settings = ["model.lora.rank=4", "train.steps=1", "algorithm.old_logp=recompute"]
+    mssr("train", warm, run.override, *settings).check()
+    text = (run.path / "adapter" / "README.md").read_text()
+    assert ModelCard(text).data.library_name == "peft"
+    assert ModelCard((run.path / "model" / "README.md").read_text()).data.library_name == "transformers"
+    loaded = run_code(text, run)["model"]
+    assert isinstance(loaded, PeftModel) and loaded.peft_config["default"].r == 4
 
 
 def test_rollouts_are_saved_with_their_images(whole):
