@@ -125,7 +125,9 @@ def test_missing_text(make_encoder, column, value):
 
 def test_text_of_the_wrong_type(make_encoder):
     assert refusal(make_encoder(), row(solution={"a": 1})) == "`solution` is a dict; it must be text or a number"
-    assert refusal(make_encoder(), row(answer=[b"3"])).startswith("`answer` cannot be written as JSON: Object of type b")
+    assert refusal(make_encoder(), row(answer=[b"3"])).startswith(
+        "`answer` cannot be written as JSON: Object of type b"
+    )
 
 
 @pytest.mark.parametrize("answer", [["3"], [], {"box": [1, 2.5], "name": "Ä"}, [[0.1, None]]])
