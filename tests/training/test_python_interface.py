@@ -43,6 +43,16 @@ def test_two_runs_in_a_process_are_those_of_the_command_line(mssr, warm, whole, 
     assert said["steps"] == 6 and f"summary    {tmp_path}/first/summary.json" in said["returned"]
 
 
+@pytest.mark.slow("60 s: vLLM twice in a process; only here its end must leave the next run's process group alone")
+def test_two_runs_in_a_process_with_vllm_are_equal(mssr, warm, tmp_path):
+    values = yaml.safe_load(warm.read_text())
+    values["rollout"]["engine"] = "vllm"
+    config = tmp_path / "vllm.yaml"
+    config.write_text(yaml.safe_dump(values))
+    mssr("-m", SESSION, config, tmp_path, "twice").check()
+    RunFolder(tmp_path / "second").assert_same_as(RunFolder(tmp_path / "first"))
+
+
 def test_a_callback_that_returns_false_ends_the_run_which_can_be_resumed(mssr, warm, whole, run):
     assert json.loads(mssr("-m", SESSION, warm, run.path, "stopped").check().out.splitlines()[-1]) == {"steps": 3}
     assert run.checkpoints[-1] == "step_000003" and (run.path / "model").is_dir()

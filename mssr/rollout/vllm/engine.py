@@ -8,6 +8,7 @@ Trainer and engine take turns with the GPU's memory:
 """
 
 import random
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -87,7 +88,12 @@ class VLLMRollout(RolloutEngine):
             self._asleep, self._weight_version = True, None
 
     def close(self) -> None:
-        self._llm = None
+        """Shut vLLM down, so that another run can follow in this process."""
+        llm, self._llm = self._llm, None
+        if llm is None or (self._world.size > 1 and sys.exc_info()[0]):
+            return  # after an error other ranks may be gone, for which the end of vLLM's groups would wait
+        with _default_group_kept():
+            llm.llm_engine.engine_core.shutdown()
 
     def _run(self, prompts: list[Prompt], sampling: Sampling, finished: OnResponse) -> None:
         from vllm import SamplingParams
@@ -149,6 +155,20 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
+
+
+@contextmanager
+def _default_group_kept() -> Iterator[None]:
+    """Keep vLLM from destroying the trainer's process group, which DeepSpeed's groups belong to for the whole process.
+
+    Without `close` it would do so later, whenever its engine is garbage collected.
+    """
+    destroy = dist.destroy_process_group
+    dist.destroy_process_group = lambda group=None: None if group is None else destroy(group)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = destroy
 
 
 @contextmanager
