@@ -1,5 +1,6 @@
 """The model card of a run, in the hub's form: YAML metadata, then what the model is, what it reached, and how to use it."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ processor = AutoProcessor.from_pretrained(path)
 question = "..."{instruction}
 content = [{{"type": "image", "image": Image.open("picture.png")}}, {{"type": "text", "text": question}}]
 inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
+    [{system}{{"role": "user", "content": content}}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
 )
 with torch.no_grad():
@@ -51,7 +52,7 @@ model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(path)
 question = "..."{instruction}
 inputs = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": question}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    [{system}{{"role": "user", "content": question}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )
 with torch.no_grad():
     tokens = model.generate(**inputs, max_new_tokens={tokens})
@@ -141,11 +142,14 @@ def _number(key: str, value: float | None) -> str:
 
 
 def _use(config: Config, path: str | Path, adapter: bool, vision: bool) -> Iterator[str]:
-    appended = config.data.instruction or ""
-    ending = "\n" + appended
-    instruction = f"\nquestion += {ending!r}" if appended else ""
+    data = config.data
+    appended, turn = "\n" + data.appended(conversation=False), {"role": "system", "content": data.system_prompt}
+    made = f"  # in the run made by data.template: {data.template}" if data.template else ""
     code = (VISION if vision else TEXT).format(
-        path=path, instruction=instruction, tokens=config.rollout.max_response_tokens
+        path=path,
+        instruction=made + (f"\nquestion += {appended!r}" if appended.strip() else ""),
+        system=f"{json.dumps(turn)}, " if data.system_prompt else "",
+        tokens=config.rollout.max_response_tokens,
     )
     if adapter:
         code = code.replace("import torch\n", "import torch\nfrom peft import PeftModel\n", 1)
