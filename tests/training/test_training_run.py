@@ -147,9 +147,10 @@ def run_code(card, run):
 
 
 def test_an_adapter_has_a_card_of_its_own(mssr, warm, run):
-    settings = ["model.lora.rank=4", "train.steps=1", "algorithm.old_logp=recompute"]
+    settings = ["model.lora.rank=4", "train.steps=1", "algorithm.old_logp=recompute", "data.system_prompt=Look."]
     mssr("train", warm, run.override, *settings).check()
     text = (run.path / "adapter" / "README.md").read_text()
+    assert '[{"role": "system", "content": "Look."}, {"role": "user", "content": content}]' in text
     assert ModelCard(text).data.library_name == "peft"
     assert ModelCard((run.path / "model" / "README.md").read_text()).data.library_name == "transformers"
     loaded = run_code(text, run)["model"]
