@@ -155,14 +155,16 @@ def test_a_resumed_run_chooses_the_same_prompts(mssr, warm, run, request, name):
     assert seconds == sorted(seconds)  # the time before the resume counts
 
 
-def test_prioritised_prompts_are_the_uncertain_ones(train):
-    """Eight first rollouts per prompt spread the values enough to see the effect of the weights sqrt(v (1 - v)) + 0.05."""
-    sharp = ("algorithm.tracker.n_init=8", "algorithm.tracker.rho_min=0.95", "algorithm.tracker.rho_max=0.96")
+def test_prioritised_prompts_are_the_uncertain_ones(train, tmp_path):
+    """A success of 1 or 1/2, by the prompt, in eight first rollouts: values 0.94 and 0.5, weights sqrt(v (1 - v)) + 0.05."""
+    (tmp_path / "halves.py").write_text("def halves(response, row):\n    return 1 - int(row.answer) % 2 / 2\n")
+    reward = (f"reward.function={tmp_path}/halves.py:halves", "reward.weights={}")
+    sharp = (*reward, "algorithm.tracker.n_init=8", "algorithm.tracker.rho_min=0.95", "algorithm.tracker.rho_max=0.96")
     drawn = train("algorithm.name=spo", *sharp, "rollout.prompts_per_step=16", "train.steps=1").rollouts(1)
     assert len({rollout["row"] for rollout in drawn}) == 16
     uniform = train("algorithm.name=mvsr", *sharp, "rollout.prompts_per_step=64", "train.steps=1").rollouts(1)
-    spread = statistics.fmean(abs(rollout["baseline"] - 0.25) for rollout in uniform)  # of half the value
-    assert statistics.fmean(abs(rollout["baseline"] - 0.25) for rollout in drawn) < spread
+    spread = statistics.fmean(abs(rollout["baseline"] - 0.5) for rollout in uniform)
+    assert statistics.fmean(abs(rollout["baseline"] - 0.5) for rollout in drawn) < spread
 
 
 def test_the_text_only_kl_reaches_the_loss(train):
