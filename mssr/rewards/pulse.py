@@ -1,10 +1,7 @@
 """What a worker is doing and since when: shared memory, which the trainer reads also when the worker hangs."""
 
 import mmap
-import struct
 import time
-
-_STATE = struct.Struct("d"), struct.Struct("q")  # time, job
 
 
 class Pulse:
@@ -14,13 +11,14 @@ class Pulse:
 
     def __init__(self, file: int) -> None:
         """file: descriptor of a file of SIZE bytes."""
-        self._memory = mmap.mmap(file, self.SIZE)
+        # Each is stored at once: `struct` would clear it first, and the trainer might read that.
+        self._state = memoryview(mmap.mmap(file, self.SIZE)).cast("d")
 
     def begin(self, job: int) -> None:
-        _STATE[0].pack_into(self._memory, 0, time.monotonic())  # before the job, or it might look late
-        _STATE[1].pack_into(self._memory, 8, job)
+        self._state[0] = time.monotonic()  # before the job, or that might look late
+        self._state[1] = job
 
     def read(self) -> tuple[int, float]:
         """Return the job and since when it runs."""
-        (job,) = _STATE[1].unpack_from(self._memory, 8)
-        return job, _STATE[0].unpack_from(self._memory, 0)[0]
+        job = int(self._state[1])
+        return job, self._state[0]

@@ -20,6 +20,7 @@ from mssr.errors import UserError
 from mssr.rewards import reward_log
 from mssr.rewards.function import handed_over, named
 from mssr.rewards.pool import RewardPool
+from mssr.rewards.pulse import Pulse
 from mssr.rewards.row import Row
 
 BEHAVIOUR = Path(__file__).with_name("behaviour.py")
@@ -440,6 +441,39 @@ def test_2048_calls(name, limit_s):
     assert kinds(outcomes(pool, *["go"] * 2048)) == [None] * 2048
     assert time.monotonic() - began < limit_s
     pool.close()
+
+
+BEATS = """
+import sys
+from mssr.rewards.pulse import Pulse
+pulse, job = Pulse(int(sys.argv[1])), 0
+while job := job + 1:
+    pulse.begin(job)
+"""
+
+
+def test_a_pulse_is_never_half_written(tmp_path):
+    """A worker that seems to be at its job since long ago would be killed."""
+    with open(tmp_path / "pulse", "w+b") as file:
+        file.truncate(Pulse.SIZE)
+        pulse, began = Pulse(file.fileno()), time.monotonic()
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", BEATS, str(file.fileno())]
+        worker = subprocess.Popen(command, pass_fds=[file.fileno()], env=environment)
+        try:
+            while pulse.read()[0] == 0:
+                assert worker.poll() is None
+            for _ in range(120):  # moments at which it may stand still
+                worker.send_signal(signal.SIGSTOP)
+                os.waitid(os.P_PID, worker.pid, os.WSTOPPED)
+                job, since = pulse.read()
+                assert since > began
+                worker.send_signal(signal.SIGCONT)
+                while pulse.read()[0] == job:
+                    os.sched_yield()
+        finally:
+            worker.kill()
+            worker.wait()
 
 
 TRAINER = """
