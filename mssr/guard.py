@@ -58,9 +58,14 @@ class Guarded(subprocess.Popen):
                 self.wait()
                 raise
 
+    def wait(self, timeout: float | None = None) -> int:
+        code = super().wait(timeout)
+        self._lifeline.close()
+        return code
+
     def kill(self) -> None:
         """End the command, and all that it started, without grace; `wait` returns when that is done."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended
             self._lifeline.write(_AT_ONCE)
             self._lifeline.flush()
 

@@ -95,7 +95,8 @@ MODES = {
     "RGB": saved(GREY.convert("RGB")),
     "RGBA": saved(GREY.convert("RGBA")),
     "CMYK TIFF": saved(GREY.convert("RGB").convert("CMYK"), "TIFF"),
-    "YCbCr TIFF": saved(GREY.convert("RGB").convert("YCbCr"), "TIFF"),
+    # Pillow 12.3 does not read what it writes without compression.
+    "YCbCr TIFF": saved(GREY.convert("RGB").convert("YCbCr"), "TIFF", compression="tiff_lzw"),
     "GIF": saved(GREY, "GIF"),
     "WEBP": saved(GREY.convert("RGB"), "WEBP", lossless=True),
 }

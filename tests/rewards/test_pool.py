@@ -249,7 +249,7 @@ def test_of_a_batch_one_call_fails(batched, response, kind, message):
 def test_a_batch_of_the_wrong_length_is_in_the_log(batched, log):
     outcomes(batched, *["fine"] * 30, "short")
     assert re.search(
-        r"a call with (\d) responses, .* failed \(result\): returned \d results for \1 responses", log.read_text()
+        r"a call with (\d+) responses, .* failed \(result\): returned \d+ results for \1 responses", log.read_text()
     )
 
 

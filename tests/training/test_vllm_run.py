@@ -40,7 +40,7 @@ def test_the_sampler_has_the_trainers_weights_at_every_step(whole_with_vllm):
 def test_nothing_but_the_progress_is_printed(whole_with_vllm):
     assert whole_with_vllm.ended.err == ""
     lines = whole_with_vllm.ended.out.splitlines()
-    shown = ("step ", "mssr: ", "validation accuracy ", "curves ", "rollouts ", "model ")
+    shown = ("step ", "mssr: ", "validation accuracy ", "cost ", "curves ", "rollouts ", "model ", "card ", "summary ")
     assert all(line.startswith(shown) for line in lines)
     assert {"mssr: starting vLLM", "mssr: first rollouts of the value tracker"} <= set(lines)
 
