@@ -37,7 +37,7 @@ processor = AutoProcessor.from_pretrained(path)
 question = "..."{instruction}
 content = [{{"type": "image", "image": Image.open("picture.png")}}, {{"type": "text", "text": question}}]
 inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
+    [{system}{{"role": "user", "content": content}}],
     add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
 )
 with torch.no_grad():
@@ -51,7 +51,7 @@ model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(path)
 question = "..."{instruction}
 inputs = tokenizer.apply_chat_template(
-    [{{"role": "user", "content": question}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    [{system}{{"role": "user", "content": question}}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )
 with torch.no_grad():
     tokens = model.generate(**inputs, max_new_tokens={tokens})
@@ -141,11 +141,18 @@ def _number(key: str, value: float | None) -> str:
 
 
 def _use(config: Config, path: str | Path, adapter: bool, vision: bool) -> Iterator[str]:
-    appended = config.data.instruction or ""
-    ending = "\n" + appended
-    instruction = f"\nquestion += {ending!r}" if appended else ""
+    data, instruction, system = config.data, "", ""
+    if data.template is not None:
+        instruction = f"  # as {data.template} makes it"
+    if appended := data.appended(conversation=False):
+        only = "  # after a plain problem, not after a conversation" if data.instruction is None else ""
+        ending = "\n" + appended
+        instruction += f"\nquestion += {ending!r}{only}"
+    if data.system_prompt is not None:
+        text = [{"type": "text", "text": data.system_prompt}] if vision else data.system_prompt
+        system = f"{{'role': 'system', 'content': {text!r}}}, "
     code = (VISION if vision else TEXT).format(
-        path=path, instruction=instruction, tokens=config.rollout.max_response_tokens
+        path=path, instruction=instruction, system=system, tokens=config.rollout.max_response_tokens
     )
     if adapter:
         code = code.replace("import torch\n", "import torch\nfrom peft import PeftModel\n", 1)
