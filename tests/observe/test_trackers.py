@@ -181,6 +181,7 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "mlflow")
     (tmp_path / "swanlab").mkdir()  # a folder beside the user's files is no library
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "swanlab", raising=False)  # of another test
     with pytest.raises(UserError, match="log.trackers swanlab: swanlab is not installed"):
         require_installed(["swanlab"])
 

@@ -93,6 +93,12 @@ def test_tensorboard(tracked, rewards):
     assert found == rewards and board.Tags()["images"] == ["curves"]
 
 
+def test_the_summary_says_where_each_one_is(tracked):
+    places = json.loads((tracked / "summary.json").read_text())["places"]
+    assert places["wandb"] == f"wandb sync {sorted(tracked.glob('wandb/offline-run-*'))[-1]}"
+    assert set(ALL) < set(places) and places["tensorboard"] == str(tracked / "tensorboard")
+
+
 def test_wandb(tracked, rewards):
     (identity,) = {path.name.rpartition("-")[2] for path in tracked.glob("wandb/offline-run-*")}
     assert identity == json.loads((tracked / "trackers.json").read_text())["wandb"]

@@ -78,7 +78,9 @@ def test_only_what_is_there_is_named(tmp_path):
         f"summary    {tmp_path}/summary.json",
     ]
     (tmp_path / "curves.png").touch()
-    assert place_lines(places(tmp_path))[0] == f"curves     {tmp_path}/curves.png, {tmp_path}/tensorboard"
+    first, second, *_ = place_lines({"wandb": "https://there"} | places(tmp_path))
+    assert first == f"curves     {tmp_path}/curves.png, {tmp_path}/tensorboard"
+    assert second.startswith("rollouts ") and "wandb      https://there" in place_lines({"wandb": "https://there"})
 
 
 @pytest.mark.parametrize(
