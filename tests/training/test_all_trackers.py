@@ -44,7 +44,8 @@ def tracked(mssr, material, tmp_path_factory):
     home.mkdir()
     command = [
         "train", material / "config.yaml", f"run_dir={folder / 'run'}", "train.steps=3", f"log.trackers=[{','.join(ALL)}]",
-        "log.project=digits", "log.rollouts_saved=2", "train.async_save=false", f"data.train={json.dumps({str(problems): 1})}",
+        "log.project=digits", "log.rollouts_saved=2", "train.async_save=false",
+        f"data.train={json.dumps({str(problems): 1})}",
     ]  # fmt: skip
     environment = OFFLINE | {"HOME": str(home), "MPLCONFIGDIR": str(folder / "matplotlib")}
     killed = mssr(*command, at=Moment("os.rename", "step_000003"), **environment)

@@ -87,7 +87,7 @@ def test_every_file_arrives_as_it_is_with_a_card_for_the_hub(hub, finished):
     assert list(finished.glob(".push*")) == []
 
 
-def test_private(hub, finished):
+def test_a_private_repository(hub, finished):
     assert push(finished, "alice/counts", "--private").exit_code == 0
     assert hub.repositories["alice/counts"]["visibility"] == "private"
 
