@@ -33,7 +33,7 @@ class Guarded(subprocess.Popen):
     ) -> None:
         """grace_s: between SIGTERM and SIGKILL, when we have ended; 0: SIGKILL at once. options: of subprocess.Popen."""
         reader, writer = os.pipe()
-        self._lifeline = os.fdopen(writer, "wb")  # not inherited; closes with this object
+        self._lifeline = os.fdopen(writer, "wb", buffering=0)  # not inherited; closes with this object
         guard = [sys.executable, "-I", "-S", __file__, str(reader), str(grace_s)]
         try:
             super().__init__([*guard, *command], pass_fds=(*pass_fds, reader), start_new_session=True, **options)
@@ -67,7 +67,6 @@ class Guarded(subprocess.Popen):
         """End the command, and all that it started, without grace; `wait` returns when that is done."""
         with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended
             self._lifeline.write(_AT_ONCE)
-            self._lifeline.flush()
 
     def _signal(self, number: int) -> None:
         if self.poll() is None:  # else the id may be another process's by now

@@ -1,6 +1,5 @@
 """The model card of a run, in the hub's form: YAML metadata, then what the model is, what it reached, and how to use it."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -142,14 +141,18 @@ def _number(key: str, value: float | None) -> str:
 
 
 def _use(config: Config, path: str | Path, adapter: bool, vision: bool) -> Iterator[str]:
-    data = config.data
-    appended, turn = "\n" + data.appended(conversation=False), {"role": "system", "content": data.system_prompt}
-    made = f"  # in the run made by data.template: {data.template}" if data.template else ""
+    data, instruction, system = config.data, "", ""
+    if data.template is not None:
+        instruction = f"  # as {data.template} makes it"
+    if appended := data.appended(conversation=False):
+        only = "  # after a plain problem, not after a conversation" if data.instruction is None else ""
+        ending = "\n" + appended
+        instruction += f"\nquestion += {ending!r}{only}"
+    if data.system_prompt is not None:
+        text = [{"type": "text", "text": data.system_prompt}] if vision else data.system_prompt
+        system = f"{{'role': 'system', 'content': {text!r}}}, "
     code = (VISION if vision else TEXT).format(
-        path=path,
-        instruction=made + (f"\nquestion += {appended!r}" if appended.strip() else ""),
-        system=f"{json.dumps(turn)}, " if data.system_prompt else "",
-        tokens=config.rollout.max_response_tokens,
+        path=path, instruction=instruction, system=system, tokens=config.rollout.max_response_tokens
     )
     if adapter:
         code = code.replace("import torch\n", "import torch\nfrom peft import PeftModel\n", 1)

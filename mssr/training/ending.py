@@ -26,7 +26,7 @@ def finish(run: Run, policy: Policy) -> Summary:
 
     def tell() -> Summary:
         own = {name: str(config.run_dir / file) for name, file in (("card", CARD), ("summary", SUMMARY))}
-        told = changed(summary, places=places(config.run_dir, summary.best_step) | own)
+        told = changed(summary, places=run.tracker_places | places(config.run_dir, summary.best_step) | own)
         write_summary(config.run_dir, asdict(told))
         replace(config.run_dir, CARD, lambda partial: partial.write_bytes(cards["model"][CARD]))
         return told

@@ -37,7 +37,8 @@ def train(
 
     reward: a function in the place of `reward.function`.
     on_step: called as `on_step(step, metrics)` on rank 0, when the step is in metrics.jsonl. If it returns False, the run
-        ends with this step as if it were the last one. An error in it ends the run, after the step is saved.
+        ends with this step and saves the model, without another validation. An error in it ends the run, after the
+        step is saved.
     resume: continue from the newest checkpoint. On a CPU the resumed run equals an uninterrupted one exactly.
 
     Raises:

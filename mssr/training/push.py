@@ -83,6 +83,8 @@ def _require_access(name: str) -> None:
         validate_repo_id(name)
     except HFValidationError as error:
         raise UserError(f"{name}: no name for the hub, which is OWNER/NAME: {shortened(error, 200)}") from None
+    if "/" not in name:  # the hub would add the token's owner, and the card would name another repository
+        raise UserError(f"{name}: no owner; name the repository OWNER/NAME")
     if constants.HF_HUB_OFFLINE:
         raise UserError("HF_HUB_OFFLINE is set: unset it to push")
     if get_token() is None:
@@ -132,20 +134,19 @@ def _known_of_the_run(run_dir: Path) -> dict[str, Any]:
 def _upload(folder: Path, name: str, step: int | None, *, private: bool, update: bool) -> str:
     api = HfApi()
     try:
-        repository = api.repo_info(name) if update else api.create_repo(name, private=private or None)
+        api.repo_info(name) if update else api.create_repo(name, private=private or None)
     except Exception as error:
         raise UserError(f"{name}: {_reason(error, name)}") from None
-    full_name = repository.id if update else repository.repo_id
     files = [file for file in folder.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
-    print(f"mssr: uploading {len(files)} files, {size / 2**20:,.1f} MiB, to {api.endpoint}/{full_name}", flush=True)
+    print(f"mssr: uploading {len(files)} files, {size / 2**20:,.1f} MiB, to {api.endpoint}/{name}", flush=True)
     what = "Upload of mssr push" if step is None else f"Checkpoint of step {step}, by mssr push"
     try:
-        api.upload_folder(repo_id=full_name, folder_path=folder, commit_message=what)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message=what)
     except Exception as error:
         again = "" if update else "; the repository is there now: push again with --update"
         raise UserError(f"{name}: {_reason(error, name)}{again}") from None
-    return f"{api.endpoint}/{full_name}"
+    return f"{api.endpoint}/{name}"
 
 
 def _reason(error: Exception, name: str) -> str:

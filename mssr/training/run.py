@@ -290,6 +290,11 @@ class Run(AbstractContextManager):
         return bool(self.world.on_main(draw, f"{run_dir}: cannot be written"))
 
     @property
+    def tracker_places(self) -> dict[str, str]:
+        """Where to look at the run in each tracker, on rank 0."""
+        return {} if self._trackers is None else self._trackers.places
+
+    @property
     def metrics_position(self) -> int:
         """Length of metrics.jsonl, on rank 0. Collective.
 

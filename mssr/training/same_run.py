@@ -1,6 +1,7 @@
 """What a resumed run must have in common with the run that saved the checkpoint, and what else has changed."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,11 @@ class SameRun:
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted keys."""
+    """Return nested settings by their dotted keys. A mapping by files stays as it is."""
     found = {}
     for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        nested = isinstance(value, dict) and all(re.fullmatch(r"[\w-]+", name) for name in value)
+        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return found
 
 

@@ -26,6 +26,8 @@ from mssr.versions import vllm_version
 
 SUMMARY, CARD = "summary.json", "README.md"
 MEMORY = "memory/"
+IN_CURVES = ("curves", TENSORBOARD)  # places that share a line on the terminal
+FOR_PROGRAMS = ("metrics", "checkpoint", "best_checkpoint")  # places that have none
 LIBRARIES = ("torch", "transformers", "deepspeed", "peft")
 
 
@@ -41,7 +43,7 @@ class Summary:
     peak_memory_gib: of the rank that used most; on a CPU resident memory.
     command: that started the run, or went on with it. versions: of the libraries. ranks: number of processes.
     places: path of each output that is there, by name: metrics, curves, rollouts (the newest page), checkpoint (the
-        newest), best_checkpoint, model, adapter, card, summary, tensorboard.
+        newest), best_checkpoint, model, adapter, card, summary, tensorboard; of other trackers, what they say of theirs.
     """
 
     base_model: str
@@ -166,11 +168,11 @@ def places(run_dir: Path, best_step: int | None = None) -> dict[str, str]:
 
 def place_lines(found: dict[str, str]) -> list[str]:
     """Return the lines on the outputs that people look at. found: as `places` returns them."""
-    curves = [found[name] for name in ("curves", "tensorboard") if name in found]
+    curves = [found[name] for name in IN_CURVES if name in found]
     lines = {"curves": ", ".join(curves)} if curves else {}
     if "rollouts" in found:
         lines["rollouts"] = f"{found['rollouts']}   (open it in a browser)"
-    lines |= {name: found[name] for name in ("model", "adapter", "card", "summary") if name in found}
+    lines |= {name: place for name, place in found.items() if name not in ("rollouts", *IN_CURVES, *FOR_PROGRAMS)}
     return [f"{name:<10} {text}" for name, text in lines.items()]
 
 

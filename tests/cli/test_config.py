@@ -244,9 +244,9 @@ def test_a_wrong_value_is_told_in_one_line(refused, override, words):
 
 
 def test_reward_functions_by_label(load, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/users/me")
     one = load("reward.function=~/mine.py:score").reward
-    assert one.functions == {"accuracy": ("/home/me/mine.py:score", None, {})} and not one.needs_answer
+    assert one.functions == {"accuracy": ("/users/me/mine.py:score", None, {})} and not one.needs_answer
     several = load(
         "reward.function={accuracy: math, short: {function: a.b:short, timeout_s: 2, limit: 3}}",
         "reward.weights={short: 0.5}",

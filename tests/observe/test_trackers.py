@@ -151,9 +151,9 @@ def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(tmp_path, capfd)
 
 def test_a_tracker_that_hangs_neither_stalls_the_run_nor_its_end(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(apart, "CLOSE_S", 0.1)
-    before = psutil.Process().children()
+    others = psutil.Process().children()
     with trackers(tmp_path, "trackio") as opened:
-        (child,) = (child for child in psutil.Process().children() if child not in before)
+        (child,) = set(psutil.Process().children()) - set(others)
         child.suspend()
         for step in range(100):  # more than a pipe holds
             opened.scalars(step, {f"train/metric {number}": 0.5 for number in range(100)})
@@ -181,6 +181,7 @@ def test_a_tracker_that_is_not_installed_is_refused(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "mlflow")
     (tmp_path / "swanlab").mkdir()  # a folder beside the user's files is no library
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "swanlab", raising=False)  # of another test
     with pytest.raises(UserError, match="log.trackers swanlab: swanlab is not installed"):
         require_installed(["swanlab"])
 

@@ -1,5 +1,6 @@
 """`mssr train` with every tracker, offline, killed and resumed; then each one's own reader says what it has stored."""
 
+import io
 import json
 import os
 import sqlite3
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from mssr_process import Moment
@@ -20,15 +23,29 @@ STEPS = [0, 1, 2, 3]
 OFFLINE = {"WANDB_MODE": "offline", "SWANLAB_MODE": "offline"}
 
 
+def with_pictures_for_print(problems, written):
+    """Write the problems, pictures as CMYK JPEG, to a file whose name MLflow refuses as a parameter's."""
+    rows = pq.read_table(problems).to_pylist()
+    for row in rows:
+        for image in row["images"]:
+            out = io.BytesIO()
+            Image.open(io.BytesIO(image["bytes"])).convert("CMYK").save(out, "jpeg")
+            image["bytes"] = out.getvalue()
+    pq.write_table(pa.Table.from_pylist(rows), written)
+
+
 @pytest.fixture(scope="module")
 def tracked(mssr, material, tmp_path_factory):
     """A run that was killed in its third step, after a checkpoint of the second, and resumed."""
     folder = tmp_path_factory.mktemp("tracked")
+    problems = folder / "for print @ 300 dpi.parquet"
+    with_pictures_for_print(material / "data" / "train.parquet", problems)
     home = folder / "home"
     home.mkdir()
     command = [
         "train", material / "config.yaml", f"run_dir={folder / 'run'}", "train.steps=3", f"log.trackers=[{','.join(ALL)}]",
         "log.project=digits", "log.rollouts_saved=2", "train.async_save=false",
+        f"data.train={json.dumps({str(problems): 1})}",
     ]  # fmt: skip
     environment = OFFLINE | {"HOME": str(home), "MPLCONFIGDIR": str(folder / "matplotlib")}
     killed = mssr(*command, at=Moment("os.rename", "step_000003"), **environment)
@@ -75,6 +92,12 @@ def test_tensorboard(tracked, rewards):
     board = EventAccumulator(str(tracked / "tensorboard")).Reload()
     found = {event.step: event.value for event in board.Scalars("train/reward")}
     assert found == rewards and board.Tags()["images"] == ["curves"]
+
+
+def test_the_summary_says_where_each_one_is(tracked):
+    places = json.loads((tracked / "summary.json").read_text())["places"]
+    assert places["wandb"] == f"wandb sync {sorted(tracked.glob('wandb/offline-run-*'))[-1]}"
+    assert set(ALL) < set(places) and places["tensorboard"] == str(tracked / "tensorboard")
 
 
 def test_wandb(tracked, rewards):

@@ -87,8 +87,8 @@ def test_every_file_arrives_as_it_is_with_a_card_for_the_hub(hub, finished):
     assert list(finished.glob(".push*")) == []
 
 
-def test_private_and_with_the_tokens_own_name(hub, finished):
-    assert push(finished, "counts", "--private").exit_code == 0
+def test_a_private_repository(hub, finished):
+    assert push(finished, "alice/counts", "--private").exit_code == 0
     assert hub.repositories["alice/counts"]["visibility"] == "private"
 
 
@@ -117,7 +117,10 @@ def test_a_repository_that_is_there_needs_the_option(hub, finished):
     assert "no such repository" in refusal(finished, "alice/other", "--update")
 
 
-@pytest.mark.parametrize("name, said", [("alice/a/b", "no name for the hub"), ("a b", "no name for the hub")])
+@pytest.mark.parametrize(
+    "name, said",
+    [("alice/a/b", "no name for the hub"), ("a b", "no name for the hub"), ("counts", "counts: no owner; name the")],
+)
 def test_a_malformed_name(hub, finished, name, said):
     assert said in refusal(finished, name) and hub.requests == []
 

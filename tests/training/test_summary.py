@@ -2,10 +2,15 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mssr.config import load_config
+from mssr.data.prompts import PromptEncoder, load_processors
+from mssr.training.card import model_card
 from mssr.training.summary import command_line, place_lines, places, summarise, write_summary
 
 CONFIG = load_config({"run_dir": "runs/mine", "model": {"path": "base"}, "data": {"train": "x"}, "seed": 7})
@@ -73,7 +78,9 @@ def test_only_what_is_there_is_named(tmp_path):
         f"summary    {tmp_path}/summary.json",
     ]
     (tmp_path / "curves.png").touch()
-    assert place_lines(places(tmp_path))[0] == f"curves     {tmp_path}/curves.png, {tmp_path}/tensorboard"
+    first, second, *_ = place_lines({"wandb": "https://there"} | places(tmp_path))
+    assert first == f"curves     {tmp_path}/curves.png, {tmp_path}/tensorboard"
+    assert second.startswith("rollouts ") and "wandb      https://there" in place_lines({"wandb": "https://there"})
 
 
 @pytest.mark.parametrize(
@@ -98,3 +105,21 @@ def test_the_command_is_what_one_types_again(monkeypatch, argv, ranks, line):
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
     assert command_line() == line
+
+
+@pytest.mark.parametrize(
+    "data", [{"instruction": None}, {"instruction": "Box the answer.", "system_prompt": "Count {well}.\nBe 'brief'."}]
+)
+def test_the_code_in_the_card_makes_the_prompt_of_the_training(material, tmp_path, monkeypatch, data):
+    """Without an instruction of its own a plain problem gets the default one."""
+    config = load_config(material / "config.yaml", [f"data.{key}={json.dumps(value)}" for key, value in data.items()])
+    card = model_card(config, [], summarise(config, []), name="mine", path=config.model.path)
+    (code,) = re.findall(r"```python\n(.*?)with torch", card, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (112, 112), "white").save("picture.png")
+    exec(code.replace('question = "..."', 'question = "How many?"'), names := {})
+    encoder = PromptEncoder(*load_processors(config.model.path), config.data)
+    image = {"bytes": Path("picture.png").read_bytes()}
+    prompt = encoder.encode({"problem": "<image>How many?", "answer": "3", "images": [image]}, 0, "x")
+    made = encoder.tokenizer.decode(names["inputs"]["input_ids"][0])
+    assert re.sub("(<.image_pad.>)+", "<image>", made) == re.sub("(<.image_pad.>)+", "<image>", prompt.rendered)

@@ -103,7 +103,7 @@ def test_a_finished_run_says_what_it_reached_and_where_things_are(whole, warm):
         f"mssr: saving {whole.path}/model",
         f"validation accuracy {first:.1%} before RL, {last:.1%} after ({100 * (last - first):+.1f} points); "
         f"best {best['val/accuracy']:.1%}, step {best['step']}",
-        f"cost       6 steps, 12 updates, 96 rollouts, {cost['response_tokens']} tokens, "
+        f"cost       6 steps, 12 updates, 96 rollouts, {cost['response_tokens']:,} tokens, "
         f"{timedelta(seconds=round(cost['seconds']))} of training, at most {summary['peak_memory_gib']:.1f} GiB per rank",
         f"curves     {whole.path}/curves.png, {whole.path}/tensorboard",
         f"rollouts   {page}   (open it in a browser)",
@@ -147,10 +147,9 @@ def run_code(card, run):
 
 
 def test_an_adapter_has_a_card_of_its_own(mssr, warm, run):
-    settings = ["model.lora.rank=4", "train.steps=1", "algorithm.old_logp=recompute", "data.system_prompt=Look."]
+    settings = ["model.lora.rank=4", "train.steps=1", "algorithm.old_logp=recompute"]
     mssr("train", warm, run.override, *settings).check()
     text = (run.path / "adapter" / "README.md").read_text()
-    assert '[{"role": "system", "content": "Look."}, {"role": "user", "content": content}]' in text
     assert ModelCard(text).data.library_name == "peft"
     assert ModelCard((run.path / "model" / "README.md").read_text()).data.library_name == "transformers"
     loaded = run_code(text, run)["model"]

@@ -15,6 +15,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import mssr
 from mssr.errors import UserError
@@ -65,17 +66,21 @@ class Apart:
         self._thread.start()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._messages.put(("scalars", step, values))
+        self._put("scalars", step, values)
 
     def rollouts(self, step: int, table: dict[str, list]) -> None:
-        self._messages.put(("rollouts", step, table))
+        self._put("rollouts", step, table)
 
     def curves(self, step: int, picture: Path) -> None:
-        self._messages.put(("curves", step, picture))
+        self._put("curves", step, picture)
 
     def close(self, ok: bool) -> None:
-        self._messages.put(("close", ok))
+        self._put("close", ok)
         self._messages.put(None)
+
+    def _put(self, *message: Any) -> None:
+        if self._thread.is_alive():  # of a tracker that has failed they would fill memory
+            self._messages.put(message)
 
     def wait_until_closed(self) -> None:
         """Wait, at most CLOSE_S, until the tracker has sent everything."""

@@ -17,9 +17,8 @@ class Tracker:
         self._mlflow = mlflow
         if "MLFLOW_TRACKING_URI" not in os.environ:
             mlflow.set_tracking_uri(f"sqlite:///{start.folder / 'mlflow.db'}")
-            if (
-                mlflow.get_experiment_by_name(start.project) is None
-            ):  # its default for artifacts is the working directory
+            # MLflow's default for artifacts is the working directory.
+            if mlflow.get_experiment_by_name(start.project) is None:
                 mlflow.create_experiment(start.project, artifact_location=(start.folder / "artifacts").as_uri())
         mlflow.set_experiment(start.project)
         self.id = mlflow.start_run(run_id=start.id, run_name=start.name).info.run_id
@@ -38,7 +37,9 @@ class Tracker:
     def _column(self, cells: list) -> list:
         if not any(isinstance(cell, Path) for cell in cells):
             return cells
-        return [self._mlflow.Image(Image.open(cell) if cell else Image.new("L", (1, 1))) for cell in cells]  # no holes
+        # No holes; and it writes PNG, which has no CMYK.
+        pictures = [Image.open(cell).convert("RGB") if cell else Image.new("L", (1, 1)) for cell in cells]
+        return [self._mlflow.Image(picture) for picture in pictures]
 
     def curves(self, step: int, picture: Path) -> None:
         self._mlflow.log_artifact(str(picture))

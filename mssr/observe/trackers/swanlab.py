@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from PIL import Image
+
 from mssr.observe.trackers.base import Start
 
 
@@ -28,7 +30,8 @@ class Tracker:
         rows = [list(map(str, row)) for row in zip(*texts.values())]
         pictures = [
             self._swanlab.Image(
-                str(cell), caption="\n".join(f"{name}: {value}" for name, value in zip(texts, rows[row]))
+                Image.open(cell).convert("RGB"),  # it writes PNG, which has no CMYK
+                caption="\n".join(f"{name}: {value}" for name, value in zip(texts, rows[row])),
             )
             for name in table.keys() - texts.keys()
             for row, cell in enumerate(table[name])

@@ -42,6 +42,7 @@ class Trackers(AbstractContextManager):
     """Passes on what a run records. Enter it on rank 0 only.
 
     first_step: of the metrics that come; 0: a new run, for which the trackers start new ones.
+    places: where to look at the run in each tracker.
 
     Raises:
         UserError: a tracker cannot be started, or TensorBoard's files cannot be written.
@@ -66,6 +67,7 @@ class Trackers(AbstractContextManager):
             for name, tracker in apart.items():
                 tracker.wait_until_ready()
                 print(f"mssr: {name}: {tracker.place}", flush=True)
+            self.places = {name: tracker.place for name, tracker in self._open.items()}
             ids = known | {name: tracker.id for name, tracker in apart.items()}
             if ids != known:
                 replace(run_dir, IDS, lambda partial: partial.write_text(json.dumps(ids, indent=2) + "\n"))
