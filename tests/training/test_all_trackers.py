@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -26,9 +27,14 @@ def tracked(mssr, material, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracked")
     home = folder / "home"
     home.mkdir()
+    data = shutil.copy(
+        material / "data" / "train.parquet", folder / "a+b.parquet"
+    )  # a name that MLflow takes for no key
+    columns = json.dumps({str(data): {"problem": "problem"}})
     command = [
         "train", material / "config.yaml", f"run_dir={folder / 'run'}", "train.steps=3", f"log.trackers=[{','.join(ALL)}]",
         "log.project=digits", "log.rollouts_saved=2", "train.async_save=false",
+        f"data.train={data}", f"data.columns={columns}",
     ]  # fmt: skip
     environment = OFFLINE | {"HOME": str(home), "MPLCONFIGDIR": str(folder / "matplotlib")}
     killed = mssr(*command, at=Moment("os.rename", "step_000003"), **environment)
