@@ -55,7 +55,7 @@ def write_shapes(folder: Path, *, seed: int = 0) -> list[Path]:
         UserError: the folder holds files.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: already there; name another folder")
+        raise UserError(f"{folder}: already there; remove it, or name another folder")
     for name in ("pictures", "verl", "trl"):
         (folder / name).mkdir(parents=True)
     rng = random.Random(seed)

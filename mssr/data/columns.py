@@ -73,9 +73,8 @@ def require_columns(
             raise UserError(
                 f"data.columns.{ours}: {source} has no column `{theirs}` (found: {shortened(', '.join(names), 300)}){meant}"
             )
-    known = set(columns)
-    known |= {ours for name, ours in [*zip(COLUMNS, COLUMNS), *ALIASES.items()] if _is_in(name, names)}
-    lacking = [column for column in REQUIRED if column not in known and (needs_answer or column != "answer")]
+    required = REQUIRED if needs_answer else REQUIRED[:1]
+    lacking = [ours for ours in required if not any(_is_in(name, names) for name in _names_of(ours, columns))]
     if lacking:
         wanted = "`problem` and `answer`" if needs_answer else "`problem`"
         raise UserError(
@@ -100,7 +99,7 @@ def others(names: Iterable[str], columns: Mapping[str, str]) -> list[str]:
     notes = []
     for ours in COLUMNS:
         first = columns.get(ours)
-        for name in (ours, *(alias for alias, of in ALIASES.items() if of == ours)):
+        for name in _names_of(ours, {}):
             if name not in names or name in read:
                 continue
             if ours in columns:
@@ -124,7 +123,7 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """
     ours, read = {}, set()
     for name in COLUMNS:
-        for theirs in [columns[name]] if name in columns else _names_of(name):
+        for theirs in _names_of(name, columns):
             value, there = _look_up(row, theirs)
             if there and (name not in ours or _is_blank(name, ours[name])):
                 ours[name] = value
@@ -153,8 +152,12 @@ def ignored_media(row: Row) -> str | None:
     return None
 
 
-def _names_of(ours: str) -> list[str]:
-    return [ours, *(alias for alias, of in ALIASES.items() if of == ours)]
+def _names_of(ours: str, columns: Mapping[str, str]) -> list[str]:
+    """Return the names under which a column is looked for; what `data.columns` takes for one is not taken for another."""
+    if ours in columns:
+        return [columns[ours]]
+    names = [ours, *(alias for alias, of in ALIASES.items() if of == ours)]
+    return [name for name in names if name not in columns.values()]
 
 
 def _is_in(name: str, names: list[str]) -> bool:

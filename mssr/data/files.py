@@ -6,6 +6,7 @@ columns under their own names.
 
 import codecs
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +92,18 @@ def stream_rows(path: str, reading: Reading) -> Iterator[Row | Exception]:
             yield rows[index]
         except Exception as error:
             yield error
+
+
+def check_json_columns(path: str, reading: Reading) -> None:
+    """Read JSON lines to their end, where `stream_rows` checks the columns; does nothing for other formats.
+
+    Raises:
+        UserError: as `open_rows`.
+    """
+    found = _find(path)
+    for file in found if isinstance(found, list) else ():
+        if file.suffix != ".parquet":
+            deque(_read_json(file, [], reading), maxlen=0)
 
 
 def _find(path: str) -> list[Path] | tuple[str, str]:

@@ -111,7 +111,7 @@ class PromptEncoder:
         needs_answer: bool = True,
     ) -> None:
         """Raises:
-        UserError: data.template or data.system_prompt cannot be used.
+        UserError: data.template, data.system_prompt or data.instruction cannot be used.
         """
         self.tokenizer = tokenizer
         self.image_processor = None if image_processor is None else with_pixel_limits(image_processor, config)
@@ -122,12 +122,13 @@ class PromptEncoder:
         token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.image_token_id = None if token_id == tokenizer.unk_token_id else token_id  # None: a text-only vocabulary
         for key in ("system_prompt", "instruction"):
-            if IMAGE_MARKER in (getattr(config, key) or ""):
+            text = getattr(config, key) or ""
+            if IMAGE_MARKER in text:
                 raise UserError(f"data.{key} contains {IMAGE_MARKER}, which marks the images of a row; remove it")
-        try:
-            self._check_text(config.system_prompt or "", "data.system_prompt")
-        except Unusable as why:
-            raise UserError(str(why)) from None
+            try:
+                self._check_text(text, f"data.{key}")
+            except Unusable as why:
+                raise UserError(str(why)) from None
 
     def without_answers(self) -> "PromptEncoder":
         """Return a copy that takes rows without an answer: `mssr sft` imitates solutions."""

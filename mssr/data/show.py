@@ -10,7 +10,7 @@ from PIL import Image
 from mssr.batch import Prompt
 from mssr.config import Config
 from mssr.config.data_keys import weights_of
-from mssr.data.files import Reading, stream_rows
+from mssr.data.files import Reading, check_json_columns, stream_rows
 from mssr.data.prompts import PromptEncoder, load_processors, why_unusable
 from mssr.errors import BadRow, UserError, shortened
 
@@ -24,7 +24,7 @@ def show(config: Config, rows: int, row: int | None = None) -> Iterator[str]:
     A row that cannot be used has its error instead, which starts with "mssr: ".
 
     Raises:
-        UserError: a source or the model's processors cannot be read, or no source has this row.
+        UserError: a source or the model's processors cannot be read, a column is missing, or no source has this row.
     """
     encoder = PromptEncoder(*load_processors(config.model.path), config.data, needs_answer=config.reward.needs_answer)
     places = {"data.train": config.data.train, "data.val": config.data.val, "sft.data": config.sft.data}
@@ -41,6 +41,7 @@ def show(config: Config, rows: int, row: int | None = None) -> Iterator[str]:
                         raise BadRow(number, path, why_unusable(columns))
                     yield describe(encode.encode(columns, number, path), encoder, key)
                 except BadRow as bad:
+                    check_json_columns(path, reading)  # if it is a column's name, that says more than the row
                     yield f"mssr: {bad}"
     if not shown:
         raise UserError(f"--row {row}: no source has so many rows" if row is not None else "there are no rows")

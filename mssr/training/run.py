@@ -37,7 +37,7 @@ from mssr.policy.model import Policy
 from mssr.rewards.grading import LOG, Grader, start_pools
 from mssr.rollout import make_rollout_engine
 from mssr.rollout.base import RolloutEngine
-from mssr.training.same_run import flat
+from mssr.training.same_run import flat_settings
 
 CONFIG, CURVES = "config.yaml", "curves.png"
 
@@ -235,8 +235,8 @@ class Run(AbstractContextManager):
             if not self._config_is_there():
                 text = yaml_1_2.dump(self.config.model_dump(mode="json"), sort_keys=False)
                 replace(run_dir, CONFIG, lambda partial: partial.write_text(text))
-            settings = flat(self.config.model_dump(mode="json"))
-            self._trackers = self._open.enter_context(Trackers(run_dir, self.config.log, settings, first_step))
+            trackers = Trackers(run_dir, self.config.log, flat_settings(self.config), first_step)
+            self._trackers = self._open.enter_context(trackers)
             return log
 
         self._metrics = self.world.on_main(open_them, f"run_dir {run_dir}: cannot be written")

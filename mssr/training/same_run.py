@@ -41,11 +41,9 @@ class SameRun:
 
     def __init__(self, command: str, config: Config) -> None:
         self._command, self._config = command, config
-        self._settings = flat(config.model_dump(mode="json")) | {
-            "data.train": written(config.data.train),
-            "sft.data": config.sft.data and written(config.sft.data),
-            "data.template": config.data.template and Path(config.data.template).read_text(encoding="utf-8"),
-        }
+        self._settings = flat_settings(config)
+        if config.data.template:
+            self._settings["data.template"] = Path(config.data.template).read_text(encoding="utf-8")
         # A folder may change while the run trains; a model of the hub does not, and need not have been loaded yet.
         folder = Path(config.model.path)
         self._model = model_fingerprint(str(folder)) if folder.is_dir() else None
@@ -106,12 +104,20 @@ class SameRun:
         return [f"{key} {here.get(key)!r} (was {there.get(key)!r})" for key in keys if there.get(key) != here.get(key)]
 
 
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by their dotted keys. A mapping by files stays as it is."""
+def flat_settings(config: Config) -> dict[str, Any]:
+    """Return all settings by their dotted keys; files with weights are one text, another mapping by files stays as it is."""
+    settings = config.model_dump(mode="json")
+    for section, key in (("data", "train"), ("sft", "data")):
+        sources = settings[section][key]
+        settings[section][key] = sources and written(sources)
+    return _flat(settings)
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found = {}
     for key, value in settings.items():
         nested = isinstance(value, dict) and all(re.fullmatch(r"[\w-]+", name) for name in value)
-        found |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        found |= _flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return found
 
 

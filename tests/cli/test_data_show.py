@@ -7,6 +7,9 @@ import pytest
 from PIL import Image
 from transformers import AutoImageProcessor
 
+from mssr.data.show import show
+from mssr.errors import UserError
+
 
 @pytest.fixture(scope="module")
 def config(material):
@@ -85,3 +88,15 @@ def test_one_row_of_every_file(mssr, config, material):
 def test_the_columns_are_checked(mssr, config, rows):
     line = mssr("data", "show", config, "data.columns.answer=anwser").line
     assert line.startswith("data.columns.answer: ") and line.endswith("; did you mean answer?")
+
+
+def test_a_wrong_name_is_said_before_the_rows_that_lack_it(load, material, tmp_path):
+    """JSON lines may have a column from a later row on, so that only their end tells whether it is there."""
+    lines = [json.dumps({"question": "1 + 1?", "result": 2})] * 3
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    columns = f"data.columns={{{tmp_path / 'a.jsonl'}: {{answer: reslt}}}}"
+    config = load(f"data.train={tmp_path / 'a.jsonl'}", columns, text=(material / "config.yaml").read_text())
+    with pytest.raises(UserError, match=r"^data\.columns\.answer: .* no column `reslt` .*; did you mean result\?$"):
+        next(show(config, 1))
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, json.dumps({"reslt": 2})]))
+    assert next(show(config, 1)).endswith("row 0: `answer` is missing or empty; fill it in or remove the row")

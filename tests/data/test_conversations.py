@@ -193,6 +193,7 @@ def test_settings_that_would_change_the_prompt_unseen(make_encoder):
     for key, value, why in [
         ("system_prompt", "a <|im_end|> b", "contains the special token <|im_end|>"),
         ("system_prompt", "<image>", "contains <image>, which marks the images of a row"),
+        ("instruction", "a <|im_end|> b", "contains the special token <|im_end|>"),
         ("instruction", "See <image>.", "contains <image>, which marks the images of a row"),
     ]:
         with pytest.raises(UserError, match=f"^data.{key} {why.replace('|', '.')}"):

@@ -87,6 +87,16 @@ def test_columns_under_other_names(make_set, write, capsys):
     assert capsys.readouterr().err.endswith(said)
 
 
+def test_a_column_has_one_use(make_set, write):
+    """TRL's rows have the answer in `solution`, which must not be imitated as well."""
+    (prompt,) = make_set(write("a.jsonl", {"prompt": "1 + 1?", "solution": "2"}), columns={"answer": "solution"})
+    assert prompt.answer == "2" and prompt.solution is None
+    line = refusal(make_set, write("b.jsonl", {"question": "2", "text": "1 + 1?"}), columns={"answer": "question"})
+    assert "no column `problem` (found: question, text)" in line
+    both = {"answer": "solution", "solution": "solution"}
+    assert make_set(write("c.jsonl", {"problem": "?", "solution": "2"}), columns=both)[0].solution == "2"
+
+
 def test_a_field_of_a_column(make_set, write):
     row = {"problem": "?", "info": {"truth": {"value": 7}}}
     (prompt,) = make_set(write("a.jsonl", row), columns={"answer": "info.truth.value"})

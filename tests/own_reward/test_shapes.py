@@ -92,7 +92,7 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path, monkeypatch):
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="already there; name another folder"):
+    with pytest.raises(UserError, match="already there; remove it, or name another folder"):
         write_shapes(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -128,6 +128,13 @@ def test_a_python_function_and_another_one_are_refused(material, single_process)
         Run(load_config(material / "config.yaml"), reward=lambda response, row: 1.0)
 
 
+def test_files_with_weights_may_move(material):
+    def same_run(folder):
+        return SameRun("train", load_config(material / "config.yaml", [f"data.train={{{folder}/a.jsonl: 2}}"]))
+
+    assert same_run("there").changes(same_run("here").state_dict("data")) == []
+
+
 def test_another_reward_on_resume_is_a_change(material):
     config = material / "config.yaml"
     before = SameRun("train", load_config(config)).state_dict("data")

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -24,11 +25,11 @@ class Tracker:
         self.id = mlflow.start_run(run_id=start.id, run_name=start.name).info.run_id
         self.place = f"{mlflow.get_tracking_uri()}, run {self.id}"
         if start.id is None:
-            mlflow.log_params(start.config)  # of the start: MLflow refuses other values later
+            mlflow.log_params(_names(start.config))  # of the start: MLflow refuses other values later
         mlflow.log_dict(start.config, "config.json")
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        self._mlflow.log_metrics({re.sub(r"[^\w\-. :/]", "_", key): value for key, value in values.items()}, step=step)
+        self._mlflow.log_metrics(_names(values), step=step)
 
     def rollouts(self, step: int, table: dict[str, list]) -> None:
         columns = {name: self._column(cells) for name, cells in table.items()}
@@ -46,3 +47,8 @@ class Tracker:
 
     def close(self, ok: bool) -> None:
         self._mlflow.end_run("FINISHED" if ok else "FAILED")
+
+
+def _names(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values under names that MLflow takes; it refuses others."""
+    return {re.sub(r"[^\w\-. :/]", "_", key): value for key, value in values.items()}
