@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -268,17 +268,15 @@ class Grading:
         )
 
     def _outcome(self, call: Future[Outcome], calls: Sequence[Mapping[str, Future[Outcome]]]) -> Outcome:
-        """Wait for an outcome. When the step's time is over, calls that have not begun are cancelled."""
-        try:
-            return call.result(self._left_s)
-        except CancelledError:
-            pass
-        except TimeoutError:
-            for found in calls:
-                for other in found.values():
-                    other.cancel()
-            if not call.cancelled():
-                return call.result()  # it has begun: its own time limit ends it
+        """Wait for an outcome. When the step's time is over, all calls are cancelled: one that a worker is in ends."""
+        with suppress(CancelledError):
+            try:
+                return call.result(self._left_s)
+            except TimeoutError:
+                for found in calls:
+                    for other in found.values():
+                        other.cancel()
+                return call.result()
         late = f"not called, because reward.step_timeout_s {self._grader.config.step_timeout_s:g} was over"
         return Outcome(None, Failure("timeout", late), 0.0)
 

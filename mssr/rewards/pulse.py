@@ -16,6 +16,10 @@ class Pulse:
         """file: descriptor of a file of SIZE bytes."""
         self._memory = mmap.mmap(file, self.SIZE)
 
+    def detach(self) -> None:
+        """Keep what comes from the others: this is a child of the process."""
+        self._memory = bytearray(self.SIZE)
+
     def begin(self, job: int) -> None:
         _STATE[0].pack_into(self._memory, 0, time.monotonic())  # before the job, or it might look late
         _STATE[1].pack_into(self._memory, 8, job)
