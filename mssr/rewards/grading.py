@@ -36,11 +36,14 @@ def start_pools(config: RewardConfig, own: Callable | None, log: Path | None) ->
     own: a Python function, in the place of `reward.function`.
 
     Raises:
-        UserError: a function cannot be found or imported, or does not take its options.
+        UserError: a function cannot be found or imported, or does not take its options; the settings name a part that there
+            is not, as far as that is known before the first call.
     """
     if own is not None:
         functions = [handed_over(own, label=ACCURACY)]
     else:
+        if config.known_parts is not None:
+            refuse_unknown_parts(config.known_parts, config)
         functions = [
             named(one.reference, label=label, options=one.options, timeout_s=one.timeout_s)
             for label, one in config.functions.items()

@@ -29,7 +29,8 @@ class Process:
     """Starts at once and does not wait. `ready` is what it says when the function is imported: None until then.
 
     jobs: those that it was given and has not answered, by number. alone: it must not get another one beside them.
-    begun: when it was started. given: when it got its last job. retires: it says that it ends. hung_at: after its end, where it was at `dump`.
+    begun: when it was started. given: when it got its last job. retires: it says that it ends. hung_at: after its end,
+    where it was at `dump`.
     """
 
     def __init__(self, start: worker.Start, output: int) -> None:

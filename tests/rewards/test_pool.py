@@ -63,6 +63,14 @@ def outcomes(pool, *responses):
     return [future.result(60) for future in futures]
 
 
+def as_a_batch(pool, tmp_path, *responses):
+    """Submit the responses to a new pool while it makes its first call, so that they are its second one."""
+    pool.submit("first", Row("", "first", columns={"go": str(tmp_path / "go")}))
+    futures = [pool.submit(response, Row("", response)) for response in responses]
+    (tmp_path / "go").touch()
+    return futures
+
+
 def outcome(pool, response):
     return outcomes(pool, response)[0]
 
@@ -205,9 +213,7 @@ def test_a_waiting_call_can_be_cancelled(sync, tmp_path):
 
 def test_calls_of_a_late_batch_that_were_cancelled_are_not_made_again(tmp_path):
     pool = open_pool(function("batched"), timeout_s=0.5)
-    pool.submit("first", Row("", "first", columns={"go": str(tmp_path / "go")}))
-    futures = [pool.submit("hang", Row("", "hang")) for _ in range(8)]  # wait for the first one, then are a batch
-    (tmp_path / "go").touch()
+    futures = as_a_batch(pool, tmp_path, *["hang"] * 8)
     while not futures[-1].running():
         time.sleep(0.005)
     for future in futures:
@@ -274,11 +280,14 @@ def test_of_a_batch_one_call_fails(batched, response, kind, message):
     assert re.fullmatch(message, found[5].failure.message)
 
 
-def test_a_batch_of_the_wrong_length_is_in_the_log(batched, log):
-    outcomes(batched, *["fine"] * 30, "short")
+def test_a_batch_of_the_wrong_length_is_in_the_log(tmp_path, log):
+    pool = open_pool(function("batched"), log=log)
+    futures = as_a_batch(pool, tmp_path, *["fine"] * 6, "short", "fine")
+    assert kinds([future.result(60) for future in futures]) == [None] * 6 + ["result", None]
     assert re.search(
-        r"a call with (\d) responses, .* failed \(result\): returned \d results for \1 responses", log.read_text()
+        r"a call with 8 responses, .* failed \(result\): returned 7 results for 8 responses", log.read_text()
     )
+    pool.close()
 
 
 def test_an_async_batch():
@@ -380,6 +389,11 @@ def test_a_file_that_cannot_be_imported(tmp_path, source, message):
         ("no/such.py:f", r"reward.function no/such.py:f: /.*/no/such.py: No such file or directory"),
         ("mine.py", "reward.function mine.py: name the function in the file too: mine.py:NAME"),
         (
+            "__main__:score",
+            r"reward.function __main__:score: a function of another Python process; give it again: train\(",
+        ),
+        ("notebook:f.<locals>.<lambda>", "reward.function notebook:f.<locals>.<lambda>: a function of another Python"),
+        (
             "maths",
             "reward.function maths: no such built-in; one of .*, or path/to/file.py:NAME, or package.module:NAME",
         ),
@@ -391,9 +405,11 @@ def test_a_function_that_is_nowhere(where, message):
 
 
 def test_a_function_of_a_package(tmp_path, monkeypatch):
-    """Packages are found from the working folder; options arrive; the function's own time limit counts."""
+    """Packages are found from the working folder; options arrive; its own time limit counts, and no other constant."""
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "rewards.py").write_text("TIMEOUT_S = 60\ndef f(response, row, plus):\n    return 1 + plus\n")
+    (tmp_path / "mine" / "rewards.py").write_text(
+        "TIMEOUT_S = timeout_s = 0.001\ndef f(response, row, plus):\n    return 1 + plus\nf.timeout_s = 60\n"
+    )
     monkeypatch.chdir(tmp_path)
     pool = open_pool(named("mine.rewards:f", label="short", options={"plus": 2}), timeout_s=0.001)
     assert outcome(pool, "").parts == {"short": 3.0}

@@ -109,10 +109,29 @@ def test_a_function_that_is_not_there_is_said_before_the_model_loads(mssr, warm,
     assert "loading" not in ended.out and not run.path.exists()
 
 
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        (
+            ["reward.weights={acuracy: 2}"],
+            "reward.weights.acuracy: no reward function returns this part; they return accu",
+        ),
+        (
+            ["reward.weights={}", "reward.success=quality"],
+            "reward.success quality: no reward function returns this part",
+        ),
+    ],
+)
+def test_a_part_that_no_built_in_returns_is_refused_at_the_start(material, single_process, settings, line):
+    with pytest.raises(UserError, match=f"^{line}"):
+        Run(load_config(material / "config.yaml", ["reward.function=math", *settings]))
+
+
 def test_a_python_function_is_the_reward(material, single_process, tmp_path):
     factor = 0.5
-    config = load_config(material / "config.yaml", ["reward.function=math", "reward.weights={}", f"run_dir={tmp_path}"])
-    with Run(config, reward=lambda response, row: factor * len(row.answer)) as run:
+    settings = ["reward.function=math", "reward.weights={bonus: 0.5}", f"run_dir={tmp_path}"]
+    config = load_config(material / "config.yaml", settings)
+    with Run(config, reward=lambda response, row: {"accuracy": 0, "bonus": 2 * factor * len(row.answer)}) as run:
         prompts = run.problems.load(range(2))
         responses = [Response(torch.tensor([5]), torch.zeros(1), False, 0) for _ in prompts]
         graded = run.judge(collect(prompts, responses, pad=0))
