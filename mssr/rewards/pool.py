@@ -379,10 +379,11 @@ class RewardPool:
             )
             self._blame(guilty, Failure(why, message, process.hung_at if why == "timeout" else ""), seconds)
         again = [call for calls in jobs.values() for call in calls]
-        if self.kind == "async" or not (guilty or process.retires):  # else they had not begun
-            for call in again:
-                call.lost += 1
-                call.alone = call.lost > 1 or not (guilty or process.retires)
+        known = guilty or process.retires
+        begun = again if self.kind == "async" else [] if known else jobs.get(job, again)
+        for call in begun:
+            call.lost += 1
+            call.alone = call.lost > 1 or not known
         self._waiting.extendleft(reversed(again))
         self._processes.append(self._process())
 
