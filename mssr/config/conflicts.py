@@ -19,7 +19,6 @@ def refuse_conflicts(config: Config, device: str | None = None) -> None:
     _check_rollout(config)
     _check_off_policy_samples(config, device)
     _check_algorithm(config)
-    _check_reward(config)
     _check_eval(config)
     _check_data(config)
     if config.train.keep_best and config.data.val is None:
@@ -149,16 +148,3 @@ def _check_data(config: Config) -> None:
             "data.drop_solved is for epochs; algorithm.prompt_sampling prioritised has none and draws solved prompts "
             "rarely: leave one of them out"
         )
-
-
-def _check_reward(config: Config) -> None:
-    reward, parts = config.reward, config.reward.known_parts
-    if parts is None:  # known when the functions have returned something
-        return
-    names = ", ".join(sorted(parts))
-    if reward.success not in parts:
-        raise ValueError(
-            f"reward.success {reward.success}: no such part; reward.function gives {names}: name one of them"
-        )
-    if unknown := sorted(reward.weights.keys() - parts):
-        raise ValueError(f"reward.weights.{unknown[0]}: no such part; reward.function gives {names}")

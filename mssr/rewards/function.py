@@ -48,7 +48,7 @@ class Loaded:
     """A function that was imported.
 
     kind: how it is called. images: whether it may look at the row's images: not if its module says `USES_IMAGES = False`.
-    timeout_s: of a call, where the module has a TIMEOUT_S.
+    timeout_s: of a call, where the function has this attribute: a built-in's own.
     """
 
     def __init__(self, call: Callable, options: Mapping[str, Any]) -> None:
@@ -56,7 +56,7 @@ class Loaded:
         self.kind = _kind(call)
         module = sys.modules.get(getattr(call, "__module__", None) or "")
         self.images = bool(getattr(module, "USES_IMAGES", True))
-        self.timeout_s: float | None = getattr(module, "TIMEOUT_S", None)
+        self.timeout_s: float | None = getattr(call, "timeout_s", None)
 
 
 def named(
@@ -69,6 +69,11 @@ def named(
     """
     place, _, name = where.rpartition(":")
     source = None
+    if place == "__main__" or "<" in name:
+        raise UserError(
+            f"reward.function {where}: a function of another Python process; give it again: train(config, reward=...), or "
+            "write it into a file, and set reward.function=path/to/file.py:NAME"
+        )
     if place.endswith(".py") or "/" in place:
         path = Path(place).expanduser().absolute()
         source, where = _read(path, where), f"{path}:{name}"

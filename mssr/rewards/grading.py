@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -36,11 +36,14 @@ def start_pools(config: RewardConfig, own: Callable | None, log: Path | None) ->
     own: a Python function, in the place of `reward.function`.
 
     Raises:
-        UserError: a function cannot be found or imported, or does not take its options.
+        UserError: a function cannot be found or imported, or does not take its options; the settings name a part that there
+            is not, as far as that is known before the first call.
     """
     if own is not None:
         functions = [handed_over(own, label=ACCURACY)]
     else:
+        if config.known_parts is not None:
+            refuse_unknown_parts(config.known_parts, config)
         functions = [
             named(one.reference, label=label, options=one.options, timeout_s=one.timeout_s)
             for label, one in config.functions.items()
@@ -268,17 +271,15 @@ class Grading:
         )
 
     def _outcome(self, call: Future[Outcome], calls: Sequence[Mapping[str, Future[Outcome]]]) -> Outcome:
-        """Wait for an outcome. When the step's time is over, calls that have not begun are cancelled."""
-        try:
-            return call.result(self._left_s)
-        except CancelledError:
-            pass
-        except TimeoutError:
-            for found in calls:
-                for other in found.values():
-                    other.cancel()
-            if not call.cancelled():
-                return call.result()  # it has begun: its own time limit ends it
+        """Wait for an outcome. When the step's time is over, all calls are cancelled: one that a worker is in ends."""
+        with suppress(CancelledError):
+            try:
+                return call.result(self._left_s)
+            except TimeoutError:
+                for found in calls:
+                    for other in found.values():
+                        other.cancel()
+                return call.result()
         late = f"not called, because reward.step_timeout_s {self._grader.config.step_timeout_s:g} was over"
         return Outcome(None, Failure("timeout", late), 0.0)
 

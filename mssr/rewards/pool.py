@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -37,6 +38,9 @@ STARTS = 3  # that fail, one after the other
 OTHERS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")  # signals that a call hardly sends to its own process
 MAYBE = {"SIGKILL": ": is the machine out of memory?"}
 DUMP_S = 0.1  # for writing where a call hangs
+BETWEEN_S = (
+    60.0  # besides a call's time: for a worker to begin the next job. Else something of the function's keeps it busy
+)
 
 
 class Failure(NamedTuple):
@@ -45,6 +49,21 @@ class Failure(NamedTuple):
     kind: Literal["timeout", "error", "died", "memory", "result"]
     message: str
     traceback: str = ""
+
+
+class Reply(Future):
+    """The future of a call. A call that was cancelled after its begin may end, but is not made again."""
+
+    def __init__(self, wake_up: Callable[[], None]) -> None:
+        super().__init__()
+        self.wanted, self._wake_up = True, wake_up
+
+    def cancel(self) -> bool:
+        was_wanted, self.wanted = self.wanted, False
+        cancelled = super().cancel()
+        if was_wanted:
+            self._wake_up()
+        return cancelled
 
 
 class Outcome(NamedTuple):
@@ -61,7 +80,7 @@ class _Call:
 
     response: str
     payload: bytes
-    future: Future
+    future: Reply
     alone: bool = False
     lost: int = 0
 
@@ -118,8 +137,10 @@ class RewardPool:
             raise
 
     def submit(self, response: str, row: Row) -> "Future[Outcome]":
-        """Call the function. The future's result is an exception only if the pool is closed or its workers do not start."""
-        future: Future[Outcome] = Future()
+        """Call the function. The future's result is an exception only if it is cancelled, the pool is closed, or its workers
+        do not start.
+        """
+        future = Reply(self._wake_up)
         files = row.image_files if self._images else ()
         row_of_worker = [files if field.name == "image_files" else getattr(row, field.name) for field in fields(row)]
         try:
@@ -197,18 +218,29 @@ class RewardPool:
 
     def _give(self) -> None:
         """Give the workers what they have room for."""
-        while self._waiting:
-            free = [process for process in self._processes if self._has_room(process, self._waiting[0])]
+        while call := self._first():
+            free = [process for process in self._processes if self._has_room(process, call)]
             if not free:
                 return
-            if calls := self._next():
-                self._jobs += 1
-                process = min(free, key=lambda each: len(each.jobs))
-                process.jobs[self._jobs] = calls
-                process.alone = calls[0].alone
-                with suppress(OSError):  # its end is read soon
-                    process.channel.send(pickle.dumps((self._jobs, [call.payload for call in calls])))
-                self._watch(process)
+            calls = self._next()
+            self._jobs += 1
+            process = min(free, key=lambda each: len(each.jobs))
+            process.jobs[self._jobs] = calls
+            process.alone, process.given = call.alone, time.monotonic()
+            with suppress(OSError):  # its end is read soon
+                process.channel.send(pickle.dumps((self._jobs, [call.payload for call in calls])))
+            self._watch(process)
+
+    def _first(self) -> _Call | None:
+        """Return the first call that waits. Those before it that were cancelled are dropped."""
+        while self._waiting:
+            future = self._waiting[0].future
+            if future.wanted and (future.running() or future.set_running_or_notify_cancel()):
+                return self._waiting[0]
+            self._waiting.popleft()
+            if not future.cancelled():
+                future.set_exception(CancelledError("it was cancelled before it was made again"))
+        return None
 
     def _has_room(self, process: Process, call: _Call) -> bool:
         if process.ready is None or process.retires:
@@ -219,15 +251,11 @@ class RewardPool:
         return len(process.jobs) < most
 
     def _next(self) -> list[_Call]:
-        """Take the calls of the next job; none if they were cancelled."""
-        size = self._batch_size if self.kind == "batched" else 1
-        calls: list[_Call] = []
-        while self._waiting and len(calls) < size and not (calls and self._waiting[0].alone):
-            call = self._waiting.popleft()
-            if call.future.running() or call.future.set_running_or_notify_cancel():
-                calls.append(call)
-            if call.alone:
-                break
+        """Take the calls of the next job. There is one."""
+        calls = [self._waiting.popleft()]
+        size = self._batch_size if self.kind == "batched" and not calls[0].alone else 1
+        while len(calls) < size and (call := self._first()) and not call.alone:
+            calls.append(self._waiting.popleft())
         return calls
 
     def _watch(self, process: Process) -> None:
@@ -295,10 +323,15 @@ class RewardPool:
             if process.ready is None:
                 soonest = min(soonest, process.begun + START_S - now)
             elif process.jobs:
-                job, since = process.pulse.read()
-                limit = since + self._timeout_s if job or self.kind == "async" else now + self._timeout_s
-                soonest = min(soonest, max(limit - now, DUMP_S / 2))
+                left_s = self._limit(process, *process.pulse.read()) - now
+                soonest = min(soonest, self._timeout_s, max(left_s, DUMP_S / 2))  # the next job may begin at once
         return max(soonest, 0.0)
+
+    def _limit(self, process: Process, job: int, since: float) -> float:
+        """Return when a worker is late that has had this pulse."""
+        if job or self.kind == "async":  # whose event loop has a pulse between calls, too
+            return since + self._timeout_s
+        return max(since, process.given) + self._timeout_s + BETWEEN_S
 
     def _check(self, process: Process) -> None:
         """Replace a worker whose call is late."""
@@ -308,8 +341,8 @@ class RewardPool:
                 raise UserError(f"{self._name}: importing it takes more than {START_S:g} s")
             return
         job, since = process.pulse.read()
-        late_s = now - since - self._timeout_s
-        if not process.jobs or late_s < 0 or not (job or self.kind == "async"):
+        late_s = now - self._limit(process, job, since)
+        if not process.jobs or late_s < 0:
             return
         if late_s < DUMP_S:
             return process.dump(job)
@@ -335,8 +368,8 @@ class RewardPool:
         jobs, guilty = process.jobs, None
         if not process.retires:
             guilty = jobs.get(job) or (next(iter(jobs.values())) if len(jobs) == 1 else None)
-        if guilty and why == "died" and ended in OTHERS and not guilty[0].lost:
-            guilty = None  # the system was out of memory, or somebody ends processes: try it once more, alone
+        if guilty and not guilty[0].lost and (not job or (why == "died" and ended in OTHERS)):
+            guilty = None  # not begun; the system was out of memory, or somebody ends processes: once more, alone
         if guilty:
             jobs = {number: calls for number, calls in jobs.items() if calls is not guilty}
             message = (
@@ -346,10 +379,11 @@ class RewardPool:
             )
             self._blame(guilty, Failure(why, message, process.hung_at if why == "timeout" else ""), seconds)
         again = [call for calls in jobs.values() for call in calls]
-        if self.kind == "async" or not (guilty or process.retires):  # else they had not begun
-            for call in again:
-                call.lost += 1
-                call.alone = call.lost > 1 or not (guilty or process.retires)
+        known = guilty or process.retires
+        begun = again if self.kind == "async" else [] if known else jobs.get(job, again)
+        for call in begun:
+            call.lost += 1
+            call.alone = call.lost > 1 or not known
         self._waiting.extendleft(reversed(again))
         self._processes.append(self._process())
 

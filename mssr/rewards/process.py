@@ -29,7 +29,8 @@ class Process:
     """Starts at once and does not wait. `ready` is what it says when the function is imported: None until then.
 
     jobs: those that it was given and has not answered, by number. alone: it must not get another one beside them.
-    begun: when it was started. retires: it says that it ends. hung_at: after its end, where it was at `dump`.
+    begun: when it was started. given: when it got its last job. retires: it says that it ends. hung_at: after its end,
+    where it was at `dump`.
     """
 
     def __init__(self, start: worker.Start, output: int) -> None:
@@ -46,7 +47,7 @@ class Process:
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         self.channel = Channel(ours)
-        self.begun = time.monotonic()
+        self.begun = self.given = time.monotonic()
         self.ready: dict[str, Any] | None = None
         self.jobs: dict[int, Any] = {}
         self.alone = self.retires = False

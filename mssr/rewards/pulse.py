@@ -14,6 +14,10 @@ class Pulse:
         # Each is stored at once: `struct` would clear it first, and the trainer might read that.
         self._state = memoryview(mmap.mmap(file, self.SIZE)).cast("d")
 
+    def detach(self) -> None:
+        """Keep what comes from the others: this is a child of the process."""
+        self._memory = bytearray(self.SIZE)
+
     def begin(self, job: int) -> None:
         self._state[0] = time.monotonic()  # before the job, or that might look late
         self._state[1] = job

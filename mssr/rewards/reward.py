@@ -7,6 +7,8 @@ from mssr.config.reward_keys import RESERVED, RewardConfig
 from mssr.errors import UserError
 from mssr.rewards.pool import Failure, Outcome
 
+MOST = 1e30  # of a reward: far from the largest float32
+
 
 @dataclass(frozen=True)
 class Grade:
@@ -40,9 +42,15 @@ def combine(outcomes: Mapping[str, Outcome], config: RewardConfig) -> Grade:
             parts[part], source[part] = value, label
     if not failures and (wrong := _wrong_success(parts, config.success)):
         failures[source.get(config.success, next(iter(outcomes)))] = Failure("result", wrong)
+    weighted = {part: config.weights.get(part, 1.0) * value for part, value in parts.items()}
+    reward = sum(weighted.values())
+    if not failures and not abs(reward) < MOST:
+        largest = max(weighted, key=lambda part: abs(weighted[part]))
+        failures[source[largest]] = Failure(
+            "result", f"{largest} is {parts[largest]:g}, which is too much for a reward"
+        )
     if failures:
         return Grade(0.0, 0.0, config.on_error != "skip", parts, failures)
-    reward = sum(config.weights.get(part, 1.0) * value for part, value in parts.items())
     return Grade(reward, parts[config.success], True, parts, {})
 
 

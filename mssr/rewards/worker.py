@@ -60,6 +60,7 @@ class Worker:
         self.pid = os.getpid()
         _limit_memory(start.memory)
         pulse.begin(0)  # else it would look late before its first job
+        os.register_at_fork(after_in_child=pulse.detach)
 
     def serve(self) -> None:
         """Answer jobs until the trainer closes the socket."""

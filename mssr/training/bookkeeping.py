@@ -48,7 +48,7 @@ class Bookkeeping(AbstractContextManager):
         parts: everything else to save and restore by name, each with state_dict and load_state_dict.
         """
         if self._session.saved is not None:
-            refuse_missing_start(self._config.algorithm, self._session.saved["tracker"])
+            refuse_missing_start(self._config.algorithm, self._session.saved)
         parts = parts | {"skipped": self._skipped, "costs": self.costs}
         self._first_step = self._session.start(engine, self._run.problems, parts)
         if not self.is_new and self._first_step >= self._config.train.steps:

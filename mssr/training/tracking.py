@@ -24,12 +24,13 @@ from mssr.training.shares import Shares
 def refuse_missing_start(algorithm: AlgorithmConfig, saved: dict[str, Any]) -> None:
     """Refuse to resume with a tracker from a checkpoint without one: only a new run makes the first rollouts.
 
-    saved: the tracker's state in the checkpoint.
+    saved: the checkpoint's state.
 
     Raises:
-        UserError: the tracker is empty, and algorithm.tracker.n_init is not 0.
+        UserError: there was no tracker, instead of one that saw no grades, and algorithm.tracker.n_init is not 0.
     """
-    if ALGORITHMS[algorithm.name].tracked and algorithm.tracker.n_init and not saved["keys"]:
+    had_tracker = saved["tracker"]["keys"] or ALGORITHMS[saved["same_run"]["settings"]["algorithm.name"]].tracked
+    if ALGORITHMS[algorithm.name].tracked and algorithm.tracker.n_init and not had_tracker:
         raise UserError(
             f"algorithm.name {algorithm.name}: the checkpoint's run had no value tracker; resume with its algorithm.name, "
             "set algorithm.tracker.n_init=0, which starts every prompt at 0.5, or set another run_dir"

@@ -224,8 +224,6 @@ def test_an_unknown_key_of_the_file_is_named_too(refused):
         ),
         ("reward.weights={accuracy: true}", "reward.weights.accuracy: Input should be a valid number, got True"),
         ("reward.weights={accuracy: .nan}", "reward.weights.accuracy: Input should be a finite number"),
-        ("reward.weights={acuracy: 2}", "reward.weights.acuracy: no such part; reward.function gives accuracy"),
-        ("reward.success=quality", "reward.success quality: no such part; reward.function gives accuracy: name one of"),
         ("reward.workers=0", "reward.workers: Input should be greater than 0, got 0"),
         ("reward.on_error=ignore", "reward.on_error: Input should be 'zero', 'skip' or 'fail'"),
         ("data.on_bad_row=ignore", "data.on_bad_row"),

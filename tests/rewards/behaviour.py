@@ -58,10 +58,17 @@ def sync(response, row, plus=0.0):
             child = os.fork()
             if child:
                 os.waitpid(child, 0)
+        case ["fork", "hang"]:
+            child = os.fork()
+            if child:
+                os.waitpid(child, 0)
+                time.sleep(600)
+        case ["busy", marker]:
+            if not os.path.exists(marker):
+                open(marker, "w").close()
+                threading.Thread(target=_keeps_the_interpreter, daemon=True).start()
         case ["return", "numpy"]:
             return {"accuracy": _numpy().float32(0.5), "short": _numpy().int64(-1)}
-        case ["return", "complex"]:
-            return _numpy().complex64(1)
         case ["return", what]:
             return RETURNED[what]
         case ["neighbour"]:
@@ -70,6 +77,8 @@ def sync(response, row, plus=0.0):
             return float(row.answer)
         case ["torch"]:
             return "torch" in sys.modules
+        case ["pid"]:
+            return os.getpid()
         case ["session"]:
             return os.getsid(0)
         case ["ground"]:
@@ -85,6 +94,11 @@ def sync(response, row, plus=0.0):
         case ["nothing", path]:
             open(path, "w").close()
     return 1 + plus
+
+
+def _keeps_the_interpreter():
+    time.sleep(0.01)  # until the call has ended
+    ctypes.PyDLL(None).sleep(600)
 
 
 def _numpy():
@@ -105,6 +119,7 @@ RETURNED = {
     "inf": {"accuracy": 1.0, "short": -math.inf},
     "none": None,
     "text": "1",
+    "complex": 1j,
     "list": [1.0],
     "empty": {},
     "key": {1: 1.0},
@@ -153,6 +168,8 @@ async def exits():
 
 def batched(responses, rows):
     assert [row.answer for row in rows] == responses
+    if rows[0].columns:
+        _wait_for(rows[0]["go"])
     if "hang" in responses:
         time.sleep(600)
     if "raise" in responses:

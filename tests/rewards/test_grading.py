@@ -233,21 +233,21 @@ def test_all_ranks_refuse_a_weight_without_a_part(ranks, file):
 
 @pytest.mark.parametrize("function", ["waits", "hangs"])
 def test_a_late_call_is_a_timeout(file, capsys, function):
-    with grading_by(file, function, timeout_s=0.3) as grader:
+    with grading_by(file, function, timeout_s=1.0) as grader:
         grading = grader.begin(PROMPTS)
         assert grading.finish(BATCH).correct.tolist() == [1, 0, 0, 1]
-    assert (grading.cost.timeouts, grading.cost.errors) == (1, 0) and grading.cost.seconds >= 0.3
+    assert (grading.cost.timeouts, grading.cost.errors) == (1, 0) and grading.cost.seconds >= 1.0
     (line,) = capsys.readouterr().err.splitlines()
-    assert "row 11: took more than 0.3 s: such responses get reward 0 (said once; counted in reward/timeouts" in line
+    assert "row 11: took more than 1 s: such responses get reward 0 (said once; counted in reward/timeouts" in line
 
 
 def test_grading_a_step_takes_no_longer_than_its_budget(file, capsys):
-    """The worker hangs in the second call, which ends at its own limit; the later ones are not made."""
+    """The worker hangs in the first call, which ends at its own limit; the later ones are not made: they would take 7 s."""
     with grading_by(file, "hangs", timeout_s=1.0, step_timeout_s=0.2) as grader:
         grading = grader.begin([*PROMPTS, *PROMPTS])
-        batch = collect([*PROMPTS, *PROMPTS], [response(text) for text in ["5", "4", "4", "4"] * 2], pad=0)
+        batch = collect([*PROMPTS, *PROMPTS], [response(text) for text in ["5"] * 8], pad=0)
         assert grading.finish(batch).correct.tolist() == [0] * 8
-        assert grading.cost.timeouts == 8 and grading.cost.seconds < 2.0
+        assert grading.cost.timeouts == 8 and grading.cost.seconds < 6.0
         assert grader.begin(PROMPTS, spent_s=0.2).finish(BATCH).correct.tolist() == [0, 0, 0, 0]
         later = grader.begin(PROMPTS[:1], spent_s=-60.0)  # time for the worker that is starting
         assert later.finish(BATCH.rows(0, 1)).correct.tolist() == [1]

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from mssr.errors import UserError
+from mssr.rewards import pool as pool_module
 from mssr.rewards import reward_log
 from mssr.rewards.function import handed_over, named
 from mssr.rewards.pool import RewardPool
@@ -53,6 +54,7 @@ def fixture_of(name, **settings):
     return pool
 
 
+patient = fixture_of("sync", timeout_s=60.0)  # the function imports numpy
 sync, concurrent, batched = fixture_of("sync"), fixture_of("concurrent"), fixture_of("batched")
 
 
@@ -60,6 +62,14 @@ def outcomes(pool, *responses):
     """Submit the responses at once; each is its row's answer too."""
     futures = [pool.submit(response, Row("", response)) for response in responses]
     return [future.result(60) for future in futures]
+
+
+def as_a_batch(pool, tmp_path, *responses):
+    """Submit the responses to a new pool while it makes its first call, so that they are its second one."""
+    pool.submit("first", Row("", "first", columns={"go": str(tmp_path / "go")}))
+    futures = [pool.submit(response, Row("", response)) for response in responses]
+    (tmp_path / "go").touch()
+    return futures
 
 
 def outcome(pool, response):
@@ -72,6 +82,7 @@ def kinds(found):
 
 MISBEHAVIOUR = [
     ("loop", "timeout", "took more than 1 s"),
+    ("fork hang", "timeout", "took more than 1 s"),
     ("raise", "error", r"ValueError: not so \(.*behaviour.py, line \d+\)"),
     ("explain", "error", "the answer is no number"),
     ("evil", "error", r".*Evil: <exception str.. failed>.*"),
@@ -88,7 +99,7 @@ MISBEHAVIOUR = [
     ("return inf", "result", "returned -inf as 'short'"),
     ("return none", "result", "returned None, not a number"),
     ("return text", "result", "returned str '1', not a number"),
-    ("return complex", "result", r"returned complex64 .*, not a number"),
+    ("return complex", "result", r"returned complex 1j, not a number"),
     ("return list", "result", r"returned list \[1.0\], not a number"),
     ("return empty", "result", "returned a dict without parts"),
     ("return key", "result", "returned a dict with the key int 1; names of parts are text"),
@@ -129,8 +140,8 @@ def test_the_traceback_says_where(sync, log):
         ("numpy", {"accuracy": 0.5, "short": -1.0}),
     ],
 )
-def test_numbers_of_all_kinds(sync, what, parts):
-    assert outcome(sync, f"return {what}").parts == parts
+def test_numbers_of_all_kinds(patient, what, parts):
+    assert outcome(patient, f"return {what}").parts == parts
 
 
 def test_a_worker(sync):
@@ -172,11 +183,24 @@ def test_a_large_response(sync):
 
 
 def test_a_worker_that_is_killed_from_outside_is_no_failure(sync, tmp_path):
-    assert kinds(outcomes(sync, f"kill {tmp_path / 'marker'}", "fine", "fine")) == [None, None, None]
+    """Nor are those that wait in it suspected of its end."""
+    outcomes(sync, *["fine"] * 100)  # short calls, so that many wait
+    first, second = (f"kill {tmp_path / name}" for name in ("first", "second"))
+    assert kinds(outcomes(sync, first, "fine", second, "fine")) == [None] * 4
 
 
 def test_a_function_that_forks(sync):
     assert [found.parts for found in outcomes(sync, *["fork"] * 3, "answer 5")] == [{"accuracy": 1.0}] * 4
+
+
+def test_a_worker_that_begins_no_other_call_is_replaced(sync, tmp_path, monkeypatch):
+    """A thread that a call left behind keeps it from that, in C code that does not let go of the interpreter."""
+    monkeypatch.setattr(pool_module, "BETWEEN_S", 0.0)
+    first, busy = outcomes(sync, "pid", f"busy {tmp_path / 'marker'}")
+    assert busy.parts
+    while (now := outcome(sync, "pid")).parts == first.parts:  # until the thread has begun
+        pass
+    assert now.parts
 
 
 def test_a_waiting_call_can_be_cancelled(sync, tmp_path):
@@ -189,6 +213,20 @@ def test_a_waiting_call_can_be_cancelled(sync, tmp_path):
     assert running.result(60).parts
     assert outcome(sync, "fine").parts
     assert (tmp_path / "called").exists() == any(not future.cancelled() for future in waiting)
+
+
+def test_calls_of_a_late_batch_that_were_cancelled_are_not_made_again(tmp_path):
+    pool = open_pool(function("batched"), timeout_s=0.5)
+    futures = as_a_batch(pool, tmp_path, *["hang"] * 8)
+    while not futures[-1].running():
+        time.sleep(0.005)
+    for future in futures:
+        assert not future.cancel()
+    for future in futures:
+        with pytest.raises(CancelledError):
+            future.result(60)
+    assert outcome(pool, "fine").parts
+    pool.close()
 
 
 def test_async_calls_wait_together(concurrent):
@@ -246,15 +284,18 @@ def test_of_a_batch_one_call_fails(batched, response, kind, message):
     assert re.fullmatch(message, found[5].failure.message)
 
 
-def test_a_batch_of_the_wrong_length_is_in_the_log(batched, log):
-    outcomes(batched, *["fine"] * 30, "short")
+def test_a_batch_of_the_wrong_length_is_in_the_log(tmp_path, log):
+    pool = open_pool(function("batched"), log=log)
+    futures = as_a_batch(pool, tmp_path, *["fine"] * 6, "short", "fine")
+    assert kinds([future.result(60) for future in futures]) == [None] * 6 + ["result", None]
     assert re.search(
-        r"a call with (\d+) responses, .* failed \(result\): returned \d+ results for \1 responses", log.read_text()
+        r"a call with 8 responses, .* failed \(result\): returned 7 results for 8 responses", log.read_text()
     )
+    pool.close()
 
 
 def test_an_async_batch():
-    pool = open_pool(function("async_batched"), workers=2)
+    pool = open_pool(function("async_batched"), workers=2, timeout_s=60.0)
     assert pool.kind == "batched"
     assert all(found.parts["accuracy"] >= 1 for found in outcomes(pool, *["fine"] * 20))
     pool.close()
@@ -352,6 +393,11 @@ def test_a_file_that_cannot_be_imported(tmp_path, source, message):
         ("no/such.py:f", r"reward.function no/such.py:f: /.*/no/such.py: No such file or directory"),
         ("mine.py", "reward.function mine.py: name the function in the file too: mine.py:NAME"),
         (
+            "__main__:score",
+            r"reward.function __main__:score: a function of another Python process; give it again: train\(",
+        ),
+        ("notebook:f.<locals>.<lambda>", "reward.function notebook:f.<locals>.<lambda>: a function of another Python"),
+        (
             "maths",
             "reward.function maths: no such built-in; one of .*, or path/to/file.py:NAME, or package.module:NAME",
         ),
@@ -363,9 +409,11 @@ def test_a_function_that_is_nowhere(where, message):
 
 
 def test_a_function_of_a_package(tmp_path, monkeypatch):
-    """Packages are found from the working folder; options arrive; the function's own time limit counts."""
+    """Packages are found from the working folder; options arrive; its own time limit counts, and no other constant."""
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "rewards.py").write_text("TIMEOUT_S = 60\ndef f(response, row, plus):\n    return 1 + plus\n")
+    (tmp_path / "mine" / "rewards.py").write_text(
+        "TIMEOUT_S = timeout_s = 0.001\ndef f(response, row, plus):\n    return 1 + plus\nf.timeout_s = 60\n"
+    )
     monkeypatch.chdir(tmp_path)
     pool = open_pool(named("mine.rewards:f", label="short", options={"plus": 2}), timeout_s=0.001)
     assert outcome(pool, "").parts == {"short": 3.0}

@@ -47,6 +47,16 @@ def test_a_success_outside_of_the_unit_interval_is_a_failure(value):
     )
 
 
+@pytest.mark.parametrize("value", [1e39, -1e308])
+def test_a_reward_that_float32_does_not_hold_is_a_failure(value):
+    grade = combine(
+        {"accuracy": returned(accuracy=1.0), "b": returned(bonus=value)}, RewardConfig(weights={"bonus": 9})
+    )
+    assert (grade.reward, grade.success) == (0.0, 0.0)
+    assert grade.failures == {"b": Failure("result", f"bonus is {value:g}, which is too much for a reward")}
+    assert combine({"b": returned(accuracy=1.0, bonus=value)}, RewardConfig(weights={"bonus": 0})).reward == 1
+
+
 def test_a_response_without_a_success_is_a_failure():
     grade = combine({"a": returned(bonus=1.0)}, RewardConfig())
     assert (

@@ -39,7 +39,7 @@ def check(response, row):
             print("x" * (1 << 22))
     return 1.0
 """
-SETTINGS = ["data.val=null", "reward.weights={}", "reward.timeout_s=0.5", "reward.memory_gib=0.5", "reward.workers=2"]
+SETTINGS = ["data.val=null", "reward.weights={}", "reward.timeout_s=1", "reward.memory_gib=0.5", "reward.workers=2"]
 
 
 def what_happens(record):
@@ -68,7 +68,7 @@ def test_a_run_survives_what_its_reward_does(mssr, warm, run, tmp_path):
     assert metrics["reward/errors"] == sum(0 < each < 5 for each in happened)
     assert metrics["train/correct"] == sum(each > 4 for each in happened) / 32 and metrics["train/grad_norm"] > 0
     said = [line.partition(": ")[2].partition(": ")[2] for line in ended.err.splitlines()]
-    starts = {"took more than 0.5 s", "ValueError: a bug (", "returned nan", "MemoryError", "SystemExit: bye ("}
+    starts = {"took more than 1 s", "ValueError: a bug (", "returned nan", "MemoryError", "SystemExit: bye ("}
     assert len(said) == len(starts) and all(sum(line.startswith(start) for line in said) == 1 for start in starts), said
     log = (run.path / LOG).read_bytes()
     assert b"raise ValueError" in log and b"xxxx" in log and len(log) < (1 << 20) + 500
@@ -109,10 +109,29 @@ def test_a_function_that_is_not_there_is_said_before_the_model_loads(mssr, warm,
     assert "loading" not in ended.out and not run.path.exists()
 
 
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        (
+            ["reward.weights={acuracy: 2}"],
+            "reward.weights.acuracy: no reward function returns this part; they return accu",
+        ),
+        (
+            ["reward.weights={}", "reward.success=quality"],
+            "reward.success quality: no reward function returns this part",
+        ),
+    ],
+)
+def test_a_part_that_no_built_in_returns_is_refused_at_the_start(material, single_process, settings, line):
+    with pytest.raises(UserError, match=f"^{line}"):
+        Run(load_config(material / "config.yaml", ["reward.function=math", *settings]))
+
+
 def test_a_python_function_is_the_reward(material, single_process, tmp_path):
     factor = 0.5
-    config = load_config(material / "config.yaml", ["reward.function=math", "reward.weights={}", f"run_dir={tmp_path}"])
-    with Run(config, reward=lambda response, row: factor * len(row.answer)) as run:
+    settings = ["reward.function=math", "reward.weights={bonus: 0.5}", f"run_dir={tmp_path}"]
+    config = load_config(material / "config.yaml", settings)
+    with Run(config, reward=lambda response, row: {"accuracy": 0, "bonus": 2 * factor * len(row.answer)}) as run:
         prompts = run.problems.load(range(2))
         responses = [Response(torch.tensor([5]), torch.zeros(1), False, 0) for _ in prompts]
         graded = run.judge(collect(prompts, responses, pad=0))

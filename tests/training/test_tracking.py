@@ -8,13 +8,14 @@ import torch
 
 from mssr.algorithms.value_tracker import ValueTracker
 from mssr.batch import GradedRollouts, Prompt, UpdateBatch
-from mssr.config.algorithm_keys import TrackerConfig
+from mssr.config.algorithm_keys import AlgorithmConfig, TrackerConfig
 from mssr.config.schema import RolloutConfig
 from mssr.distributed import ALONE
+from mssr.errors import UserError
 from mssr.policy.engine import UpdateStats
 from mssr.rollout.base import Response, collect
 from mssr.training.shares import Shares
-from mssr.training.tracking import initialise_tracker, track
+from mssr.training.tracking import initialise_tracker, refuse_missing_start, track
 
 PROMPTS = [
     Prompt(f"key{row}", row, "", "", None, torch.zeros(1, dtype=torch.int64), None, None, ()) for row in range(4)
@@ -84,3 +85,13 @@ def test_first_rollouts_without_a_grade_are_left_out():
     # Jeffreys: (successes + 1/2) / (trials + 1); without trials 1/2
     expected = [2.5 / 3, 1.5 / 2, 0.5 / 3, 0.5]
     assert tracker.values([prompt.key for prompt in PROMPTS]).tolist() == pytest.approx(expected)
+
+
+def test_a_run_whose_responses_all_failed_can_be_resumed():
+    """Its tracker is as empty as that of a run without one."""
+    algorithm = AlgorithmConfig(tracker=TrackerConfig(n_init=1))
+    saved = {"tracker": {"keys": []}, "same_run": {"settings": {"algorithm.name": "mssr"}}}
+    refuse_missing_start(algorithm, saved)
+    saved["same_run"]["settings"]["algorithm.name"] = "grpo"
+    with pytest.raises(UserError, match="the checkpoint's run had no value tracker"):
+        refuse_missing_start(algorithm, saved)

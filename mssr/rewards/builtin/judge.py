@@ -24,9 +24,6 @@ from mssr.rewards.options import require_bool, require_number
 from mssr.rewards.reply_file import ReplyFile
 from mssr.rewards.row import Row
 
-TIMEOUT_S = (
-    600.0  # of a call that waits for others, is made again, ...; `timeout_s` beside `function: judge` changes it
-)
 REMEMBERED = 65_536  # scores
 
 TEMPLATE = """\
@@ -115,6 +112,7 @@ def _check(**options: Any) -> None:
 
 
 judge.check = _check
+judge.timeout_s = 600.0  # of a call that waits for others, is made again, ...; `timeout_s` beside `function` changes it
 
 
 @cache
