@@ -11,7 +11,6 @@ import pickle
 import selectors
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -126,7 +125,7 @@ class RewardPool:
         self._wakes.setblocking(False)
         self._wake.setblocking(False)
         self._selector.register(self._wakes, selectors.EVENT_READ)
-        self._output, self._printer = _sink(log)
+        self._output, self._printer = reward_log.sink(log)
         self._imported: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, name="rewards", daemon=True)
         self._thread.start()
@@ -191,11 +190,13 @@ class RewardPool:
         for process in self._processes:
             process.kill()
         left = [call for process in self._processes for calls in process.jobs.values() for call in calls]
-        for process in self._processes:
-            process.ended()
         for call in (*left, *self._waiting):
             with suppress(InvalidStateError):  # cancelled
                 call.future.set_exception(error)
+        if not self._imported.done():
+            self._imported.set_exception(error)
+        for process in self._processes:
+            process.ended()
         self._selector.close()
         self._wakes.close()
         self._wake.close()
@@ -205,8 +206,6 @@ class RewardPool:
                 self._printer.wait(1.0)
             self._printer.kill()
             self._printer.wait()
-        if not self._imported.done():
-            self._imported.set_exception(error)
 
     def _process(self) -> Process:
         try:
@@ -404,14 +403,3 @@ class RewardPool:
     @property
     def _name(self) -> str:
         return f"reward.function {self._start.function.where}"
-
-
-def _sink(log: Path | None) -> tuple[int, subprocess.Popen | None]:
-    """Return a descriptor for what the workers print, and the process that appends it to the log."""
-    if log is None:
-        return os.open(os.devnull, os.O_WRONLY), None
-    reader, writer = os.pipe()
-    command = [sys.executable, "-I", "-S", reward_log.__file__, str(log)]
-    printer = subprocess.Popen(command, stdin=reader, stdout=subprocess.DEVNULL, start_new_session=True)
-    os.close(reader)
-    return writer, printer

@@ -5,6 +5,7 @@ the end of a pipe, which workers print into. So printing never waits for the tra
 """
 
 import os
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,17 @@ def append(log: Path, text: bytes, most: int = LIMIT) -> None:
         size = os.fstat(file.fileno()).st_size
         filled = size < LIMIT <= size + len(text)
         file.write(text[: max(0, most - size)] + (FULL if filled else b""))
+
+
+def sink(log: Path | None) -> tuple[int, subprocess.Popen | None]:
+    """Return a descriptor for what the workers print, and the process that appends it to the log."""
+    if log is None:
+        return os.open(os.devnull, os.O_WRONLY), None
+    reader, writer = os.pipe()
+    command = [sys.executable, "-I", "-S", __file__, str(log)]
+    printer = subprocess.Popen(command, stdin=reader, stdout=subprocess.DEVNULL, start_new_session=True)
+    os.close(reader)
+    return writer, printer
 
 
 def _existing(path: str, flags: int) -> int:
