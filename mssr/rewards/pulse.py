@@ -16,7 +16,7 @@ class Pulse:
 
     def detach(self) -> None:
         """Keep what comes from the others: this is a child of the process."""
-        self._memory = bytearray(self.SIZE)
+        self._state = memoryview(bytearray(self.SIZE)).cast("d")
 
     def begin(self, job: int) -> None:
         self._state[0] = time.monotonic()  # before the job, or that might look late
