@@ -12,7 +12,7 @@ def forkserver() -> ForkServerContext:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["mssr.environment", "mssr.training.loop", "deepspeed.runtime.zero.muon.muon_optimizer"]
+        ["mssr.environment", "mssr.training.loop", "mssr.observe.plots", "deepspeed.runtime.zero.muon.muon_optimizer"]
     )
     return context
 

@@ -242,14 +242,22 @@ def reach(moment: Moment) -> None:
 
 
 if __name__ == "__main__":
+    import io
+
     import deepspeed.ops
     import deepspeed.runtime.zero.muon.muon_optimizer
     import torch
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
+    import mssr.observe.plots
+    import mssr.training.loop  # noqa: F401
     from mssr.data.prompts import load_processors
     from mssr.policy.loading import load_policy
 
+    figure = Figure()  # the first one finds the fonts
+    figure.subplots().set_title("step")
+    figure.savefig(io.BytesIO())
     getattr(deepspeed.ops, "__compatible_ops__")  # noqa: B009  probes for a compiler
     load_policy(sys.argv[1], torch.float32)
     load_processors(sys.argv[1])
