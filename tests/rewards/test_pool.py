@@ -66,7 +66,9 @@ def outcomes(pool, *responses):
 
 def as_a_batch(pool, tmp_path, *responses):
     """Submit the responses to a new pool while it makes its first call, so that they are its second one."""
-    pool.submit("first", Row("", "first", columns={"go": str(tmp_path / "go")}))
+    first = pool.submit("first", Row("", "first", columns={"go": str(tmp_path / "go")}))
+    while not first.running():
+        time.sleep(0.005)
     futures = [pool.submit(response, Row("", response)) for response in responses]
     (tmp_path / "go").touch()
     return futures
