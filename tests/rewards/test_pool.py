@@ -483,13 +483,16 @@ def test_close_while_a_call_hangs():
     pool.close()
 
 
-@pytest.mark.slow("22 s: two idle cores do 2,048 calls of 20 ms; and 2,048 calls that wait together")
-@pytest.mark.parametrize("name, limit_s", [("waits_50_ms", 10), ("computes_20_ms", 30)])
-def test_2048_calls(name, limit_s):
+@pytest.mark.slow("22 s: 2,048 calls of 20 ms keep two workers busy; 2,048 calls of 50 ms wait together")
+@pytest.mark.parametrize(("name", "together"), [("waits_50_ms", 20), ("computes_20_ms", 1.6)])
+def test_2048_calls(name, together):
+    """Measured against the time inside the function, which a busy machine makes longer: 5.1 s and 26 s on an idle one."""
     pool = open_pool(function(name), workers=2, timeout_s=60)
     began = time.monotonic()
-    assert kinds(outcomes(pool, *["go"] * 2048)) == [None] * 2048
-    assert time.monotonic() - began < limit_s
+    found = outcomes(pool, *["go"] * 2048)
+    seconds = time.monotonic() - began
+    assert kinds(found) == [None] * 2048
+    assert sum(one.seconds for one in found) / seconds > together  # calls at a time
     pool.close()
 
 
