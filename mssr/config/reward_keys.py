@@ -88,7 +88,7 @@ class RewardConfig(Section):
     step_timeout_s: float = Field(
         300.0,
         gt=0,
-        description="time limit of all grading of a step, per rank (validation: of 512 responses); "
+        description="longest wait for the grading of a batch after its generation, per rank; "
         "later responses count as timed out",
     )
     memory_gib: float = Field(4.0, gt=0, description="memory limit of a worker")

@@ -6,14 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from mssr.batch import GradedRollouts, Rollouts
 from mssr.config.schema import EvalConfig
 from mssr.data.dataset import ProblemDataset
 from mssr.distributed import World
-from mssr.rewards.grading import part_means
+from mssr.rewards.grading import Grader, part_means
 from mssr.rollout.base import RolloutEngine, noise_streams
 
-Judge = Callable[[Rollouts], GradedRollouts]
 _ROWS_AT_ONCE = 512  # responses whose images are in memory together
 
 
@@ -35,7 +33,7 @@ class Evaluation:
 def evaluate(
     problems: ProblemDataset,
     rollout: RolloutEngine,
-    judge: Judge,
+    grader: Grader,
     world: World,
     config: EvalConfig,
     *,
@@ -53,15 +51,17 @@ def evaluate(
     # The same number of calls on every rank: ranks that share a sampler call it together.
     for start in range(0, -(-total // world.size), _ROWS_AT_ONCE):
         chosen = visits[start : start + _ROWS_AT_ONCE]
+        prompts = problems.load([row for row, _ in chosen])
+        grading = grader.begin(prompts, lambda: advance(world.size, total))
         answered = rollout.generate(
-            problems.load([row for row, _ in chosen]),
+            prompts,
             [noise_streams(seed, "eval", sample, [row])[0] for row, sample in chosen],
             config.temperature,
             top_p=config.top_p,
             top_k=config.top_k,
-            on_response=lambda *_: advance(world.size, total),
+            on_response=grading,
         )
-        graded = judge(answered)
+        graded = grading.finish(answered)
         successes = graded.correct[graded.graded]
         totals += torch.tensor([successes.sum(), len(successes), graded.mask.sum(), graded.truncated.sum()])
         parts += graded.parts

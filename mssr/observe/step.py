@@ -81,7 +81,7 @@ class SlowGrading:
         return (
             f"grading was the slowest phase ({waited:.3g} s after generation), most of it in the reward function {slowest}: "
             "more reward.workers or an async function do more at once; reward.timeout_s limits a call, "
-            "reward.step_timeout_s all of a step (said once)"
+            "reward.step_timeout_s the wait (said once)"
         )
 
 

@@ -22,7 +22,8 @@ from mssr.config.reward_keys import ACCURACY, RewardConfig
 from mssr.distributed import ALONE, World
 from mssr.errors import UserError
 from mssr.rewards.function import Function, handed_over, named
-from mssr.rewards.pool import Failure, Outcome, RewardPool
+from mssr.rewards.outcome import Failure, Outcome
+from mssr.rewards.pool import RewardPool
 from mssr.rewards.reward import Grade, combine, refuse_unknown_parts
 from mssr.rewards.row import Row
 from mssr.rollout.base import Response
@@ -119,9 +120,9 @@ class Grader:
         self._answered: set[str] = set()  # labels of the functions that have returned something
         self._parts: set[str] = set()
 
-    def begin(self, prompts: Sequence[Prompt], spent_s: float = 0.0) -> "Grading":
-        """Start to grade a batch. spent_s: grading time of the step's earlier batches."""
-        return Grading(self, prompts, self.config.step_timeout_s - spent_s)
+    def begin(self, prompts: Sequence[Prompt], advance: Callable[[], None] = lambda: None) -> "Grading":
+        """Start to grade a batch. advance: called for each response that was generated."""
+        return Grading(self, prompts, advance)
 
     def submit(self, prompt: Prompt, tokens: Tensor, truncated: bool, grading: "Grading") -> Future:
         """Return a future of (text of the response, {label: future of the function's outcome}). tokens: [R] int64."""
@@ -199,22 +200,19 @@ class Grader:
 class Grading:
     """Grades one batch. Called with (row, response) as responses complete: `on_response` of `RolloutEngine.generate`."""
 
-    def __init__(self, grader: Grader, prompts: Sequence[Prompt], budget_s: float) -> None:
+    def __init__(self, grader: Grader, prompts: Sequence[Prompt], advance: Callable[[], None]) -> None:
         self.cost = GradingCost()
-        self._grader, self._prompts, self._budget_s = grader, prompts, budget_s
+        self._grader, self._prompts, self._advance = grader, prompts, advance
         self._jobs: dict[int, Future] = {}
         self._lock = threading.Lock()
         self._open, self._since, self._seconds = 0, 0.0, 0.0
 
     def __call__(self, row: int, response: Response) -> None:
+        self._advance()
         self._jobs[row] = self._grader.submit(self._prompts[row], response.tokens, response.truncated, self)
 
     def timed(self, call: Callable[[], Future[Outcome]]) -> Future[Outcome]:
-        """Make the call, and count the time until its end; if the step's time is over, it is late without being made."""
-        if self._left_s <= 0:
-            late: Future[Outcome] = Future()
-            late.cancel()
-            return late
+        """Make the call, and count the time until its end."""
         with self._lock:
             if not self._open:
                 self._since = time.monotonic()
@@ -234,10 +232,6 @@ class Grading:
         with self._lock:
             return self._seconds + (time.monotonic() - self._since if self._open else 0.0)
 
-    @property
-    def _left_s(self) -> float:
-        return max(0.0, self._budget_s - self._spent_s)
-
     def finish(self, rollouts: Rollouts) -> GradedRollouts:
         """Return the rollouts with their rewards; what was not graded before is graded now. Collective.
 
@@ -245,6 +239,7 @@ class Grading:
             UserError: on all ranks: a function failed and `reward.on_error` is fail, or the parts do not fit the settings.
         """
         grader = self._grader
+        deadline = time.monotonic() + grader.config.step_timeout_s
         with grader.world.together():
             for row, prompt in enumerate(self._prompts):
                 if row not in self._jobs:
@@ -253,7 +248,9 @@ class Grading:
             texts, calls = (
                 zip(*[self._jobs[row].result() for row in range(len(rollouts))]) if len(rollouts) else ((), ())
             )
-            outcomes = [{label: self._outcome(call, calls) for label, call in found.items()} for found in calls]
+            outcomes = [
+                {label: self._outcome(call, calls, deadline) for label, call in found.items()} for found in calls
+            ]
             grades = [combine(found, grader.config) for found in outcomes]
             if grader.config.on_error == "fail":
                 self._refuse_failures(grades)
@@ -270,11 +267,13 @@ class Grading:
             texts=tuple(texts),
         )
 
-    def _outcome(self, call: Future[Outcome], calls: Sequence[Mapping[str, Future[Outcome]]]) -> Outcome:
-        """Wait for an outcome. When the step's time is over, all calls are cancelled: one that a worker is in ends."""
+    def _outcome(
+        self, call: Future[Outcome], calls: Sequence[Mapping[str, Future[Outcome]]], deadline: float
+    ) -> Outcome:
+        """Wait for an outcome. At the deadline all calls are cancelled: one that a worker is in ends."""
         with suppress(CancelledError):
             try:
-                return call.result(self._left_s)
+                return call.result(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 for found in calls:
                     for other in found.values():

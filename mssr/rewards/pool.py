@@ -19,11 +19,12 @@ from concurrent.futures import CancelledError, Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from mssr.errors import UserError, shortened
 from mssr.rewards import reward_log
 from mssr.rewards.function import Function, Kind
+from mssr.rewards.outcome import Failure, Outcome
 from mssr.rewards.process import Process
 from mssr.rewards.row import Row
 from mssr.rewards.worker import Start
@@ -37,17 +38,8 @@ STARTS = 3  # that fail, one after the other
 OTHERS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")  # signals that a call hardly sends to its own process
 MAYBE = {"SIGKILL": ": is the machine out of memory?"}
 DUMP_S = 0.1  # for writing where a call hangs
-BETWEEN_S = (
-    60.0  # besides a call's time: for a worker to begin the next job. Else something of the function's keeps it busy
-)
-
-
-class Failure(NamedTuple):
-    """kind "result": the function did not return a finite number, or numbers by name."""
-
-    kind: Literal["timeout", "error", "died", "memory", "result"]
-    message: str
-    traceback: str = ""
+# Besides a call's time: for a worker to begin the next job. Else something that the function left behind keeps it busy.
+BETWEEN_S = 60.0
 
 
 class Reply(Future):
@@ -63,14 +55,6 @@ class Reply(Future):
         if was_wanted:
             self._wake_up()
         return cancelled
-
-
-class Outcome(NamedTuple):
-    """parts or failure, the other is None. seconds: duration of the call, or of its batch."""
-
-    parts: dict[str, float] | None
-    failure: Failure | None
-    seconds: float
 
 
 @dataclass(eq=False, slots=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mssr.config.reward_keys import RESERVED, RewardConfig
 from mssr.errors import UserError
-from mssr.rewards.pool import Failure, Outcome
+from mssr.rewards.outcome import Failure, Outcome
 
 MOST = 1e30  # of a reward: far from the largest float32
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoConfig
 
-from mssr.config.data_keys import DataConfig
+from mssr.config import Config
 from mssr.config.load import read_keys
 from mssr.config.presets import with_preset
 from mssr.config.schema import ModelConfig
@@ -35,12 +35,10 @@ def export(
     out = out.resolve()  # the folder that a symlink names
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: already there; name a new folder")
-    file = run_dir / "config.yaml"
-    if not file.is_file():
-        raise UserError(f"{run_dir}: no config.yaml in it; expected the run_dir of a training run")
-    options, data = _sections(file)
+    config = saved_config(run_dir)
+    options = config.model
     if adapter and options.lora is None:
-        raise UserError(f"--adapter: {file} has no model.lora; leave it out to export the whole model")
+        raise UserError(f"--adapter: {run_dir}/config.yaml has no model.lora; leave it out to export the whole model")
     step, folder = _checkpoint(run_dir, step)
     policy = _trained_policy(options, folder, dtype or options.dtype)
 
@@ -48,21 +46,25 @@ def export(
         save_adapter(policy, out, ALONE)
     else:
         tokenizer, images = load_processors(options.path)
-        images = images and with_pixel_limits(images, data)
+        images = images and with_pixel_limits(images, config.data)
         save_model(policy, processors_to_save(options.path, tokenizer, images), out, ALONE)
     return step
 
 
-def _sections(file: Path) -> tuple[ModelConfig, DataConfig]:
-    """Read only the sections that are needed: others may name absent files."""
-    values = with_preset(read_keys(file, "config"))
+def saved_config(run_dir: Path) -> Config:
+    """Return a run's configuration, without the files that it names: they may be elsewhere.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run_dir}: no config.yaml in it; expected the run_dir of a training run")
     try:
-        return ModelConfig.model_validate(values.get("model") or {}), DataConfig.model_validate(
-            values.get("data") or {}
-        )
+        return Config.model_validate(with_preset({"run_dir": str(run_dir)} | read_keys(file, "config")))
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join([{"ModelConfig": "model", "DataConfig": "data"}[error.title], *map(str, problem["loc"])])
+        where = ".".join(map(str, problem["loc"]))
         raise UserError(f"{file}: {where}: {problem['msg']}; restore what the run wrote") from None
 
 

@@ -10,16 +10,14 @@ from typing import Any
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from pydantic import ValidationError
 
 from mssr.config import Config
-from mssr.config.load import read_keys
 from mssr.errors import UserError, shortened
 from mssr.observe.metrics import FILE_NAME, read_metrics
 from mssr.outputs import is_foreign
 from mssr.training.card import model_card
-from mssr.training.export import export
-from mssr.training.run import CONFIG, CURVES
+from mssr.training.export import export, saved_config
+from mssr.training.run import CURVES
 from mssr.training.summary import CARD, SUMMARY, summarise
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -46,7 +44,7 @@ def push(
     """
     if private and update:
         raise UserError("--private: a repository that is there keeps its visibility; leave out --private or --update")
-    config = _config(run_dir)
+    config = saved_config(run_dir)
     _require_access(name)
     kind = "adapter" if adapter else "model"
     with ExitStack() as opened:
@@ -62,19 +60,6 @@ def push(
             export(run_dir, upload, step=step, adapter=adapter)
         _write_card(run_dir, config, upload, name, step, adapter)
         return _upload(upload, name, step, private=private, update=update)
-
-
-def _config(run_dir: Path) -> Config:
-    """Return the run's configuration, without the files that it names: they may be elsewhere."""
-    file = run_dir / CONFIG
-    if not file.is_file():
-        raise UserError(f"{run_dir}: no {CONFIG} in it; expected the run_dir of a training run")
-    try:
-        return Config.model_validate(read_keys(file, "config"))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise UserError(f"{file}: {where}: {problem['msg']}; restore what the run wrote") from None
 
 
 def _require_access(name: str) -> None:

@@ -188,10 +188,9 @@ class RolloutPhase:
                 self.prepare(step + 1)  # again, because loading a refill cancels it
         return taken
 
-    def _answer(self, request: Request, clock: Stopwatch, graded_s: float = 0.0) -> StepRollouts:
-        """graded_s: grading time of the step's earlier rounds."""
+    def _answer(self, request: Request, clock: Stopwatch) -> StepRollouts:
         with clock("generate"):
-            sampled = self._generate(request, graded_s)
+            sampled = self._generate(request)
         return self._graded(sampled, clock)
 
     def _graded(self, sampled: _Sampled, clock: Stopwatch) -> StepRollouts:
@@ -222,7 +221,7 @@ class RolloutPhase:
         slots = [self._share.slots[place] for place in own]
         with clock("data"):
             request = self._load(rows, slots, f"refill {round}", step)
-        others = self._answer(request, clock, taken.grading.seconds)
+        others = self._answer(request, clock)
         return StepRollouts(
             taken.rollouts.with_rows(own, others.rollouts) if own else taken.rollouts,
             taken.seconds + others.seconds,
@@ -254,11 +253,11 @@ class RolloutPhase:
         """Return the row of each slot. rows: of every prompt of the step."""
         return [rows[slot // self._config.responses_per_prompt] for slot in slots]
 
-    def _generate(self, request: Request, graded_s: float = 0.0) -> _Sampled:
+    def _generate(self, request: Request) -> _Sampled:
         started = time.perf_counter()
         prompts, streams = request
         expected = self.lengths.expected([prompt.key for prompt in prompts])
-        grading = self._run.grader.begin(prompts, graded_s)
+        grading = self._run.grader.begin(prompts)
         rollouts = self._rollout.generate(
             prompts,
             streams,

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mssr.batch import GradedRollouts, Rollouts
+from mssr.batch import GradedRollouts
 from mssr.config import Config, load_config, yaml_1_2
 from mssr.config.data_keys import Files, written
 from mssr.config.resolve import dtype_name, engine_name
@@ -131,15 +131,11 @@ class Run(AbstractContextManager):
         self._open.callback(engine.close)
         return engine
 
-    def judge(self, rollouts: Rollouts) -> GradedRollouts:
-        """Return the rollouts with their rewards and decoded texts. Collective."""
-        return self.grader.begin(rollouts.prompts).finish(rollouts)
-
     def evaluate(self, rollout: RolloutEngine) -> Evaluation:
         """Answer every held-out problem (or the first eval.max_problems) eval.samples times."""
         problems, config = self.held_out, self.config
         with self.activity(f"validation on {config.data.val}") as advance:
-            return evaluate(problems, rollout, self.judge, self.world, config.eval, seed=config.seed, advance=advance)
+            return evaluate(problems, rollout, self.grader, self.world, config.eval, seed=config.seed, advance=advance)
 
     def validate(self, rollout: RolloutEngine) -> dict[str, float]:
         """Return metrics on the held-out problems; empty if there are none.

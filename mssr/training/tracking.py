@@ -71,15 +71,16 @@ def _first_rollouts(
         chosen = visits[start : start + at_once]
         prompts = run.problems.load(row for _, row in chosen)
         streams = [noise_streams(config.seed, "init", visit, [row])[0] for visit, row in chosen]
+        grading = run.grader.begin(prompts, lambda: advance(world.size, total))
         answered = rollout.generate(
             prompts,
             streams,
             config.rollout.temperature,
             top_p=config.rollout.top_p,
             top_k=config.rollout.top_k,
-            on_response=lambda *_: advance(world.size, total),
+            on_response=grading,
         )
-        graded = run.judge(answered)
+        graded = grading.finish(answered)
         graded = settle_truncated(graded, config.rollout.truncated)
         kept = previous_responses(graded, graded.logp) if _remembers_first(tracker, run) else [None] * len(graded)
         tokens += int(graded.lengths.sum())

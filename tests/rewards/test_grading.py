@@ -13,6 +13,7 @@ from mssr.config.reward_keys import RewardConfig
 from mssr.distributed import ALONE
 from mssr.errors import UserError
 from mssr.rewards.grading import Grader, part_means, settle_truncated, start_pools
+from mssr.rewards.row import Row
 from mssr.rollout.base import Response, collect
 
 TEXTS = ["4", "5", "none", "4"]
@@ -248,8 +249,9 @@ def test_grading_a_step_takes_no_longer_than_its_budget(file, capsys):
         batch = collect([*PROMPTS, *PROMPTS], [response(text) for text in ["5"] * 8], pad=0)
         assert grading.finish(batch).correct.tolist() == [0] * 8
         assert grading.cost.timeouts == 8 and grading.cost.seconds < 6.0
-        assert grader.begin(PROMPTS, spent_s=0.2).finish(BATCH).correct.tolist() == [0, 0, 0, 0]
-        later = grader.begin(PROMPTS[:1], spent_s=-60.0)  # time for the worker that is starting
+        (pool,) = grader.pools.values()
+        assert pool.submit(TEXTS[0], Row("", PROMPTS[0].answer)).result(60).parts  # the new worker has started
+        later = grader.begin(PROMPTS[:1])
         assert later.finish(BATCH.rows(0, 1)).correct.tolist() == [1]
 
 

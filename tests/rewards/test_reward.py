@@ -4,7 +4,7 @@ import pytest
 
 from mssr.config.reward_keys import RewardConfig
 from mssr.errors import UserError
-from mssr.rewards.pool import Failure, Outcome
+from mssr.rewards.outcome import Failure, Outcome
 from mssr.rewards.reward import combine, refuse_unknown_parts
 
 

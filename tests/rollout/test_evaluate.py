@@ -40,6 +40,31 @@ def some_without_a_grade(judged):
     return replace(judged, graded=with_grade, correct=judged.correct * with_grade, parts=parts)
 
 
+class Grader:
+    """Of the trainer's grader what `evaluate` calls. judge: of the whole batch, at its end."""
+
+    def __init__(self, judge):
+        self.judge = judge
+
+    def begin(self, prompts, advance):
+        grading = Grading()
+        grading.advance, grading.finish, grading.seen = advance, self._finish(grading, len(prompts)), []
+        return grading
+
+    def _finish(self, grading, count):
+        def finish(batch):
+            assert sorted(grading.seen) == list(range(count))  # graded beside the generation
+            return self.judge(batch)
+
+        return finish
+
+
+class Grading:
+    def __call__(self, row, response):
+        self.seen.append(row)
+        self.advance()
+
+
 def sampler(policy):
     engine = hf(policy, LIMIT, ends=[processors()[0].eos_token_id])
     engine.update_weights(policy, 0)
@@ -49,7 +74,7 @@ def sampler(policy):
 def run(world, path, count, **settings):
     policy = load_policy(path, torch.float32)
     rollout = sampler(policy)
-    return evaluate(held_out(count), rollout, odd_is_right, world, EvalConfig(**settings), seed=4)
+    return evaluate(held_out(count), rollout, Grader(odd_is_right), world, EvalConfig(**settings), seed=4)
 
 
 def answered(count, temperature=0.0):
@@ -93,13 +118,13 @@ def test_validation_has_its_own_top_p_and_top_k():
 def test_responses_without_a_grade_are_neither_right_nor_wrong():
     policy = load_policy(model_dir(), torch.float32)
     judge = lambda batch: some_without_a_grade(odd_is_right(batch))  # noqa: E731
-    result = evaluate(held_out(13), sampler(policy), judge, ALONE, EvalConfig(), seed=4)
+    result = evaluate(held_out(13), sampler(policy), Grader(judge), ALONE, EvalConfig(), seed=4)
     batch = some_without_a_grade(answered(13))
     assert 0 < int(batch.graded.sum()) < 13
     assert result.accuracy == pytest.approx(float(batch.correct[batch.graded].mean()))
     assert result.parts == {"accuracy": pytest.approx(result.accuracy), "half": pytest.approx(result.accuracy / 2)}
     none = lambda batch: replace(odd_is_right(batch), graded=torch.zeros(len(batch), dtype=torch.bool))  # noqa: E731
-    assert math.isnan(evaluate(held_out(2), sampler(policy), none, ALONE, EvalConfig(), seed=4).accuracy)
+    assert math.isnan(evaluate(held_out(2), sampler(policy), Grader(none), ALONE, EvalConfig(), seed=4).accuracy)
 
 
 def test_the_first_problems_only():
@@ -114,7 +139,7 @@ def test_it_tells_how_far_it_is():
     policy = load_policy(model_dir(), torch.float32)
     advance = lambda by, total: told.append((by, total))  # noqa: E731
     config = EvalConfig(max_problems=5, temperature=1.0, samples=2)
-    evaluate(held_out(13), sampler(policy), odd_is_right, ALONE, config, seed=4, advance=advance)
+    evaluate(held_out(13), sampler(policy), Grader(odd_is_right), ALONE, config, seed=4, advance=advance)
     assert told == [(1, 10)] * 10
 
 

@@ -134,7 +134,7 @@ def test_a_python_function_is_the_reward(material, single_process, tmp_path):
     with Run(config, reward=lambda response, row: {"accuracy": 0, "bonus": 2 * factor * len(row.answer)}) as run:
         prompts = run.problems.load(range(2))
         responses = [Response(torch.tensor([5]), torch.zeros(1), False, 0) for _ in prompts]
-        graded = run.judge(collect(prompts, responses, pad=0))
+        graded = run.grader.begin(prompts).finish(collect(prompts, responses, pad=0))
         assert graded.reward.tolist() == [0.5 * len(prompt.answer) for prompt in prompts]
         assert run.config.reward.function.endswith("test_a_python_function_is_the_reward.<locals>.<lambda>")
         assert not run.config.reward.needs_answer and config.reward.function == "math"

@@ -79,17 +79,20 @@ def test_first_rollouts_are_drawn_apart_and_judged_like_others(material, single_
         engine = run.policy_engine(run.config.train.optimizer, temperature=1.0, total_updates=1)
         tracker, rollout = ValueTracker(run.config.algorithm.tracker), run.rollout_engine(engine.policy)
         rollout.update_weights(engine.policy, 0)
-        recorded, judge = Recorded(monkeypatch, rollout), run.judge
+        recorded, begin = Recorded(monkeypatch, rollout), run.grader.begin
 
-        def judged(rollouts):
-            return replace(judge(rollouts), correct=torch.ones(len(rollouts)))
+        def all_right(prompts, advance):
+            grading = begin(prompts, advance)
+            finish = grading.finish
+            grading.finish = lambda rollouts: replace(finish(rollouts), correct=torch.ones(len(rollouts)))
+            return grading
 
         @contextmanager
         def activity(what):
             yield lambda by, total: told.append((what, by, total))
 
         told = []
-        monkeypatch.setattr(run, "judge", judged)
+        monkeypatch.setattr(run.grader, "begin", all_right)
         monkeypatch.setattr(run, "activity", activity)
         assert initialise_tracker(tracker, run, rollout) == (128, 128)
         keys = [prompt.key for prompt in run.problems.load(range(64))]

@@ -60,7 +60,7 @@ def test_first_rollouts_without_a_grade_are_left_out():
     with_grade = {0: [1, 1], 1: [1, 0], 2: [1, 1], 3: [0, 0]}
     tracker = ValueTracker(TrackerConfig(n_init=2, drift="batch"))
 
-    def judge(rollouts):
+    def finish(rollouts):
         visit = judged.append(None) or len(judged) - 1  # four prompts at once: a visit of each
         rows = [prompt.row for prompt in rollouts.prompts]
         return graded(rollouts.prompts, [success[row][visit] for row in rows], [with_grade[row][visit] for row in rows])
@@ -79,8 +79,9 @@ def test_first_rollouts_without_a_grade_are_left_out():
             return SimpleNamespace(prompts=tuple(prompts))
 
     judged = []
+    grader = SimpleNamespace(begin=lambda prompts, advance: SimpleNamespace(finish=finish))
     config = SimpleNamespace(responses_per_step=4, seed=0, rollout=RolloutConfig())
-    run = SimpleNamespace(config=config, world=ALONE, problems=Problems(), activity=activity, judge=judge)
+    run = SimpleNamespace(config=config, world=ALONE, problems=Problems(), activity=activity, grader=grader)
     assert initialise_tracker(tracker, run, Rollout()) == (8, 8)  # all of them have cost something
     # Jeffreys: (successes + 1/2) / (trials + 1); without trials 1/2
     expected = [2.5 / 3, 1.5 / 2, 0.5 / 3, 0.5]

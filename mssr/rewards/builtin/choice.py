@@ -9,7 +9,7 @@ from mssr.errors import UserError
 from mssr.rewards.extract import last_line, right_answer, stated
 from mssr.rewards.mathematics.normalise import clean
 from mssr.rewards.mathematics.options import names_another, parse_option
-from mssr.rewards.options import require_number
+from mssr.rewards.option_checks import require_number
 from mssr.rewards.row import Row
 from mssr.rewards.text import spelled
 

@@ -6,7 +6,7 @@ from mssr.errors import UserError
 from mssr.rewards.extract import answered, right_answer
 from mssr.rewards.mathematics.normalise import clean
 from mssr.rewards.mathematics.numbers import parse_number
-from mssr.rewards.options import require_number
+from mssr.rewards.option_checks import require_number
 from mssr.rewards.row import Row
 
 USES_IMAGES = False

@@ -4,7 +4,7 @@ import re
 
 from mssr.errors import UserError
 from mssr.rewards.extract import final, right_answer, stated
-from mssr.rewards.options import require_number
+from mssr.rewards.option_checks import require_number
 from mssr.rewards.row import Row
 
 USES_IMAGES = False

@@ -20,7 +20,7 @@ from PIL import Image
 from mssr.errors import UserError, shortened
 from mssr.rewards.chat import Chat
 from mssr.rewards.extract import final, right_answer
-from mssr.rewards.options import require_bool, require_number
+from mssr.rewards.option_checks import require_bool, require_number
 from mssr.rewards.reply_file import ReplyFile
 from mssr.rewards.row import Row
 

@@ -6,7 +6,7 @@ from mssr.rewards.extract import answered, right_answer
 from mssr.rewards.mathematics.normalise import clean, squeeze
 from mssr.rewards.mathematics.numbers import parse_number
 from mssr.rewards.mathematics.units import parse_quantity
-from mssr.rewards.options import require_bool, require_number
+from mssr.rewards.option_checks import require_bool, require_number
 from mssr.rewards.row import Row
 from mssr.rewards.text import spelled
 

@@ -1,7 +1,7 @@
 """DAPO's soft overlong penalty (arXiv 2503.14476, equation 13)."""
 
 from mssr.errors import UserError
-from mssr.rewards.options import require_number
+from mssr.rewards.option_checks import require_number
 from mssr.rewards.row import Row
 
 USES_IMAGES = False
