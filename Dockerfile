@@ -19,4 +19,5 @@ RUN make venv VLLM="${VLLM}"
 ENV PATH="/opt/mssr/.venv/bin:${PATH}"
 
 WORKDIR /work
+ENV HF_HOME=/work/.huggingface
 CMD ["mssr", "doctor"]
