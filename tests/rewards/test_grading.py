@@ -160,6 +160,19 @@ def test_a_response_is_graded_while_others_are_generated(file, tmp_path):
         assert grading.finish(BATCH).texts == ("first", *TEXTS[1:])
 
 
+def test_the_budget_is_of_the_wait_after_the_generation(file, tmp_path):
+    """Grading beside a long generation delays nothing, however long it takes."""
+    os.mkfifo(tmp_path / "fifo")
+    with grading_by(file, "told", step_timeout_s=0.001) as grader:
+        grading = grader.begin([*PROMPTS[:3], prompt(3, columns={"fifo": str(tmp_path / "fifo")})])
+        for row, text in enumerate(TEXTS):
+            grading(row, response(text))
+        assert (tmp_path / "fifo").read_text() == TEXTS[3]  # the last one has begun
+        (pool,) = grader.pools.values()
+        pool.submit("", Row("", "")).result(60)  # and ended
+        assert grading.finish(BATCH).correct.tolist() == [1, 1, 1, 1] and grading.cost.timeouts == 0
+
+
 def test_several_functions_and_their_options(file):
     functions = {"accuracy": "right", "short": {"function": f"{file}:short", "limit": 3}}
     with grading_by(file, functions, weights={"short": 0.25}) as grader:
